@@ -1,0 +1,234 @@
+r"""Images per second of the data path on one core, from JPEG in tars to batches, beside open_clip's pipeline.
+
+    python -m analysis.benchmarks.data [--sides 512,256] [--output data.json]
+
+Both read the same tars in one process, without workers, on one core, and give 224 px crops (RandomResizedCrop
+of .9 to 1 of the area, bicubic) and the tokens of a caption, in batches of 64:
+
+- `open_clip`: its stages in its order (tar stream, shuffle, Pillow, torchvision's crop and resize, tensor,
+  normalisation, tokenizer to 77 tokens, batching) with its own transform and tokenizer;
+- `mmpretrain`: `Stream` and `build_loader`, uint8 batches: normalisation is the device's work;
+- `normalised`: the same, with the normalisation done on this core after all;
+- `bare`: a loop over bytes in memory with the libraries of mmpretrain: scaled JPEG decoding, the same crops,
+  the same resize, stacking; no tar, no order, no text. An upper bound.
+
+A round runs each of them once over all images, in turn; the table gives medians over the rounds and ratios of
+the medians. Seconds are CPU seconds of the process: on an idle machine they equal wall seconds (one thread,
+tars in the page cache), and on a busy one the neighbours count less. Tokenizers and indexes are made before.
+
+The pictures are mosaics of photographs (a folder of JPEGs), or smooth noise where there are none, saved with
+quality 90. That both sides see the same pictures is checked on central crops, whose mean absolute difference
+is printed in grey levels: mmpretrain decodes at 1/2 where the crop allows it, so at 512 it is not zero.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import simplejpeg
+import torch
+import torch.nn.functional as F
+import webdataset
+from PIL import Image
+
+from analysis.benchmarks.machine import describe, one_line
+from mmpretrain.batch import Batch
+from mmpretrain.data.decode import decode_image
+from mmpretrain.data.loader import Source, Stream, build_loader
+from mmpretrain.data.shards import Shards
+from mmpretrain.data.tokenizer import ClipTokenizer
+from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop
+
+NAMES = ("open_clip", "mmpretrain", "normalised", "bare")
+IMAGE_SIZE = 224
+BATCH_SIZE = 64
+SCALE = (0.9, 1.0)
+QUALITY = 90
+TILE = 160  # pixels: the photographs at hand have a short side of 192
+MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1) * 255
+STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1) * 255
+WORDS = ("red", "small", "fresh", "old", "round", "apple", "bottle", "street", "dog", "kitchen", "morning")
+
+
+def noise(rng: random.Random, side: int) -> Image.Image:
+    """A smooth picture of side x side pixels: noise on a coarse grid, with less of it on two finer ones."""
+    generator = np.random.default_rng(rng.getrandbits(32))
+    layers = [Image.fromarray(generator.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (6, 24, side // 4)]
+    picture = layers[0].resize((side, side), Image.Resampling.BICUBIC)
+    for weight, layer in zip((1 / 3, 1 / 7), layers[1:], strict=True):
+        picture = Image.blend(picture, layer.resize((side, side), Image.Resampling.BICUBIC), weight)
+    return picture
+
+
+def mosaic(photographs: list[Path], rng: random.Random, side: int) -> Image.Image:
+    """Crops of random photographs at their own resolution, TILE pixels wide, filling side x side pixels."""
+    picture = Image.new("RGB", (side, side))
+    for top in range(0, side, TILE):
+        for left in range(0, side, TILE):
+            photograph = Image.open(rng.choice(photographs)).convert("RGB")
+            if min(photograph.size) < TILE:
+                photograph = photograph.resize((max(photograph.width, TILE), max(photograph.height, TILE)))
+            x, y = rng.randint(0, photograph.width - TILE), rng.randint(0, photograph.height - TILE)
+            picture.paste(photograph.crop((x, y, x + TILE, y + TILE)), (left, top))
+    return picture
+
+
+def write_tar(path: Path, photographs: list[Path], side: int, num_images: int) -> list[bytes]:
+    """Write `num_images` pairs of a JPEG and a caption of 8 to 24 words; returns the JPEGs."""
+    rng = random.Random(0)
+    images = []
+    with tarfile.open(path, "w") as tar:
+        for i in range(num_images):
+            buffer = io.BytesIO()
+            picture = mosaic(photographs, rng, side) if photographs else noise(rng, side)
+            picture.save(buffer, "JPEG", quality=QUALITY)
+            images.append(buffer.getvalue())
+            caption = " ".join(rng.choices(WORDS, k=rng.randint(8, 24)))
+            for suffix, content in (("jpg", images[-1]), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return images
+
+
+def open_clip_pipeline(tar: Path) -> webdataset.DataPipeline:
+    """The training pipeline of `open_clip_train.data.get_wds_dataset`, stage by stage."""
+    augmentation = open_clip.AugmentationCfg(scale=SCALE)
+    transform = open_clip.image_transform(IMAGE_SIZE, is_train=True, aug_cfg=augmentation)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    return webdataset.DataPipeline(
+        webdataset.SimpleShardList([str(tar)]),
+        webdataset.split_by_worker,
+        webdataset.tarfile_to_samples(),
+        webdataset.shuffle(bufsize=5000, initial=1000),
+        webdataset.decode("pilrgb"),
+        webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
+        webdataset.map_dict(image=transform, text=lambda text: tokenizer(text)[0]),
+        webdataset.to_tuple("image", "text"),
+        webdataset.batched(BATCH_SIZE, partial=False),
+    )
+
+
+def mmpretrain_stream(tar: Path) -> Stream:
+    """A training stream of mmpretrain over the tar."""
+    sources = [Source("benchmark", Shards([str(tar)]))]
+    return Stream("pairs", sources, BATCH_SIZE, 0, "txt", RandomResizedCrop(SCALE), IMAGE_SIZE)
+
+
+def normalised(batches: Iterable[Batch]) -> Iterator[object]:
+    """The images of mmpretrain's batches, normalised here."""
+    for batch in batches:
+        images = batch.streams["pairs"].images
+        if images is None:
+            raise ValueError("the loader gave a batch without images")
+        yield images.float().sub_(MEAN).div_(STD)
+
+
+def bare_batches(images: list[bytes], side: int) -> Iterator[object]:
+    """One pass over JPEGs of side x side pixels in memory: decoding, cropping, resizing, stacking."""
+    crop_of = RandomResizedCrop(SCALE)
+    for start in range(0, len(images), BATCH_SIZE):
+        batch = []
+        for i in range(start, start + BATCH_SIZE):
+            crop = crop_of(side, side, i)
+            factor = 2 if min(crop.height, crop.width) >= 2 * IMAGE_SIZE else 1
+            least = side // factor
+            pixels = simplejpeg.decode_jpeg(images[i], "RGB", min_height=least, min_width=least)
+            top, left, height, width = (n // factor for n in (crop.top, crop.left, crop.height, crop.width))
+            box = torch.from_numpy(pixels[top : top + height, left : left + width]).permute(2, 0, 1)[None]
+            batch.append(F.interpolate(box, (IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True)[0])
+        yield torch.stack(batch)
+
+
+def mean_difference(images: list[bytes]) -> float:
+    """Mean absolute difference of the two sides' central crops of `images`, in grey levels (0 to 255)."""
+    transform = open_clip.image_transform(IMAGE_SIZE, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    differences = []
+    for image in images:
+        theirs = transform(Image.open(io.BytesIO(image))) * 255
+        ours = decode_image(image, lambda height, width: CenterCrop()(height, width), IMAGE_SIZE)
+        differences.append((theirs - ours.float()).abs().mean().item())
+    return statistics.mean(differences)
+
+
+def measure(photographs: list[Path], side: int, num_images: int, rounds: int) -> dict[str, float]:
+    """Median images per second of each pipeline on side x side JPEGs, and what they were measured on."""
+    with tempfile.TemporaryDirectory() as folder:
+        tar = Path(folder) / "000000.tar"
+        images = write_tar(tar, photographs, side, num_images)
+        theirs, stream, tokenizer = open_clip_pipeline(tar), mmpretrain_stream(tar), ClipTokenizer()
+
+        def ours() -> Iterable[Batch]:
+            return build_loader({"pairs": stream}, tokenizer, 0, num_images // BATCH_SIZE)
+
+        passes: dict[str, Callable[[], Iterable[object]]] = {
+            "open_clip": lambda: theirs,
+            "mmpretrain": ours,
+            "normalised": lambda: normalised(ours()),
+            "bare": lambda: bare_batches(images, side),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in passes}
+        for turn in range(rounds + 1):  # the first round warms caches up and is not counted
+            for name, batches in passes.items():
+                start = time.process_time()
+                num_batches = sum(1 for _ in batches())
+                if turn > 0:
+                    seconds[name].append(time.process_time() - start)
+                if num_batches * BATCH_SIZE != num_images:
+                    raise ValueError(f"{name} gave {num_batches} batches of {BATCH_SIZE}, not {num_images} images")
+        rates = {name: num_images / statistics.median(times) for name, times in seconds.items()}
+        return {
+            **rates,
+            "ratio": rates["mmpretrain"] / rates["open_clip"],
+            "normalised_ratio": rates["normalised"] / rates["open_clip"],
+            "share_of_bare": rates["mmpretrain"] / rates["bare"],
+            "mean_bytes": statistics.mean(map(len, images)),
+            "mean_difference": mean_difference(images[:64]),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sides", default="512,256", help="sides of the JPEGs in pixels (default 512,256)")
+    parser.add_argument("--images", default=512, type=int, help=f"per pass, a multiple of {BATCH_SIZE} (default 512)")
+    parser.add_argument("--rounds", default=7, type=int, help="passes of each pipeline, interleaved (default 7)")
+    photographs = Path("../shared/data/grocery/images")
+    parser.add_argument(
+        "--photographs", default=photographs, type=Path, help=f"folder of JPEGs (default {photographs})"
+    )
+    parser.add_argument("--output", type=Path, help="also write the figures there as JSON")
+    args = parser.parse_args()
+    if args.images < BATCH_SIZE or args.images % BATCH_SIZE:
+        parser.error(f"--images {args.images}: expected a multiple of {BATCH_SIZE}")
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+    found = sorted(args.photographs.rglob("*.jpg"))
+    print(f"{one_line()}\npictures: " + (f"mosaics of {args.photographs}" if found else "smooth noise"))
+    print(f"{'JPEG':<9}" + "".join(f"{name:>12}" for name in NAMES))
+    figures = {}
+    for side in map(int, args.sides.split(",")):
+        row = figures[side] = measure(found, side, args.images, args.rounds)
+        rates = "".join(f"{row[name]:>12.0f}" for name in NAMES)
+        print(f"{side:>4}x{side:<4}{rates}   images/s, {row['mean_bytes'] / 1024:.0f} KiB a JPEG", flush=True)
+        print(
+            f"          {row['ratio']:.2f} x open_clip ({row['normalised_ratio']:.2f} x normalised), "
+            f"{row['share_of_bare']:.2f} of bare; crops differ by {row['mean_difference']:.2f} grey levels"
+        )
+    if args.output is not None:
+        report = {"machine": describe(), "pictures": "mosaics" if found else "noise", "figures": figures}
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

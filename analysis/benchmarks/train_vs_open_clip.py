@@ -1,0 +1,229 @@
+r"""Whole training commands of mmpretrain and of open_clip's own trainer on the same tars, seed by seed.
+
+Both train the model of `open_clip_configs/emoji_clip` from scratch for the same number of epochs with the
+same batch, learning rate, warm-up, decay and crops, and one evaluation, open_clip's code alone, scores both.
+The two commands of a seed run one after the other, and every second seed turns their order round. Timed are
+the whole command, imports and the last checkpoint included, and training alone, from the end of the first
+step on. Neither side evaluates while it is timed.
+
+The work is the same but for the end of an epoch of N pairs: open_clip makes ceil(N / batch) full batches, the
+last of them from a second pass, so that N % batch pairs of the first are not seen; mmpretrain sees every pair
+once. The column `pairs` says what each side has seen.
+
+open_clip's trainer pins webdataset<=0.2.86, so it needs an environment of its own:
+
+    python -m venv ENV
+    ENV/bin/pip install 'open_clip_torch[training]==3.3.0'
+
+and then, from this project's environment,
+
+    python -m analysis.benchmarks.train_vs_open_clip --data emoji --data-root data/emoji \
+        --open-clip-python ENV/bin/python --precision bf16 --output train_vs_open_clip_emoji_bf16.json
+
+DATA_ROOT holds train/*.tar and val/*.tar as `python -m data_tools build` makes them. Runs that are complete
+under --runs are not repeated.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from analysis.benchmarks.machine import describe, one_line
+
+HERE = Path(__file__).resolve().parent
+MODEL = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
+TASKS = {"emoji": "retrieval", "grocery": "zero_shot"}
+BATCH_SIZE = 128
+OPEN_CLIP_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16"}
+LOG_LINE = re.compile(r"^(\S+) \| INFO \| Train Epoch: ", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides are asked to do."""
+
+    data: str
+    data_root: Path
+    classes: Path | None
+    precision: str
+    epochs: int
+    workers: int
+    open_clip_python: str
+    overrides: tuple[str, ...]
+
+
+def timed(command: list[str], log: Path) -> float:
+    """Wall seconds of `command`, whose output goes to the file `log`; ends the benchmark when it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with log.open("wb") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        raise SystemExit(f"exit code {code} from {' '.join(command[:3])} ...; its output is in {log}")
+    return time.perf_counter() - start
+
+
+def count_pairs(shards: list[Path]) -> int:
+    """Number of captions (`.txt` members) in the tars."""
+    total = 0
+    for path in shards:
+        with tarfile.open(path) as tar:
+            total += sum(name.endswith(".txt") for name in tar.getnames())
+    return total
+
+
+def open_clip_seconds_in_training(log: str) -> float:
+    """Seconds between the first and the last logged step; open_clip's stamps are whole seconds."""
+    stamps = [datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S") for stamp in LOG_LINE.findall(log)]
+    return (stamps[-1] - stamps[0]).total_seconds()
+
+
+def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
+    """Train with open_clip's trainer; returns times, pairs seen and validation metrics."""
+    shards = sorted((work.data_root / "train").glob("*.tar"))
+    num_pairs = count_pairs(shards)
+    command = [work.open_clip_python, "-m", "open_clip_train.main", "--model", MODEL, "--device", "cpu"]
+    command += ["--train-data", "::".join(map(str, shards)), "--dataset-type", "webdataset"]
+    command += ["--train-num-samples", str(num_pairs), "--epochs", str(work.epochs), "--seed", str(seed)]
+    command += ["--batch-size", str(BATCH_SIZE), "--lr", "1e-3", "--warmup", "50", "--wd", "0.1"]
+    command += ["--beta1", "0.9", "--beta2", "0.999", "--eps", "1e-8", "--aug-cfg", "scale=(0.8, 1.0)"]
+    command += ["--precision", OPEN_CLIP_PRECISION[work.precision], "--workers", str(work.workers)]
+    command += [
+        "--logs",
+        str(run_dir),
+        "--name",
+        "open_clip",
+        "--save-frequency",
+        "0",
+        "--log-every-n-steps",
+        "1",
+    ]
+    wall_seconds = timed(command, run_dir / "train.out")
+    log = (run_dir / "open_clip" / "out.log").read_text(encoding="utf-8")
+    steps = len(LOG_LINE.findall(log))
+    return {
+        "wall_seconds": wall_seconds,
+        "pairs": float(steps * BATCH_SIZE),
+        "pairs_per_second": (steps - 1) * BATCH_SIZE / open_clip_seconds_in_training(log),
+        **evaluate(work, MODEL, run_dir / "open_clip" / "checkpoints" / f"epoch_{work.epochs}.pt", run_dir),
+    }
+
+
+def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
+    """Train with mmpretrain; returns times, pairs seen and validation metrics."""
+    run = run_dir / "mmpretrain"
+    command = [sys.executable, "-m", "mmpretrain.train", f"experiment={work.data}_clip", f"run.dir={run}"]
+    command += [f"data.root={work.data_root}", f"run.seed={seed}", f"trainer.precision={work.precision}"]
+    command += [f"trainer.duration={work.epochs}epochs", f"data.workers={work.workers}", *work.overrides]
+    wall_seconds = timed(command, run_dir / "train.out")
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    exported = run_dir / "exported"
+    export = [sys.executable, "-m", "mmpretrain.export", f"checkpoint={run}", "format=open_clip"]
+    timed([*export, f"output={exported}"], run_dir / "export.out")
+    return {
+        "wall_seconds": wall_seconds,
+        "pairs": float(results["samples"]),
+        "pairs_per_second": results["pairs_per_second"],
+        **evaluate(work, f"local-dir:{exported}", None, run_dir),
+    }
+
+
+def evaluate(work: Work, model: str, weights: Path | None, run_dir: Path) -> dict[str, float]:
+    """Validation metrics of a trained model, from `evaluate_open_clip.py` in open_clip's environment."""
+    output = run_dir / "metrics.json"
+    command = [work.open_clip_python, str(HERE / "evaluate_open_clip.py"), "--model", model]
+    command += [
+        "--shards",
+        str(work.data_root / "val" / "*.tar"),
+        "--task",
+        TASKS[work.data],
+        "--output",
+        str(output),
+    ]
+    command += ["--weights", str(weights)] if weights is not None else []
+    command += ["--classes", str(work.classes)] if work.classes is not None else []
+    timed(command, run_dir / "evaluate.out")
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+SIDES = {"open_clip": run_open_clip, "mmpretrain": run_mmpretrain}
+
+
+def run_once(side: str, work: Work, seed: int, run_dir: Path) -> dict[str, float]:
+    """One side's record for one seed, from the run or, when it is complete, from what it left."""
+    record_path = run_dir / "record.json"
+    if not record_path.exists():
+        record_path.parent.mkdir(parents=True, exist_ok=True)
+        record = SIDES[side](work, seed, run_dir)
+        record_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return json.loads(record_path.read_text(encoding="utf-8"))
+
+
+def summary(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (0 for a single value)."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def print_table(records: dict[str, list[dict[str, float]]]) -> None:
+    """One line per metric: mean ± sd over seeds on both sides, and mmpretrain / open_clip of the means."""
+    sides = [side for side in SIDES if records[side]]
+    print(f"{'':<26}" + "".join(f"{side:>22}" for side in sides) + ("   ratio" if len(sides) == 2 else ""))
+    for key in records[sides[0]][0]:
+        means = [summary([record[key] for record in records[side]]) for side in sides]
+        digits = 3 if "recall" in key or "acc" in key else 1
+        cells = "".join(f"{f'{mean:.{digits}f} ± {sd:.{digits}f}':>22}" for mean, sd in means)
+        ratio = f"{means[1][0] / means[0][0]:>8.2f}" if len(means) == 2 and means[0][0] else ""
+        print(f"{key:<26}{cells}{ratio}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, choices=sorted(TASKS))
+    parser.add_argument("--data-root", required=True, type=Path, help="folder with train/*.tar and val/*.tar")
+    parser.add_argument("--classes", type=Path, help="class texts for grocery: label, coarse_label, description")
+    parser.add_argument("--open-clip-python", required=True, help="python of the environment with open_clip's trainer")
+    parser.add_argument("--precision", default="bf16", choices=sorted(OPEN_CLIP_PRECISION))
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default 0,1,2)")
+    parser.add_argument("--epochs", default=20, type=int)
+    parser.add_argument("--workers", default=1, type=int, help="data processes of each side (default 1)")
+    parser.add_argument("--sides", default="open_clip,mmpretrain", help="run only one of the two")
+    parser.add_argument("--runs", default=Path("runs/train_vs_open_clip"), type=Path, help="where the runs are kept")
+    parser.add_argument("--output", required=True, type=Path, help="JSON with every record")
+    parser.add_argument("overrides", nargs="*", help="further Hydra overrides for mmpretrain.train")
+    args = parser.parse_args()
+    if TASKS[args.data] == "zero_shot" and args.classes is None:
+        parser.error(f"--data {args.data} needs --classes TSV (label, coarse_label, description)")
+    for split in ("train", "val"):
+        if not any((args.data_root / split).glob("*.tar")):
+            parser.error(f"no *.tar in {args.data_root / split}; build it with: python -m data_tools build")
+    sides = args.sides.split(",")
+    if unknown := set(sides) - set(SIDES):
+        parser.error(f"--sides {sorted(unknown)[0]!r}: choose from {', '.join(SIDES)}")
+
+    work = Work(
+        data=args.data, data_root=args.data_root.resolve(), classes=args.classes and args.classes.resolve(),
+        precision=args.precision, epochs=args.epochs, workers=args.workers,
+        open_clip_python=args.open_clip_python, overrides=tuple(args.overrides),
+    )  # fmt: skip
+    records: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for turn, seed in enumerate(int(seed) for seed in args.seeds.split(",")):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            name = f"{args.data}_{args.precision}_{args.epochs}epochs/{side}_seed{seed}"
+            records[side].append(run_once(side, work, seed, (args.runs / name).resolve()))
+            print(f"{side} seed {seed}: {json.dumps(records[side][-1])}", flush=True)
+    print(f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {args.seeds}; {one_line()}")
+    print_table(records)
+    report = {"arguments": {key: str(value) for key, value in vars(args).items()}, "machine": describe()}
+    args.output.write_text(json.dumps({**report, "records": records}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

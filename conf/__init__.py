@@ -1,0 +1,1 @@
+"""The configuration tree, installed as `mmpretrain.conf`: `pkg://mmpretrain.conf` finds it anywhere."""

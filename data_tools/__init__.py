@@ -1,0 +1,1 @@
+"""From raw pairs to shards: `python -m data_tools COMMAND --help`."""

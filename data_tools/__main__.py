@@ -1,0 +1,176 @@
+"""The command line: `python -m data_tools COMMAND`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data_tools.pool import num_cpus
+
+app = typer.Typer(
+    help="From raw pairs to shards.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: click's, or newer typers' own
+
+Workers = Annotated[int, typer.Option(min=1, help="Processes.", default_factory=num_cpus, show_default="all cores")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; wrong use is answered in one line and with exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except _USAGE_ERROR as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        print(f"error: {_given(arguments, error)}{message} (--help shows the options)", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except typer.Abort:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _given(arguments: list[str], error: Exception) -> str:
+    """What was given for the option that an error is about, which its message leaves out."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            return f"{name} {value if equals else following!r}: "
+    return ""
+
+
+@app.command()
+def build(
+    pairs: Annotated[
+        Path, typer.Argument(help="TSV, CSV, JSONL or Parquet; or a folder of images with .txt beside them.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
+    image: Annotated[str, typer.Option(help="Column of image paths, relative to the table's folder.")] = "image",
+    caption: Annotated[str, typer.Option(help="Column(s) of captions, joined by ', ': caption,tags.")] = "caption",
+    label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="Class list that gives the order of the labels.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = None,
+    format: Annotated[str | None, typer.Option(help="jpg, png or webp [default: the input's]")] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    background: Annotated[str, typer.Option(help="Behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    *,
+    workers: Workers,
+) -> None:
+    """Make shuffled, equal-sized WebDataset shards of images and captions.
+
+    Examples:
+
+      python -m data_tools build emoji.tsv --image filepath --caption caption,tags --output data/emoji
+
+      python -m data_tools build photos/ --image-size 256 --format jpg --output data/photos
+
+      python -m data_tools build val.csv --label breed --classes data/dogs/classes.tsv --output data/dogs/val
+    """
+    from data_tools.build import BuildOptions
+    from data_tools.build import build as build_shards
+    from data_tools.images import WRITTEN_FORMATS, ImageOptions, parse_color
+
+    if format is not None and format not in WRITTEN_FORMATS:
+        raise ValueError(f"--format {format!r}: expected one of {', '.join(WRITTEN_FORMATS)}")
+    captions = tuple(column.strip() for column in caption.split(",") if column.strip())
+    if not captions:
+        raise ValueError(f"--caption {caption!r}: expected a column, or several with commas between")
+    started = time.monotonic()
+    options = BuildOptions(
+        image_column=image,
+        caption_columns=captions,
+        label_column=label,
+        classes_file=classes,
+        image=ImageOptions(image_size, format, parse_color(background), quality),
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+    )
+    result = build_shards(pairs, output, options, workers)
+    seconds = time.monotonic() - started
+    if result.key_problem is not None:
+        print(f"note: keys are row numbers, for {result.key_problem}", file=sys.stderr)
+    named = f", {result.num_classes} classes" if result.num_classes is not None else ""
+    print(f"{output}: {result.num_samples} samples in {len(result.shards)} shards{named}, {seconds:.1f} s")
+    if result.num_refused:
+        print(f"{result.num_refused} rows refused: {output / 'refused.jsonl'}")
+
+
+@app.command()
+def index(
+    tars: Annotated[list[str], typer.Argument(help="Tars, folders of tars, globs or brace patterns.")],
+    workers: Workers,
+) -> None:
+    """Make or refresh the offset index of any tars that WebDataset or img2dataset wrote.
+
+    Names truncated tars, duplicate keys, and samples without image or caption; exit code 1 if there are any.
+
+    Examples:
+
+      python -m data_tools index data/emoji/train
+
+      python -m data_tools index 'laion/{00000..00099}.tar'
+    """
+    from data_tools.indexing import index_tars
+    from mmpretrain.data.shards import expand_shards
+
+    results = index_tars(expand_shards(tars), workers)
+    num_samples, seconds = sum(r.num_samples for r in results), sum(r.seconds for r in results)
+    rate = f", {num_samples / seconds:,.0f} samples/s on one core" if seconds else ""
+    print(f"{num_samples:,} samples in {len(results)} tars{rate}")
+    elsewhere = [result for result in results if result.index not in (None, f"{result.tar}.index.npz")]
+    if elsewhere:
+        folder = Path(str(elsewhere[0].index)).parent
+        print(f"{len(elsewhere)} indexes are in {folder}, for they could not be written beside their tars")
+    rows = [(result.tar, problem) for result in results for problem in result.problems]
+    if rows:
+        table = Table("tar", "problem")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        # Whole lines in a file or a pipe, where rich would take the width for 80.
+        Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+        raise typer.Exit(1)
+
+
+@app.command()
+def shapes(
+    output: Annotated[Path, typer.Option(help="Folder for train/, val/, composition/ and classes.tsv.")],
+    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
+    train: Annotated[int, typer.Option(min=1, help="Training samples.")] = 8064,
+    val: Annotated[int, typer.Option(min=1, help="Validation samples, of the trained pairs.")] = 1008,
+    composition: Annotated[int, typer.Option(min=1, help="Samples of the held-out pairs.")] = 448,
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 64,
+    *,
+    workers: Workers,
+) -> None:
+    """Draw the embedded data set: scenes of shapes with compositional captions.
+
+    8 shapes in 8 colours, sizes, positions, a second object; 8 of the 64 pairs are left to `composition`.
+
+    Examples:
+
+      python -m data_tools shapes --output data/shapes
+
+      python -m data_tools shapes --output data/shapes128 --image-size 128 --train 40320
+    """
+    from data_tools.shapes import ShapesOptions, build_shapes
+
+    started = time.monotonic()
+    splits = build_shapes(output, ShapesOptions(train, val, composition, image_size, seed), workers)
+    counts = ", ".join(f"{sum(shard.num_samples for shard in shards)} {split}" for split, shards in splits.items())
+    print(f"{output}: {counts} samples, {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""`build`: raw pairs -> shuffled, equal-sized WebDataset shards, the same bytes for the same input."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from data_tools.classes import Classes, classes_of, read_classes, write_classes
+from data_tools.images import ImageOptions, check_image, encode_image, read_bytes
+from data_tools.pool import run_tasks
+from data_tools.samples import Refusal, Sample, accept_rows, key_problem
+from data_tools.shard_writer import (
+    WrittenShard,
+    close_output,
+    describe_shard,
+    open_output,
+    shard_path,
+    write_atomically,
+    write_shard,
+)
+from data_tools.tables import read_pairs
+from mmpretrain.data.decode import BadSample
+from mmpretrain.seeds import hash64, permutation
+
+ROWS_PER_CHECK = 64
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What, the pairs aside, decides the bytes of the shards."""
+
+    image_column: str = "image"
+    caption_columns: tuple[str, ...] = ("caption",)
+    label_column: str | None = None
+    classes_file: Path | None = None
+    image: ImageOptions = field(default_factory=ImageOptions)
+    samples_per_shard: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build made; `key_problem` says why a `key` column was not used, None where all is well."""
+
+    shards: list[WrittenShard]
+    num_refused: int
+    num_classes: int | None
+    key_problem: str | None
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+
+def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> BuildResult:
+    """Builds shards of the pairs in `output`; an earlier build there is replaced, a killed one is finished.
+
+    Raises ValueError for a table, a column or a folder that does not serve, and where every row is refused.
+    """
+    table = read_pairs(pairs)
+    table.require(options.image_column, "--image")
+    for column in options.caption_columns:
+        table.require(column, "--caption")
+    classes = None
+    if options.label_column is not None:
+        table.require(options.label_column, "--label")
+        if options.classes_file is not None:
+            classes = read_classes(options.classes_file, options.label_column)
+    elif options.classes_file is not None:
+        raise ValueError(f"--classes {str(options.classes_file)!r}: expected --label COLUMN beside it")
+
+    accepted, refused = accept_rows(table, options.image_column, options.caption_columns, options.label_column, classes)
+    # Images are looked at before anything is written, so that the shards come out equal whatever is refused.
+    reasons = _check_images(accepted, options.image, workers)
+    samples = [sample for sample, reason in zip(accepted, reasons) if reason is None]
+    for sample, reason in zip(accepted, reasons):
+        if reason is not None:
+            refused.append(Refusal(sample.row_number, str(sample.path), reason))
+    refused.sort(key=lambda refusal: refusal.row_number)
+    if not samples:
+        raise ValueError(f"pairs {str(pairs)!r}: every row is refused, the first because: {refused[0].reason}")
+
+    labels = [sample.label for sample in samples if sample.label is not None]
+    if options.label_column is not None and classes is None:
+        classes = classes_of(labels)
+    open_output(output, _plan(samples, classes, options))
+    if classes is not None:
+        write_classes(output / "classes.tsv", classes, labels, [sample.caption for sample in samples])
+    lines = [json.dumps(asdict(refusal), ensure_ascii=False) + "\n" for refusal in refused]
+    write_atomically(output / "refused.jsonl", "".join(lines))
+
+    order = permutation(hash64("build", options.seed), len(samples))
+    num_shards = -(-len(samples) // options.samples_per_shard)
+    bounds = [len(samples) * shard // num_shards for shard in range(num_shards + 1)]
+    class_ids = {label: index for index, label in enumerate(classes.labels)} if classes else {}
+    tasks = [
+        ShardTask(shard_path(output, shard), [samples[i] for i in order[low:high]], class_ids, options.image)
+        for shard, (low, high) in enumerate(pairwise(bounds))
+    ]
+    result = BuildResult(
+        shards=list(run_tasks(_finish_shard, tasks, workers, "writing shards")),
+        num_refused=len(refused),
+        num_classes=len(classes.labels) if classes else None,
+        key_problem=key_problem(table),
+    )
+    close_output(
+        output,
+        {
+            "pairs": pairs.name,
+            "num_samples": result.num_samples,
+            "num_refused": result.num_refused,
+            "num_classes": result.num_classes,
+            "options": _options_json(options),
+            "shards": [asdict(shard) for shard in result.shards],
+        },
+    )
+    return result
+
+
+def _options_json(options: BuildOptions) -> dict[str, object]:
+    classes_file = options.classes_file
+    return asdict(options) | {"classes_file": classes_file.name if classes_file else None}
+
+
+def _plan(samples: Sequence[Sample], classes: Classes | None, options: BuildOptions) -> str:
+    """A hash (hex) of all that decides the shards' bytes; a file's size and time stand for its content."""
+    plan = hashlib.sha256(json.dumps([_options_json(options), classes and classes.labels]).encode())
+    for sample in samples:
+        stat = sample.path.stat()
+        plan.update(repr((sample, stat.st_size, stat.st_mtime_ns)).encode("utf-8", "surrogatepass"))
+    return plan.hexdigest()
+
+
+def _check_images(samples: Sequence[Sample], options: ImageOptions, workers: int) -> list[str | None]:
+    """Why each sample's image is refused; None where it is not."""
+    paths = [sample.path for sample in samples]
+    tasks = [(paths[i : i + ROWS_PER_CHECK], options) for i in range(0, len(paths), ROWS_PER_CHECK)]
+    return [reason for reasons in run_tasks(_check_some, tasks, workers, "checking images") for reason in reasons]
+
+
+def _check_some(task: tuple[list[Path], ImageOptions]) -> list[str | None]:
+    paths, options = task
+    reasons: list[str | None] = []
+    for path in paths:
+        try:
+            check_image(path, options)
+            reasons.append(None)
+        except BadSample as error:
+            reasons.append(str(error))
+        except PermissionError:
+            reasons.append("no permission to read the file")
+    return reasons
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    path: Path
+    samples: list[Sample]
+    class_ids: dict[str, int]
+    image: ImageOptions
+
+
+def _finish_shard(task: ShardTask) -> WrittenShard:
+    """Writes a shard, unless a killed build with the same plan has."""
+    if task.path.exists():
+        return describe_shard(task.path)
+    return write_shard(task.path, _members(task))
+
+
+def _members(task: ShardTask) -> Iterator[dict[str, str | bytes]]:
+    for sample in task.samples:
+        try:
+            extension, data = encode_image(read_bytes(sample.path), task.image)
+        except BadSample as error:
+            raise ValueError(f"{sample.path}: changed during the build ({error}); run the command again") from error
+        members: dict[str, str | bytes] = {"__key__": sample.key, extension: data}
+        members |= {"txt": sample.caption.encode(), "json": sample.json}
+        if sample.label is not None:
+            members["cls"] = str(task.class_ids[sample.label]).encode()
+        yield members

@@ -1,0 +1,81 @@
+"""Class indexes: from labels to the integers of `cls`, and the class list `classes.tsv`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_tools.tables import read_pairs
+
+MAX_INTEGER_CLASSES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Labels in the order of their indexes, and the text that stands for each ("" where there is none)."""
+
+    labels: list[str]
+    texts: list[str]
+
+
+def one_line(text: str) -> str:
+    """Text with each run of spaces, tabs and line ends as one space, as a table's field can hold it."""
+    return " ".join(text.split())
+
+
+def read_classes(path: Path, column: str) -> Classes:
+    """A class list in its order: plain lines, or a TSV's column of this name, its `label` or its first column.
+
+    A column `text` gives the texts. Raises ValueError where a label is listed twice or none is.
+    """
+    if not path.is_file():
+        raise ValueError(f"--classes {str(path)!r}: no such file; expected one label a line, or a TSV with a header")
+    lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    if lines and "\t" in lines[0]:
+        if path.suffix != ".tsv":
+            raise ValueError(f"--classes {str(path)!r}: a table with tabs, expected the suffix .tsv; rename it")
+        table = read_pairs(path)
+        if table.refused:
+            raise ValueError(f"--classes {str(path)!r}: row {table.refused[0][0]}: {table.refused[0][1]}; mend it")
+        named = [name for name in (column, "label") if name in table.columns]
+        label_column = (named or table.columns)[0]
+        labels = [one_line(row[label_column]) for row in table.rows]
+        texts = [str(row.get("text") or "") for row in table.rows]
+    else:
+        labels = [one_line(line) for line in lines if line.strip()]
+        texts = [""] * len(labels)
+    twice = sorted({label for label in labels if labels.count(label) > 1}) if len(set(labels)) < len(labels) else []
+    if twice or not labels:
+        found = f"{twice[0]!r} is listed twice" if twice else "no label in it"
+        raise ValueError(f"--classes {str(path)!r}: {found}; expected each label once")
+    return Classes(labels, texts)
+
+
+def classes_of(labels: Sequence[str]) -> Classes:
+    """The classes of a data set's own labels: integers as they are, else the sorted distinct labels."""
+    distinct = set(labels)
+    if distinct and all(label.isascii() and label.isdigit() and str(int(label)) == label for label in distinct):
+        highest = max(map(int, distinct))
+        if highest >= MAX_INTEGER_CLASSES:
+            raise ValueError(
+                f"class index {highest}: expected below {MAX_INTEGER_CLASSES}; list the labels in --classes"
+            )
+        ordered = [str(index) for index in range(highest + 1)]
+    else:
+        ordered = sorted(distinct)
+    return Classes(ordered, [""] * len(ordered))
+
+
+def write_classes(path: Path, classes: Classes, labels: Sequence[str], captions: Sequence[str]) -> None:
+    """Writes `classes.tsv`: index, label, count, and as text the one caption that a class's samples share."""
+    counts = dict.fromkeys(classes.labels, 0)
+    shared: dict[str, set[str]] = {label: set() for label in classes.labels}
+    for label, caption in zip(labels, captions):
+        counts[label] += 1
+        if len(shared[label]) < 2:
+            shared[label].add(caption)
+    lines = ["index\tlabel\tcount\ttext\n"]
+    for index, (label, text) in enumerate(zip(classes.labels, classes.texts)):
+        if len(shared[label]) == 1:
+            text = one_line(next(iter(shared[label])))
+        lines.append(f"{index}\t{label}\t{counts[label]}\t{text}\n")
+    path.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,36 @@
+"""`index`: offset indexes of any tars that WebDataset or img2dataset wrote."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_tools.pool import run_tasks
+from mmpretrain.data.shards import index_tar, store_index
+
+
+@dataclass(frozen=True)
+class IndexedTar:
+    """One tar: its samples, its scan's CPU seconds, where its index lies, and what is wrong with it."""
+
+    tar: str
+    num_samples: int
+    seconds: float
+    index: str | None
+    problems: list[str]
+
+
+def index_tars(tars: Sequence[str], workers: int) -> list[IndexedTar]:
+    """Scans tars and stores their indexes, fresh ones too: whoever asks does not trust what is there."""
+    return list(run_tasks(_index_one, tars, workers, "indexing"))
+
+
+def _index_one(tar: str) -> IndexedTar:
+    started = time.process_time()
+    try:
+        index = index_tar(tar)
+    except (ValueError, OSError) as error:
+        return IndexedTar(tar, 0, 0.0, None, [str(error)])
+    seconds = time.process_time() - started
+    stored = store_index(index, tar)
+    problems = index.problems + ([] if index.num_samples else ["no sample in it"])
+    return IndexedTar(tar, index.num_samples, seconds, str(stored) if stored else None, problems)

@@ -1,0 +1,131 @@
+"""`shapes`: the embedded data set, drawn scenes with compositional captions and a split of unseen pairs."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from data_tools.drawing import draw_scene
+from data_tools.pool import run_tasks
+from data_tools.scenes import CLASSES, HELD_OUT, TRAINED, Scene, make_scene
+from data_tools.shard_writer import (
+    WrittenShard,
+    close_output,
+    describe_shard,
+    open_output,
+    shard_path,
+    write_atomically,
+    write_shard,
+)
+from mmpretrain.seeds import hash64, permutation
+
+SAMPLES_PER_SHARD = 1008
+JPEG_QUALITY = 95
+DRAWING_VERSION = 1  # part of what says whether a killed build's shards may stay
+
+
+@dataclass(frozen=True)
+class ShapesOptions:
+    """Samples of each split (exactly balanced where the classes divide them), and the side in pixels."""
+
+    train: int = 8064
+    val: int = 1008
+    composition: int = 448
+    image_size: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard: samples `low` to `high` of a split."""
+
+    path: Path
+    split: str
+    num_samples: int
+    low: int
+    high: int
+    image_size: int
+    seed: int
+
+
+def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str, list[WrittenShard]]:
+    """Builds `train`, `val`, `composition` and a `classes.tsv` of every colour and shape under `output`.
+
+    The main pairs of `composition` occur nowhere else, neither as main nor as second object. Raises ValueError
+    where a folder holds tars that no build wrote.
+    """
+    sizes = {"train": options.train, "val": options.val, "composition": options.composition}
+    tasks = []
+    for split, num_samples in sizes.items():
+        plan = json.dumps([DRAWING_VERSION, split, num_samples, options.image_size, options.seed])
+        open_output(output / split, hashlib.sha256(plan.encode()).hexdigest())
+        num_shards = max(1, -(-num_samples // SAMPLES_PER_SHARD))
+        bounds = [num_samples * shard // num_shards for shard in range(num_shards + 1)]
+        for shard, (low, high) in enumerate(pairwise(bounds)):
+            path = shard_path(output / split, shard)
+            tasks.append(_Task(path, split, num_samples, low, high, options.image_size, options.seed))
+    lines = [f"{i}\t{' '.join(pair)}\t{int(pair in HELD_OUT)}\n" for i, pair in enumerate(CLASSES)]
+    write_atomically(output / "classes.tsv", "index\tlabel\theld_out\n" + "".join(lines))
+
+    shards: dict[str, list[WrittenShard]] = {split: [] for split in sizes}
+    for task, written in zip(tasks, list(run_tasks(_finish_shard, tasks, workers, "drawing shapes"))):
+        shards[task.split].append(written)
+    for split, num_samples in sizes.items():
+        manifest = {
+            "num_samples": num_samples,
+            "num_classes": len(CLASSES),
+            "options": asdict(options),
+            "shards": [asdict(shard) for shard in shards[split]],
+        }
+        close_output(output / split, manifest)
+    return shards
+
+
+def _finish_shard(task: _Task) -> WrittenShard:
+    if task.path.exists():  # of a killed build with the same options
+        return describe_shard(task.path)
+    return write_shard(task.path, _members(task))
+
+
+def _members(task: _Task) -> Iterator[dict[str, str | bytes]]:
+    pairs = [pair for pair in CLASSES if pair in HELD_OUT] if task.split == "composition" else TRAINED
+    order = permutation(hash64("shapes", task.seed, task.split), task.num_samples)
+    for number in range(task.low, task.high):
+        pair = pairs[int(order[number]) % len(pairs)]
+        scene = make_scene(hash64("shapes", task.seed, task.split, number), pair)
+        buffer = io.BytesIO()
+        # Full colour resolution: of a second object, subsampled colour is mostly its neighbours'.
+        picture = draw_scene(scene.objects, scene.background, task.image_size)
+        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        yield {
+            "__key__": f"{number:06d}",
+            "jpg": buffer.getvalue(),
+            "txt": scene.caption.encode(),
+            "json": json.dumps(_attributes(scene)).encode(),
+            "cls": str(CLASSES.index(pair)).encode(),
+        }
+
+
+def _attributes(scene: Scene) -> dict[str, object]:
+    main = scene.objects[0]
+    return {
+        "caption": scene.caption,
+        "label": f"{scene.color} {scene.shape}",
+        "color": scene.color,
+        "shape": scene.shape,
+        "size": scene.size,
+        "position": scene.position,
+        "relation": scene.relation,
+        "second_label": " ".join(scene.second) if scene.second else None,
+        "second_color": scene.second[0] if scene.second else None,
+        "second_shape": scene.second[1] if scene.second else None,
+        "center": [round(main.x, 4), round(main.y, 4)],
+        "radius": round(main.radius, 4),
+        "rotation_degrees": round(main.rotation, 1),
+        "second_center": [round(scene.objects[1].x, 4), round(scene.objects[1].y, 4)] if scene.second else None,
+        "second_radius": round(scene.objects[1].radius, 4) if scene.second else None,
+        "background": list(scene.background),
+    }

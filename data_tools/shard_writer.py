@@ -1,0 +1,100 @@
+"""Shards on disk: the same bytes for the same samples, each complete or absent, in a folder of one build."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from webdataset import TarWriter
+
+from mmpretrain.data.shards import index_path, index_tar, write_index
+
+JOURNAL = "building.json"  # there while a build is under way; it holds the build's plan
+MANIFEST = "manifest.json"  # there when it is complete
+_SHARD_NAME = re.compile(r"\d{6,}\.tar")
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard as the manifest lists it; `digest` is its index's, `sha256` the whole file's (both hex)."""
+
+    name: str
+    num_samples: int
+    tar_bytes: int
+    digest: str
+    sha256: str
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
+    """Writes samples (`__key__`, bytes by extension) with webdataset, renames the tar into place, indexes it.
+
+    Whatever the samples raise leaves no shard behind.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with TarWriter(file, user="mmpretrain", group="mmpretrain", mtime=0, encoder=False) as writer:
+                for sample in samples:
+                    writer.write(sample)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return describe_shard(path)
+
+
+def describe_shard(path: Path) -> WrittenShard:
+    """Reads a shard back: indexes it and hashes its bytes."""
+    index = index_tar(path)
+    if index.problems:
+        raise ValueError(f"{path}: {index.problems[0]}; delete its folder and build again")
+    write_index(index, index_path(path))
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return WrittenShard(path.name, index.num_samples, index.tar_bytes, index.digest, sha256.hexdigest())
+
+
+def open_output(output: Path, plan: str) -> None:
+    """Readies a folder: shards of a killed build with the same plan stay, those of other builds go.
+
+    Raises ValueError where it holds tars that no build wrote.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    journal = output / JOURNAL
+    tars = sorted(output.glob("*.tar"))
+    if tars and not journal.exists() and not (output / MANIFEST).exists():
+        raise ValueError(f"--output {str(output)!r}: holds {tars[0].name}, which no build wrote; name another folder")
+    if not journal.exists() or journal.read_text() != plan:
+        write_atomically(journal, "")  # from here on the folder is an unfinished build, whose shards are not to be kept
+        (output / MANIFEST).unlink(missing_ok=True)
+        for tar in tars:
+            if _SHARD_NAME.fullmatch(tar.name):
+                tar.unlink()
+                index_path(tar).unlink(missing_ok=True)
+        write_atomically(journal, plan)
+    for leftover in output.glob(".*.tmp"):
+        leftover.unlink()
+
+
+def close_output(output: Path, manifest: Mapping[str, object]) -> None:
+    """Writes the manifest, which says that the build is complete."""
+    write_atomically(output / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    (output / JOURNAL).unlink()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file beside itself and renames it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,76 @@
+"""What a step sees.
+
+Shape legend, used throughout: b samples of a micro-batch, B of a batch, L text tokens, N image tokens,
+K kept image tokens, d encoder width, e embedding width, h x w pixels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A sample that could not be used."""
+
+    stream: str
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One stream's part of a micro-batch, its rows sorted by text length where the stream has text."""
+
+    positions: Tensor
+    """int64 [b], each row's position in its stream."""
+    ids: Tensor
+    """int64 [b], which sample of the data it is; equal ids are copies of one sample."""
+    seeds: Tensor
+    """int64 [b], the 64 random bits that belong to the row."""
+    images: Tensor | None = None
+    """uint8 [b, 3, h, w]."""
+    text: Tensor | None = None
+    """int64 [b, L], token ids."""
+    lengths: Tensor | None = None
+    """int64 [b], the number of tokens of each row, start and end tokens included."""
+    cuts: tuple[int, ...] = ()
+    """The length that each of the equal slices of rows (see `models.text.by_length`) is cut to; known on the host."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device) -> "Samples":
+        """The same samples on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Samples":
+        """The same samples in page-locked memory (what `DataLoader(pin_memory=True)` calls)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Samples":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Samples(**{name: fn(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank: a part of every stream."""
+
+    streams: Mapping[str, Samples]
+    seed: int = 0
+    """Seeds dropout, where a model has it: drawn from the micro-batch's first sample; known on the host."""
+    refused: tuple[Refused, ...] = ()
+    """What was replaced while this batch was read."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return replace(self, streams={name: samples.to(device) for name, samples in self.streams.items()})
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return replace(self, streams={name: samples.pin_memory() for name, samples in self.streams.items()})

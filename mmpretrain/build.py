@@ -1,0 +1,121 @@
+"""From the configuration to the parts of a run: plain functions from dataclasses to objects."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmpretrain import config
+from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
+from mmpretrain.data.loader import Source, Stream
+from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.evals.embed import EvalSet
+from mmpretrain.evals.evaluation import Evaluator
+from mmpretrain.evals.zero_shot import read_classes
+from mmpretrain.schedules import Duration
+from mmpretrain.task import Task
+
+
+def device_of(name: str, local_rank: int) -> torch.device:
+    """`auto`, `cpu` or `cuda` -> this process's device. Raises: ValueError for another name or a missing GPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"trainer.device is {name!r}; expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("trainer.device is 'cuda', but torch sees no GPU; expected one, or use trainer.device=cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
+    """The model with its objectives, and the objectives' weights; an objective of weight 0 is not built.
+
+    Raises: ValueError if no objective is left.
+    """
+    model = config.instantiate(cfg.model, cfg.run.seed, "model")
+    weights = {name: float(node.get("weight", 1.0)) for name, node in cfg.objective.items()}
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    if not weights:
+        raise ValueError("no objective has a weight above 0; name at least one: objective=[infonce]")
+    objectives = {}
+    for name in weights:
+        node = {key: value for key, value in cfg.objective[name].items() if key != "weight"}
+        objectives[name] = config.instantiate(node, cfg.run.seed, f"objective.{name}", model=model)
+    return Task(model, objectives), weights
+
+
+def build_streams(cfg: TrainConfig, names: Sequence[str]) -> dict[str, Stream]:
+    """The streams that the objectives read. Raises: ValueError for one that is not configured or has no shards."""
+    streams = {}
+    for name in names:
+        if name not in cfg.data.train:
+            known = ", ".join(cfg.data.train) or "none"
+            raise ValueError(f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known})")
+        stream = cfg.data.train[name]
+        streams[name] = Stream(
+            name=name,
+            sources=_sources(name, stream, cfg.data.root),
+            batch_size=stream.batch_size,
+            seed=cfg.run.seed,
+            caption=stream.caption,
+            transform=config.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
+            image_size=stream.image_size,
+        )
+        streams[name].check_first_sample()
+    return streams
+
+
+def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
+    if (stream.shards is None) == (stream.sources is None):
+        raise ValueError(f"data.train.{name} needs either shards or sources; give one of them")
+    if stream.sources is None:
+        return [Source(name, _shards(f"data.train.{name}.shards", stream.shards, root))]
+    return [
+        Source(
+            source_name, _shards(f"data.train.{name}.sources.{source_name}.shards", source.shards, root), source.weight
+        )
+        for source_name, source in stream.sources.items()
+    ]
+
+
+def _shards(key: str, shards: str | list[str], root: str | None) -> Shards:
+    try:
+        return Shards(expand_shards(shards, root))
+    except ValueError as error:
+        raise ValueError(f"{key} (data.root={root}): {error}") from error
+
+
+def build_tokenizer(node: config.Node) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`."""
+    tokenizer: Tokenizer = config.instantiate(node, 0, "data.tokenizer")
+    return tokenizer
+
+
+def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, image_size: int) -> dict[str, EvalSet]:
+    """The held-out data sets. Raises: ValueError for missing shards, classes or fields."""
+    return {
+        name: EvalSet(
+            name=name,
+            shards=_shards(f"data.val.{name}.shards", data.shards, root),
+            image_size=image_size,
+            caption=data.caption,
+            label=data.label,
+            classes=None
+            if data.classes is None
+            else read_classes(Path(data.classes), data.class_column, data.text_column, data.templates),
+        )
+        for name, data in sets.items()
+    }
+
+
+def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict[str, Evaluator], dict[str, Duration]]:
+    """The evaluators, and how often each runs."""
+    evaluators, every = {}, {}
+    for name, node in nodes.items():
+        every[name] = Duration.parse(node.get("every") or default_every, f"eval.{name}.every")
+        evaluators[name] = config.instantiate({k: v for k, v in node.items() if k != "every"}, 0, f"eval.{name}")
+    return evaluators, every

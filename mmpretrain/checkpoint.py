@@ -1,0 +1,157 @@
+"""Checkpoints: written beside and renamed into place, hashed, verified before use. No pickle anywhere.
+
+checkpoints/step_00001000/model.safetensors      the task's state: model.* and objectives.*
+                          optimizer.safetensors  <parameter>/exp_avg, /exp_avg_sq, /step
+                          state.json             how far the run is
+                          manifest.json          SHA-256 and size of each of them
+checkpoints/latest                               the name of the newest one
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_PARTIAL = ".partial-"
+
+
+class CorruptCheckpoint(ValueError):
+    """A checkpoint's files are not what its manifest says."""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make a file's or folder's content last through a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never a part."""
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    partial.write_text(text)
+    _sync(partial)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write one checkpoint, point `latest` at it and delete all but the newest `keep_last`.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: optimiser steps taken, the checkpoint's name.
+        model, optimizer: tensors by name.
+        state: what else the run needs, JSON.
+        keep_last: how many checkpoints stay; 0 keeps all.
+
+    Returns: the checkpoint's folder.
+    """
+    path = folder / f"step_{step:08d}"
+    partial = folder / f"{_PARTIAL}{path.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in _FILES}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for name in (*_FILES, "manifest.json"):
+        _sync(partial / name)
+    _sync(partial)
+    partial.rename(path)
+    _sync(folder)
+    write_text(folder / "latest", path.name + "\n")
+    if keep_last:
+        for old in _all(folder)[keep_last:]:
+            shutil.rmtree(old)
+    return path
+
+
+def _all(folder: Path) -> list[Path]:
+    """Every checkpoint of a run, newest first."""
+    return sorted(folder.glob("step_*"), reverse=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a kill in the middle of a save left behind."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink()
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint's files against its manifest.
+
+    Raises: CorruptCheckpoint naming the first file that is missing, cut or changed.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
+    for name in _FILES:
+        file, expected = path / name, manifest.get(name)
+        if expected is None or not file.is_file():
+            raise CorruptCheckpoint(f"{path}: {name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CorruptCheckpoint(f"{path}: {name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
+        if _sha256(file) != expected["sha256"]:
+            raise CorruptCheckpoint(f"{path}: {name} has another SHA-256 than when it was saved")
+
+
+def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
+    """The newest checkpoint that verifies, or None; each that does not is passed over with a warning.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        set_aside: rename those that do not verify to `corrupt_*`, so that a resumed run cannot meet them again.
+    """
+    for path in _all(folder):
+        try:
+            verify(path)
+        except CorruptCheckpoint as error:
+            log.warning("checkpoint passed over: %s; going on from the one before", error)
+            if set_aside:
+                shutil.rmtree(path.with_name(f"corrupt_{path.name}"), ignore_errors=True)
+                path.rename(path.with_name(f"corrupt_{path.name}"))
+            continue
+        return path
+    return None
+
+
+def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of `model.safetensors` or `optimizer.safetensors` of a checkpoint, memory-mapped, on the CPU."""
+    return load_file(path / name)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's state.json."""
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state

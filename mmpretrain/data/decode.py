@@ -1,0 +1,166 @@
+"""Bytes -> uint8 image and caption: what is decoded, its limits, and what is refused.
+
+JPEG goes through simplejpeg, decoded at 1/2, 1/4 or 1/8 where the crop stays larger than the target; all
+else goes through Pillow. One uint8 resize (bicubic, antialiased) serves both, so the path never shows.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 100_000_000
+WHITE = (255, 255, 255)
+
+
+class BadSample(ValueError):
+    """A sample's bytes cannot be used; the message is the reason, kept in `quarantine.jsonl`."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A box in the pixels of the original image, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool = False
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open an image of an allowed format without decoding it.
+
+    Raises: BadSample if the format is not one of `FORMATS` or it has more than `MAX_PIXELS` pixels.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSample(f"no readable image ({type(error).__name__}: {error})".split("\n")[0]) from error
+    check_size(image.height, image.width)
+    return image
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises: BadSample if an image of this many pixels is larger than `MAX_PIXELS`."""
+    if height * width > MAX_PIXELS:
+        raise BadSample(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+
+
+def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """An RGB image: transparency flattened onto `background`, 16-bit grey scaled to 8; EXIF is not looked at.
+
+    Raises: BadSample if the pixels cannot be decoded (truncated or corrupt data).
+    """
+    try:
+        if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+            grey = np.asarray(image).astype(np.float64) / 257.0
+            return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            flat = Image.new("RGBA", rgba.size, (*background, 255))
+            return Image.alpha_composite(flat, rgba).convert("RGB")
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
+
+
+def _jpeg_factor(crop: Crop, size: int) -> int:
+    """The power of two that libjpeg can divide by while the crop stays at least `size` (odd scales lose quality)."""
+    return max(f for f in (1, 2, 4, 8) if f == 1 or min(crop.height, crop.width) >= f * size)
+
+
+def _decode_jpeg(data: bytes, plan: Callable[[int, int], Crop], size: int) -> tuple[np.ndarray, Crop] | None:
+    """(pixels uint8 [h, w, 3], the crop in those pixels), or None where Pillow has to look."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace not in ("YCbCr", "Gray", "RGB"):
+            return None
+        check_size(height, width)
+        crop = plan(height, width)
+        factor = _jpeg_factor(crop, size)
+        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
+    except BadSample:
+        raise
+    except ValueError:
+        return None
+    return pixels, _scaled(crop, pixels.shape[0] / height, pixels.shape[1] / width)
+
+
+def _scaled(crop: Crop, y: float, x: float) -> Crop:
+    height, width = max(1, round(crop.height * y)), max(1, round(crop.width * x))
+    return Crop(round(crop.top * y), round(crop.left * x), height, width, crop.flip)
+
+
+def decode_image(data: bytes, plan: Callable[[int, int], Crop], size: int) -> Tensor:
+    """Decode, crop and resize one image.
+
+    Args:
+        data: the encoded image.
+        plan: (height, width) of the original -> the crop to take of it.
+        size: the side of the square result, in pixels.
+
+    Returns: uint8 [3, size, size].
+    Raises: BadSample if the bytes are no decodable image of an allowed format and size.
+    """
+    decoded = _decode_jpeg(data, plan, size) if data[:2] == b"\xff\xd8" else None
+    if decoded is None:
+        image = open_image(data)
+        pixels, crop = np.array(to_rgb(image)), plan(image.height, image.width)
+    else:
+        pixels, crop = decoded
+    box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    image_tensor = torch.from_numpy(box).permute(2, 0, 1)[None]
+    if box.shape[:2] != (size, size):
+        image_tensor = F.interpolate(image_tensor, (size, size), mode="bicubic", antialias=True)
+    return image_tensor[0].flip(-1) if crop.flip else image_tensor[0]
+
+
+def read_json_field(data: bytes, path: str) -> Any:
+    """The value under a dotted path of a JSON member.
+
+    Raises: BadSample if the bytes are no JSON object or the path is not in it.
+    """
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise BadSample(f"its json member does not parse ({error})") from error
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            fields = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
+            raise BadSample(f"its json has no field {path!r} (it has: {fields})")
+        value = value[part]
+    return value
+
+
+def decode_captions(data: bytes, field: str) -> list[str]:
+    """The captions of one sample: the `txt` member's text, or a string or list of strings in the `json` member.
+
+    Args:
+        data: the member's bytes.
+        field: `txt`, or `json.<dotted path>`.
+
+    Raises: BadSample if there is no non-empty caption.
+    """
+    if field.startswith("json."):
+        value = read_json_field(data, field.removeprefix("json."))
+    else:
+        try:
+            value = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"its {field} member is not UTF-8 ({error.reason} at byte {error.start})") from error
+    captions = value if isinstance(value, list) else [value]
+    captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+    if not captions:
+        raise BadSample(f"its caption field {field!r} is empty")
+    return captions

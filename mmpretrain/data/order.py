@@ -1,0 +1,161 @@
+"""Which sample stands at global position s: a pure function of (seed, s, the shards' counts).
+
+A source's epoch is a seeded permutation of its blocks of consecutive samples, and inside each window of
+blocks a seeded permutation of the window's samples: reads stay local, and no shuffle buffer exists.
+A stream of several weighted sources deals positions out in a fixed pattern that holds each source's share
+to within one sample at every position.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import lcm
+
+import numpy as np
+
+from mmpretrain.seeds import hash64, permutation
+
+BLOCK_SIZE = 256
+WINDOW_BLOCKS = 64
+MAX_PERIOD = 10_000
+
+
+class SourceOrder:
+    """The order of one source's samples, epoch after epoch.
+
+    Args:
+        seed: names the order.
+        num_samples: how many samples the source has.
+        block_sizes: int64 [num_blocks], consecutive samples that are read together; None cuts the source into
+            blocks of `BLOCK_SIZE`.
+        window_blocks: how many blocks are shuffled into each other.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        num_samples: int,
+        block_sizes: np.ndarray | None = None,
+        window_blocks: int = WINDOW_BLOCKS,
+    ) -> None:
+        if block_sizes is None:
+            num_blocks = -(-num_samples // BLOCK_SIZE)
+            block_sizes = np.full(num_blocks, BLOCK_SIZE, dtype=np.int64)
+            block_sizes[-1] = num_samples - BLOCK_SIZE * (num_blocks - 1)
+        self.num_samples = num_samples
+        self._seed = seed
+        self._sizes = block_sizes
+        self._starts = np.cumsum(block_sizes) - block_sizes
+        self._window_blocks = window_blocks
+        # An epoch's block order is kept for the epoch before and the one after a boundary; windows are few.
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(blocks in their order, int64 [num_blocks]; where each window of them starts, int64 [num_windows + 1])."""
+        blocks = permutation(hash64(self._seed, epoch), len(self._sizes))
+        ends = np.cumsum(self._sizes[blocks])
+        last_blocks = np.arange(self._window_blocks, len(blocks), self._window_blocks) - 1
+        return blocks, np.concatenate([[0], ends[last_blocks], [self.num_samples]])
+
+    def _make_window(self, epoch: int, window: int) -> np.ndarray:
+        """The samples of one window in their order, int64."""
+        blocks = self._epoch(epoch)[0][window * self._window_blocks : (window + 1) * self._window_blocks]
+        samples = np.concatenate([np.arange(self._starts[b], self._starts[b] + self._sizes[b]) for b in blocks])
+        return samples[permutation(hash64(self._seed, epoch, window), len(samples))]
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Positions int64 [n] of this source -> sample ids int64 [n] in [0, num_samples)."""
+        samples = np.empty(len(positions), dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        for epoch in np.unique(epochs).tolist():
+            window_starts = self._epoch(epoch)[1]
+            of_epoch = epochs == epoch
+            windows = np.searchsorted(window_starts, offsets, side="right") - 1
+            for window in np.unique(windows[of_epoch]).tolist():
+                rows = np.flatnonzero(of_epoch & (windows == window))
+                samples[rows] = self._window(epoch, window)[offsets[rows] - window_starts[window]]
+        return samples
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_epoch", "_window")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+
+
+def quota_pattern(weights: Sequence[float]) -> np.ndarray:
+    """Which source each position of a period takes from: int64 [period], shares exact over the period.
+
+    The next position goes to the source that is furthest behind its share.
+    Raises: ValueError if a weight is not positive, or if the weights have no common period of a sensible length.
+    """
+    if min(weights) <= 0:
+        raise ValueError(f"source weights are {list(weights)}; each must be positive: leave out a source instead")
+    total = sum(Fraction(str(weight)) for weight in weights)
+    shares = [Fraction(str(weight)) / total for weight in weights]
+    period = lcm(*(share.denominator for share in shares))
+    if period > MAX_PERIOD:
+        raise ValueError(
+            f"source weights {list(weights)} repeat only after {period} samples, more than {MAX_PERIOD}; round them"
+        )
+    taken = [0] * len(weights)
+    pattern = np.empty(period, dtype=np.int64)
+    for i in range(period):
+        behind = [share * (i + 1) - count for share, count in zip(shares, taken, strict=True)]
+        source = behind.index(max(behind))
+        taken[source] += 1
+        pattern[i] = source
+    return pattern
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of one stream: its sources' orders, dealt out by their weights."""
+
+    sources: Sequence[SourceOrder]
+    weights: Sequence[float]
+
+    def __post_init__(self) -> None:
+        pattern = quota_pattern(self.weights)
+        counts = np.cumsum(pattern[:, None] == np.arange(len(self.sources)), axis=0)
+        object.__setattr__(self, "_pattern", pattern)
+        object.__setattr__(self, "_counts", counts)
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples an epoch of the stream has: those of all its sources."""
+        return sum(source.num_samples for source in self.sources)
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stream positions int64 [n] -> (source int64 [n], sample id within the source int64 [n])."""
+        if len(self.sources) == 1:
+            return np.zeros(len(positions), dtype=np.int64), self.sources[0](positions)
+        pattern: np.ndarray = self._pattern  # type: ignore[attr-defined]
+        counts: np.ndarray = self._counts  # type: ignore[attr-defined]
+        periods, places = np.divmod(positions, len(pattern))
+        sources = pattern[places]
+        samples = np.empty(len(positions), dtype=np.int64)
+        for i, order in enumerate(self.sources):
+            rows = np.flatnonzero(sources == i)
+            samples[rows] = order(periods[rows] * counts[-1, i] + counts[places[rows], i] - 1)
+        return sources, samples
+
+
+def step_positions(
+    order: Order, start: int, batch_size: int, rank: int, world_size: int, num_micro_batches: int
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """One rank's micro-batches of the step that takes positions [start, start + batch_size).
+
+    The batch is sorted by where its samples lie, cut into ranks, then into micro-batches.
+
+    Returns: for each micro-batch (positions, sources, sample ids), int64 [b] each.
+    """
+    positions = np.arange(start, start + batch_size)
+    sources, samples = order(positions)
+    by_place = np.lexsort((positions, samples, sources))
+    mine = np.split(by_place, world_size)[rank]
+    return [(positions[rows], sources[rows], samples[rows]) for rows in np.split(mine, num_micro_batches)]

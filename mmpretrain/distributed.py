@@ -1,0 +1,128 @@
+"""Ranks and collectives: the only file that speaks to other processes. Without torchrun, one process and no-ops."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def setup(device: torch.device) -> None:
+    """Join the group that torchrun's environment describes: nccl on CUDA, gloo elsewhere."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def shut_down() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """[b, ...] of each process, all of one shape -> [world * b, ...] in the order of ranks, without gradients."""
+    rows = rows.detach().contiguous()
+    if not dist.is_initialized():
+        return rows
+    gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(gathered, rows)
+    return gathered
+
+
+def gather_ragged_rows(rows: Tensor) -> Tensor:
+    """[b_r, ...] of process r -> [sum b_r, ...] in the order of ranks, on every process; b_r may differ."""
+    if not dist.is_initialized():
+        return rows
+    counts: list[int] = gather_objects(len(rows))
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = gather_rows(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every process's value, in the order of ranks, on every process. Only for values this program made itself."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Process 0's value."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+class LateFlags:
+    """Numbers whose maximum over ranks is known one step after they were posted, without holding up the device."""
+
+    def __init__(self) -> None:
+        self._flags: Tensor | None = None
+        self._work: dist.Work | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def post(self, flags: Mapping[str, Tensor]) -> None:
+        """Send this step's flags: scalars on the training device, float or bool."""
+        self._names = list(flags)
+        values = torch.stack([flag.float() for flag in flags.values()])
+        self._work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
+        self._flags = values
+        if values.is_cuda:
+            if self._work is not None:
+                self._work.wait()  # on CUDA this makes the stream wait, not the host
+                self._work = None
+            self._flags = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> dict[str, float]:
+        """The flags posted last, by name; empty before the first."""
+        if self._flags is None:
+            return {}
+        if self._work is not None:
+            self._work.wait()
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = dict(zip(self._names, self._flags.tolist(), strict=True))
+        self._flags, self._work, self._copied = None, None, None
+        return values

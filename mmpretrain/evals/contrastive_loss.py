@@ -1,0 +1,44 @@
+"""The held-out contrastive loss in fixed batches, so that scaling laws can be fitted to it."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmpretrain.evals.evaluation import Context
+from mmpretrain.losses import info_nce
+
+
+class ContrastiveLoss:
+    """InfoNCE at the run's own logit_scale over consecutive batches of the data's order.
+
+    Args:
+        data: names of `data.val` to use; None takes each that has captions.
+        batch_size: pairs of a batch; a last batch that is not full is left out, unless it is the only one.
+    """
+
+    def __init__(self, data: Sequence[str] | None = None, batch_size: int = 128) -> None:
+        self.data = data
+        self.batch_size = batch_size
+
+    def wants(self, context: Context) -> list[str]:
+        """The data sets that it is run on; none where the run has no logit_scale."""
+        if context.logit_scale is None:
+            return []
+        return [name for name, data in context.sets.items() if data.caption is not None]
+
+    def __call__(self, name: str, context: Context) -> dict[str, float]:
+        """`contrastive_loss`, of each image with its first caption."""
+        embedded = context.embedded(name)
+        assert context.logit_scale is not None
+        text_of = torch.zeros(len(embedded.images), dtype=torch.int64, device=embedded.pairs.device)
+        # Pairs stand in the order of the captions: written from the back, the first one stays.
+        for image, text in embedded.pairs.flip(0).tolist():
+            text_of[image] = text
+        texts = embedded.texts[text_of]
+        size = min(self.batch_size, len(texts))
+        scale = torch.tensor(context.logit_scale, device=texts.device)
+        losses = [
+            info_nce(embedded.images[start : start + size], texts[start : start + size], scale)
+            for start in range(0, len(texts) - size + 1, size)
+        ]
+        return {"contrastive_loss": float(torch.stack(losses).mean())}

@@ -1,0 +1,171 @@
+"""Held-out data as embeddings: what every evaluator starts from, computed once and spread over the ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mmpretrain import distributed
+from mmpretrain.batch import Refused
+from mmpretrain.data.decode import IMAGE_EXTENSIONS, BadSample, decode_image, read_json_field
+from mmpretrain.data.loader import length_cuts, read_captions, read_member
+from mmpretrain.data.shards import Shards
+from mmpretrain.data.storage import LocalStorage, Storage
+from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.data.transforms import CenterCrop
+from mmpretrain.models.image_text import ImageTextModel
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set: names, and for each the texts that stand for it."""
+
+    names: Sequence[str]
+    texts: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One held-out data set.
+
+    `caption` is `txt` or `json.<path>`; `label` is `cls` (an integer) or `json.<path>` (an integer or a class's
+    name). None where the data set has none.
+    """
+
+    name: str
+    shards: Shards
+    image_size: int
+    caption: str | None = None
+    label: str | None = None
+    classes: Classes | None = None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A data set in the shared space, the same on every rank, in the data's order.
+
+    `images` [n, e] and `texts` [m, e] of unit length, float32; a text is there once, however many images it
+    describes. `pairs` int64 [p, 2]: (image, text) that belong together. `labels` int64 [n], -1 where unknown.
+    `refused`: samples that could not be read, which are left out.
+    """
+
+    images: Tensor
+    texts: Tensor
+    pairs: Tensor
+    labels: Tensor
+    refused: Sequence[Refused]
+
+
+Record = tuple[Tensor | None, list[str], int, str]
+"""(image uint8 [3, h, w] or None if it was refused, captions, label, key or the reason)."""
+
+
+class _Records(Dataset[Record]):
+    def __init__(self, data: EvalSet) -> None:
+        self._data = data
+        self._storage: Storage = LocalStorage()
+        self._crop = CenterCrop()
+
+    def __len__(self) -> int:
+        return self._data.shards.num_samples
+
+    def _label(self, sample: int) -> int:
+        data = self._data
+        if data.label is None:
+            return -1
+        member = read_member(data.shards, self._storage, sample, (data.label.split(".")[0],))
+        value: object = member.decode().strip()
+        if data.label.startswith("json."):
+            value = read_json_field(member, data.label.removeprefix("json."))
+        if data.classes is not None and value in data.classes.names:
+            return data.classes.names.index(str(value))
+        try:
+            label = int(str(value))
+        except ValueError:
+            raise BadSample(f"its label {value!r} is neither an integer nor the name of a class") from None
+        if data.classes is not None and not 0 <= label < len(data.classes.names):
+            raise BadSample(f"its label {label} is none of the {len(data.classes.names)} classes")
+        return label
+
+    def __getitem__(self, sample: int) -> Record:
+        data = self._data
+        try:
+            encoded = read_member(data.shards, self._storage, sample, IMAGE_EXTENSIONS)
+            image = decode_image(encoded, self._crop, data.image_size)
+            captions = [] if data.caption is None else read_captions(data.shards, self._storage, sample, data.caption)
+            return image, captions, self._label(sample), data.shards.key(sample)
+        except BadSample as error:
+            return None, [], -1, str(error)
+
+
+def embed_texts(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
+    """Texts -> [m, e] of unit length, float32, on the model's device; one process's work."""
+    device = model.image_projection.weight.device
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        ids, lengths = tokenizer(texts[start : start + batch_size])
+        order = lengths.argsort(stable=True)
+        ids, lengths = ids[order].to(device), lengths[order]
+        encoding = model.encode_text(ids, lengths.to(device), length_cuts(lengths, 1, ids.shape[1]))
+        parts.append(model.project_text(encoding.pooled).float()[order.argsort().to(device)])
+    return torch.cat(parts) if parts else torch.zeros(0, model.image_projection.out_features, device=device)
+
+
+def _share(count: int) -> slice:
+    """This rank's consecutive part of `count` things."""
+    bounds = np.linspace(0, count, distributed.world_size() + 1).astype(int)
+    return slice(int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1]))
+
+
+@torch.no_grad()
+def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size: int, workers: int) -> Embedded:
+    """Embed a data set; each rank does its share, and every rank gets the whole. A collective.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        data: what to embed.
+        batch_size: samples that one device holds at once.
+        workers: decoding processes of each rank.
+    """
+    device = model.image_projection.weight.device
+    share = _share(data.shards.num_samples)
+    loader = DataLoader(
+        _Records(data),
+        sampler=range(share.start, share.stop),
+        batch_size=batch_size,
+        collate_fn=list,
+        num_workers=workers,
+    )
+    images, captions, labels, refused = [], [], [], []
+    for sample, records in zip(range(share.start, share.stop, batch_size), loader, strict=True):
+        kept = [record for record in records if record[0] is not None]
+        for offset, (image, _, _, reason) in enumerate(records):
+            if image is None:
+                shard = data.shards.path(int(data.shards.locate(np.array([sample + offset]))[0][0]))
+                refused.append(Refused(data.name, shard, data.shards.key(sample + offset), reason))
+        if kept:
+            pixels = torch.stack([record[0] for record in kept if record[0] is not None]).to(device)
+            images.append(model.project_image(model.encode_image(pixels).pooled).float())
+            captions += [record[1] for record in kept]
+            labels += [record[2] for record in kept]
+    width = model.image_projection.out_features
+    local = torch.cat(images) if images else torch.zeros(0, width, device=device)
+    all_images = distributed.gather_ragged_rows(local)
+    gathered = distributed.gather_objects((captions, labels, refused))
+    all_captions = [texts for part in gathered for texts in part[0]]
+    distinct = {text: None for texts in all_captions for text in texts}
+    number = {text: i for i, text in enumerate(distinct)}
+    texts_share = list(distinct)[_share(len(distinct))]
+    texts = distributed.gather_ragged_rows(embed_texts(model, tokenizer, texts_share, batch_size))
+    pairs = [(i, number[text]) for i, texts_of in enumerate(all_captions) for text in texts_of]
+    return Embedded(
+        images=all_images,
+        texts=texts,
+        pairs=torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2),
+        labels=torch.tensor([label for part in gathered for label in part[1]], device=device),
+        refused=[refusal for part in gathered for refusal in part[2]],
+    )

@@ -1,0 +1,76 @@
+"""Retrieval: does an image find its texts, and a text its images?"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmpretrain import distributed
+from mmpretrain.evals.evaluation import Context
+
+
+def match_ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, chunk_size: int = 1024) -> Tensor:
+    """How many wrong answers stand before each query's best right one; ties count against the model.
+
+    Args:
+        queries: [q, e]; gallery: [g, e].
+        pairs: int64 [p, 2], (query, gallery item) that belong together; each query has at least one.
+        chunk_size: queries compared at once: memory is chunk_size x g.
+
+    Returns: int64 [q]; 0 is a hit at rank one. Similarities that are no numbers count as wrong answers in front.
+    """
+    ranks = []
+    for start in range(0, len(queries), chunk_size):
+        similarity = queries[start : start + chunk_size] @ gallery.T
+        inside = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + len(similarity))]
+        rows, columns = inside[:, 0] - start, inside[:, 1]
+        best = similarity.new_full((len(similarity),), -torch.inf)
+        best = best.scatter_reduce(0, rows, similarity[rows, columns], "amax")
+        wrong = torch.ones_like(similarity, dtype=torch.bool)
+        wrong[rows, columns] = False
+        ranks.append((~(similarity < best[:, None]) & wrong).sum(1))
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64, device=queries.device)
+
+
+class Retrieval:
+    """Recall at k from images to texts and from texts to images.
+
+    A text that several images share is one query with several right answers, and so is an image with several texts.
+
+    Args:
+        data: names of `data.val` to use; None takes each that has captions.
+        ks: recall is the part of queries with a right answer among the first k.
+        chunk_size: queries compared at once.
+    """
+
+    def __init__(
+        self, data: Sequence[str] | None = None, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 1024
+    ) -> None:
+        self.data = data
+        self.ks = ks
+        self.chunk_size = chunk_size
+
+    def wants(self, context: Context) -> list[str]:
+        """The data sets that it is run on."""
+        return [name for name, data in context.sets.items() if data.caption is not None]
+
+    def __call__(self, name: str, context: Context) -> dict[str, float]:
+        """`text_retrieval_recall@k` (image to text) and `image_retrieval_recall@k` (text to image)."""
+        embedded = context.embedded(name)
+        images, texts, pairs = embedded.images, embedded.texts, embedded.pairs
+        return {
+            **self._recalls("text_retrieval", images, texts, pairs),
+            **self._recalls("image_retrieval", texts, images, pairs.flip(1)),
+        }
+
+    def _recalls(self, name: str, queries: Tensor, gallery: Tensor, pairs: Tensor) -> dict[str, float]:
+        """Each rank ranks its share of the queries; hits are added up as integers."""
+        asked = pairs[:, 0].unique()[distributed.rank() :: distributed.world_size()]
+        number = torch.full((len(queries),), -1, dtype=torch.int64, device=pairs.device)
+        number[asked] = torch.arange(len(asked), device=pairs.device)
+        mine = pairs[number[pairs[:, 0]] >= 0]
+        mine = torch.stack([number[mine[:, 0]], mine[:, 1]], dim=1)
+        ranks = match_ranks(queries[asked], gallery, mine, self.chunk_size)
+        hits = torch.stack([(ranks < k).sum() for k in self.ks] + [torch.tensor(len(ranks), device=ranks.device)])
+        *counts, total = distributed.all_reduce_sum(hits).tolist()
+        return {f"{name}_recall@{k}": count / max(1, total) for k, count in zip(self.ks, counts, strict=True)}

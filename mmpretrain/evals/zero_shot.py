@@ -1,0 +1,114 @@
+"""Zero-shot classification: the class whose texts lie nearest to the image."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpretrain.evals.embed import Classes, embed_texts
+from mmpretrain.evals.evaluation import Context
+
+_TEMPLATE_SETS = {
+    "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+    "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+}
+
+
+def read_classes(
+    path: Path, class_column: str = "label", text_column: str | None = None, templates: str | Sequence[str] = "openai"
+) -> Classes:
+    """The classes of a file: a TSV with a header, or one name a line.
+
+    Args:
+        path: the file; the order of its lines is the order of the labels.
+        class_column: the TSV's column of names.
+        text_column: the TSV's column with a text of one's own for each class, used as it is.
+        templates: `openai` or `simple` (open_clip's sets), or sentences with `{}` where the name goes.
+
+    Raises: ValueError for a missing file or column, no class, or unknown templates.
+    """
+    if not path.is_file():
+        raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
+    lines = path.read_text().splitlines()
+    own_texts: list[str] = []
+    if lines and "\t" in lines[0]:
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        for column in (class_column, *([text_column] if text_column else [])):
+            if rows and column not in rows[0]:
+                raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(rows[0])}")
+        names = [row[class_column] for row in rows]
+        own_texts = [row[text_column] for row in rows] if text_column else []
+    else:
+        if text_column:
+            raise ValueError(f"text_column is {text_column!r}, but {path} has no columns; expected a TSV with a header")
+        names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path} names no class; expected at least one")
+    if own_texts:
+        return Classes(names, [[text] for text in own_texts])
+    return Classes(names, [[fill(name) for fill in _templates(templates)] for name in names])
+
+
+def _templates(templates: str | Sequence[str]) -> list:
+    if isinstance(templates, str):
+        if templates not in _TEMPLATE_SETS:
+            known = ", ".join(_TEMPLATE_SETS)
+            raise ValueError(
+                f"templates is {templates!r}; expected {known}, or a list of sentences with {{}} for the name"
+            )
+        return list(_TEMPLATE_SETS[templates])
+    if any("{}" not in template for template in templates):
+        raise ValueError(f"templates is {list(templates)}; each must have {{}} where the class's name goes")
+    return [template.format for template in templates]
+
+
+def class_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """`acc1`, `acc5` and `mean_per_class_recall`; ties count against the model.
+
+    Args:
+        predicted: similarities [n, C].
+        labels: int64 [n].
+        num_classes: C.
+    """
+    right = predicted.gather(1, labels[:, None])
+    others = ~(predicted < right)
+    ranks = others.sum(1) - others.gather(1, labels[:, None])[:, 0].long()
+    hits = (ranks < 1).double()
+    per_class = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
+    counts = torch.bincount(labels, minlength=num_classes)
+    recall = per_class.scatter_add(0, labels, hits)[counts > 0] / counts[counts > 0]
+    return {
+        "acc1": float(hits.mean()),
+        "acc5": float((ranks < 5).double().mean()),
+        "mean_per_class_recall": float(recall.mean()),
+    }
+
+
+class ZeroShot:
+    """Classification by the mean of each class's text embeddings.
+
+    Args:
+        data: names of `data.val` to use; None takes each that has `classes` and `label`.
+    """
+
+    def __init__(self, data: Sequence[str] | None = None) -> None:
+        self.data = data
+
+    def wants(self, context: Context) -> list[str]:
+        """The data sets that it is run on."""
+        return [name for name, data in context.sets.items() if data.classes is not None and data.label is not None]
+
+    def __call__(self, name: str, context: Context) -> dict[str, float]:
+        """`acc1`, `acc5`, `mean_per_class_recall`."""
+        classes = context.sets[name].classes
+        assert classes is not None
+        embedded = context.embedded(name)
+        texts = [text for group in classes.texts for text in group]
+        rows = embed_texts(context.model, context.tokenizer, texts, context.batch_size)
+        groups = rows.split([len(group) for group in classes.texts])
+        weights = F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
+        return class_scores(embedded.images @ weights.T, embedded.labels, len(classes.names))

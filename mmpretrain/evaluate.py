@@ -1,0 +1,63 @@
+"""Evaluate a checkpoint: python -m mmpretrain.evaluate checkpoint=RUN_DIR eval=[retrieval,zero_shot] [overrides]."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from mmpretrain import build, config, distributed
+from mmpretrain.checkpoint import write_text
+from mmpretrain.config import EvalSetConfig, EvaluateConfig
+from mmpretrain.evals.evaluation import Context, evaluate
+from mmpretrain.load import load_checkpoint
+from mmpretrain.metrics import print_results
+
+
+def main() -> None:
+    """The command."""
+    config.entry(_hydra_main)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="evaluate")
+def _hydra_main(cfg: DictConfig) -> None:
+    try:
+        with config.usage_errors():
+            settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+            config.check_evaluators(settings.eval)
+            run(settings)
+    finally:
+        distributed.shut_down()
+
+
+def run(cfg: EvaluateConfig) -> Mapping[str, float]:
+    """Evaluate `cfg.checkpoint` on the given data sets, or on the run's own. Raises: ValueError for wrong use."""
+    device = build.device_of(cfg.device, distributed.local_rank())
+    distributed.setup(device)
+    loaded = load_checkpoint(cfg.checkpoint, device)
+    of_run = loaded.config["data"]
+    sets = cfg.data.val or {name: EvalSetConfig(**fields) for name, fields in of_run["val"].items()}
+    root = cfg.data.root or of_run["root"]
+    context = Context(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        sets=build.build_eval_sets(sets, root, loaded.image_size),
+        logit_scale=loaded.logit_scale,
+        batch_size=cfg.data.val_batch_size,
+        workers=cfg.data.workers,
+    )
+    evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision.value == "bf16")
+    scores = evaluate(evaluators, context, autocast)
+    if distributed.is_main():
+        results = {**scores, "samples": loaded.state["samples"]}
+        if cfg.output is not None:
+            write_text(Path(cfg.output), json.dumps(results, indent=2) + "\n")
+        print_results(results, loaded.path.parent.parent)
+    return scores
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Pure tensor functions, float32 or wider: each is its paper's equation and nothing else."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None) -> Tensor:
+    """The symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3).
+
+    L = -1/2B sum_i [log softmax_j(s <x_i, y_j>)_i + log softmax_j(s <x_j, y_i>)_i]
+
+    Args:
+        image, text: x and y, [B, e] of unit length; row i of both is a pair.
+        logit_scale: s, one number.
+        ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
+
+    Returns: a scalar.
+    """
+    logits = logit_scale * image @ text.T
+    if ids is not None:
+        copies = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
+        logits = logits.masked_fill(copies, -torch.inf)
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def sigmoid_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None
+) -> Tensor:
+    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, equation 1).
+
+    L = -1/B sum_ij log sigma(z_ij (t <x_i, y_j> + b)),  z_ij = 1 on the diagonal and -1 off it
+
+    Args:
+        image, text: x and y, [B, e] of unit length; row i of both is a pair.
+        logit_scale, logit_bias: t and b, one number each.
+        ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
+
+    Returns: a scalar.
+    """
+    logits = logit_scale * image @ text.T + logit_bias
+    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
+    terms = F.logsigmoid(signs * logits)
+    if ids is not None:
+        copies = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
+        terms = terms.masked_fill(copies, 0.0)
+    return -terms.sum() / len(logits)
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Images [b, c, h, w] -> patches [b, N, p_h p_w c], pixels row by row with their channels together (MAE's layout)."""
+    b, c, height, width = images.shape
+    rows, columns = height // patch_size[0], width // patch_size[1]
+    x = images.reshape(b, c, rows, patch_size[0], columns, patch_size[1])
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, rows * columns, patch_size[0] * patch_size[1] * c)
+
+
+def masked_reconstruction(prediction: Tensor, patches: Tensor, hidden: Tensor, norm_pix: bool) -> Tensor:
+    """The sum over hidden patches of the mean squared error of their pixels (MAE, He et al. 2022, section 3).
+
+    Args:
+        prediction, patches: [b, N, p_h p_w c].
+        hidden: bool [b, N].
+        norm_pix: the target is each patch with its own mean taken away and divided by its own deviation
+            (unbiased variance + 1e-6).
+
+    Returns: a scalar, to be divided by the number of hidden patches of the whole batch.
+    """
+    if norm_pix:
+        mean = patches.mean(dim=-1, keepdim=True)
+        variance = patches.var(dim=-1, keepdim=True)
+        patches = (patches - mean) / (variance + 1e-6).sqrt()
+    return ((prediction - patches).square().mean(dim=-1) * hidden).sum()

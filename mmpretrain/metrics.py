@@ -1,0 +1,166 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a progress bar, a grid of pairs. Only the main process writes."""
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from mmpretrain.checkpoint import write_text
+
+log = logging.getLogger(__name__)
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The objects of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON; expected one object a line, remove it") from None
+    return records
+
+
+class MetricsWriter:
+    """Writes scalars to metrics.jsonl and TensorBoard, on the axis of samples seen.
+
+    Args:
+        folder: the run's directory.
+        step, samples: where the run goes on from; what an earlier process logged beyond is dropped, so that no
+            step appears twice.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, samples: int = 0) -> None:
+        path = folder / "metrics.jsonl"
+        kept = [record for record in read_records(path) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a", buffering=1)
+        purge = samples + 1 if step else None
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=purge, flush_secs=10)
+
+    def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        """Log one object; a value that is not finite is written as null, which JSON can say."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, "samples": samples, **finite}) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, samples)
+
+    def image(self, name: str, samples: int, image: np.ndarray) -> None:
+        """Log a picture, uint8 [h, w, 3]."""
+        self._tensorboard.add_image(name, image, samples, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: int = 160) -> np.ndarray:
+    """Training pairs as the model sees them: images uint8 [n, 3, h, w], each above its caption -> uint8 [H, W, 3]."""
+    text_height, line = 48, 22
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * cell, rows * (cell + text_height)), "white")
+    canvas = ImageDraw.Draw(grid)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = (i % columns) * cell, (i // columns) * (cell + text_height)
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        grid.paste(picture.resize((cell - 8, cell - 8), Image.Resampling.NEAREST), (left + 4, top + 4))
+        wrapped = [caption[start : start + line * 1] for start in range(0, min(len(caption), 3 * line), line)]
+        canvas.multiline_text((left + 4, top + cell), "\n".join(wrapped), fill="black")
+    return np.asarray(grid)
+
+
+class Quarantine:
+    """quarantine.jsonl: every refused sample once, by shard and key."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._seen = {(record["shard"], record["key"]) for record in known}
+
+    def add(self, shard: str, key: str, **details: str) -> None:
+        """Write a sample down unless it is there already."""
+        if (shard, key) not in self._seen:
+            self._seen.add((shard, key))
+            log.warning("refused sample %s of %s: %s", key, shard, details.get("reason", ""))
+            with self._path.open("a") as file:
+                file.write(json.dumps({"shard": shard, "key": key, **details}) + "\n")
+
+
+class ProgressBar:
+    """Loss, pairs per second and time left: a bar on a terminal, a line a log step elsewhere."""
+
+    def __init__(self, num_steps: int, step: int, enabled: bool) -> None:
+        self._num_steps = num_steps
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        if enabled and sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.4f}  {task.fields[speed]:.0f} pairs/s"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("train", total=num_steps, completed=step, loss=math.nan, speed=math.nan)
+
+    def __enter__(self) -> "ProgressBar":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """After every step."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, loss: float, speed: float, seconds_left: float) -> None:
+        """After a logged step."""
+        if self._bar is not None:
+            self._bar.update(self._task, loss=loss, speed=speed)
+        elif self._enabled:
+            minutes, seconds = divmod(round(seconds_left), 60)
+            log.info(
+                "step %d/%d  loss %.4f  %.0f pairs/s  %d:%02d left",
+                step,
+                self._num_steps,
+                loss,
+                speed,
+                minutes,
+                seconds,
+            )
+
+
+def print_results(results: Mapping[str, float], folder: Path) -> None:
+    """The short table at the end, and where everything lies."""
+    table = Table(title=str(folder), title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in results.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    console = Console()
+    console.print(table)
+    console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)
+    console.print(f"curves:      tensorboard --logdir {folder}", soft_wrap=True)

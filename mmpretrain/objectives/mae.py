@@ -1,0 +1,99 @@
+"""Masked autoencoding of images: MAE (He et al. 2022)."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mmpretrain.batch import Batch
+from mmpretrain.losses import masked_reconstruction, patchify
+from mmpretrain.masking import MaskSpec, random_patch_mask
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives import Encodings
+
+
+class MAE(nn.Module):
+    """Reconstruct the pixels of hidden patches from the encoding of the others.
+
+    Args:
+        model: its image encoder must be a plain ViT.
+        mask_ratio: the part of the patches that is hidden, or [smallest, largest], from which each sample draws.
+        decoder_width, decoder_depth, decoder_heads: the decoder's shape.
+        norm_pix: the target is each patch normalised by its own mean and deviation.
+        stream: where the images come from.
+
+    Raises: ValueError if the image encoder is no plain ViT or the ratio is not inside (0, 1).
+    """
+
+    def __init__(
+        self,
+        model: ImageTextModel,
+        mask_ratio: float | Sequence[float] = 0.75,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        norm_pix: bool = True,
+        stream: str = "pairs",
+    ) -> None:
+        super().__init__()
+        encoder = model.image
+        if not encoder.is_vit:
+            raise ValueError(
+                "objective.mae needs a plain ViT of timm (vit_*) as model.image; this one cannot drop patches"
+            )
+        low, high = (mask_ratio, mask_ratio) if isinstance(mask_ratio, float | int) else mask_ratio
+        if not 0 < low <= high < 1:
+            raise ValueError(
+                f"objective.mae.mask_ratio is {mask_ratio}; expected a number, or two in order, inside (0, 1)"
+            )
+        self.streams = (stream,)
+        self.norm_pix = norm_pix
+        self.mask = MaskSpec("mae", (low, high))
+        self.num_patches = encoder.num_patches
+        self.num_prefix_tokens = encoder.num_prefix_tokens
+        self.patch_size = encoder.patch_size
+        self.decoder_embed = nn.Linear(encoder.width, decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(decoder_depth)
+        )
+        self.norm = norm_layer(decoder_width)
+        self.predict = nn.Linear(decoder_width, self.patch_size[0] * self.patch_size[1] * 3)
+        positions = build_sincos2d_pos_embed(list(encoder.grid_size), dim=decoder_width, interleave_sin_cos=False)
+        self.positions: Tensor
+        self.register_buffer("positions", positions[None], persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of hidden patches of a micro-batch."""
+        seeds = batch.streams[self.streams[0]].seeds
+        return random_patch_mask(seeds, self.num_patches, self.mask).hidden.sum()
+
+    def loss(self, encodings: Encodings) -> Tensor:
+        """The sum over hidden patches of `losses.masked_reconstruction`."""
+        (stream,) = self.streams
+        mask = encodings.patch_mask(stream, self.mask)
+        tokens = self.decoder_embed(encodings.image(stream, self.mask).tokens)
+        prefix, kept = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        width = kept.shape[-1]
+        # Put kept tokens back in their places; what is hidden, filler's places included, gets the mask token.
+        places = mask.keep[..., None].expand(-1, -1, width)
+        patches = kept.new_zeros(len(kept), self.num_patches, width).scatter(1, places, kept)
+        patches = torch.where(mask.hidden[..., None], self.mask_token.to(patches.dtype), patches) + self.positions
+        x = torch.cat([prefix.to(patches.dtype), patches], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        prediction = self.predict(self.norm(x))[:, self.num_prefix_tokens :]
+        pixels = encodings.pixels(stream)
+        # The error is taken in float32 or wider: bf16 would round it away as the reconstruction gets good.
+        target = patchify(pixels, self.patch_size)
+        return masked_reconstruction(prediction.to(target.dtype), target, mask.hidden, self.norm_pix)

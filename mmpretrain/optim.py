@@ -1,0 +1,127 @@
+"""The optimiser: AdamW over each tower's parameters, and the guard that skips a step that is not finite."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+TOWERS = ("image", "text", "heads")
+
+
+@dataclass
+class Tower:
+    """A tower's own learning rate and weight decay; None means the optimiser's."""
+
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+def tower_of(parameter_name: str) -> str:
+    """`image`, `text`, or `heads` for projections and what belongs to objectives."""
+    for tower in ("image", "text"):
+        if parameter_name.startswith(f"model.{tower}."):
+            return tower
+    return "heads"
+
+
+def _decays(parameter: nn.Parameter) -> bool:
+    """Matrices decay; biases, norms, scales and single tokens, which have one dimension larger than 1, do not."""
+    return sum(size > 1 for size in parameter.shape) > 1
+
+
+def adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    towers: Mapping[str, Tower],
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with fused kernels.
+
+    Args:
+        parameters: named as in the task; frozen ones are left out.
+        lr, weight_decay, betas, eps: as in the paper; no decay acts on one-dimensional parameters.
+        towers: what differs for `image`, `text` or `heads`.
+
+    Raises: ValueError if `towers` names another one.
+    """
+    if unknown := sorted(set(towers) - set(TOWERS)):
+        raise ValueError(f"optimizer.towers has {unknown[0]!r}; expected one of {', '.join(TOWERS)}")
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    names: dict[tuple[str, bool], list[str]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            key = (tower_of(name), _decays(parameter))
+            members.setdefault(key, []).append(parameter)
+            names.setdefault(key, []).append(name)
+    groups = []
+    for (tower_name, decays), params in members.items():
+        tower = towers.get(tower_name) or Tower()
+        tower_lr = lr if tower.lr is None else tower.lr
+        decay = weight_decay if tower.weight_decay is None else tower.weight_decay
+        groups.append(
+            {
+                "params": params,
+                "names": names[tower_name, decays],
+                "tower": tower_name,
+                "lr": tower_lr,
+                "base_lr": tower_lr,
+                "weight_decay": decay if decays else 0.0,
+            }
+        )
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's learning rate: its own times the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The gradient's 2-norm over each tower and (`all`) over all of them, scalars on the device."""
+    gradients: dict[str, list[Tensor]] = {}
+    for group in optimizer.param_groups:
+        gradients.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
+    norms = {tower: torch.nn.utils.get_total_norm(grads) for tower, grads in gradients.items()}
+    norms["all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    return norms
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None) -> Tensor:
+    """Clip the gradient to `max_norm`, take the step if the gradient is finite, and clear it.
+
+    A gradient that is not finite leaves parameters and moments bit-identical; the decision stays on the device.
+
+    Returns: whether the step was skipped, a float32 scalar of 0 or 1.
+    """
+    skipped = (~torch.isfinite(norm)).float()
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by the fused kernels
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return skipped
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state by `<parameter>/<name of the state>`: exp_avg, exp_avg_sq and step of each parameter."""
+    return {
+        f"{name}/{key}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave. Raises: KeyError if a parameter's state is missing."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            optimizer.state[parameter] = {
+                key: tensors[f"{name}/{key}"].to(parameter.device, copy=True)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }

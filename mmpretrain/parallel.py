@@ -1,0 +1,47 @@
+"""How the task is spread over processes, in one place."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmpretrain import distributed
+from mmpretrain.batch import Batch
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Task
+
+
+def freeze_unreached(task: Task, example: Batch) -> list[str]:
+    """Freeze the parameters that no objective's gradient reaches, and name them.
+
+    A tower that no objective asks for, or a pooling head that none looks at, would otherwise be decayed by the
+    optimiser and be waited for by DDP. Found out by one backward pass over a small example.
+    """
+    task.eval()
+    forward_backward(task, task, [example], dict.fromkeys(task.objectives, 1.0))
+    task.train()
+    frozen = [name for name, parameter in task.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    for parameter in task.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
+    return frozen
+
+
+def wrap(task: Task, device: torch.device) -> nn.Module:
+    """The task as each rank runs it: DDP over several processes, itself on one.
+
+    Raises: ValueError if the model has BatchNorm and several CPU processes would each normalise by their own part.
+    """
+    if distributed.world_size() == 1:
+        return task
+    if task.model.image.has_batch_norm:
+        if device.type != "cuda":
+            raise ValueError(
+                "model.image has BatchNorm, which cannot be synchronised between CPU processes; "
+                "run one process, or choose an encoder without it"
+            )
+        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    # Every parameter is reached in every step (`freeze_unreached`), so nothing has to be searched for.
+    return DistributedDataParallel(
+        task, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+    )

@@ -1,0 +1,148 @@
+"""The gradients of one global batch, whatever the number of ranks and micro-batches.
+
+A coupled loss needs every row of the batch. Its rows are gathered without gradients, its loss is computed on
+all of them as plain tensor code, and what flows back is each row's own gradient: the wrapped forward returns
+<rows, d rows>, whose gradient is that of the loss (gradient caching, Gao et al. 2021). With one micro-batch
+this happens inside the one forward; with more, a first pass without gradients collects the rows. Masks and
+dropout are functions of the samples' seeds, so that both passes are the same.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmpretrain import distributed
+from mmpretrain.batch import Batch
+from mmpretrain.task import Task
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """A step's values on the device: coupled losses over the whole batch, this rank's sums of the others."""
+
+    coupled: Tensors
+    """Scalars, by objective: the same on every rank."""
+    sums: Tensors
+    """This rank's part of each independent objective's sum."""
+    counts: Tensors
+    """The number of terms in the whole batch, by independent objective."""
+    shared: dict[str, Tensors]
+    """A coupled objective's own scalars, such as its logit_scale."""
+
+    def reduced(self) -> Tensors:
+        """The loss of each objective over the whole batch; a collective, for steps that are logged."""
+        means = {
+            name: distributed.all_reduce_sum(total.double()) / self.counts[name] for name, total in self.sums.items()
+        }
+        return {**self.coupled, **means}
+
+
+class _Coupling:
+    """The coupled losses of one step: collects rows, computes each loss once, hands out gradients."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.rows: dict[str, list[Tensors]] = defaultdict(list)
+        self.losses: Tensors = {}
+        self.shared: dict[str, Tensors] = {}
+        self._gradients: dict[str, tuple[list[Tensors], Tensors]] = {}
+        self._given: dict[str, int] = defaultdict(int)
+
+    def collect(self, name: str, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+        """The first pass: keep a micro-batch's rows; nothing flows back."""
+        self.rows[name].append({key: row.detach() for key, row in rows.items()})
+        return _zeros(rows), _zeros(shared)
+
+    def couple(self, name: str, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+        """The pass with gradients: d loss / d rows of this micro-batch, d loss / d shared on the last one."""
+        if not self.rows[name]:  # one micro-batch: its rows are all there are on this rank
+            self.collect(name, rows, shared)
+        if name not in self._gradients:
+            self._gradients[name] = self._differentiate(name, shared)
+        d_rows, d_shared = self._gradients[name]
+        self._given[name] += 1
+        is_last = self._given[name] == len(d_rows)
+        return d_rows[self._given[name] - 1], d_shared if is_last else _zeros(shared)
+
+    def _differentiate(self, name: str, shared: Mapping[str, Tensor]) -> tuple[list[Tensors], Tensors]:
+        micro_batches = self.rows[name]
+        sizes = [len(next(iter(rows.values()))) for rows in micro_batches]
+        local = {key: torch.cat([rows[key] for rows in micro_batches]) for key in micro_batches[0]}
+        leaves = {key: distributed.gather_rows(rows) for key, rows in local.items()}
+        scalars = {key: value.detach().requires_grad_() for key, value in shared.items()}
+        differentiable = [key for key, rows in leaves.items() if rows.is_floating_point()]
+        device_type = next(iter(local.values())).device.type
+        with torch.enable_grad(), torch.autocast(device_type, enabled=False):
+            for key in differentiable:
+                leaves[key].requires_grad_()
+            loss = self._task.coupled(name).loss(leaves, scalars)
+            inputs = [leaves[key] for key in differentiable] + list(scalars.values())
+            gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        self.losses[name] = loss.detach()
+        self.shared[name] = {key: value.detach() for key, value in scalars.items()}
+        world, mine = distributed.world_size(), distributed.rank()
+        d_local = [gradient.chunk(world)[mine].split(sizes) for gradient in gradients[: len(differentiable)]]
+        d_rows = [dict(zip(differentiable, part, strict=True)) for part in zip(*d_local, strict=True)]
+        # Every rank has the whole of d loss / d shared, and ranks are summed: each gives its part.
+        d_shared = {
+            key: gradient / world for key, gradient in zip(scalars, gradients[len(differentiable) :], strict=True)
+        }
+        return d_rows, d_shared
+
+
+def _no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
+    """DDP's ranks exchange gradients on the last micro-batch only."""
+    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+
+def _zeros(tensors: Mapping[str, Tensor]) -> Tensors:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def forward_backward(
+    wrapped: nn.Module,
+    task: Task,
+    micro_batches: Sequence[Batch],
+    weights: Mapping[str, float],
+    autocast: AbstractContextManager[object] | None = None,
+) -> StepLosses:
+    """Add the gradients of one global batch's weighted loss to the parameters.
+
+    Args:
+        wrapped: `task`, or what DDP makes of it (it averages over ranks).
+        task: the model and its objectives.
+        micro_batches: this rank's part of the batch; the same number on every rank.
+        weights: the weight of each objective's loss.
+        autocast: the precision of the forward passes; entered once a pass.
+    """
+    autocast = autocast or nullcontext()
+    counts: Tensors = {}
+    for batch in micro_batches:
+        for name, count in task.counts(batch).items():
+            counts[name] = counts.get(name, 0) + count
+    counts = {name: distributed.all_reduce_sum(count).clamp(min=1) for name, count in counts.items()}
+    coupling = _Coupling(task)
+    if len(micro_batches) > 1 and len(counts) < len(task.objectives):
+        with torch.no_grad():
+            for batch in micro_batches:
+                with autocast:
+                    wrapped(batch, weights, counts, coupling.collect)
+    sums: Tensors = {}
+    world = distributed.world_size()
+    for i, batch in enumerate(micro_batches):
+        is_last = i == len(micro_batches) - 1
+        with nullcontext() if is_last else _no_sync(wrapped):
+            with autocast:
+                total, part = wrapped(batch, weights, counts, coupling.couple)
+            # DDP averages gradients over ranks; the loss is a sum over them.
+            (total * world).backward()
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0) + value
+    return StepLosses(coupling.losses, sums, counts, coupling.shared)

@@ -1,0 +1,148 @@
+"""Encodings and Task: the model and its objectives as one module, with one forward pass for all of a step's losses."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mmpretrain.batch import Batch, Samples
+from mmpretrain.masking import MaskSpec, PatchMask, random_patch_mask
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.text import TextEncoding
+from mmpretrain.models.vit import ImageEncoding
+from mmpretrain.objectives import Couple, CoupledObjective, IndependentObjective, Objective
+
+
+class Encodings:
+    """The encoder passes of one micro-batch, each run at most once, when an objective first asks for it."""
+
+    def __init__(self, model: ImageTextModel, batch: Batch) -> None:
+        self.batch = batch
+        self._model = model
+        self._pixels: dict[str, Tensor] = {}
+        self._masks: dict[tuple[str, MaskSpec], PatchMask] = {}
+        self._images: dict[tuple[str, MaskSpec | None], ImageEncoding] = {}
+        self._texts: dict[str, TextEncoding] = {}
+
+    def samples(self, stream: str) -> Samples:
+        """The stream's part of the micro-batch."""
+        return self.batch.streams[stream]
+
+    def pixels(self, stream: str) -> Tensor:
+        """The normalised images [b, 3, h, w]."""
+        if stream not in self._pixels:
+            images = self.samples(stream).images
+            if images is None:
+                raise ValueError(f"stream {stream!r} has no images; an objective asks for them")
+            self._pixels[stream] = self._model.normalize(images)
+        return self._pixels[stream]
+
+    def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask:
+        """The mask that `spec` draws for each sample of the stream."""
+        if (stream, spec) not in self._masks:
+            seeds = self.samples(stream).seeds
+            self._masks[stream, spec] = random_patch_mask(seeds, self._model.image.num_patches, spec)
+        return self._masks[stream, spec]
+
+    def image(self, stream: str, mask: MaskSpec | None = None) -> ImageEncoding:
+        """The image encoder's output, on all patches or on those that `mask` keeps."""
+        if (stream, mask) not in self._images:
+            patch_mask = None if mask is None else self.patch_mask(stream, mask)
+            self._images[stream, mask] = self._model.image(self.pixels(stream), patch_mask)
+        return self._images[stream, mask]
+
+    def text(self, stream: str) -> TextEncoding:
+        """The text encoder's output."""
+        if stream not in self._texts:
+            samples = self.samples(stream)
+            if samples.text is None or samples.lengths is None:
+                raise ValueError(f"stream {stream!r} has no text; an objective asks for it")
+            self._texts[stream] = self._model.encode_text(samples.text, samples.lengths, samples.cuts)
+        return self._texts[stream]
+
+    def image_embedding(self, stream: str) -> Tensor:
+        """The images in the shared space, [b, e] of unit length."""
+        return self._model.project_image(self.image(stream).pooled)
+
+    def text_embedding(self, stream: str) -> Tensor:
+        """The texts in the shared space, [b, e] of unit length."""
+        return self._model.project_text(self.text(stream).pooled)
+
+
+class Task(nn.Module):
+    """What DDP and FSDP wrap: every loss of a step is computed in one call of it."""
+
+    def __init__(self, model: ImageTextModel, objectives: Mapping[str, Objective]) -> None:
+        super().__init__()
+        self.model = model
+        self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment, arg-type]
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that some objective reads, in the objectives' order."""
+        return tuple(dict.fromkeys(stream for objective in self.objectives.values() for stream in objective.streams))
+
+    def coupled(self, name: str) -> CoupledObjective:
+        """The coupled objective `name`."""
+        objective = self.objectives[name]
+        assert not isinstance(objective, IndependentObjective)
+        return objective
+
+    @property
+    def logit_scale(self) -> float | None:
+        """The first temperature that an objective learns, as the loss sees it; None if none does. Synchronises."""
+        for objective in self.objectives.values():
+            if hasattr(objective, "logit_scale"):
+                return float(objective.logit_scale.detach().exp())
+        return None
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """The number of terms that a micro-batch holds of each independent objective, float64 scalars."""
+        return {
+            name: objective.count(batch).double()
+            for name, objective in self.objectives.items()
+            if isinstance(objective, IndependentObjective)
+        }
+
+    def forward(
+        self, batch: Batch, weights: Mapping[str, float], counts: Mapping[str, Tensor], couple: Couple
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One micro-batch's share of the step's loss.
+
+        total = sum_k w_k * (loss_k / counts_k                       for an independent objective k,
+                             <rows, d rows> + <shared, d shared>     for a coupled one)
+
+        Args:
+            batch: the micro-batch.
+            weights: w_k, by objective.
+            counts: the number of terms in the whole batch, by independent objective.
+            couple: gives the gradients that reach a coupled objective's rows and scalars.
+
+        Returns: the scalar whose gradients are this micro-batch's part of the step's, and the independent
+            objectives' sums.
+        """
+        torch.manual_seed(batch.seed)
+        encodings = Encodings(self.model, batch)
+        total = torch.zeros((), device=next(self.parameters()).device)
+        sums: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            if isinstance(objective, IndependentObjective):
+                loss = objective.loss(encodings)
+                sums[name] = loss.detach()
+                share = loss / counts[name].to(loss.dtype)
+            else:
+                rows, shared = objective.embed(encodings)
+                d_rows, d_shared = couple(name, rows, shared)
+                share = _inner(rows, d_rows) + _inner(shared, d_shared)
+            total = total + weights[name] * share
+        return total, sums
+
+    def constrain(self) -> None:
+        """After a step: parameters that have bounds back into them."""
+        for objective in self.objectives.values():
+            if hasattr(objective, "constrain"):
+                objective.constrain()
+
+
+def _inner(values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([(values[name] * gradient).sum() for name, gradient in gradients.items()]).sum()

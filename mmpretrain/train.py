@@ -1,0 +1,176 @@
+"""Pre-train a model: python -m mmpretrain.train experiment=quickstart [overrides]."""
+
+import fcntl
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from mmpretrain import build, checkpoint, config, distributed
+from mmpretrain.config import TrainConfig, UsageError
+from mmpretrain.evals.evaluation import Context, evaluate
+from mmpretrain.metrics import print_results
+from mmpretrain.optim import adamw  # noqa: F401  (the default target of conf/optimizer)
+from mmpretrain.schedules import Duration, Schedule
+from mmpretrain.task import Task
+from mmpretrain.trainer import Trainer, TrainerOptions, TrainingError, clock_of
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The command."""
+    config.entry(_hydra_main)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="train")
+def _hydra_main(cfg: DictConfig) -> None:
+    try:
+        train(config.resolve(cfg))
+    except TrainingError as error:
+        log.error("%s", error)
+        sys.exit(1)
+    finally:
+        distributed.shut_down()
+
+
+def train(cfg: TrainConfig) -> Mapping[str, float]:
+    """Carry out a configuration: build the parts, resume or begin, train, and return the scores.
+
+    Raises: UsageError before anything is computed; TrainingError if the run cannot go on.
+    """
+    with config.usage_errors():
+        device = build.device_of(cfg.trainer.device, distributed.local_rank())
+        distributed.setup(device)
+        schedule: Schedule = config.instantiate(cfg.schedule, cfg.run.seed, "schedule")
+        folder = Path(str(cfg.run.dir))
+        options = _options(cfg)
+        task, weights = build.build_task(cfg)
+        streams = build.build_streams(cfg, task.streams)
+        tokenizer = build.build_tokenizer(cfg.data.tokenizer)
+        sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model.image.image_size)
+        evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
+        lock = _open_run(cfg, folder, schedule)
+        clock = clock_of(streams, options.duration)
+        if (finished := _finished(folder, clock.total_samples // clock.batch_size)) is not None:
+            log.info("%s is finished; for another run change run.name or an override", folder)
+            _tell(finished, folder)
+            return finished
+
+        def run_evaluations(task: Task, before: int, after: int, is_last: bool) -> Mapping[str, float]:
+            due = {name: e for name, e in evaluators.items() if is_last or clock.is_due(every[name], before, after)}
+            if not due:
+                return {}
+            context = Context(task.model, tokenizer, sets, task.logit_scale, cfg.data.val_batch_size, cfg.data.workers)
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+            return evaluate(due, context, autocast)
+
+        trainer = Trainer(
+            task=task.to(device),
+            streams=streams,
+            tokenizer=tokenizer,
+            make_optimizer=lambda task: config.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(
+                task.named_parameters()
+            ),
+            schedule=schedule,
+            weights=weights,
+            evaluate=run_evaluations,
+            options=options,
+            fingerprint={f"data.train.{name}": stream.fingerprints for name, stream in streams.items()},
+            folder=folder,
+            device=device,
+        )
+    results = trainer.run()
+    _tell(results, folder)
+    if lock is not None:
+        lock.close()
+    return results
+
+
+def _options(cfg: TrainConfig) -> TrainerOptions:
+    return TrainerOptions(
+        duration=Duration.parse(cfg.trainer.duration, "trainer.duration"),
+        micro_batch_size=cfg.trainer.micro_batch_size,
+        precision=cfg.trainer.precision.value,
+        clip_grad_norm=cfg.trainer.clip_grad_norm,
+        log_every=Duration.parse(cfg.trainer.log_every, "trainer.log_every"),
+        checkpoint_every=Duration.parse(cfg.checkpoint.every, "checkpoint.every", wall_time=True),
+        keep_last=cfg.checkpoint.keep_last,
+        max_bad_steps=cfg.trainer.max_bad_steps,
+        max_bad_fraction=cfg.data.max_bad_fraction,
+        workers=cfg.data.workers,
+        text_groups=cfg.data.text_groups,
+    )
+
+
+def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | None:
+    """Claim the run's directory on process 0: another configuration or another process in it is refused everywhere."""
+    lock, refusal = None, None
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refusal = f"{folder} is in use by another process; wait for it, or choose another run.name"
+        refusal = refusal or _check_configuration(cfg, folder, schedule)
+        if refusal is None:
+            checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
+    refusal = distributed.broadcast_object(refusal)
+    if refusal is not None:
+        raise UsageError(refusal)
+    _log_to(folder)
+    return lock
+
+
+def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> str | None:
+    """What a run's directory was made with that may not change, if it differs now."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return None
+    free = () if schedule.depends_on_total() else ("trainer.duration",)
+    changed = config.differences(config.from_yaml(path.read_text()), config.to_plain(cfg), free)
+    if not changed:
+        return None
+    return (
+        f"{folder} was made with another configuration ({'; '.join(changed)}); "
+        "expected the same to go on: undo the change, or start a new run with run.name=..."
+    )
+
+
+def _log_to(folder: Path) -> None:
+    """Messages go to the console and, from process 0, to train.log."""
+    logging.captureWarnings(True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if distributed.is_main():
+        handlers.append(logging.FileHandler(folder / "train.log"))
+    level = logging.INFO if distributed.is_main() else logging.WARNING
+    logging.basicConfig(
+        level=level, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+
+
+def _finished(folder: Path, num_steps: int) -> dict[str, float] | None:
+    """The scores of a run whose last step is saved; every process what process 0 finds."""
+    results = None
+    if distributed.is_main() and (folder / "results.json").exists():
+        path = checkpoint.find_latest(folder / "checkpoints")
+        if path is not None and checkpoint.load_state(path)["step"] >= num_steps:
+            results = json.loads((folder / "results.json").read_text())
+    found: dict[str, float] | None = distributed.broadcast_object(results)
+    return found
+
+
+def _tell(results: Mapping[str, float], folder: Path) -> None:
+    if distributed.is_main():
+        print_results(results, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""The loop: batches in, parameters, metrics and checkpoints out."""
+
+import json
+import logging
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpretrain import checkpoint, distributed, optim, parallel
+from mmpretrain.batch import Batch, Refused
+from mmpretrain.data.loader import MicroBatches, Stream, build_loader
+from mmpretrain.data.order import step_positions
+from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.metrics import MetricsWriter, ProgressBar, Quarantine, pair_grid
+from mmpretrain.schedules import Clock, Duration, Schedule
+from mmpretrain.step import StepLosses, forward_backward
+from mmpretrain.task import Task
+
+log = logging.getLogger(__name__)
+
+PREEMPTED_EXIT_CODE = 85
+_MIN_SAMPLES_FOR_BAD_FRACTION = 1000
+
+Evaluate = Callable[[Task, int, int, bool], Mapping[str, float]]
+"""(task, samples before the step, samples after it, whether it was the last) -> scores of the evaluations due."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message is one line with the value, the expectation and the fix."""
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """How long, in which precision and how often; see conf/train.yaml."""
+
+    duration: Duration
+    micro_batch_size: int | None
+    precision: Literal["bf16", "fp32"]
+    clip_grad_norm: float | None
+    log_every: Duration
+    checkpoint_every: Duration
+    keep_last: int
+    max_bad_steps: int
+    max_bad_fraction: float
+    workers: int
+    text_groups: int
+
+
+@dataclass
+class TrainState:
+    """How far the run is: what a checkpoint keeps beside tensors."""
+
+    step: int = 0
+    samples: int = 0
+    bad_steps: float = 0.0
+    num_refused: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    results: dict[str, float] = field(default_factory=dict)
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks for a checkpoint and an end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        self.restore()
+
+    def restore(self) -> None:
+        """The handlers as they were before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Window:
+    """What was measured since the last logged step."""
+
+    start: float
+    samples: int = 0
+    data_wait: float = 0.0
+    refused: list[Refused] = field(default_factory=list)
+
+
+class Trainer:
+    """One run: made ready by `__init__`, which resumes from the newest checkpoint, and carried out by `run`.
+
+    Args:
+        task: the model and its objectives, on `device`.
+        streams: what the objectives read; the first one counts samples.
+        tokenizer: makes the streams' text.
+        make_optimizer: the optimiser of a task whose unreached parameters are frozen.
+        schedule: the learning rate's factor.
+        weights: the objectives' weights.
+        evaluate: runs the evaluations that are due.
+        options: lengths, precision and limits.
+        fingerprint: of the data; a checkpoint made on other data is refused.
+        folder: the run's directory.
+        device: where to compute.
+
+    Raises: ValueError for sizes that do not divide, and for a checkpoint of other data.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        streams: Mapping[str, Stream],
+        tokenizer: Tokenizer,
+        make_optimizer: Callable[[Task], torch.optim.Optimizer],
+        schedule: Schedule,
+        weights: Mapping[str, float],
+        evaluate: Evaluate,
+        options: TrainerOptions,
+        fingerprint: Mapping[str, Any],
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.task, self.streams, self.tokenizer = task, streams, tokenizer
+        self.schedule, self.weights, self.evaluate = schedule, weights, evaluate
+        self.options, self.fingerprint, self.folder, self.device = options, fingerprint, folder, device
+
+        self.batch_size = next(iter(streams.values())).batch_size
+        self.clock = clock_of(streams, options.duration)
+        self.num_steps = self.clock.total_samples // self.batch_size
+        self.num_micro_batches = _num_micro_batches(self.batch_size, options.micro_batch_size, task)
+        dataset = MicroBatches(streams, tokenizer, options.text_groups)
+        if frozen := parallel.freeze_unreached(task, _example(dataset, streams).to(device)):
+            log.info("frozen, since no objective reaches them: %s", ", ".join(frozen))
+        self.optimizer = make_optimizer(task)
+        self.state = self._resume()
+        self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
+        self.wrapped = parallel.wrap(task, device)
+        self.loader = build_loader(
+            streams, tokenizer, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
+            self.num_micro_batches, options.workers, options.text_groups, pin_memory=device.type == "cuda",
+        )  # fmt: skip
+        self.flags = distributed.LateFlags()
+        self.saved_at, self.saved_step = time.perf_counter(), self.state.step
+        self.earlier_seconds = self.state.wall_seconds
+        self.writer: MetricsWriter | None = None
+        self.quarantine: Quarantine | None = None
+        if distributed.is_main():
+            self.writer = MetricsWriter(folder, self.state.step, self.state.samples)
+            self.quarantine = Quarantine(folder / "quarantine.jsonl")
+
+    def run(self) -> dict[str, float]:
+        """Train to the end.
+
+        Returns: the last value of every evaluation, and steps, samples, seconds and speed.
+        Raises: TrainingError if the run cannot go on; SystemExit(85) after a signal, with a checkpoint written.
+        """
+        state, options, device = self.state, self.options, self.device
+        stop = StopSignal()
+        self.window = _Window(time.perf_counter())
+        batches = iter(self.loader)
+        with ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress:
+            while state.step < self.num_steps:
+                waited = time.perf_counter()
+                micro_batches = [next(batches) for _ in range(self.num_micro_batches)]
+                self.window.data_wait += time.perf_counter() - waited
+                self.window.refused += [refusal for batch in micro_batches for refusal in batch.refused]
+                if state.step == 0:
+                    self._show_pairs(micro_batches[0])
+                micro_batches = [batch.to(device) for batch in micro_batches]
+
+                lr_factor = self.schedule(state.samples, self.clock)
+                optim.set_lr(self.optimizer, lr_factor)
+                autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
+                losses = forward_backward(self.wrapped, self.task, micro_batches, self.weights, autocast)
+                norms = optim.grad_norms(self.optimizer)
+                skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
+                self.task.constrain()
+                self.bad_steps = (self.bad_steps + 1) * skipped
+
+                before = state.samples
+                state.step, state.samples = state.step + 1, state.samples + self.batch_size
+                self.window.samples += self.batch_size
+                is_last = state.step == self.num_steps
+                known = self.flags.read()
+                self._check_bad_step(known, state.step - 1)
+                self._post_flags(skipped, stop)
+
+                if self.clock.is_due(options.log_every, before, state.samples) or is_last:
+                    self._log(losses, norms, lr_factor, progress)
+                progress.advance(state.step)
+                paused = time.perf_counter()
+                self._evaluate(before, is_last)
+                if is_last:
+                    self._check_bad_step(self.flags.read(), state.step)
+                    self._write_results()
+                if is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
+                    self._save()
+                self.window.start += time.perf_counter() - paused
+                if known.get("stop") and not is_last:
+                    log.warning("stopped by a signal at step %d; the same command goes on from there", state.step)
+                    self._close()
+                    sys.exit(PREEMPTED_EXIT_CODE)
+        stop.restore()
+        self._close()
+        return results_of(state)
+
+    def _resume(self) -> TrainState:
+        """Load the newest checkpoint that verifies; every process the one that process 0 chose."""
+        path: Path | None = None
+        if distributed.is_main():
+            checkpoint.clean(self.folder / "checkpoints")
+            path = checkpoint.find_latest(self.folder / "checkpoints", set_aside=True)
+        path = distributed.broadcast_object(path)
+        if path is None:
+            return TrainState()
+        saved = checkpoint.load_state(path)
+        known = saved.pop("fingerprint")
+        if changed := [name for name in {**known, **self.fingerprint} if known.get(name) != self.fingerprint.get(name)]:
+            raise ValueError(
+                f"the data changed since {path} was saved: {', '.join(changed)} has other shards or samples; "
+                "expected the same data to go on: restore it, or start a new run (run.name=...)"
+            )
+        self.task.load_state_dict(checkpoint.load_tensors(path, "model.safetensors"))
+        optim.load_optimizer_tensors(self.optimizer, checkpoint.load_tensors(path, "optimizer.safetensors"))
+        log.info("resumed from %s at step %d", path, saved["step"])
+        return TrainState(**saved)
+
+    def _post_flags(self, skipped: Tensor, stop: StopSignal) -> None:
+        """Tell the other ranks what this step brought; they know it one step later."""
+        every = self.options.checkpoint_every
+        overdue = every.unit == "min" and time.perf_counter() - self.saved_at > 60 * every.value
+        self.flags.post(
+            {
+                "skipped": skipped,
+                "bad_steps": self.bad_steps,
+                "stop": torch.tensor(stop.received, device=self.device),
+                "save": torch.tensor(overdue and distributed.is_main(), device=self.device),
+            }
+        )
+
+    def _check_bad_step(self, flags: Mapping[str, float], step: int) -> None:
+        """Say which samples a skipped step saw. `flags` are those of step number `step`, from 1."""
+        if not flags.get("skipped"):
+            return
+        for name, stream in self.streams.items():
+            positions = range((step - 1) * stream.batch_size, step * stream.batch_size)
+            keys = ", ".join(stream.sample_key(position) for position in positions) if distributed.is_main() else ""
+            log.warning("step %d skipped, its gradient is not finite; samples of %s: %s", step, name, keys)
+        if flags["bad_steps"] >= self.options.max_bad_steps:
+            raise TrainingError(
+                f"{int(flags['bad_steps'])} steps in a row had a gradient that is not finite, the limit is "
+                f"trainer.max_bad_steps = {self.options.max_bad_steps}; lower optimizer.lr, clip the gradient, or look at "
+                "the samples named above"
+            )
+
+    def _is_save_due(self, before: int) -> bool:
+        every = self.options.checkpoint_every
+        return every.unit != "min" and self.clock.is_due(every, before, self.state.samples)
+
+    def _flush_refused(self) -> None:
+        """Tell process 0 what was refused and count it. A collective."""
+        state, limit = self.state, self.options.max_bad_fraction
+        refused = [refusal for part in distributed.gather_objects(self.window.refused) for refusal in part]
+        self.window.refused = []
+        state.num_refused += len(refused)
+        if self.quarantine is not None:
+            for refusal in refused:
+                self.quarantine.add(**asdict(refusal))
+        if state.num_refused > limit * max(state.samples, _MIN_SAMPLES_FOR_BAD_FRACTION):
+            raise TrainingError(
+                f"{state.num_refused} of {state.samples} samples were refused, more than data.max_bad_fraction = {limit}; "
+                f"see {self.folder / 'quarantine.jsonl'}, mend the data or raise the limit"
+            )
+
+    def _log(self, losses: StepLosses, norms: Mapping[str, Tensor], lr_factor: float, progress: ProgressBar) -> None:
+        """Write this step's values and begin a new window. A collective."""
+        self._flush_refused()
+        window, state = self.window, self.state
+        loss_of = {name: float(loss) for name, loss in losses.reduced().items()}
+        seconds = time.perf_counter() - window.start
+        speed = window.samples / seconds
+        values = {"train/loss": sum(self.weights[name] * loss for name, loss in loss_of.items())}
+        values |= {f"train/{name}_loss": loss for name, loss in loss_of.items()}
+        for name, shared in losses.shared.items():
+            values |= {f"train/{name}_{key}": float(value) for key, value in shared.items()}
+        values["train/lr"] = self.optimizer.defaults["lr"] * lr_factor
+        values["train/grad_norm"] = float(norms["all"])
+        values |= {f"train/grad_norm_{tower}": float(norm) for tower, norm in norms.items() if tower != "all"}
+        values["system/samples_per_second"] = speed
+        values["system/data_wait"] = window.data_wait / seconds
+        if self.device.type == "cuda":
+            values["system/gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        values["system/host_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        state.train_seconds += seconds
+        if self.writer is not None:
+            self.writer.scalars(state.step, state.samples, values)
+        progress.show(state.step, values["train/loss"], speed, (self.clock.total_samples - state.samples) / speed)
+        self.window = _Window(time.perf_counter())
+
+    def _evaluate(self, before: int, is_last: bool) -> None:
+        """Run the evaluations that are due and keep their scores."""
+        scores = self.evaluate(self.task, before, self.state.samples, is_last)
+        if scores:
+            self.state.results.update(scores)
+            log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            if self.writer is not None:
+                self.writer.scalars(self.state.step, self.state.samples, scores)
+
+    def _save(self) -> None:
+        """Write a checkpoint, which holds everything up to this step. A collective."""
+        self._flush_refused()
+        state = self.state
+        state.bad_steps = float(self.bad_steps)
+        state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
+        if distributed.is_main() and state.step > self.saved_step:
+            checkpoint.save(
+                self.folder / "checkpoints", state.step, self.task.state_dict(), optim.optimizer_tensors(self.optimizer),
+                {**asdict(state), "fingerprint": self.fingerprint}, self.options.keep_last,
+            )  # fmt: skip
+        distributed.barrier()
+        self.saved_at, self.saved_step = time.perf_counter(), state.step
+
+    def _write_results(self) -> None:
+        """results.json stands before the last checkpoint does: a run whose last step is saved is finished."""
+        self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
+        if distributed.is_main():
+            checkpoint.write_text(self.folder / "results.json", json.dumps(results_of(self.state), indent=2) + "\n")
+
+    def _show_pairs(self, batch: Batch, count: int = 16) -> None:
+        """The first pairs of the run in TensorBoard."""
+        for name, samples in batch.streams.items():
+            if samples.images is None or self.writer is None:
+                continue
+            # Rows are sorted by length: take them from all over the micro-batch.
+            rows = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int).tolist()
+            captions = [""] * len(rows)
+            if samples.text is not None and samples.lengths is not None:
+                captions = [self.tokenizer.decode(samples.text[row, : samples.lengths[row]].tolist()) for row in rows]
+            self.writer.image(f"train/{name}", 0, pair_grid(samples.images[rows], captions))
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:
+    """What durations are measured against; the run's length is whole steps, rounded up."""
+    first = next(iter(streams.values()))
+    clock = Clock(first.batch_size, first.order.num_samples)
+    num_steps = -(-round(clock.samples(duration)) // first.batch_size)
+    return Clock(first.batch_size, first.order.num_samples, num_steps * first.batch_size)
+
+
+def results_of(state: TrainState) -> dict[str, float]:
+    """The content of results.json."""
+    speed = state.samples / state.train_seconds if state.train_seconds else 0.0
+    length = {"steps": state.step, "samples": state.samples}
+    return {**state.results, **length, "wall_seconds": state.wall_seconds, "pairs_per_second": speed}
+
+
+def _num_micro_batches(batch_size: int, micro_batch_size: int | None, task: Task) -> int:
+    """How many micro-batches a rank's share of a batch is cut into. Raises: ValueError if it does not divide."""
+    world = distributed.world_size()
+    if batch_size % world:
+        raise ValueError(
+            f"trainer.batch_size is {batch_size}; expected a multiple of the {world} processes: "
+            f"{batch_size // world * world or world} would do"
+        )
+    share = batch_size // world
+    size = min(micro_batch_size or share, share)
+    if share % size:
+        raise ValueError(
+            f"trainer.micro_batch_size is {micro_batch_size}; expected a divisor of the {share} samples that each of "
+            f"{world} processes takes of trainer.batch_size = {batch_size}"
+        )
+    if size < share and task.model.image.has_batch_norm:
+        raise ValueError(
+            f"trainer.micro_batch_size is {micro_batch_size}, but model.image has BatchNorm, whose mathematics depends on "
+            "it; leave it null or choose an encoder without BatchNorm"
+        )
+    return share // size
+
+
+def _example(dataset: MicroBatches, streams: Mapping[str, Stream]) -> Batch:
+    """Two samples of each stream."""
+    return dataset[{name: step_positions(stream.order, 0, 2, 0, 1, 1)[0] for name, stream in streams.items()}]

@@ -1,0 +1,27 @@
+"""Fixtures for every test: seeded generators, and real data where a checkout has it."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same generators, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002, for libraries that still draw from it
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data sets beside the checkout; the test is skipped where there is none."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist")
+    return folder

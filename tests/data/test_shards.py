@@ -1,0 +1,318 @@
+"""Offset indexes against tarfile and webdataset themselves, and random access over several tars."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from mmpretrain.data.shards import (
+    Shards,
+    TarIndex,
+    cached_index_path,
+    expand_shards,
+    index_path,
+    index_tar,
+    load_index,
+    read_index,
+    store_index,
+    write_index,
+)
+
+Member = tuple[str, bytes]
+
+
+def write_tar(path: Path, members: list[Member], format: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def pairs(keys: list[str], image: bytes = b"image", caption: bytes = b"caption") -> list[Member]:
+    return [member for key in keys for member in ((f"{key}.jpg", image), (f"{key}.txt", caption))]
+
+
+def read_samples(path: Path, index: TarIndex) -> list[dict[str, bytes | str]]:
+    data = path.read_bytes()
+    samples: list[dict[str, bytes | str]] = []
+    for row, key in enumerate(index.keys):
+        sample: dict[str, bytes | str] = {"__key__": key}
+        for extension, (offsets, sizes) in index.members.items():
+            if sizes[row] >= 0:
+                sample[extension] = data[offsets[row] : offsets[row] + sizes[row]]
+        samples.append(sample)
+    return samples
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("seed", range(4))
+def test_index_is_what_webdataset_reads(tmp_path: Path, format: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = ["plain", "Ünïcode", "deep/er.folder/name", "with space"]
+    if format != tarfile.USTAR_FORMAT:
+        names += ["long" * 60, "folder/" * 40 + "name"]
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=format) as tar:
+        for number in range(60):
+            key = f"{rng.choice(names)}{number}"
+            for extension in rng.permutation(["JPG", "txt", "seg.png", "json", ""])[: rng.integers(1, 5)]:
+                header = tarfile.TarInfo(f"{key}.{extension}" if extension else f"{key}_without_extension")
+                header.size = int(rng.choice([0, 1, 511, 512, 513, 70_000]))
+                header.mtime = int(rng.integers(1 << 30))
+                tar.addfile(header, io.BytesIO(rng.bytes(header.size)))
+            for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+                other = tarfile.TarInfo(f"{key}.{kind.decode()}")
+                other.type, other.linkname = kind, f"{key}.jpg" if kind != tarfile.SYMTYPE else "x" * 50
+                tar.addfile(other)
+            for name in (f".hidden{number}.txt", f"__meta__/{number}.txt"):
+                header = tarfile.TarInfo(name)
+                header.size = 3
+                tar.addfile(header, io.BytesIO(b"abc"))
+    expected = [
+        {name: value for name, value in sample.items() if name not in ("__url__", "__local_path__")}
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False)
+    ]
+    assert len(expected) > 40
+    assert read_samples(path, index_tar(path)) == expected
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_sizes_beyond_eight_gigabytes(tmp_path: Path, format: int) -> None:
+    size = (9 << 30) + 5
+    big = tarfile.TarInfo("a.bin")
+    big.size = size
+    header = big.tobuf(format=format)
+    small = tarfile.TarInfo("a.txt")
+    small.size = 2
+    path = tmp_path / "big.tar"
+    with open(path, "wb") as file:  # a sparse file: it takes a few kilobytes
+        file.write(header)
+        file.seek(len(header) + size + (-size % 512))
+        file.write(small.tobuf() + b"ab" + bytes(510 + 1024))
+    index = index_tar(path)
+    assert index.keys == ["a"]
+    assert index.members["bin"][1].tolist() == [size]
+    assert index.members["txt"][0].tolist() == [len(header) + size + (-size % 512) + 512]
+
+
+def test_dtypes_and_absent_members(tmp_path: Path) -> None:
+    index = index_tar(write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("a.txt", b"2"), ("b.jpg", b"3")]))
+    offsets, sizes = index.members["txt"]
+    assert offsets.dtype == sizes.dtype == index.key_ends.dtype == np.int64
+    assert sizes.tolist() == [1, -1]
+
+
+def test_problems_are_named(tmp_path: Path) -> None:
+    members = [*pairs(["a", "b"]), ("c.jpg", b""), ("d.txt", b""), *pairs(["a"]), ("e.jpg", b"1"), ("e.jpg", b"2")]
+    index = index_tar(write_tar(tmp_path / "a.tar", members))
+    assert index.keys == ["a", "b", "c", "d", "a", "e"]
+    problems = "\n".join(index.problems)
+    assert "1 duplicate keys: 'a' at byte 5632" in problems
+    assert "duplicate member 'e.jpg'" in problems
+    assert "1 samples without an image: 'd'" in problems
+    assert "2 samples without a caption: 'c'" in problems and "'e'" in problems
+    offsets, sizes = index.members["jpg"]
+    assert (tmp_path / "a.tar").read_bytes()[offsets[5] : offsets[5] + sizes[5]] == b"1"  # the first one counts
+
+
+def test_a_json_counts_as_caption_only_where_no_sample_has_another(tmp_path: Path) -> None:
+    json_only = [("a.jpg", b""), ("a.json", b"{}"), ("b.jpg", b""), ("b.json", b"{}")]
+    assert index_tar(write_tar(tmp_path / "json.tar", json_only)).problems == []
+    mixed = index_tar(write_tar(tmp_path / "mixed.tar", [*json_only, *pairs(["c"])]))
+    assert len(mixed.problems) == 1 and "2 samples without a caption: 'a'" in mixed.problems[0]
+    images = index_tar(write_tar(tmp_path / "images.tar", [("a.jpg", b""), ("b.jpg", b"")]))
+    assert images.problems == ["none of the 2 samples has a caption"]
+
+
+def test_every_truncation_is_named_and_leaves_whole_samples(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", pairs(["a", "b", "c"], image=b"x" * 700)).read_bytes()
+    end_of_members = 3 * (512 + 1024 + 512 + 512)
+    cut = tmp_path / "cut.tar"
+    for length in range(513, end_of_members + 1, 101):
+        cut.write_bytes(whole[:length])
+        index = index_tar(cut)
+        assert "truncated" in index.problems[0], length
+        for sample in read_samples(cut, index):
+            assert sample.get("jpg", b"x" * 700) == b"x" * 700 and sample.get("txt", b"caption") == b"caption"
+    cut.write_bytes(b"")
+    assert index_tar(cut).num_samples == 0 and "truncated" in index_tar(cut).problems[0]
+
+
+def test_the_cut_sample_is_left_out(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a", "b"], caption=b"y" * 600))
+    second_caption = int(index_tar(path).members["txt"][0][1])
+    path.write_bytes(path.read_bytes()[: second_caption + 20])
+    index = index_tar(path)
+    assert index.keys == ["a"]
+    assert index.problems == [
+        f"truncated: 'b.txt' needs bytes {second_caption} to {second_caption + 600}, the file has {second_caption + 20}"
+    ]
+
+
+def test_damage_inside_ends_the_scan_and_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a", "b", "c"]))
+    data = bytearray(path.read_bytes())
+    data[2 * 1024 + 3] ^= 1  # the header of b.jpg
+    path.write_bytes(data)
+    index = index_tar(path)
+    assert index.keys == ["a"] and index.problems == ["no tar header at byte 2048"]
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b" + bytes(2000), b"not a tar" * 200, b"short", b"9" * 4096])
+def test_what_is_no_tar_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar.*expected a plain, uncompressed tar") as error:
+        index_tar(tmp_path / "a.tar")
+    assert "\n" not in str(error.value)
+
+
+def test_sparse_members_are_named_not_misread(tmp_path: Path) -> None:
+    members = tarfile.TarInfo("b.jpg")
+    members.type = tarfile.GNUTYPE_SPARSE
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    path.write_bytes(path.read_bytes()[:2048] + members.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    index = index_tar(path)
+    assert index.keys == ["a"] and "sparse" in index.problems[0]
+
+
+def test_digest_sees_changes_of_equal_size(tmp_path: Path) -> None:
+    first = index_tar(write_tar(tmp_path / "a.tar", pairs(["a", "b"])))
+    assert index_tar(write_tar(tmp_path / "b.tar", pairs(["a", "b"]))).digest == first.digest
+    assert index_tar(write_tar(tmp_path / "c.tar", pairs(["a", "b"], image=b"imagf"))).digest != first.digest
+    assert index_tar(write_tar(tmp_path / "d.tar", pairs(["a", "c"]))).digest != first.digest
+    last = [*pairs(["a"]), ("b.jpg", b"image"), ("b.txt", b"captiom")]
+    assert index_tar(write_tar(tmp_path / "e.tar", last)).digest != first.digest
+
+
+def same_index(a: TarIndex, b: TarIndex) -> bool:
+    fields = ("keys", "tar_bytes", "mtime_ns", "digest", "problems")
+    return all(getattr(a, field) == getattr(b, field) for field in fields) and all(
+        np.array_equal(a.members[extension], b.members[extension]) for extension in {*a.members, *b.members}
+    )
+
+
+@pytest.mark.parametrize("keys", [["a", "Ü/b", "c" * 90], []])
+def test_a_stored_index_is_read_back(tmp_path: Path, keys: list[str]) -> None:
+    index = index_tar(write_tar(tmp_path / "a.tar", [*pairs(keys)]))
+    write_index(index, tmp_path / "a.npz")
+    assert same_index(read_index(tmp_path / "a.npz"), index)
+    assert [path.name for path in tmp_path.glob(".*")] == []  # no temporary file is left
+
+
+def test_the_stored_index_is_used_while_the_tar_stays_and_refreshed_when_it_changes(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    load_index(path)
+    assert index_path(path).name == "a.tar.index.npz"
+    stat = path.stat()
+    write_tar(path, pairs(["b"]))  # of the same size
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_index(path).keys == ["a"]  # the stored one: nothing says that the tar changed
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert load_index(path).keys == ["b"]
+    assert read_index(index_path(path)).keys == ["b"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "pickle"])
+def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a", "b"]))
+    load_index(path)
+    stored = index_path(path)
+    data = stored.read_bytes()
+    flipped = bytearray(data)
+    flipped[data.index(b"ab")] ^= 1  # in the keys
+    if damage == "pickle":
+        np.savez(stored, header=np.array([{"version": 1}], dtype=object))
+    else:
+        stored.write_bytes({"truncated": data[:-60], "flipped": flipped, "empty": b"", "text": b"index"}[damage])
+    with pytest.raises(ValueError, match=r"damaged index"):
+        read_index(stored)
+    assert load_index(path).keys == ["a", "b"]
+    assert stored.read_bytes() == data
+
+
+def test_the_cache_serves_where_the_folder_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    index_path(path).mkdir()  # whoever runs this, root included, cannot rename a file onto a folder
+    cached = cached_index_path(path)
+    assert store_index(index_tar(path), path) == cached
+    assert cached.is_relative_to(tmp_path / "cache" / "mmpretrain" / "indexes")
+    assert same_index(read_index(cached), index_tar(path))
+
+
+def test_shards_locate_every_sample(tmp_path: Path) -> None:
+    groups = [["a", "b"], ["c"], ["d", "e", "f"]]
+    paths = [str(write_tar(tmp_path / f"{i}.tar", pairs(keys))) for i, keys in enumerate(groups)]
+    shards = Shards(paths)
+    assert shards.num_samples == 6 and shards.counts.tolist() == [2, 1, 3] and shards.problems == []
+    shard_ids, rows = shards.locate(np.arange(6))
+    assert shard_ids.tolist() == [0, 0, 1, 2, 2, 2] and rows.tolist() == [0, 1, 0, 0, 1, 2]
+    assert [shards.key(i) for i in range(6)] == ["a", "b", "c", "d", "e", "f"]
+    assert [shards.path(shard) for shard in range(3)] == paths
+    for outside in (-1, 6):
+        with pytest.raises(IndexError, match=r"expected 0 to 5"):
+            shards.locate(np.array([0, outside]))
+        with pytest.raises(IndexError, match=r"expected 0 to 5"):
+            shards.member(outside, ["jpg"])
+
+
+def test_member_is_the_first_extension_present(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [*pairs(["a"], b"jpeg"), ("b.png", b"png"), ("b.txt", b"t")])
+    shards = Shards([str(path)])
+    found = [shards.member(sample, ["webp", "png", "jpg"]) for sample in range(2)]
+    assert [(member[0], member[1]) for member in found if member] == [(str(path), "jpg"), (str(path), "png")]
+    assert [path.read_bytes()[member[2] :][: member[3]] for member in found if member] == [b"jpeg", b"png"]
+    assert shards.member(0, ["png", "webp"]) is None
+
+
+def test_fingerprint_follows_the_data_not_the_place(tmp_path: Path) -> None:
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+    paths = [str(write_tar(tmp_path / folder / "0.tar", pairs(["a"]))) for folder in "ab"]
+    changed = str(write_tar(tmp_path / "c" / "0.tar", pairs(["a"], caption=b"captiom")))
+    fingerprints = [Shards([path]).fingerprint for path in (*paths, changed)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_an_empty_shard_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "empty.tar", [])
+    with pytest.raises(ValueError, match=r"empty\.tar.*no sample in it, expected at least one"):
+        Shards([str(path)])
+
+
+def test_patterns_expand(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    names = [f"{i:03d}.tar" for i in range(4)]
+    for name in names:
+        write_tar(tmp_path / name, pairs(["a"]))
+    (tmp_path / "notes.txt").touch()
+    paths = [os.path.join(root, name) for name in names]
+    assert expand_shards("{000..003}.tar", root) == paths
+    assert expand_shards("*.tar", root) == paths
+    assert expand_shards(root) == paths
+    assert expand_shards(paths[2]) == [paths[2]]
+    assert expand_shards(["003.tar", "{000..001}.tar"], root) == [paths[3], paths[0], paths[1]]
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ("{000..001}.tar", "no file .*001.tar"),
+        ("*.tgz", "no tar matches"),
+        ("empty", "no tar matches"),
+        ("https://example.org/0.tar", "expected local tars"),
+        ([], "expected at least one"),
+    ],
+)
+def test_what_matches_nothing_is_refused(tmp_path: Path, shards: str | list[str], message: str) -> None:
+    write_tar(tmp_path / "000.tar", pairs(["a"]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=message) as error:
+        expand_shards(shards, str(tmp_path))
+    assert "\n" not in str(error.value) and "shards" in str(error.value)

@@ -1,0 +1,277 @@
+"""`build` as it is run: from tables to tars that webdataset reads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from data_tools.__main__ import main
+from data_tools.tables import read_pairs
+from mmpretrain.data.shards import Shards, expand_shards, index_tar
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def build(pairs: Path, output: Path, *options: str) -> int:
+    arguments = ["build", str(pairs), "--image", "path", "--caption", "caption", "--output", str(output)]
+    return main([*arguments, "--workers", "1", *options])
+
+
+def samples(folder: Path) -> list[dict[str, bytes]]:
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    return list(webdataset.WebDataset(tars, shardshuffle=False))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".npz")}
+
+
+def refusals(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "refused.jsonl").read_text().splitlines()]
+
+
+def test_samples_hold_image_caption_and_all_columns(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs = make_pairs(5, tags=["x", "", "y, z", " ", "é"])
+    assert build(pairs, tmp_path / "out", "--caption", "caption,tags") == 0
+    assert "5 samples in 1 shards" in capsys.readouterr().out
+    found = {sample["__key__"]: sample for sample in samples(tmp_path / "out")}
+    assert sorted(found) == ["00000001", "00000002", "00000003", "00000004", "00000005"]
+    assert found["00000003"]["txt"].decode() == "caption 2, y, z" and found["00000002"]["txt"] == b"caption 1"
+    assert found["00000005"]["png"] == (pairs.parent / "4.png").read_bytes()
+    row = {"path": "4.png", "caption": "caption 4", "kind": "dog", "tags": "é"}
+    assert json.loads(found["00000005"]["json"]) == row
+    assert "cls" not in found["00000005"]
+
+
+def test_the_same_bytes_whatever_the_workers_and_another_order_for_another_seed(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs()
+    options = ["--samples-per-shard", "5", "--label", "kind"]
+    assert build(pairs, tmp_path / "a", *options) == 0
+    assert build(pairs, tmp_path / "b", *options, "--workers", "3") == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert build(pairs, tmp_path / "c", *options, "--seed", "1") == 0
+    keys = [[sample["__key__"] for sample in samples(tmp_path / name)] for name in "ac"]
+    assert keys[0] != keys[1] and sorted(keys[0]) == sorted(keys[1]) != keys[0]
+
+
+def test_shards_are_of_equal_size_and_indexed(make_pairs, tmp_path: Path) -> None:
+    assert build(make_pairs(23), tmp_path / "out", "--samples-per-shard", "5") == 0
+    assert all((tmp_path / "out" / f"00000{i}.tar.index.npz").is_file() for i in range(5))
+    shards = Shards(expand_shards(str(tmp_path / "out")))
+    assert shards.counts.tolist() == [4, 5, 4, 5, 5] and shards.problems == []
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["num_samples"] == 23
+    assert [shard["num_samples"] for shard in manifest["shards"]] == shards.counts.tolist()
+    assert [shard["digest"] for shard in manifest["shards"]] == [index.digest for index in shards.indexes]
+    assert manifest["options"]["samples_per_shard"] == 5
+
+
+def test_refused_rows_are_reported_and_the_shards_stay_equal(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs = make_pairs(12)
+    (pairs.parent / "1.png").unlink()
+    (pairs.parent / "2.png").write_bytes(b"no picture")
+    pairs.write_text(pairs.read_text().replace("caption 3\t", " \t").replace("4.png", ""))
+    assert build(pairs, tmp_path / "out", "--samples-per-shard", "3") == 0
+    assert "4 rows refused" in capsys.readouterr().out
+    assert Shards(expand_shards(str(tmp_path / "out"))).counts.tolist() == [2, 3, 3]
+    refused = refusals(tmp_path / "out")
+    assert [refusal["row_number"] for refusal in refused] == [2, 3, 4, 5]
+    reasons = ["no such file", "no readable image", "no caption: caption empty", "no path in column 'path'"]
+    for refusal, reason in zip(refused, reasons):
+        assert reason in refusal["reason"]
+
+
+def test_labels_become_class_indexes(make_pairs, tmp_path: Path) -> None:
+    assert build(make_pairs(7), tmp_path / "out", "--label", "kind") == 0
+    found = {int(sample["__key__"]): int(sample["cls"]) for sample in samples(tmp_path / "out")}
+    assert found == {number + 1: [1, 2, 0][number % 3] for number in range(7)}
+    table = (tmp_path / "out" / "classes.tsv").read_text().splitlines()
+    assert table == ["index\tlabel\tcount\ttext", "0\tant\t2\t", "1\tcat\t3\t", "2\tdog\t2\t"]
+
+
+def test_the_one_caption_of_a_class_is_its_text(make_pairs, tmp_path: Path) -> None:
+    captions = ["the cat", "a dog", "an ant", "the cat", "the dog", "an ant"]
+    pairs = make_pairs(6, shared=captions)
+    assert build(pairs, tmp_path / "train", "--label", "kind", "--caption", "shared") == 0
+    rows = read_pairs(tmp_path / "train" / "classes.tsv").rows
+    assert [row["text"] for row in rows] == ["an ant", "the cat", ""]
+    # A split without cats takes the order, and the text of what it lacks, from the other's list.
+    pairs.write_text("".join(line for line in pairs.read_text().splitlines(True) if "the cat" not in line))
+    classes = ["--classes", str(tmp_path / "train" / "classes.tsv")]
+    assert build(pairs, tmp_path / "val", "--label", "kind", "--caption", "shared", *classes) == 0
+    rows = read_pairs(tmp_path / "val" / "classes.tsv").rows
+    assert [(row["label"], row["count"], row["text"]) for row in rows] == [
+        ("ant", "2", "an ant"),
+        ("cat", "0", "the cat"),
+        ("dog", "2", ""),
+    ]
+
+
+def test_integer_labels_stay_as_they_are(make_pairs, tmp_path: Path) -> None:
+    assert build(make_pairs(3, number=["10", "2", "2"]), tmp_path / "out", "--label", "number") == 0
+    assert sorted((sample["__key__"][-1], sample["cls"]) for sample in samples(tmp_path / "out")) == [
+        ("1", b"10"),
+        ("2", b"2"),
+        ("3", b"2"),
+    ]
+    rows = read_pairs(tmp_path / "out" / "classes.tsv").rows
+    assert len(rows) == 11 and [row["count"] for row in rows[:4]] == ["0", "0", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("classes.txt", "dog\ncat\n"),
+        ("classes.tsv", "kind\tdescription\ndog\td\ncat\tc\n"),
+        ("classes.tsv", "id\tkind\n5\tdog\n4\tcat\n"),
+    ],
+)
+def test_a_class_list_gives_the_order_and_refuses_others(make_pairs, tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert build(make_pairs(3), tmp_path / "out", "--label", "kind", "--classes", str(tmp_path / name)) == 0
+    assert {sample["txt"]: sample["cls"] for sample in samples(tmp_path / "out")} == {
+        b"caption 0": b"1",
+        b"caption 1": b"0",
+    }
+    assert "label 'ant' is not in the class list" in str(refusals(tmp_path / "out")[0]["reason"])
+
+
+def test_keys_come_from_a_key_column_that_can_name_samples(make_pairs, tmp_path: Path, capsys) -> None:
+    assert build(make_pairs(3, key=["x", "y-1", "ü"]), tmp_path / "a") == 0
+    assert sorted(sample["__key__"] for sample in samples(tmp_path / "a")) == ["x", "y-1", "ü"]
+    for name, keys in {"twice": ["x", "x", "y"], "dot": ["x.1", "y", "z"], "long": ["x" * 91, "y", "z"]}.items():
+        assert build(make_pairs(3, key=keys), tmp_path / name) == 0
+        assert "keys are row numbers, for the key 'x" in capsys.readouterr().err
+        assert sorted(sample["__key__"] for sample in samples(tmp_path / name))[0] == "00000001"
+
+
+def test_images_are_reduced_and_converted(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(2, side=32)
+    Image.new("RGBA", (32, 64), (0, 0, 0, 0)).save(pairs.parent / "1.png")
+    options = ["--image-size", "16", "--format", "webp", "--background", "#00ff00"]
+    assert build(pairs, tmp_path / "out", *options) == 0
+    found = {sample["__key__"]: sample for sample in samples(tmp_path / "out")}
+    (tmp_path / "1.webp").write_bytes(found["00000002"]["webp"])
+    with Image.open(tmp_path / "1.webp") as image:
+        assert image.size == (16, 32)
+        red, green, blue = image.convert("RGB").getpixel((8, 8))
+        assert red < 20 and green > 235 and blue < 20
+
+
+def test_a_folder_needs_no_columns(make_pairs, tmp_path: Path) -> None:
+    folder = make_pairs(3).parent
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"beside {number}\n")
+    assert main(["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert sorted(sample["txt"] for sample in samples(tmp_path / "out")) == [b"beside 0", b"beside 1", b"beside 2"]
+
+
+def test_a_later_build_replaces_an_earlier_one(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(12)
+    assert build(pairs, tmp_path / "out", "--samples-per-shard", "3") == 0
+    assert build(pairs, tmp_path / "out", "--samples-per-shard", "6") == 0
+    assert build(pairs, tmp_path / "fresh", "--samples-per-shard", "6") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert len(list((tmp_path / "out").glob("*.npz"))) == 2
+
+
+def test_tars_of_others_are_left_alone(make_pairs, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000000.tar").write_bytes(b"precious")
+    assert build(make_pairs(2), tmp_path / "out") == 2
+    assert "which no build wrote; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / "000000.tar").read_bytes() == b"precious"
+
+
+def test_a_killed_build_leaves_whole_shards_and_is_finished_by_the_next(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(60, side=300)
+    options = ["--samples-per-shard", "2", "--format", "webp", "--quality", "100"]
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "data_tools", "build", str(pairs), "--image", "path", "--output", str(output)]
+    process = subprocess.Popen(
+        [*command, *options, "--workers", "2"], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while len(list(output.glob("*.tar"))) < 3:
+        with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself before it is killed
+            process.wait(timeout=0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)  # its workers hold the pipes: this returns when they have ended too
+    assert process.returncode == -signal.SIGKILL
+    assert not (output / "manifest.json").exists()
+    done = {tar.name: tar.stat().st_mtime_ns for tar in output.glob("*.tar")}
+    assert 3 <= len(done) < 30
+    for name in done:
+        assert index_tar(output / name).problems == []
+    assert build(pairs, output, *options) == 0
+    assert build(pairs, tmp_path / "whole", *options) == 0
+    assert contents(output) == contents(tmp_path / "whole")
+    assert len(list(output.glob("*.tar"))) == 30
+    assert {name: (output / name).stat().st_mtime_ns for name in done} == done  # they were not made again
+
+
+def test_shards_of_a_killed_build_with_other_images_are_not_kept(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(4)
+    output = tmp_path / "out"
+    assert build(pairs, output, "--samples-per-shard", "2") == 0
+    (output / "manifest.json").rename(output / "building.json")  # a journal of another plan
+    Image.new("RGB", (8, 8), "red").save(pairs.parent / "0.png")
+    assert build(pairs, output, "--samples-per-shard", "2") == 0
+    assert build(pairs, tmp_path / "fresh", "--samples-per-shard", "2") == 0
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image", "pth"], "--image 'pth': no such column; did you mean 'path'? the columns are path, caption, kind"),
+        (["--caption", "caption,tag"], "--caption 'tag': no such column"),
+        (["--label", "knid"], "--label 'knid': no such column; did you mean 'kind'?"),
+        (["--classes", "none.txt"], "--classes 'none.txt': expected --label COLUMN beside it"),
+        (["--label", "kind", "--classes", "none.txt"], "--classes 'none.txt': no such file"),
+        (["--format", "gif"], "--format 'gif': expected one of jpg, png, webp"),
+        (["--background", "green"], "--background 'green': expected R,G,B"),
+        (["--samples-per-shard", "0"], "--samples-per-shard '0': Invalid value"),
+        (["--caption", "empty"], "every row is refused, the first because: no caption: empty empty"),
+        (["--caption", ","], "--caption ',': expected"),
+        (["--imagesize", "3"], "No such option"),
+    ],
+)
+def test_wrong_use_is_answered_in_one_line(
+    make_pairs, tmp_path: Path, capsys, options: list[str], message: str
+) -> None:
+    pairs = make_pairs(3, empty=[""] * 3) if "empty" in options else make_pairs(3)
+    assert build(pairs, tmp_path / "out", *options) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize("name", ["emoji", "grocery"])
+def test_real_tables_are_read_whole(shared_data: Path, name: str) -> None:
+    lines = {split: (shared_data / name / f"{split}.tsv").read_bytes().count(b"\n") - 1 for split in ("train", "val")}
+    for split, count in lines.items():
+        table = read_pairs(shared_data / name / f"{split}.tsv")
+        assert len(table.rows) == count and table.refused == []
+        assert all(row["caption"] for row in table.rows)
+
+
+def test_real_emoji(shared_data: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "few.tsv"
+    lines = (shared_data / "emoji" / "val.tsv").read_text().splitlines()[:21]
+    pairs.write_text("\n".join(lines).replace("\timages/", f"\t{shared_data}/emoji/images/"))
+    assert build(pairs, tmp_path / "out", "--image", "filepath", "--caption", "caption,tags") == 0
+    found = samples(tmp_path / "out")
+    rows = {row["key"]: row for row in read_pairs(pairs).rows}
+    assert len(found) == 20 and refusals(tmp_path / "out") == []
+    for sample in found:
+        row = rows[sample["__key__"]]
+        assert sample["txt"].decode() == ", ".join(part for part in (row["caption"], row["tags"]) if part)
+        (tmp_path / "image.png").write_bytes(sample["png"])
+        with Image.open(tmp_path / "image.png") as image:
+            assert image.mode == "RGB" and image.size == (128, 128) and image.getpixel((0, 0)) == (255, 255, 255)

@@ -1,0 +1,193 @@
+"""What `build` makes of every kind of picture, against Pillow's own view of it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from data_tools.images import ImageOptions, check_image, encode_image, parse_color
+from mmpretrain.data.decode import BadSample
+
+RED = (200, 30, 40)
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def picture(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def half_red(width: int = 40, height: int = 20) -> Image.Image:
+    """Red on the left, white on the right."""
+    image = Image.new("RGB", (width, height), "white")
+    image.paste(RED, (0, 0, width // 2, height))
+    return image
+
+
+@pytest.mark.parametrize(("format", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_bytes_that_need_no_change_are_kept(format: str, extension: str, mode: str) -> None:
+    data = encoded(half_red().convert(mode), format)
+    assert encode_image(data, ImageOptions()) == (extension, data)
+    assert encode_image(data, ImageOptions(format=extension, short_side=20)) == (extension, data)
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 128, 255)])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_flattened_onto_the_background(mode: str, background: tuple[int, int, int]) -> None:
+    rgba = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    rgba.paste((90, 90, 90, 255), (0, 0, 8, 16))
+    extension, data = encode_image(encoded(rgba.convert(mode), "PNG"), ImageOptions(background=background))
+    flat = picture(data)
+    assert extension == "png" and flat.mode == "RGB" and "transparency" not in flat.info
+    assert flat.getpixel((2, 2)) == (90, 90, 90) and flat.getpixel((12, 2)) == background
+
+
+def test_palette_with_a_transparent_colour(tmp_path: Path) -> None:
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((0, 0), 1)
+    _, data = encode_image(encoded(image, "PNG", transparency=0), ImageOptions())
+    assert picture(data).getpixel((4, 4)) == (255, 255, 255) and picture(data).getpixel((0, 0)) == (200, 100, 50)
+
+
+def test_cmyk_jpeg_becomes_one_that_simplejpeg_reads() -> None:
+    data = encoded(half_red().convert("CMYK"), "JPEG")
+    extension, result = encode_image(data, ImageOptions())
+    assert extension == "jpg"
+    pixels = simplejpeg.decode_jpeg(result, "RGB")
+    assert np.abs(pixels[10, 5].astype(int) - RED).max() < 25 and pixels[10, 35].min() > 240
+
+
+def test_sixteen_bit_grey_is_scaled() -> None:
+    grey = np.array([[0, 257, 65535, 32896]], np.uint16)
+    extension, data = encode_image(encoded(Image.fromarray(grey), "PNG"), ImageOptions())
+    assert extension == "png" and np.asarray(picture(data))[0, :, 0].tolist() == [0, 1, 255, 128]
+
+
+def test_sixteen_bit_rgb_png_is_written_anew() -> None:
+    import struct
+    import zlib
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    pixel = b"\0" + struct.pack(">3H", 0xC8FF, 0x1E00, 0x2880)
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixel)) + chunk(b"IEND", b"")
+    _, result = encode_image(data, ImageOptions())
+    assert result[24] == 8 and picture(result).getpixel((0, 0)) == (0xC8, 0x1E, 0x28)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(2, 9))
+def test_exif_rotation_is_baked_in(format: str, turn: int) -> None:
+    image = half_red()
+    image.paste((30, 40, 200), (0, 0, 10, 5))  # one corner, so that mirrored differs from turned
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(image, format, exif=exif, **({} if format in ("PNG", "TIFF") else {"quality": 95}))
+    _, result = encode_image(data, ImageOptions(format="png"))
+    method = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }[turn]
+    expected = np.asarray(image.transpose(method)).astype(int)
+    upright = picture(result)
+    assert upright.getexif().get(0x0112, 1) == 1
+    assert upright.size == (expected.shape[1], expected.shape[0])
+    assert np.abs(np.asarray(upright) - expected).mean() < 8
+
+
+def test_an_upright_jpeg_keeps_its_bytes_and_a_turned_one_its_format() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    upright = encoded(half_red(), "JPEG", exif=exif)
+    assert encode_image(upright, ImageOptions()) == ("jpg", upright)
+    exif[0x0112] = 6
+    extension, turned = encode_image(encoded(half_red(), "JPEG", exif=exif), ImageOptions())
+    assert extension == "jpg" and picture(turned).size == (20, 40)
+
+
+def test_short_side_is_reduced_and_never_enlarged() -> None:
+    data = encoded(Image.fromarray(noise(90, 120, 3)), "PNG")
+    assert picture(encode_image(data, ImageOptions(short_side=30))[1]).size == (40, 30)
+    assert encode_image(data, ImageOptions(short_side=200)) == ("png", data)
+
+
+@pytest.mark.parametrize(("source", "extension"), [("GIF", "jpg"), ("BMP", "jpg"), ("TIFF", "jpg"), ("WEBP", "webp")])
+def test_default_formats(source: str, extension: str) -> None:
+    rgba = half_red().convert("RGBA") if source == "WEBP" else half_red()
+    rgba.putpixel((0, 0), (0, 0, 0, 0)) if source == "WEBP" else None
+    assert encode_image(encoded(rgba, source), ImageOptions())[0] == extension
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_asked_for_formats(extension: str) -> None:
+    result_extension, data = encode_image(encoded(half_red(), "BMP"), ImageOptions(format=extension))
+    assert result_extension == extension
+    assert picture(data).format == {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[extension]
+
+
+def test_quality_counts() -> None:
+    data = encoded(Image.fromarray(noise(64, 64, 3)), "BMP")
+    assert len(encode_image(data, ImageOptions(quality=30))[1]) < len(encode_image(data, ImageOptions())[1])
+
+
+def test_of_an_animation_the_first_frame_is_kept() -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    _, result = encode_image(data, ImageOptions())
+    assert not getattr(picture(result), "is_animated", False) and picture(result).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no readable image"),
+        (b"no picture at all", "no readable image"),
+        (encoded(Image.fromarray(noise(64, 64, 3)), "PNG")[:3000], "does not decode"),
+        (encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")[:1500], "does not decode"),
+        (b"P6 4 4 255 " + bytes(48), "no readable image"),  # PPM, which the allow-list leaves out
+    ],
+)
+def test_unusable_images_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "image").write_bytes(content)
+    with pytest.raises(BadSample, match=reason):
+        check_image(tmp_path / "image", ImageOptions())
+    with pytest.raises(BadSample, match=reason):
+        encode_image(content, ImageOptions())
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.png"):
+        with pytest.raises(BadSample, match="no such file"):
+            check_image(path, ImageOptions())
+
+
+def test_damaged_exif_counts_as_none() -> None:
+    data = encoded(half_red(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    assert encode_image(data, ImageOptions()) == ("jpg", data)
+
+
+def test_colors() -> None:
+    assert parse_color("#0a0B0c") == parse_color("10,11,12") == (10, 11, 12)
+    for wrong in ("white", "#fff", "1,2", "256,0,0", ""):
+        with pytest.raises(ValueError, match=r"--background .*expected R,G,B"):
+            parse_color(wrong)
