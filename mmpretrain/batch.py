@@ -54,7 +54,10 @@ class Samples:
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Samples":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Samples(**{name: fn(value) if isinstance(value, Tensor) else value for name, value in values.items()})
+        mapped: dict[str, Any] = {
+            name: fn(value) if isinstance(value, Tensor) else value for name, value in values.items()
+        }
+        return Samples(**mapped)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ CAPTION_EXTENSIONS = ("txt", "text", "caption")
 
 _BLOCK = 512
 _END_OF_ARCHIVE = bytes(_BLOCK)
+_REGULAR_KINDS = frozenset((b"0", b"\0", b"7"))
+_EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # these describe the members behind them
+_KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever the size of a link or folder says
+_MAX_EXTENDED_BYTES = 1 << 20
+_NEEDED_PAX = re.compile(rb"path=|size=|GNU\.sparse")  # path, size: most pax headers hold a time and no more
 _INDEX_VERSION = 1
 _NAMED_PER_PROBLEM = 10
 _METADATA_NAME = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these names, and so do we
@@ -177,25 +182,37 @@ def _regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple
         header = pair[-_BLOCK:]
         if header == _END_OF_ARCHIVE:
             return
-        if not _checksum_agrees(header):
+        try:  # the usual layout: six digits of checksum, eleven of size
+            checksum, size = int(header[148:154], 8), int(header[124:135], 8)
+        except ValueError:
+            checksum, size = _number(header[148:156]), _number(header[124:136])
+        if size < 0 or header[135] > 32:
+            size = _number(header[124:136])
+        # The checksum is the sum of all bytes, its own field counted as eight spaces. Adler-32's low half is 1 + the
+        # sum of the bytes modulo 65521, ten times faster than adding them here.
+        field = header[148:156]
+        rest = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * 32
+        if (rest - checksum) % 65521 and (rest - _number(field)) % 65521:
             raise _Damage(f"no tar header at byte {position}")
-        name = header[:100].partition(b"\0")[0]
-        if header[345] and header[257:263] == b"ustar\0":
-            name = header[345:500].partition(b"\0")[0] + b"/" + name
-        size = _number(header[124:136])
         kind = header[156:157]
-        if kind in (b"L", b"K", b"x", b"X", b"g"):  # these describe the members behind them
+        if kind in _EXTENDED_KINDS:
             if data + size > tar_bytes:
                 raise _Damage(f"truncated: the extended header at byte {position} needs {size} bytes")
-            content = os.pread(fd, size, data)
+            if size > _MAX_EXTENDED_BYTES:
+                raise _Damage(f"the extended header at byte {position} has {size} bytes, over {_MAX_EXTENDED_BYTES}")
+            end = data + size
+            content = window[data - start : end - start] if end <= limit else os.pread(fd, size, data)
             if kind == b"L":
                 long_name = content.partition(b"\0")[0]
             elif kind == b"g":
                 global_pax |= _pax_records(content, position)
-            elif kind != b"K":
+            elif kind != b"K" and _NEEDED_PAX.search(content):
                 pax = _pax_records(content, position)
-            position = data + -(-size // _BLOCK) * _BLOCK
+            position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
             continue
+        name = header[:100].partition(b"\0")[0]
+        if header[345] and header[257:263] == b"ustar\0":
+            name = header[345:500].partition(b"\0")[0] + b"/" + name
         if pax or global_pax or long_name is not None:
             records = global_pax | pax
             if any(keyword.startswith(b"GNU.sparse") for keyword in records):
@@ -203,14 +220,7 @@ def _regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple
             name = records.get(b"path", name if long_name is None else long_name)
             size = _number(records[b"size"], base=10) if b"size" in records else size
             long_name, pax = None, {}
-        if kind in (
-            b"1",
-            b"2",
-            b"3",
-            b"4",
-            b"5",
-            b"6",
-        ):  # links, devices, folders, pipes: no data, whatever `size` says
+        if kind in _KINDS_WITHOUT_DATA:
             position = data
             continue
         if kind == b"S":
@@ -221,30 +231,19 @@ def _regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple
                 name,
                 f"truncated: {_text(name)!r} needs bytes {data} to {data + size}, the file has {tar_bytes}",
             )
-        if kind in (b"0", b"\0", b"7") and not name.endswith(b"/"):
+        if kind in _REGULAR_KINDS and not name.endswith(b"/"):
             yield name, data, size
 
 
-def _checksum_agrees(header: bytes) -> bool:
-    """Whether the header's bytes add up to its checksum field, that field itself counted as eight spaces."""
-    field = header[148:156]
-    # Adler-32's low half is 1 + the sum of the bytes modulo 65521: ten times faster than adding them here.
-    return (zlib.adler32(header) & 0xFFFF) == (_number(field) + sum(field) + 1 - 8 * 32) % 65521
-
-
 def _number(field: bytes, base: int = 8) -> int:
-    """A number's digits up to a NUL, or GNU's base 256 where the first byte is 0x80; raises _Damage."""
-    digits = field.partition(b"\0")[0].strip()
-    if digits.isdigit():
-        try:
-            return int(digits, base)
-        except ValueError:
-            raise _Damage(f"no number in the header field {field!r}") from None
-    if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    if digits:
+    """A number's digits, padded with spaces and NULs, or GNU's base 256 after the byte 0x80; raises _Damage."""
+    try:
+        number = int(field.rstrip(b"\0 ") or b"0", base)
+    except ValueError:
+        number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
+    if number < 0:
         raise _Damage(f"no number in the header field {field!r}")
-    return 0
+    return number
 
 
 def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:

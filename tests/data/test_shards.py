@@ -64,7 +64,9 @@ def test_index_is_what_webdataset_reads(tmp_path: Path, format: int, seed: int) 
             for extension in rng.permutation(["JPG", "txt", "seg.png", "json", ""])[: rng.integers(1, 5)]:
                 header = tarfile.TarInfo(f"{key}.{extension}" if extension else f"{key}_without_extension")
                 header.size = int(rng.choice([0, 1, 511, 512, 513, 70_000]))
-                header.mtime = int(rng.integers(1 << 30))
+                header.mtime = float(
+                    rng.uniform(0, 1 << 30)
+                )  # as webdataset's TarWriter has it; pax keeps the fraction
                 tar.addfile(header, io.BytesIO(rng.bytes(header.size)))
             for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
                 other = tarfile.TarInfo(f"{key}.{kind.decode()}")
@@ -99,6 +101,33 @@ def test_sizes_beyond_eight_gigabytes(tmp_path: Path, format: int) -> None:
     assert index.keys == ["a"]
     assert index.members["bin"][1].tolist() == [size]
     assert index.members["txt"][0].tolist() == [len(header) + size + (-size % 512) + 512]
+
+
+def rewritten_header(path: Path, size: bytes, checksum: str) -> None:
+    """The first header with another size field (12 bytes), and its checksum in another layout."""
+    data = bytearray(path.read_bytes())
+    data[124:136], data[148:156] = size, b" " * 8
+    data[148:156] = (checksum % sum(data[:512])).encode()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("checksum", ["%06o\0 ", "%07o\0", "%6o\0 ", "%08o", "%7o "])
+@pytest.mark.parametrize(
+    "size", [b"00000000005\0", b"00000000005 ", b"          5 ", b"000000000005", b"5" + bytes(11)]
+)
+def test_numbers_in_other_writers_layouts(tmp_path: Path, size: bytes, checksum: str) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a"], image=b"image"))
+    rewritten_header(path, size, checksum)
+    index = index_tar(path)
+    assert index.problems == [] and index.members["jpg"][1].tolist() == [5]
+
+
+@pytest.mark.parametrize("size", [b"-0000000512\0", b"xxxxxxxxxxx\0", b"\xff" * 12, b"00000000009\0"])
+def test_sizes_that_are_none_end_the_scan(tmp_path: Path, size: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    rewritten_header(path, size, "%06o\0 ")
+    with pytest.raises(ValueError, match="no number in the header field"):
+        index_tar(path)
 
 
 def test_dtypes_and_absent_members(tmp_path: Path) -> None:
@@ -179,6 +208,18 @@ def test_sparse_members_are_named_not_misread(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2048] + members.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     index = index_tar(path)
     assert index.keys == ["a"] and "sparse" in index.problems[0]
+
+
+def test_a_long_name_without_end_is_not_read_into_memory(tmp_path: Path) -> None:
+    name = tarfile.TarInfo("././@LongLink")
+    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    with open(path, "r+b") as file:
+        file.seek(2048)
+        file.write(name.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(1 << 31)
+    index = index_tar(path)
+    assert index.keys == ["a"] and "over 1048576" in index.problems[0]
 
 
 def test_digest_sees_changes_of_equal_size(tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
             check_image(path, ImageOptions())
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_counts_as_none() -> None:
     data = encoded(half_red(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert encode_image(data, ImageOptions()) == ("jpg", data)

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def write_tar(path: Path, keys: list[str], **members: bytes) -> Path:
-    with TarWriter(str(path), encoder=False) as writer:
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
         for key in keys:
             writer.write({"__key__": key, **(members or {"jpg": b"image", "txt": b"caption"})})
     return path

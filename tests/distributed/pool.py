@@ -1,0 +1,65 @@
+"""A pool of real gloo processes, started once and shared by all tests that need several ranks."""
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    """One rank: join the group, then run what it is sent until it is sent None."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    from mmpretrain import distributed
+
+    distributed.setup(torch.device("cpu"))
+    while (job := connection.recv()) is not None:
+        fn, arguments = job
+        try:
+            connection.send((True, fn(*arguments)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+    distributed.shut_down()
+
+
+class Pool:
+    """Ranks that wait for work; `run` calls a module-level function on each and returns what rank by rank came back."""
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        port = _free_port()
+        self._connections = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            self._connections.append(ours)
+            self._processes.append(process)
+
+    def run(self, fn: Callable[..., Any], *arguments: Any) -> list[Any]:
+        for connection in self._connections:
+            connection.send((fn, arguments))
+        answers = [connection.recv() for connection in self._connections]
+        for rank, (succeeded, value) in enumerate(answers):
+            assert succeeded, f"rank {rank}:\n{value}"
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.send(None)
+        for process in self._processes:
+            process.join(timeout=30)
+            process.kill()

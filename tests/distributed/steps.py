@@ -1,0 +1,132 @@
+"""A small model, a batch, and one step of it, on whatever ranks call it."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+
+from mmpretrain import distributed, parallel
+from mmpretrain.batch import Batch, Samples
+from mmpretrain.data.loader import length_cuts
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.text import TextTransformer
+from mmpretrain.models.vit import TimmEncoder
+from mmpretrain.objectives import Objective
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.objectives.mae import MAE
+from mmpretrain.objectives.sigmoid import Sigmoid
+from mmpretrain.seeds import hash64, torch_draws
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Encodings, Task
+
+BATCH_SIZE = 16
+CONTEXT = 20
+Result = tuple[dict[str, float], dict[str, Tensor]]
+
+
+def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
+    """A tiny model in float64 with the objectives, the same on every rank."""
+    torch.manual_seed(0)
+    args = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, **image_args}
+    image = TimmEncoder("vit_base_patch16_clip_224", 32, args)
+    text = TextTransformer(vocab_size=50, context_length=CONTEXT, width=16, depth=2, num_heads=2)
+    model = ImageTextModel(image, text, embed_dim=12)
+    makers = {
+        "infonce": lambda: InfoNCE(model),
+        "sigmoid": lambda: Sigmoid(model),
+        "mae": lambda: MAE(model, mask_ratio=(0.3, 0.8), decoder_width=16, decoder_depth=1, decoder_heads=2),
+        "mae_fixed": lambda: MAE(model, mask_ratio=0.75, decoder_width=16, decoder_depth=1, decoder_heads=2),
+    }
+    parts: dict[str, Objective] = {name: makers[name]() for name in objectives}
+    return Task(model, parts).double()
+
+
+def make_samples(rows: Tensor, text_groups: int) -> Samples:
+    """Samples number `rows` of a fixed batch, sorted by length as the loader does."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (BATCH_SIZE, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    text = torch.randint(1, 50, (BATCH_SIZE, CONTEXT), generator=generator)
+    lengths = torch.randint(2, CONTEXT + 1, (BATCH_SIZE,), generator=generator)
+    ids = torch.arange(BATCH_SIZE)
+    ids[5] = 11  # a copy of sample 11, as where a batch crosses an epoch's end
+    images[5], text[5], lengths[5] = images[11], text[11], lengths[11]
+    rows = rows[lengths[rows].argsort(stable=True)]
+    cuts = length_cuts(lengths[rows], text_groups, CONTEXT)
+    seeds = torch_draws(torch.tensor([hash64("ragged") >> 1]), BATCH_SIZE)[0]
+    return Samples(rows, ids[rows], seeds[rows], images[rows], text[rows, : cuts[-1]], lengths[rows], cuts)
+
+
+def make_batches(num_micro_batches: int, text_groups: int = 3, seed: int = 7) -> list[Batch]:
+    """This rank's micro-batches of the fixed batch."""
+    rows = torch.arange(BATCH_SIZE).chunk(distributed.world_size())[distributed.rank()]
+    return [Batch({"pairs": make_samples(part, text_groups)}, seed) for part in rows.chunk(num_micro_batches)]
+
+
+def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str, float]) -> Result:
+    """One step's losses and gradients; on several ranks through DDP."""
+    task = make_task(objectives)
+    batches = make_batches(num_micro_batches)
+    frozen = parallel.freeze_unreached(task, batches[0])
+    wrapped = parallel.wrap(task, torch.device("cpu"))
+    losses = forward_backward(wrapped, task, batches, weights)
+    reduced = {name: float(loss) for name, loss in losses.reduced().items()}
+    gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    assert set(frozen).isdisjoint(gradients)
+    return reduced, gradients
+
+
+def open_clip_step(kind: str) -> Result:
+    """The same batch through open_clip's loss; copies of a sample would be negatives there, so there are none here."""
+    task = make_task((kind,))
+    batches = [_without_copies(batch) for batch in make_batches(1)]
+    encodings = Encodings(task.model, batches[0])
+    objective = task.objectives[kind]
+    image, text = encodings.image_embedding("pairs"), encodings.text_embedding("pairs")
+    rank, world = distributed.rank(), distributed.world_size()
+    if isinstance(objective, InfoNCE):
+        clip = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+        loss = clip(image, text, objective.logit_scale.exp())
+    else:
+        assert isinstance(objective, Sigmoid)
+        siglip = SigLipLoss(rank=rank, world_size=world)
+        loss = siglip(image, text, objective.logit_scale.exp(), objective.logit_bias)
+    loss.backward()
+    # What DDP would do: the mean over ranks.
+    gradients = {
+        name: distributed.all_reduce_sum(p.grad) / world for name, p in task.named_parameters() if p.grad is not None
+    }
+    return {kind: float(distributed.all_reduce_sum(loss.detach()) / world)}, gradients
+
+
+def our_step(kind: str) -> Result:
+    task = make_task((kind,))
+    losses = forward_backward(task, task, [_without_copies(batch) for batch in make_batches(1)], {kind: 1.0})
+    gradients = {
+        name: distributed.all_reduce_sum(p.grad) / distributed.world_size()
+        for name, p in task.named_parameters()
+        if p.grad is not None
+    }
+    return {name: float(loss) for name, loss in losses.reduced().items()}, gradients
+
+
+def _without_copies(batch: Batch) -> Batch:
+    samples = batch.streams["pairs"]
+    return replace(batch, streams={"pairs": replace(samples, ids=samples.positions)})
+
+
+def late_flags() -> list[dict[str, float]]:
+    flags = distributed.LateFlags()
+    seen = [flags.read()]
+    for step_number in range(3):
+        mine = float(distributed.rank() == 1 and step_number == 1)
+        flags.post({"stop": torch.tensor(mine), "step": torch.tensor(float(step_number))})
+        seen.append(flags.read())
+    return seen
+
+
+def ragged(width: int) -> Tensor:
+    rank = distributed.rank()
+    rows = torch.full((rank, width), float(rank))  # rank 0 has none
+    return distributed.gather_ragged_rows(rows)

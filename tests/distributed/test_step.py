@@ -1,0 +1,154 @@
+"""The step's mathematics does not depend on ranks or micro-batches, and is that of other people's losses."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.parallel import freeze_unreached
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Encodings
+from tests.distributed.pool import Pool
+from tests.distributed.steps import (
+    Result,
+    late_flags,
+    make_batches,
+    make_task,
+    open_clip_step,
+    our_step,
+    ragged,
+    step,
+)
+
+Pools = Callable[[int], Pool]
+MIXES = [("infonce",), ("sigmoid",), ("mae",), ("mae_fixed",), ("infonce", "mae"), ("infonce", "sigmoid", "mae")]
+WEIGHTS = {"infonce": 1.0, "sigmoid": 0.3, "mae": 0.7, "mae_fixed": 1.0}
+
+
+def whole_batch_gradients(objectives: tuple[str, ...]) -> Result:
+    """The plain graph: every loss on the whole batch, no gathering, no caching."""
+    task = make_task(objectives)
+    (batch,) = make_batches(1)
+    encodings = Encodings(task.model, batch)
+    losses: dict[str, Tensor] = {}
+    for name, objective in task.objectives.items():
+        if name in ("infonce", "sigmoid"):
+            losses[name] = objective.loss(*objective.embed(encodings))  # type: ignore[union-attr, call-arg]
+        else:
+            losses[name] = objective.loss(encodings) / objective.count(batch)  # type: ignore[union-attr, call-arg]
+    sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()  # type: ignore[union-attr]
+    gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
+
+
+def assert_same(ours: Result, reference: Result) -> None:
+    losses, gradients = ours
+    assert losses == pytest.approx(reference[0], rel=1e-10)
+    assert set(gradients) == set(reference[1])
+    for name, expected in reference[1].items():
+        assert expected.abs().max() > 0, f"{name} has no gradient to compare"
+        error = (gradients[name] - expected).norm() / expected.norm()
+        assert error < 1e-10, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("objectives", MIXES, ids="+".join)
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_one_process_gives_the_gradients_of_the_plain_graph(
+    objectives: tuple[str, ...], num_micro_batches: int
+) -> None:
+    assert_same(step(objectives, num_micro_batches, WEIGHTS), whole_batch_gradients(objectives))
+
+
+@pytest.mark.parametrize("objectives", MIXES, ids="+".join)
+@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(2, 1), (2, 4), (4, 1), (4, 4)])
+def test_several_ranks_give_the_gradients_of_the_plain_graph(
+    pool: Pools, objectives: tuple[str, ...], world_size: int, num_micro_batches: int
+) -> None:
+    reference = whole_batch_gradients(objectives)
+    for result in pool(world_size).run(step, objectives, num_micro_batches, WEIGHTS):
+        assert_same(result, reference)
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_the_coupled_losses_are_open_clips(pool: Pools, kind: str) -> None:
+    for world_size in (1, 2, 4):
+        if world_size == 1:
+            assert_same(our_step(kind), open_clip_step(kind))
+        else:
+            ours, theirs = pool(world_size).run(our_step, kind), pool(world_size).run(open_clip_step, kind)
+            for mine, reference in zip(ours, theirs, strict=True):
+                assert_same(mine, reference)
+
+
+def dropout_step(num_micro_batches: int) -> Result:
+    """A step of a model with dropout; the reference runs each micro-batch in one graph under the same seeds."""
+    task = make_task(("infonce",), proj_drop_rate=0.2)
+    batches = make_batches(num_micro_batches)
+    losses = forward_backward(task, task, batches, WEIGHTS)
+    gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    return {name: float(loss) for name, loss in losses.reduced().items()}, gradients
+
+
+def test_dropout_is_the_same_in_both_passes() -> None:
+    task = make_task(("infonce",), proj_drop_rate=0.2)
+    objective = task.objectives["infonce"]
+    assert isinstance(objective, InfoNCE)
+    parts = []
+    for batch in make_batches(4):
+        torch.manual_seed(batch.seed)
+        parts.append(objective.embed(Encodings(task.model, batch)))
+    rows = {key: torch.cat([rows[key] for rows, _ in parts]) for key in ("image", "text", "ids")}
+    loss = objective.loss(rows, parts[0][1])
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    assert_same(dropout_step(4), ({"infonce": float(loss.detach())}, gradients))
+    without = whole_batch_gradients(("infonce",))[0]["infonce"]
+    assert float(loss.detach()) != pytest.approx(without, rel=1e-3), "dropout did nothing"
+
+
+def test_a_mean_of_per_rank_means_would_have_been_noticed() -> None:
+    """Ragged masks: the halves of the batch hide different numbers of patches."""
+    task = make_task(("mae",))
+    halves = [int(task.counts(batch)["mae"]) for batch in make_batches(2)]
+    assert halves[0] != halves[1]
+
+
+def test_a_sample_is_no_negative_of_its_copy() -> None:
+    torch.manual_seed(3)
+    rows = F.normalize(torch.randn(4, 8, dtype=torch.float64), dim=-1)
+    rows = rows[[0, 1, 2, 3, 1]]
+    texts = F.normalize(torch.randn(4, 8, dtype=torch.float64), dim=-1)[[0, 1, 2, 3, 1]]
+    scale = torch.tensor([5.0], dtype=torch.float64)
+    objective = make_task(("infonce",)).objectives["infonce"]
+    ids = torch.tensor([0, 1, 2, 3, 1])
+    loss = objective.loss({"image": rows, "text": texts, "ids": ids}, {"logit_scale": scale})  # type: ignore[call-arg, arg-type]
+    similarity = (scale * rows @ texts.T).exp()
+    expected = 0.0
+    for i in range(5):
+        others = [j for j in range(5) if j == i or ids[j] != ids[i]]
+        expected -= float((similarity[i, i] / similarity[i, others].sum()).log()) / 10
+        expected -= float((similarity[i, i] / similarity[others, i].sum()).log()) / 10
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+def test_unreached_parameters_are_frozen_and_named() -> None:
+    task = make_task(("mae_fixed",))
+    frozen = freeze_unreached(task, make_batches(1)[0])
+    assert {"model.text.token_embedding.weight", "model.image_projection.weight"} <= set(frozen)
+    for name, parameter in task.named_parameters():
+        assert parameter.requires_grad == (name not in frozen)
+        assert parameter.grad is None
+    assert task.training
+
+
+def test_flags_of_one_rank_reach_all_in_the_same_step(pool: Pools) -> None:
+    expected = [{}, {"stop": 0.0, "step": 0.0}, {"stop": 1.0, "step": 1.0}, {"stop": 0.0, "step": 2.0}]
+    assert pool(2).run(late_flags) == [expected, expected]
+
+
+def test_ragged_rows_are_gathered_in_the_order_of_ranks(pool: Pools) -> None:
+    for gathered in pool(4).run(ragged, 2):
+        assert gathered[:, 0].tolist() == [1.0, 2.0, 2.0, 3.0, 3.0, 3.0]

@@ -1,0 +1,269 @@
+"""The real commands at a tiny size, each in a process of its own.
+
+A command is forked from a process that has imported torch already (multiprocessing's forkserver), which saves the
+six seconds that importing takes. From there on it is what `python -m` does: module, arguments, environment, streams,
+working directory, signals and exit code are the command's own.
+"""
+
+import io
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+from PIL import Image
+
+NUM_PAIRS = 200
+NUM_HELD_OUT = 40
+BATCH_SIZE = 16
+DEADLINE_SECONDS = 240.0
+
+TINY_MODEL = (
+    "model=clip_tiny",
+    "model.embed_dim=16",
+    "model.image.image_size=32",
+    "model.image.args.embed_dim=32",
+    "model.image.args.depth=1",
+    "model.image.args.num_heads=2",
+    "model.text.width=32",
+    "model.text.depth=1",
+    "model.text.num_heads=2",
+    "model.text.context_length=16",
+)
+TINY_RUN = (
+    *TINY_MODEL,
+    "run.dir=run",
+    "trainer.device=cpu",
+    "trainer.precision=fp32",
+    f"trainer.batch_size={BATCH_SIZE}",
+    "trainer.log_every=1steps",
+    "trainer.eval_every=1000epochs",
+    "optimizer.lr=1e-3",
+    "data.workers=0",
+    "eval=[retrieval]",
+)
+"""A run in the folder `run` of the working directory; `data.root` and `trainer.duration` are still to be given."""
+
+TINY_MAE = ("objective.mae.decoder_width=32", "objective.mae.decoder_depth=1", "objective.mae.decoder_heads=2")
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+_COLOURS = {"red": (220, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 220), "grey": (128, 128, 128)}
+_WORDS = ("circle", "square", "cross", "star", "ring")
+
+
+def png(seed: int, colour: str) -> bytes:
+    """A 32-pixel image that is mostly one colour."""
+    noise = np.random.default_rng(seed).integers(-30, 30, (32, 32, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(_COLOURS[colour] + noise, 0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, first: int, count: int, broken: Sequence[int] = ()) -> None:
+    """A tar of pairs numbered from `first`; the images of those in `broken` do not decode."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), mtime=0.0) as tar:
+        for number in range(first, first + count):
+            colour, word = list(_COLOURS)[number % len(_COLOURS)], _WORDS[number % len(_WORDS)]
+            # Captions differ in length, so that a micro-batch has length groups to cut.
+            caption = f"a {colour} {word} number {number}" + " and more" * (number % 3)
+            image = b"no image" if number in broken else png(number, colour)
+            fields = {"caption": caption, "label": colour}
+            tar.write(
+                {"__key__": f"{number:06d}", "png": image, "txt": caption, "json": json.dumps(fields).encode()}
+            )
+
+
+def write_pairs(root: Path, broken: Sequence[int] = ()) -> Path:
+    """`root/train` with 200 pairs in two tars and `root/val` with 40 in one."""
+    half = NUM_PAIRS // 2
+    write_shard(root / "train" / "000000.tar", 0, half, broken)
+    write_shard(root / "train" / "000001.tar", half, NUM_PAIRS - half, broken)
+    write_shard(root / "val" / "000000.tar", NUM_PAIRS, NUM_HELD_OUT)
+    return root
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+_PRELOADED = (
+    "mmpretrain.build",
+    "mmpretrain.load",
+    "mmpretrain.trainer",
+    "torch.nn.parallel",
+    "torch.utils.data",
+    "hydra._internal.hydra",
+    "hydra.core.plugins",
+)
+
+
+def _start_server() -> None:
+    """The process that all commands are forked from; it runs no tensor code, so that no thread is lost in a fork."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(_PRELOADED))
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _become(module: str, arguments: Sequence[str], folder: str, environment: Mapping[str, str], output: str) -> None:
+    """In the new process: what the shell does before `python -m module arguments`, then that."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left."""
+
+    code: int
+    """The exit code; minus the signal's number if a signal ended it."""
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines on stderr that say what went wrong."""
+        return [line for line in self.stderr.splitlines() if line.startswith("error:")]
+
+
+class Command:
+    """A running `python -m module arguments`."""
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        _start_server()
+        self.arguments = arguments
+        self._output = Path(tempfile.mkdtemp(prefix="command-", dir=folder))
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_become,
+            args=(module, tuple(arguments), str(folder), dict(environment or {}), str(self._output)),
+        )
+        self._process.start()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal, if it still runs."""
+        assert self._process.pid is not None
+        if self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+    def wait(self) -> Finished:
+        """What it left when it ended; one that never ends is killed and fails the test."""
+        self._process.join(DEADLINE_SECONDS)
+        hung = self._process.is_alive()
+        if hung:
+            self._process.kill()
+            self._process.join()
+        finished = Finished(self._process.exitcode or 0, self._read("stdout"), self._read("stderr"))
+        assert not hung, f"{self.arguments} did not end in {DEADLINE_SECONDS} s:\n{finished.stderr}"
+        return finished
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._read("stderr")
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
+        """Poll until a condition holds. Fails if the command ends first, or after the deadline."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not condition():
+            assert self._process.is_alive(), f"ended before {what}:\n{self.stderr}"
+            assert time.monotonic() < deadline, f"no {what} in {DEADLINE_SECONDS} s:\n{self.stderr}"
+            time.sleep(0.005)
+
+    def _read(self, name: str) -> str:
+        path = self._output / name
+        return path.read_text() if path.exists() else ""
+
+
+def run(module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> Finished:
+    """`python -m module arguments` in `folder`, to its end."""
+    return Command(module, arguments, folder, environment).wait()
+
+
+def group(world_size: int) -> list[dict[str, str]]:
+    """The environment of each process of a group on this machine, as torchrun sets it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
+def start_train(folder: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> Command:
+    """A running `python -m mmpretrain.train` of the tiny model."""
+    return Command("mmpretrain.train", [*TINY_RUN, *overrides], folder, environment)
+
+
+def train(folder: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> Finished:
+    """`python -m mmpretrain.train` of the tiny model, to its end."""
+    return start_train(folder, *overrides, environment=environment).wait()
+
+
+def train_group(folder: Path, world_size: int, *overrides: str) -> list[Finished]:
+    """The same on several processes, which speak gloo."""
+    ranks = [start_train(folder, *overrides, environment=environment) for environment in group(world_size)]
+    return [rank.wait() for rank in ranks]
+
+
+# ---------------------------------------------------------------------------------------------- what a run left
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(folder: Path) -> dict[str, float]:
+    """A run's results.json."""
+    scores: dict[str, float] = json.loads((folder / "results.json").read_text())
+    return scores
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted((folder / "checkpoints").glob("step_*"))
+
+
+def tensors(folder: Path, name: str) -> bytes:
+    """A file of the last checkpoint of a run, as it is."""
+    return (checkpoints(folder)[-1] / name).read_bytes()
+
+
+def exact_outcome(folder: Path) -> dict[str, Any]:
+    """What two runs must share bit for bit: weights, moments, and every metric that is no timing."""
+    metrics = [
+        {name: value for name, value in record.items() if not name.startswith("system/")} for record in records(folder)
+    ]
+    timings = ("wall_seconds", "pairs_per_second")
+    return {
+        "model": tensors(folder, "model.safetensors"),
+        "optimizer": tensors(folder, "optimizer.safetensors"),
+        "metrics": metrics,
+        "results": {name: value for name, value in results(folder).items() if name not in timings},
+    }
