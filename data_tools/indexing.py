@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_tools.pool import run_tasks
-from mmpretrain.data.shards import index_tar, store_index
+from mmpretrain.data.tar_index import index_tar, store_index
 
 
 @dataclass(frozen=True)

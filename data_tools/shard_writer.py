@@ -10,7 +10,7 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from mmpretrain.data.shards import index_path, index_tar, write_index
+from mmpretrain.data.tar_index import index_path, index_tar, write_index
 
 JOURNAL = "building.json"  # there while a build is under way; it holds the build's plan
 MANIFEST = "manifest.json"  # there when it is complete

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmpretrain.data.shards import IMAGE_EXTENSIONS
-
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
 _FIELD = re.compile(r'("(?:[^"]|"")*"|[^"\t\r\n]*)(\t|\r?\n|\Z)')
 
 
@@ -68,7 +67,7 @@ def read_pairs(path: Path) -> Table:
 
 def _read_folder(path: Path) -> Table:
     table = Table(columns=["image", "caption"], folder=path)
-    images = (file for file in path.rglob("*") if file.suffix[1:].lower() in IMAGE_EXTENSIONS)
+    images = (file for file in path.rglob("*") if file.suffix[1:].lower() in _IMAGE_SUFFIXES)
     for number, image in enumerate(sorted(images), start=1):
         beside = image.with_suffix(".txt")
         if beside.is_file():

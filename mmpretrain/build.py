@@ -11,7 +11,7 @@ from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.loader import Source, Stream
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.embed import EvalSet
+from mmpretrain.evals.embed import EvalSet, check_readable
 from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.schedules import Duration
@@ -48,22 +48,31 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
     return Task(model, objectives), weights
 
 
-def build_streams(cfg: TrainConfig, names: Sequence[str]) -> dict[str, Stream]:
-    """The streams that the objectives read. Raises: ValueError for one that is not configured or has no shards."""
+def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> dict[str, Stream]:
+    """The streams that the objectives read; the first one's batch is `trainer.batch_size`.
+
+    Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
+    """
     streams = {}
     for name in names:
         if name not in cfg.data.train:
             known = ", ".join(cfg.data.train) or "none"
             raise ValueError(f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known})")
         stream = cfg.data.train[name]
+        batch_size = stream.batch_size or cfg.trainer.batch_size
+        if name == names[0] and batch_size != cfg.trainer.batch_size:
+            raise ValueError(
+                f"data.train.{name}.batch_size is {batch_size}, but trainer.batch_size = {cfg.trainer.batch_size} is that "
+                "of the first stream that is read; expected the same: leave data.train.<stream>.batch_size null"
+            )
         streams[name] = Stream(
             name=name,
             sources=_sources(name, stream, cfg.data.root),
-            batch_size=stream.batch_size,
+            batch_size=batch_size,
             seed=cfg.run.seed,
             caption=stream.caption,
             transform=config.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
-            image_size=stream.image_size,
+            image_size=image_size,
         )
         streams[name].check_first_sample()
     return streams
@@ -97,7 +106,7 @@ def build_tokenizer(node: config.Node) -> Tokenizer:
 
 def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, image_size: int) -> dict[str, EvalSet]:
     """The held-out data sets. Raises: ValueError for missing shards, classes or fields."""
-    return {
+    eval_sets = {
         name: EvalSet(
             name=name,
             shards=_shards(f"data.val.{name}.shards", data.shards, root),
@@ -110,6 +119,9 @@ def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, image_s
         )
         for name, data in sets.items()
     }
+    for eval_set in eval_sets.values():
+        check_readable(eval_set)
+    return eval_sets
 
 
 def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict[str, Evaluator], dict[str, Duration]]:

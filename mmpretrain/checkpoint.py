@@ -30,8 +30,11 @@ class CorruptCheckpoint(ValueError):
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -114,15 +117,16 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in _FILES}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
-    for name in _FILES:
-        file, expected = path / name, manifest.get(name)
-        if expected is None or not file.is_file():
+    for name, (num_bytes, sha256) in expected.items():
+        file = path / name
+        if not file.is_file():
             raise CorruptCheckpoint(f"{path}: {name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CorruptCheckpoint(f"{path}: {name} has {file.stat().st_size} bytes, expected {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
+        if file.stat().st_size != num_bytes:
+            raise CorruptCheckpoint(f"{path}: {name} has {file.stat().st_size} bytes, expected {num_bytes}")
+        if _sha256(file) != sha256:
             raise CorruptCheckpoint(f"{path}: {name} has another SHA-256 than when it was saved")
 
 

@@ -23,13 +23,14 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="evaluate")
 def _hydra_main(cfg: DictConfig) -> None:
-    try:
-        with config.usage_errors():
+    with config.job(), config.usage_errors():
+        try:
             settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+            config.check_known(settings)
             config.check_evaluators(settings.eval)
             run(settings)
-    finally:
-        distributed.shut_down()
+        finally:
+            distributed.shut_down()
 
 
 def run(cfg: EvaluateConfig) -> Mapping[str, float]:
@@ -40,17 +41,18 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     of_run = loaded.config["data"]
     sets = cfg.data.val or {name: EvalSetConfig(**fields) for name, fields in of_run["val"].items()}
     root = cfg.data.root or of_run["root"]
+    precision = cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
         sets=build.build_eval_sets(sets, root, loaded.image_size),
         logit_scale=loaded.logit_scale,
-        batch_size=cfg.data.val_batch_size,
+        batch_size=cfg.data.val_batch_size or of_run["val_batch_size"],
         workers=cfg.data.workers,
+        autocast=torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
     )
     evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision.value == "bf16")
-    scores = evaluate(evaluators, context, autocast)
+    scores = evaluate(evaluators, context)
     if distributed.is_main():
         results = {**scores, "samples": loaded.state["samples"]}
         if cfg.output is not None:

@@ -1,5 +1,6 @@
 """A trained model from a run's directory or one of its checkpoints."""
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 
 _TRUSTED = ("mmpretrain.models.", "mmpretrain.data.")
+_TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     path = Path(run_or_checkpoint)
     if (path / "manifest.json").is_file():
         checkpoint.verify(path)
-        return path.parent.parent, path
+        return path.absolute().parent.parent, path
     newest = checkpoint.find_latest(path / "checkpoints")
     if newest is None:
         raise ValueError(
@@ -41,11 +43,30 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     return path, newest
 
 
+def _is_ours(target: str) -> bool:
+    """Whether a dotted name is a class of our own, not something that one of our modules imports (`os.system`)."""
+    module, _, name = target.rpartition(".")
+    if not module.startswith(_TRUSTED):
+        return False
+    try:
+        part = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    return isinstance(part, type) and part.__module__ == module
+
+
+def _without_weights(node: Any) -> Any:
+    """A model's node without what would make timm fetch weights: they are in the checkpoint."""
+    if not isinstance(node, dict):
+        return node
+    return {key: _without_weights(value) for key, value in node.items() if key not in _TIMM_WEIGHTS}
+
+
 def _check_trusted(node: Any, path: str) -> None:
     """A configuration that came with a checkpoint may name our own parts only. Raises: ValueError."""
     if isinstance(node, dict):
-        target = str(node.get("_target_", _TRUSTED[0]))
-        if not target.startswith(_TRUSTED):
+        target = node.get("_target_")
+        if target is not None and not _is_ours(str(target)):
             raise ValueError(
                 f"{path}._target_ is {target!r}, which came with the checkpoint and is no part of mmpretrain; "
                 "it would run code that you may not know: build that model yourself and load its model.safetensors"
@@ -63,10 +84,12 @@ def load_checkpoint(run_or_checkpoint: str | Path, device: torch.device | str = 
     saved = config.from_yaml((folder / "config.yaml").read_text())
     for part in (saved["model"], saved["data"]["tokenizer"]):
         _check_trusted(part, "config.yaml")
-    model = config.instantiate(saved["model"], 0, "model")
+    model = config.instantiate(_without_weights(saved["model"]), 0, "model")
     tensors = checkpoint.load_tensors(path, "model.safetensors")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    scales = [value for name, value in tensors.items() if name.endswith(".logit_scale")]
+    # Of several, the first objective's, as in training.
+    names = [f"objectives.{objective}.logit_scale" for objective in saved["objective"]]
+    scales = [tensors[name] for name in names if name in tensors]
     tokenizer = config.instantiate(saved["data"]["tokenizer"], 0, "data.tokenizer")
     return Loaded(
         model=model.to(device).eval(),

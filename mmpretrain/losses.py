@@ -49,9 +49,13 @@ def sigmoid_loss(
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Images [b, c, h, w] -> patches [b, N, p_h p_w c], pixels row by row with their channels together (MAE's layout)."""
+    """Images [b, c, h, w] -> patches [b, N, p_h p_w c], pixels row by row with their channels together (MAE's layout).
+
+    A border that fills no patch is left out, as a ViT's patch embedding leaves it out.
+    """
     b, c, height, width = images.shape
     rows, columns = height // patch_size[0], width // patch_size[1]
+    images = images[:, :, : rows * patch_size[0], : columns * patch_size[1]]
     x = images.reshape(b, c, rows, patch_size[0], columns, patch_size[1])
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, rows * columns, patch_size[0] * patch_size[1] * c)
 

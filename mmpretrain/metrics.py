@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,13 +17,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from mmpretrain.batch import Batch
 from mmpretrain.checkpoint import write_text
+from mmpretrain.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def read_records(path: Path) -> list[dict[str, float]]:
-    """The objects of a metrics.jsonl; a last line that a kill cut short is left out."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines()
@@ -50,7 +53,7 @@ class MetricsWriter:
         kept = [record for record in read_records(path) if record["step"] <= step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", buffering=1)
-        purge = samples + 1 if step else None
+        purge = samples + 1 if step else 0
         self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=purge, flush_secs=10)
 
     def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
@@ -60,9 +63,26 @@ class MetricsWriter:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, samples)
 
+    def pairs(self, batch: Batch, tokenizer: Tokenizer, count: int = 16) -> None:
+        """Log each stream's first samples as the model sees them: a grid of images with their captions."""
+        for name, samples in batch.streams.items():
+            if samples.images is None:
+                continue
+            # Rows are sorted by length: take them from all over the micro-batch.
+            rows = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int).tolist()
+            captions = [""] * len(rows)
+            if samples.text is not None and samples.lengths is not None:
+                captions = [tokenizer.decode(samples.text[row, : samples.lengths[row]].tolist()) for row in rows]
+            self.image(f"train/{name}", 0, pair_grid(samples.images[rows], captions))
+
     def image(self, name: str, samples: int, image: np.ndarray) -> None:
         """Log a picture, uint8 [h, w, 3]."""
         self._tensorboard.add_image(name, image, samples, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Make sure that everything so far is on disk: a checkpoint that follows promises it."""
+        self._file.flush()
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Flush and close both."""
@@ -80,26 +100,9 @@ def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: i
         left, top = (i % columns) * cell, (i // columns) * (cell + text_height)
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         grid.paste(picture.resize((cell - 8, cell - 8), Image.Resampling.NEAREST), (left + 4, top + 4))
-        wrapped = [caption[start : start + line * 1] for start in range(0, min(len(caption), 3 * line), line)]
+        wrapped = [caption[start : start + line] for start in range(0, min(len(caption), 3 * line), line)]
         canvas.multiline_text((left + 4, top + cell), "\n".join(wrapped), fill="black")
     return np.asarray(grid)
-
-
-class Quarantine:
-    """quarantine.jsonl: every refused sample once, by shard and key."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self._seen = {(record["shard"], record["key"]) for record in known}
-
-    def add(self, shard: str, key: str, **details: str) -> None:
-        """Write a sample down unless it is there already."""
-        if (shard, key) not in self._seen:
-            self._seen.add((shard, key))
-            log.warning("refused sample %s of %s: %s", key, shard, details.get("reason", ""))
-            with self._path.open("a") as file:
-                file.write(json.dumps({"shard": shard, "key": key, **details}) + "\n")
 
 
 class ProgressBar:

@@ -1,20 +1,12 @@
 """The optimiser: AdamW over each tower's parameters, and the guard that skips a step that is not finite."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 TOWERS = ("image", "text", "heads")
-
-
-@dataclass
-class Tower:
-    """A tower's own learning rate and weight decay; None means the optimiser's."""
-
-    lr: float | None = None
-    weight_decay: float | None = None
+_OF_A_TOWER = ("lr", "weight_decay")
 
 
 def tower_of(parameter_name: str) -> str:
@@ -36,19 +28,22 @@ def adamw(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
-    towers: Mapping[str, Tower],
+    towers: Mapping[str, Mapping[str, float | None]],
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) with fused kernels.
 
     Args:
         parameters: named as in the task; frozen ones are left out.
         lr, weight_decay, betas, eps: as in the paper; no decay acts on one-dimensional parameters.
-        towers: what differs for `image`, `text` or `heads`.
+        towers: `lr` and `weight_decay` of `image`, `text` or `heads`, where they differ; None means as above.
 
-    Raises: ValueError if `towers` names another one.
+    Raises: ValueError if `towers` names another tower or argument.
     """
     if unknown := sorted(set(towers) - set(TOWERS)):
         raise ValueError(f"optimizer.towers has {unknown[0]!r}; expected one of {', '.join(TOWERS)}")
+    for tower, own in towers.items():
+        if unknown := sorted(set(own) - set(_OF_A_TOWER)):
+            raise ValueError(f"optimizer.towers.{tower} has {unknown[0]!r}; expected {' or '.join(_OF_A_TOWER)}")
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     names: dict[tuple[str, bool], list[str]] = {}
     for name, parameter in parameters:
@@ -57,15 +52,15 @@ def adamw(
             members.setdefault(key, []).append(parameter)
             names.setdefault(key, []).append(name)
     groups = []
-    for (tower_name, decays), params in members.items():
-        tower = towers.get(tower_name) or Tower()
-        tower_lr = lr if tower.lr is None else tower.lr
-        decay = weight_decay if tower.weight_decay is None else tower.weight_decay
+    for (tower, decays), params in members.items():
+        own_lr, own_decay = (towers.get(tower, {}).get(argument) for argument in _OF_A_TOWER)
+        tower_lr = lr if own_lr is None else own_lr
+        decay = weight_decay if own_decay is None else own_decay
         groups.append(
             {
                 "params": params,
-                "names": names[tower_name, decays],
-                "tower": tower_name,
+                "names": names[tower, decays],
+                "tower": tower,
                 "lr": tower_lr,
                 "base_lr": tower_lr,
                 "weight_decay": decay if decays else 0.0,

@@ -1,5 +1,8 @@
 """How the task is spread over processes, in one place."""
 
+import inspect
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -8,6 +11,13 @@ from mmpretrain import distributed
 from mmpretrain.batch import Batch
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
+
+# Later releases of torch renamed it.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 def freeze_unreached(task: Task, example: Batch) -> list[str]:
@@ -42,6 +52,6 @@ def wrap(task: Task, device: torch.device) -> nn.Module:
             )
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
     # Every parameter is reached in every step (`freeze_unreached`), so nothing has to be searched for.
-    return DistributedDataParallel(
-        task, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-    )
+    device_ids = [device.index] if device.type == "cuda" else None
+    sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
+    return DistributedDataParallel(task, device_ids=device_ids, **sync_buffers)

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, Protocol
 
 Unit = Literal["epochs", "samples", "steps", "%", "min"]
@@ -12,14 +13,17 @@ _UNITS: dict[str, Unit] = {
     "epoch": "epochs", "epochs": "epochs", "sample": "samples", "samples": "samples",
     "step": "steps", "steps": "steps", "%": "%", "min": "min",
 }  # fmt: skip
-_PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+_PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training: `20epochs`, `10Msamples`, `2000steps`, `5%` (of the run) or `30min` (of wall time)."""
+    """A length of training: `20epochs`, `10Msamples`, `2000steps`, `5%` (of the run) or `30min` (of wall time).
 
-    value: float
+    The value is exact: in floats 7% of 100 samples lie beyond sample 7, and 1.1Msamples beyond 1,100,000.
+    """
+
+    value: Fraction
     unit: Unit
 
     @classmethod
@@ -42,7 +46,7 @@ class Duration:
         number, prefix, unit = match.groups()
         if _UNITS[unit] == "min" and not wall_time:
             raise ValueError(f"{name} is {text!r}; wall time makes no sense here: use one of {units}")
-        return cls(float(number) * _PREFIXES[prefix], _UNITS[unit])
+        return cls(Fraction(number) * _PREFIXES[prefix], _UNITS[unit])
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Clock:
     epoch_samples: int
     total_samples: int = 0
 
-    def samples(self, duration: Duration) -> float:
+    def samples(self, duration: Duration) -> Fraction:
         """A duration in samples. Raises: ValueError for a wall time."""
         if duration.unit == "samples":
             return duration.value
@@ -63,12 +67,12 @@ class Clock:
             return duration.value * self.epoch_samples
         if duration.unit == "%":
             return duration.value / 100 * self.total_samples
-        raise ValueError(f"{duration.value} min has no length in samples")
+        raise ValueError(f"{float(duration.value):g}min has no length in samples; use epochs, samples, steps or %")
 
     def is_due(self, every: Duration, before: int, after: int) -> bool:
         """Whether a multiple of `every` lies in (before, after], in samples seen; never if it is zero."""
         period = self.samples(every)
-        return period > 0 and math.floor(after / period) > math.floor(before / period)
+        return period > 0 and after // period > before // period
 
 
 class Schedule(Protocol):
@@ -83,7 +87,7 @@ class Schedule(Protocol):
 
 def _warmup_factor(samples: int, clock: Clock, warmup: Duration) -> float:
     """Linear from one batch's share up to 1; it counts the batch at hand, so that the first step moves."""
-    length = clock.samples(warmup)
+    length = float(clock.samples(warmup))
     return min(1.0, (samples + clock.batch_size) / length) if length > 0 else 1.0
 
 
@@ -98,12 +102,12 @@ class WarmupCosine:
     """
 
     def __init__(self, warmup: str = "0steps", final: float = 0.0) -> None:
-        self.warmup = Duration.parse(warmup, "optimizer.schedule.warmup")
+        self.warmup = Duration.parse(warmup, "schedule.warmup")
         self.final = final
 
     def __call__(self, samples: int, clock: Clock) -> float:
         """The factor of the step that starts after `samples`."""
-        warmup = clock.samples(self.warmup)
+        warmup = float(clock.samples(self.warmup))
         if samples < warmup:
             return _warmup_factor(samples, clock, self.warmup)
         progress = min(1.0, (samples - warmup) / max(1.0, clock.total_samples - warmup))
@@ -122,13 +126,13 @@ class WarmupConstant:
     """
 
     def __init__(self, warmup: str = "0steps", cooldown: str = "0steps", final: float = 0.0) -> None:
-        self.warmup = Duration.parse(warmup, "optimizer.schedule.warmup")
-        self.cooldown = Duration.parse(cooldown, "optimizer.schedule.cooldown")
+        self.warmup = Duration.parse(warmup, "schedule.warmup")
+        self.cooldown = Duration.parse(cooldown, "schedule.cooldown")
         self.final = final
 
     def __call__(self, samples: int, clock: Clock) -> float:
         """The factor of the step that starts after `samples`."""
-        cooldown = clock.samples(self.cooldown)
+        cooldown = float(clock.samples(self.cooldown))
         left = clock.total_samples - samples
         if cooldown > 0 and left < cooldown:
             return self.final + (1 - self.final) * max(0.0, left / cooldown)

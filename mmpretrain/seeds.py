@@ -84,6 +84,8 @@ def torch_uniform(seeds: Tensor, n: int, salt: int = 0) -> Tensor:
 @contextmanager
 def torch_seed(*parts: int | str) -> Iterator[None]:
     """Torch's generators seeded from `parts` inside the block, and as they were after it."""
-    with torch.random.fork_rng():
+    # All devices, fork_rng's default, would open a context on every GPU of the machine in each of its processes.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(hash64(*parts) >> 1)
         yield

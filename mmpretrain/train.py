@@ -14,12 +14,13 @@ from omegaconf import DictConfig
 
 from mmpretrain import build, checkpoint, config, distributed
 from mmpretrain.config import TrainConfig, UsageError
-from mmpretrain.evals.evaluation import Context, evaluate
+from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
+from mmpretrain.guards import TrainingError
 from mmpretrain.metrics import print_results
 from mmpretrain.optim import adamw  # noqa: F401  (the default target of conf/optimizer)
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.task import Task
-from mmpretrain.trainer import Trainer, TrainerOptions, TrainingError, clock_of
+from mmpretrain.trainer import Trainer, TrainerOptions, clock_of
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +32,14 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="train")
 def _hydra_main(cfg: DictConfig) -> None:
-    try:
-        train(config.resolve(cfg))
-    except TrainingError as error:
-        log.error("%s", error)
-        sys.exit(1)
-    finally:
-        distributed.shut_down()
+    with config.job():
+        try:
+            train(config.resolve(cfg))
+        except TrainingError as error:
+            log.error("error: %s", error)
+            config.end_job(1)
+        finally:
+            distributed.shut_down()
 
 
 def train(cfg: TrainConfig) -> Mapping[str, float]:
@@ -52,10 +54,25 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         folder = Path(str(cfg.run.dir))
         options = _options(cfg)
         task, weights = build.build_task(cfg)
-        streams = build.build_streams(cfg, task.streams)
+        streams = build.build_streams(cfg, task.streams, task.model.image.image_size)
         tokenizer = build.build_tokenizer(cfg.data.tokenizer)
         sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model.image.image_size)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
+
+        def evaluation_context(task: Task) -> Context:
+            return Context(
+                model=task.model,
+                tokenizer=tokenizer,
+                sets=sets,
+                logit_scale=task.logit_scale,
+                batch_size=cfg.data.val_batch_size,
+                workers=cfg.data.workers,
+                autocast=torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"),
+            )
+
+        for name, evaluator in evaluators.items():
+            chosen_sets(name, evaluator, evaluation_context(task))
+        # Not closed before the run's end: closing it would free the directory.
         lock = _open_run(cfg, folder, schedule)
         clock = clock_of(streams, options.duration)
         if (finished := _finished(folder, clock.total_samples // clock.batch_size)) is not None:
@@ -65,11 +82,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
 
         def run_evaluations(task: Task, before: int, after: int, is_last: bool) -> Mapping[str, float]:
             due = {name: e for name, e in evaluators.items() if is_last or clock.is_due(every[name], before, after)}
-            if not due:
-                return {}
-            context = Context(task.model, tokenizer, sets, task.logit_scale, cfg.data.val_batch_size, cfg.data.workers)
-            autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
-            return evaluate(due, context, autocast)
+            return evaluate(due, evaluation_context(task)) if due else {}
 
         trainer = Trainer(
             task=task.to(device),
@@ -86,6 +99,9 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             folder=folder,
             device=device,
         )
+        if distributed.is_main():
+            # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
+            checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
     results = trainer.run()
     _tell(results, folder)
     if lock is not None:
@@ -94,8 +110,11 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
 
 
 def _options(cfg: TrainConfig) -> TrainerOptions:
+    duration = Duration.parse(cfg.trainer.duration, "trainer.duration")
+    if not duration.value > 0:
+        raise ValueError(f"trainer.duration is {cfg.trainer.duration!r}; expected a length above 0, such as 20epochs")
     return TrainerOptions(
-        duration=Duration.parse(cfg.trainer.duration, "trainer.duration"),
+        duration=duration,
         micro_batch_size=cfg.trainer.micro_batch_size,
         precision=cfg.trainer.precision.value,
         clip_grad_norm=cfg.trainer.clip_grad_norm,
@@ -113,15 +132,16 @@ def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | No
     """Claim the run's directory on process 0: another configuration or another process in it is refused everywhere."""
     lock, refusal = None, None
     if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / ".lock").open("w")
+            # A POSIX lock: unlike flock's, the loader's forked workers, which outlive a kill by seconds, do not hold it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refusal = f"{folder} is in use by another process; wait for it, or choose another run.name"
+        except OSError as error:
+            refusal = f"run.dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder"
         refusal = refusal or _check_configuration(cfg, folder, schedule)
-        if refusal is None:
-            checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
     refusal = distributed.broadcast_object(refusal)
     if refusal is not None:
         raise UsageError(refusal)
@@ -160,7 +180,7 @@ def _finished(folder: Path, num_steps: int) -> dict[str, float] | None:
     """The scores of a run whose last step is saved; every process what process 0 finds."""
     results = None
     if distributed.is_main() and (folder / "results.json").exists():
-        path = checkpoint.find_latest(folder / "checkpoints")
+        path = checkpoint.find_latest(folder / "checkpoints", set_aside=True)
         if path is not None and checkpoint.load_state(path)["step"] >= num_steps:
             results = json.loads((folder / "results.json").read_text())
     found: dict[str, float] | None = distributed.broadcast_object(results)

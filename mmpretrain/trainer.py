@@ -3,40 +3,31 @@
 import json
 import logging
 import resource
-import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mmpretrain import checkpoint, distributed, optim, parallel
-from mmpretrain.batch import Batch, Refused
+from mmpretrain.batch import Batch
 from mmpretrain.data.loader import MicroBatches, Stream, build_loader
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.metrics import MetricsWriter, ProgressBar, Quarantine, pair_grid
+from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
+from mmpretrain.metrics import MetricsWriter, ProgressBar
 from mmpretrain.schedules import Clock, Duration, Schedule
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
 
 log = logging.getLogger(__name__)
 
-PREEMPTED_EXIT_CODE = 85
-_MIN_SAMPLES_FOR_BAD_FRACTION = 1000
-
 Evaluate = Callable[[Task, int, int, bool], Mapping[str, float]]
 """(task, samples before the step, samples after it, whether it was the last) -> scores of the evaluations due."""
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message is one line with the value, the expectation and the fix."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +60,6 @@ class TrainState:
     results: dict[str, float] = field(default_factory=dict)
 
 
-class StopSignal:
-    """SIGTERM or SIGINT asks for a checkpoint and an end; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        self.restore()
-
-    def restore(self) -> None:
-        """The handlers as they were before."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 @dataclass
 class _Window:
     """What was measured since the last logged step."""
@@ -93,7 +67,6 @@ class _Window:
     start: float
     samples: int = 0
     data_wait: float = 0.0
-    refused: list[Refused] = field(default_factory=list)
 
 
 class Trainer:
@@ -152,11 +125,10 @@ class Trainer:
         self.flags = distributed.LateFlags()
         self.saved_at, self.saved_step = time.perf_counter(), self.state.step
         self.earlier_seconds = self.state.wall_seconds
+        self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
         self.writer: MetricsWriter | None = None
-        self.quarantine: Quarantine | None = None
         if distributed.is_main():
             self.writer = MetricsWriter(folder, self.state.step, self.state.samples)
-            self.quarantine = Quarantine(folder / "quarantine.jsonl")
 
     def run(self) -> dict[str, float]:
         """Train to the end.
@@ -171,11 +143,12 @@ class Trainer:
         with ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress:
             while state.step < self.num_steps:
                 waited = time.perf_counter()
-                micro_batches = [next(batches) for _ in range(self.num_micro_batches)]
+                micro_batches = self._next(batches)
                 self.window.data_wait += time.perf_counter() - waited
-                self.window.refused += [refusal for batch in micro_batches for refusal in batch.refused]
-                if state.step == 0:
-                    self._show_pairs(micro_batches[0])
+                for batch in micro_batches:
+                    self.quarantine.add(batch.refused)
+                if state.step == 0 and self.writer is not None:
+                    self.writer.pairs(micro_batches[0], self.tokenizer)
                 micro_batches = [batch.to(device) for batch in micro_batches]
 
                 lr_factor = self.schedule(state.samples, self.clock)
@@ -192,16 +165,19 @@ class Trainer:
                 self.window.samples += self.batch_size
                 is_last = state.step == self.num_steps
                 known = self.flags.read()
-                self._check_bad_step(known, state.step - 1)
+                check_bad_step(known, state.step - 1, self.streams, options.max_bad_steps)
                 self._post_flags(skipped, stop)
 
+                values: dict[str, float] = {}
                 if self.clock.is_due(options.log_every, before, state.samples) or is_last:
-                    self._log(losses, norms, lr_factor, progress)
+                    values = self._measure(losses, norms, lr_factor, progress)
                 progress.advance(state.step)
                 paused = time.perf_counter()
-                self._evaluate(before, is_last)
+                values |= self._evaluate(before, is_last)
+                if values and self.writer is not None:
+                    self.writer.scalars(state.step, state.samples, values)
                 if is_last:
-                    self._check_bad_step(self.flags.read(), state.step)
+                    check_bad_step(self.flags.read(), state.step, self.streams, options.max_bad_steps)
                     self._write_results()
                 if is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
                     self._save()
@@ -230,10 +206,23 @@ class Trainer:
                 f"the data changed since {path} was saved: {', '.join(changed)} has other shards or samples; "
                 "expected the same data to go on: restore it, or start a new run (run.name=...)"
             )
+        if saved["step"] > self.num_steps:
+            raise ValueError(
+                f"trainer.duration ends at step {self.num_steps}, but {self.folder} is at step {saved['step']} already; "
+                "expected at least that, or a new run: run.name=..."
+            )
         self.task.load_state_dict(checkpoint.load_tensors(path, "model.safetensors"))
         optim.load_optimizer_tensors(self.optimizer, checkpoint.load_tensors(path, "optimizer.safetensors"))
         log.info("resumed from %s at step %d", path, saved["step"])
         return TrainState(**saved)
+
+    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of one step. Raises: TrainingError where the data cannot be read."""
+        try:
+            return [next(batches) for _ in range(self.num_micro_batches)]
+        except (OSError, ValueError) as error:
+            # A worker's error carries its whole traceback; the last line is what it said.
+            raise TrainingError(f"the data cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
     def _post_flags(self, skipped: Tensor, stop: StopSignal) -> None:
         """Tell the other ranks what this step brought; they know it one step later."""
@@ -248,43 +237,15 @@ class Trainer:
             }
         )
 
-    def _check_bad_step(self, flags: Mapping[str, float], step: int) -> None:
-        """Say which samples a skipped step saw. `flags` are those of step number `step`, from 1."""
-        if not flags.get("skipped"):
-            return
-        for name, stream in self.streams.items():
-            positions = range((step - 1) * stream.batch_size, step * stream.batch_size)
-            keys = ", ".join(stream.sample_key(position) for position in positions) if distributed.is_main() else ""
-            log.warning("step %d skipped, its gradient is not finite; samples of %s: %s", step, name, keys)
-        if flags["bad_steps"] >= self.options.max_bad_steps:
-            raise TrainingError(
-                f"{int(flags['bad_steps'])} steps in a row had a gradient that is not finite, the limit is "
-                f"trainer.max_bad_steps = {self.options.max_bad_steps}; lower optimizer.lr, clip the gradient, or look at "
-                "the samples named above"
-            )
-
     def _is_save_due(self, before: int) -> bool:
         every = self.options.checkpoint_every
         return every.unit != "min" and self.clock.is_due(every, before, self.state.samples)
 
-    def _flush_refused(self) -> None:
-        """Tell process 0 what was refused and count it. A collective."""
-        state, limit = self.state, self.options.max_bad_fraction
-        refused = [refusal for part in distributed.gather_objects(self.window.refused) for refusal in part]
-        self.window.refused = []
-        state.num_refused += len(refused)
-        if self.quarantine is not None:
-            for refusal in refused:
-                self.quarantine.add(**asdict(refusal))
-        if state.num_refused > limit * max(state.samples, _MIN_SAMPLES_FOR_BAD_FRACTION):
-            raise TrainingError(
-                f"{state.num_refused} of {state.samples} samples were refused, more than data.max_bad_fraction = {limit}; "
-                f"see {self.folder / 'quarantine.jsonl'}, mend the data or raise the limit"
-            )
-
-    def _log(self, losses: StepLosses, norms: Mapping[str, Tensor], lr_factor: float, progress: ProgressBar) -> None:
-        """Write this step's values and begin a new window. A collective."""
-        self._flush_refused()
+    def _measure(
+        self, losses: StepLosses, norms: Mapping[str, Tensor], lr_factor: float, progress: ProgressBar
+    ) -> dict[str, float]:
+        """This step's values; begins a new window. A collective."""
+        self.quarantine.flush(self.state.samples)
         window, state = self.window, self.state
         loss_of = {name: float(loss) for name, loss in losses.reduced().items()}
         seconds = time.perf_counter() - window.start
@@ -302,27 +263,26 @@ class Trainer:
             values["system/gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         values["system/host_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         state.train_seconds += seconds
-        if self.writer is not None:
-            self.writer.scalars(state.step, state.samples, values)
         progress.show(state.step, values["train/loss"], speed, (self.clock.total_samples - state.samples) / speed)
         self.window = _Window(time.perf_counter())
+        return values
 
-    def _evaluate(self, before: int, is_last: bool) -> None:
-        """Run the evaluations that are due and keep their scores."""
+    def _evaluate(self, before: int, is_last: bool) -> Mapping[str, float]:
+        """The scores of the evaluations that are due, which results.json will hold."""
         scores = self.evaluate(self.task, before, self.state.samples, is_last)
         if scores:
             self.state.results.update(scores)
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            if self.writer is not None:
-                self.writer.scalars(self.state.step, self.state.samples, scores)
+        return scores
 
     def _save(self) -> None:
         """Write a checkpoint, which holds everything up to this step. A collective."""
-        self._flush_refused()
+        self.quarantine.flush(self.state.samples)
         state = self.state
-        state.bad_steps = float(self.bad_steps)
+        state.bad_steps, state.num_refused = float(self.bad_steps), self.quarantine.num_refused
         state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
-        if distributed.is_main() and state.step > self.saved_step:
+        if self.writer is not None and state.step > self.saved_step:
+            self.writer.flush()
             checkpoint.save(
                 self.folder / "checkpoints", state.step, self.task.state_dict(), optim.optimizer_tensors(self.optimizer),
                 {**asdict(state), "fingerprint": self.fingerprint}, self.options.keep_last,
@@ -335,18 +295,6 @@ class Trainer:
         self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
         if distributed.is_main():
             checkpoint.write_text(self.folder / "results.json", json.dumps(results_of(self.state), indent=2) + "\n")
-
-    def _show_pairs(self, batch: Batch, count: int = 16) -> None:
-        """The first pairs of the run in TensorBoard."""
-        for name, samples in batch.streams.items():
-            if samples.images is None or self.writer is None:
-                continue
-            # Rows are sorted by length: take them from all over the micro-batch.
-            rows = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int).tolist()
-            captions = [""] * len(rows)
-            if samples.text is not None and samples.lengths is not None:
-                captions = [self.tokenizer.decode(samples.text[row, : samples.lengths[row]].tolist()) for row in rows]
-            self.writer.image(f"train/{name}", 0, pair_grid(samples.images[rows], captions))
 
     def _close(self) -> None:
         if self.writer is not None:

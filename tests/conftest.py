@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests import runs
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -25,3 +27,9 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} does not exist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `data.root` of 200 pairs to train on and 40 held out, of 32 pixels; not to be changed."""
+    return runs.write_pairs(tmp_path_factory.mktemp("pairs"))

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,7 @@ def write_shard(path: Path, first: int, count: int, broken: Sequence[int] = ()) 
             caption = f"a {colour} {word} number {number}" + " and more" * (number % 3)
             image = b"no image" if number in broken else png(number, colour)
             fields = {"caption": caption, "label": colour}
-            tar.write(
-                {"__key__": f"{number:06d}", "png": image, "txt": caption, "json": json.dumps(fields).encode()}
-            )
+            tar.write({"__key__": f"{number:06d}", "png": image, "txt": caption, "json": json.dumps(fields).encode()})
 
 
 def write_pairs(root: Path, broken: Sequence[int] = ()) -> Path:
@@ -110,9 +109,13 @@ _PRELOADED = (
 )
 
 
-def _start_server() -> None:
-    """The process that all commands are forked from; it runs no tensor code, so that no thread is lost in a fork."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(_PRELOADED))
+def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that calls a function of a module.
+
+    It is forked from one that runs no tensor code, so that no thread is lost in the fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -122,10 +125,14 @@ def _start_server() -> None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
 
 
 def _become(module: str, arguments: Sequence[str], folder: str, environment: Mapping[str, str], output: str) -> None:
     """In the new process: what the shell does before `python -m module arguments`, then that."""
+    multiprocessing.set_start_method(None, force=True)  # its own processes start as they do by default
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
@@ -157,14 +164,11 @@ class Command:
     def __init__(
         self, module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
     ) -> None:
-        _start_server()
         self.arguments = arguments
         self._output = Path(tempfile.mkdtemp(prefix="command-", dir=folder))
-        self._process = multiprocessing.get_context("forkserver").Process(
-            target=_become,
-            args=(module, tuple(arguments), str(folder), dict(environment or {}), str(self._output)),
+        self._process = start(
+            _become, module, tuple(arguments), str(folder), dict(environment or {}), str(self._output)
         )
-        self._process.start()
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""

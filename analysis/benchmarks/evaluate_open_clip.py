@@ -18,6 +18,7 @@ import glob
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+CHUNK = 64  # images or texts encoded at once
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -84,27 +86,25 @@ def zero_shot(
 
 
 @torch.inference_mode()
-def evaluate(model_name: str, weights: str | None, shards: str, task: str, classes_tsv: str | None) -> dict[str, float]:
-    """Load the model by open_clip's name for it and compute the metrics of `task` over `shards`."""
-    model, _, preprocess = open_clip.create_model_and_transforms(model_name)
-    if weights is not None:
-        open_clip.load_checkpoint(model, weights)
-    model.eval()
-    tokenizer = open_clip.get_tokenizer(model_name)
-    samples = read_samples(shards)
+def score(
+    task: str,
+    samples: list[dict[str, bytes]],
+    classes: list[dict[str, str]],
+    embed_images: Callable[[list[Image.Image]], Tensor],
+    embed_texts: Callable[[list[str]], Tensor],
+) -> dict[str, float]:
+    """Metrics of `task`, given what turns images and texts into embeddings [n, D] of unit length."""
+    images = embed_images([image_of(sample) for sample in samples])
+    if task == "retrieval":
+        return retrieval(images, embed_texts([sample["txt"].decode() for sample in samples]))
+    labels = [json.loads(sample["json"])["label"] for sample in samples]
+    return zero_shot(images, embed_texts([row["description"] for row in classes]), labels, classes)
 
-    pixels = torch.stack([preprocess(image_of(sample)) for sample in samples])
-    images = torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(64)])
-    if task == "retrieval":
-        texts = [sample["txt"].decode() for sample in samples]
-    else:
-        with open(str(classes_tsv), newline="", encoding="utf-8") as file:
-            classes = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        texts = [row["description"] for row in classes]
-    encoded = torch.cat([model.encode_text(part, normalize=True) for part in tokenizer(texts).split(64)])
-    if task == "retrieval":
-        return retrieval(images, encoded)
-    return zero_shot(images, encoded, [json.loads(sample["json"])["label"] for sample in samples], classes)
+
+def read_classes(path: Path) -> list[dict[str, str]]:
+    """The rows of a TSV of classes."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def main() -> None:
@@ -113,12 +113,26 @@ def main() -> None:
     parser.add_argument("--weights", help="epoch_N.pt of open_clip's trainer, or a safetensors file")
     parser.add_argument("--shards", required=True, help="glob pattern of the validation tars")
     parser.add_argument("--task", required=True, choices=("retrieval", "zero_shot"))
-    parser.add_argument("--classes", help="TSV with label, coarse_label, description; zero_shot needs it")
+    parser.add_argument("--classes", type=Path, help="TSV with label, coarse_label, description; zero_shot needs it")
     parser.add_argument("--output", type=Path, help="also write the metrics there as JSON")
     args = parser.parse_args()
     if args.task == "zero_shot" and args.classes is None:
         parser.error("--task zero_shot needs --classes TSV")
-    metrics = evaluate(args.model, args.weights, args.shards, args.task, args.classes)
+    model, _, preprocess = open_clip.create_model_and_transforms(args.model)
+    if args.weights is not None:
+        open_clip.load_checkpoint(model, args.weights)
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(args.model)
+
+    def embed_images(images: list[Image.Image]) -> Tensor:
+        pixels = torch.stack([preprocess(image) for image in images])
+        return torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(CHUNK)])
+
+    def embed_texts(texts: list[str]) -> Tensor:
+        return torch.cat([model.encode_text(part, normalize=True) for part in tokenizer(texts).split(CHUNK)])
+
+    classes = read_classes(args.classes) if args.classes is not None else []
+    metrics = score(args.task, read_samples(args.shards), classes, embed_images, embed_texts)
     text = json.dumps(metrics, indent=2)
     if args.output is not None:
         args.output.write_text(text + "\n", encoding="utf-8")

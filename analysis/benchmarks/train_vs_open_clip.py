@@ -1,10 +1,10 @@
 r"""Whole training commands of mmpretrain and of open_clip's own trainer on the same tars, seed by seed.
 
-Both train the model of `open_clip_configs/emoji_clip` from scratch for the same number of epochs with the
-same batch, learning rate, warm-up, decay and crops, and one evaluation, open_clip's code alone, scores both.
-The two commands of a seed run one after the other, and every second seed turns their order round. Timed are
-the whole command, imports and the last checkpoint included, and training alone, from the end of the first
-step on. Neither side evaluates while it is timed.
+Both train the model of `open_clip_configs/emoji_clip` from scratch for the same number of epochs with the same
+batch, learning rate, warm-up, decay and crops. The two commands of a seed run one after the other, and every second
+seed turns their order round. `wall_seconds` is the whole command, imports and the one checkpoint at the end included;
+`pairs_per_second` is training alone. Neither side evaluates while it is timed; afterwards both are scored on the same
+pixels and texts by the functions of `evaluate_open_clip.py`.
 
 The work is the same but for the end of an epoch of N pairs: open_clip makes ceil(N / batch) full batches, the
 last of them from a second pass, so that N % batch pairs of the first are not seen; mmpretrain sees every pair
@@ -13,7 +13,7 @@ once. The column `pairs` says what each side has seen.
 open_clip's trainer pins webdataset<=0.2.86, so it needs an environment of its own:
 
     python -m venv ENV
-    ENV/bin/pip install 'open_clip_torch[training]==3.3.0'
+    ENV/bin/pip install 'open_clip_torch[training]==3.3.0' torch==VERSION    # that of this project's environment
 
 and then, from this project's environment,
 
@@ -36,7 +36,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor
+
+from analysis.benchmarks.evaluate_open_clip import CHUNK, read_classes, read_samples, score
 from analysis.benchmarks.machine import describe, one_line
+from mmpretrain.evals.embed import embed_texts
+from mmpretrain.load import load_checkpoint
 
 HERE = Path(__file__).resolve().parent
 MODEL = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
@@ -56,8 +64,14 @@ class Work:
     precision: str
     epochs: int
     workers: int
+    device: str
     open_clip_python: str
     overrides: tuple[str, ...]
+
+    @property
+    def val_shards(self) -> Path:
+        """Glob pattern of the validation tars."""
+        return self.data_root / "val" / "*.tar"
 
 
 def timed(command: list[str], log: Path) -> float:
@@ -69,6 +83,21 @@ def timed(command: list[str], log: Path) -> float:
     if code != 0:
         raise SystemExit(f"exit code {code} from {' '.join(command[:3])} ...; its output is in {log}")
     return time.perf_counter() - start
+
+
+def open_clip_versions(python: str) -> dict[str, str]:
+    """Versions of what matters in open_clip's environment; ends the benchmark when its trainer is not there."""
+    code = "import json, open_clip, open_clip_train.main, torch, webdataset as wds;"
+    code += (
+        "print(json.dumps({'open_clip': open_clip.__version__, 'torch': torch.__version__, 'wds': wds.__version__}))"
+    )
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SystemExit(
+            f"--open-clip-python {python}: its trainer does not import ({reason}); see --help for making it"
+        )
+    return json.loads(result.stdout)
 
 
 def count_pairs(shards: list[Path]) -> int:
@@ -90,22 +119,14 @@ def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     """Train with open_clip's trainer; returns times, pairs seen and validation metrics."""
     shards = sorted((work.data_root / "train").glob("*.tar"))
     num_pairs = count_pairs(shards)
-    command = [work.open_clip_python, "-m", "open_clip_train.main", "--model", MODEL, "--device", "cpu"]
+    command = [work.open_clip_python, "-m", "open_clip_train.main", "--model", MODEL, "--device", work.device]
     command += ["--train-data", "::".join(map(str, shards)), "--dataset-type", "webdataset"]
     command += ["--train-num-samples", str(num_pairs), "--epochs", str(work.epochs), "--seed", str(seed)]
     command += ["--batch-size", str(BATCH_SIZE), "--lr", "1e-3", "--warmup", "50", "--wd", "0.1"]
     command += ["--beta1", "0.9", "--beta2", "0.999", "--eps", "1e-8", "--aug-cfg", "scale=(0.8, 1.0)"]
     command += ["--precision", OPEN_CLIP_PRECISION[work.precision], "--workers", str(work.workers)]
-    command += [
-        "--logs",
-        str(run_dir),
-        "--name",
-        "open_clip",
-        "--save-frequency",
-        "0",
-        "--log-every-n-steps",
-        "1",
-    ]
+    command += ["--logs", str(run_dir), "--name", "open_clip", "--save-frequency", "0"]
+    command += ["--log-every-n-steps", "1"]
     wall_seconds = timed(command, run_dir / "train.out")
     log = (run_dir / "open_clip" / "out.log").read_text(encoding="utf-8")
     steps = len(LOG_LINE.findall(log))
@@ -113,8 +134,18 @@ def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
         "wall_seconds": wall_seconds,
         "pairs": float(steps * BATCH_SIZE),
         "pairs_per_second": (steps - 1) * BATCH_SIZE / open_clip_seconds_in_training(log),
-        **evaluate(work, MODEL, run_dir / "open_clip" / "checkpoints" / f"epoch_{work.epochs}.pt", run_dir),
+        **score_open_clip(work, run_dir / "open_clip" / "checkpoints" / f"epoch_{work.epochs}.pt", run_dir),
     }
+
+
+def score_open_clip(work: Work, weights: Path, run_dir: Path) -> dict[str, float]:
+    """Validation metrics of a checkpoint of open_clip's trainer, computed in its environment."""
+    output = run_dir / "metrics.json"
+    command = [work.open_clip_python, str(HERE / "evaluate_open_clip.py"), "--model", MODEL, "--weights", str(weights)]
+    command += ["--shards", str(work.val_shards), "--task", TASKS[work.data], "--output", str(output)]
+    command += ["--classes", str(work.classes)] if work.classes is not None else []
+    timed(command, run_dir / "evaluate.out")
+    return json.loads(output.read_text(encoding="utf-8"))
 
 
 def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
@@ -122,36 +153,40 @@ def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     run = run_dir / "mmpretrain"
     command = [sys.executable, "-m", "mmpretrain.train", f"experiment={work.data}_clip", f"run.dir={run}"]
     command += [f"data.root={work.data_root}", f"run.seed={seed}", f"trainer.precision={work.precision}"]
-    command += [f"trainer.duration={work.epochs}epochs", f"data.workers={work.workers}", *work.overrides]
+    command += [
+        f"trainer.duration={work.epochs}epochs",
+        "eval=[]",
+        "checkpoint.every=100%",
+        f"trainer.device={work.device}",
+    ]
+    command += [f"data.workers={work.workers}", *work.overrides]
     wall_seconds = timed(command, run_dir / "train.out")
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    exported = run_dir / "exported"
-    export = [sys.executable, "-m", "mmpretrain.export", f"checkpoint={run}", "format=open_clip"]
-    timed([*export, f"output={exported}"], run_dir / "export.out")
     return {
         "wall_seconds": wall_seconds,
         "pairs": float(results["samples"]),
         "pairs_per_second": results["pairs_per_second"],
-        **evaluate(work, f"local-dir:{exported}", None, run_dir),
+        **score_mmpretrain(work, run),
     }
 
 
-def evaluate(work: Work, model: str, weights: Path | None, run_dir: Path) -> dict[str, float]:
-    """Validation metrics of a trained model, from `evaluate_open_clip.py` in open_clip's environment."""
-    output = run_dir / "metrics.json"
-    command = [work.open_clip_python, str(HERE / "evaluate_open_clip.py"), "--model", model]
-    command += [
-        "--shards",
-        str(work.data_root / "val" / "*.tar"),
-        "--task",
-        TASKS[work.data],
-        "--output",
-        str(output),
-    ]
-    command += ["--weights", str(weights)] if weights is not None else []
-    command += ["--classes", str(work.classes)] if work.classes is not None else []
-    timed(command, run_dir / "evaluate.out")
-    return json.loads(output.read_text(encoding="utf-8"))
+def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
+    """Validation metrics of a run of mmpretrain: the same pixels, texts and metrics, its own encoders."""
+    loaded = load_checkpoint(run)
+    size = loaded.image_size
+    preprocess = open_clip.image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+
+    def embed_images(images: list[Image.Image]) -> Tensor:
+        pixels = torch.stack([preprocess(image) for image in images]).mul(255).round().to(torch.uint8)
+        return torch.cat(
+            [loaded.model.project_image(loaded.model.encode_image(part).pooled) for part in pixels.split(CHUNK)]
+        )
+
+    def embed_all_texts(texts: list[str]) -> Tensor:
+        return embed_texts(loaded.model, loaded.tokenizer, texts, CHUNK)
+
+    classes = read_classes(work.classes) if work.classes is not None else []
+    return score(TASKS[work.data], read_samples(str(work.val_shards)), classes, embed_images, embed_all_texts)
 
 
 SIDES = {"open_clip": run_open_clip, "mmpretrain": run_mmpretrain}
@@ -193,6 +228,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=sorted(OPEN_CLIP_PRECISION))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default 0,1,2)")
     parser.add_argument("--epochs", default=20, type=int)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--workers", default=1, type=int, help="data processes of each side (default 1)")
     parser.add_argument("--sides", default="open_clip,mmpretrain", help="run only one of the two")
     parser.add_argument("--runs", default=Path("runs/train_vs_open_clip"), type=Path, help="where the runs are kept")
@@ -210,18 +246,22 @@ def main() -> None:
 
     work = Work(
         data=args.data, data_root=args.data_root.resolve(), classes=args.classes and args.classes.resolve(),
-        precision=args.precision, epochs=args.epochs, workers=args.workers,
+        precision=args.precision, epochs=args.epochs, workers=args.workers, device=args.device,
         open_clip_python=args.open_clip_python, overrides=tuple(args.overrides),
     )  # fmt: skip
+    versions = open_clip_versions(args.open_clip_python)
     records: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for turn, seed in enumerate(int(seed) for seed in args.seeds.split(",")):
         for side in sides if turn % 2 == 0 else reversed(sides):
             name = f"{args.data}_{args.precision}_{args.epochs}epochs/{side}_seed{seed}"
             records[side].append(run_once(side, work, seed, (args.runs / name).resolve()))
             print(f"{side} seed {seed}: {json.dumps(records[side][-1])}", flush=True)
-    print(f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {args.seeds}; {one_line()}")
+    print(
+        f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {args.seeds}; {one_line()}; open_clip: {versions}"
+    )
     print_table(records)
     report = {"arguments": {key: str(value) for key, value in vars(args).items()}, "machine": describe()}
+    report["open_clip_environment"] = versions
     args.output.write_text(json.dumps({**report, "records": records}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,11 +14,10 @@ import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 100_000_000
 WHITE = (255, 255, 255)
 
@@ -45,6 +44,8 @@ def open_image(data: bytes) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # its own message holds an address in memory
+        raise BadSample(f"no readable image (none of {', '.join(FORMATS)})") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSample(f"no readable image ({type(error).__name__}: {error})".split("\n")[0]) from error
     check_size(image.height, image.width)
@@ -94,12 +95,16 @@ def _decode_jpeg(data: bytes, plan: Callable[[int, int], Crop], size: int) -> tu
         raise
     except ValueError:
         return None
-    return pixels, _scaled(crop, pixels.shape[0] / height, pixels.shape[1] / width)
+    return pixels, _scaled(crop, factor)
 
 
-def _scaled(crop: Crop, y: float, x: float) -> Crop:
-    height, width = max(1, round(crop.height * y)), max(1, round(crop.width * x))
-    return Crop(round(crop.top * y), round(crop.left * x), height, width, crop.flip)
+def _scaled(crop: Crop, factor: int) -> Crop:
+    """The crop in an image decoded at 1 / factor, each edge at the nearest pixel; it keeps `size` or more of them."""
+    top, left, bottom, right = (
+        (2 * edge + factor) // (2 * factor)
+        for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
+    )
+    return Crop(top, left, bottom - top, right - left, crop.flip)
 
 
 def decode_image(data: bytes, plan: Callable[[int, int], Crop], size: int) -> Tensor:

@@ -4,7 +4,9 @@ The order decides what a micro-batch holds; workers only decide who decodes it. 
 in order, so what was prefetched and not consumed is simply dropped at a kill.
 """
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmpretrain.batch import Batch, Refused, Samples
 from mmpretrain.data.decode import (
-    IMAGE_EXTENSIONS,
     BadSample,
     decode_captions,
     decode_image,
@@ -23,6 +24,7 @@ from mmpretrain.data.decode import (
 from mmpretrain.data.order import Order, SourceOrder, step_positions
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage, Storage
+from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
 from mmpretrain.seeds import draw, draws, hash64
@@ -91,13 +93,13 @@ class Stream:
         self.name = name
         self.batch_size = batch_size
         self.sources = list(sources)
-        if None in weights:
+        if None in weights and len(sources) > 1:
             # Sources without weights are one data set: each sample is seen once an epoch.
             paths = [source.shards.path(i) for source in sources for i in range(len(source.shards.counts))]
             self.sources = [Source("+".join(source.name for source in sources), Shards(paths))]
         self.order = Order(
             [SourceOrder(hash64(seed, name, source.name), source.shards.num_samples) for source in self.sources],
-            [source.weight or 1.0 for source in self.sources],
+            [1.0 if source.weight is None else source.weight for source in self.sources],
         )
         self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
         self._seed = hash64(seed, name)
@@ -109,22 +111,28 @@ class Stream:
         self._storage: Storage = LocalStorage()
 
     def check_first_sample(self) -> None:
-        """Read one sample of each source, so that a wrong field ends the run at its start.
+        """Decode one sample of each source, so that a wrong field ends the run at its start.
 
-        Raises: ValueError naming the field and what the sample has.
+        A bad first sample proves nothing, so as many are tried as would be in training.
+        Raises: ValueError naming what is wrong with the first one, and how to mend it.
         """
+        fix = "mend the shards"
+        if self._caption is not None:
+            fix = f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or {fix}"
         for source in self.sources:
-            try:
-                if self._caption is not None:
-                    read_captions(source.shards, self._storage, 0, self._caption)
-                if self._transform is not None and source.shards.member(0, IMAGE_EXTENSIONS) is None:
-                    raise BadSample(f"it has no member {' or '.join(IMAGE_EXTENSIONS)}")
-            except BadSample as error:
+            shards = source.shards
+            reasons: list[str] = []
+            for sample in range(min(_MAX_REPLACEMENTS, shards.num_samples)):
+                try:
+                    self._decode(shards, sample, seed=0)
+                    break
+                except BadSample as error:
+                    reasons.append(str(error))
+            else:
                 raise ValueError(
-                    f"data.train.{self.name}: the first sample of {source.shards.path(0)} "
-                    f"(key {source.shards.key(0)!r}) cannot be used: {error}; "
-                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has"
-                ) from error
+                    f"data.train.{self.name}: none of the first {len(reasons)} samples of {shards.path(0)} can be used; "
+                    f"of the first (key {shards.key(0)!r}): {reasons[0]}; {fix}"
+                )
 
     def sample_key(self, position: int) -> str:
         """The shard and key of the sample that stands at `position`."""
@@ -177,7 +185,8 @@ class Stream:
             positions=torch.from_numpy(positions.copy()),
             ids=torch.from_numpy(used),
             seeds=torch.from_numpy(seeds.view(np.int64)),
-            images=torch.stack(images) if images else None,
+            # Stacked as decoders leave them, channels last: another layout would cost a transposition of every image.
+            images=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2) if images else None,
         )
         return (with_text(samples, captions, tokenizer, text_groups) if captions else samples), refused
 
@@ -188,6 +197,11 @@ def length_cuts(lengths: Tensor, text_groups: int, longest: int) -> tuple[int, .
         min(-(-int(part.max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, longest)
         for part in lengths.tensor_split(min(text_groups, len(lengths)))
     )
+
+
+def _select(images: Tensor, rows: Tensor) -> Tensor:
+    """images[rows], channels last as they are, by copying whole rows of memory."""
+    return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
 def with_text(samples: Samples, captions: Sequence[str], tokenizer: Tokenizer, text_groups: int) -> Samples:
@@ -202,7 +216,7 @@ def with_text(samples: Samples, captions: Sequence[str], tokenizer: Tokenizer, t
         positions=samples.positions[by_length],
         ids=samples.ids[by_length],
         seeds=samples.seeds[by_length],
-        images=None if samples.images is None else samples.images[by_length],
+        images=None if samples.images is None else _select(samples.images, by_length),
         text=padded,
         lengths=lengths,
         cuts=cuts,
@@ -283,11 +297,19 @@ def build_loader(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
     )
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group is the trainer's to answer; workers end with it."""
+def ignore_signals(worker: int) -> None:
+    """In a worker: a signal to the whole process group is the trainer's to answer; SIGTERM from the trainer ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_exit_when_parent_says, daemon=True).start()
+
+
+def _exit_when_parent_says() -> None:
+    # Were SIGTERM ignored whoever sends it, a run that ends with an error would wait for its workers for ever.
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,5 +1,6 @@
 """Held-out data as embeddings: what every evaluator starts from, computed once and spread over the ranks."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
-from mmpretrain.data.decode import IMAGE_EXTENSIONS, BadSample, decode_image, read_json_field
-from mmpretrain.data.loader import length_cuts, read_captions, read_member
+from mmpretrain.data.decode import BadSample, decode_image, read_json_field
+from mmpretrain.data.loader import ignore_signals, length_cuts, read_captions, read_member
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage, Storage
+from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import CenterCrop
 from mmpretrain.models.image_text import ImageTextModel
+
+log = logging.getLogger(__name__)
+
+_MAX_NAMED = 5
+_MAX_CHECKED = 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Embedded:
 
 
 Record = tuple[Tensor | None, list[str], int, str]
-"""(image uint8 [3, h, w] or None if it was refused, captions, label, key or the reason)."""
+"""(image uint8 [3, h, w] or None if it was refused, captions, label, the reason if it was refused)."""
 
 
 class _Records(Dataset[Record]):
@@ -77,9 +84,10 @@ class _Records(Dataset[Record]):
         if data.label is None:
             return -1
         member = read_member(data.shards, self._storage, sample, (data.label.split(".")[0],))
-        value: object = member.decode().strip()
         if data.label.startswith("json."):
-            value = read_json_field(member, data.label.removeprefix("json."))
+            value: object = read_json_field(member, data.label.removeprefix("json."))
+        else:
+            value = member.decode(errors="replace").strip()
         if data.classes is not None and value in data.classes.names:
             return data.classes.names.index(str(value))
         try:
@@ -96,22 +104,24 @@ class _Records(Dataset[Record]):
             encoded = read_member(data.shards, self._storage, sample, IMAGE_EXTENSIONS)
             image = decode_image(encoded, self._crop, data.image_size)
             captions = [] if data.caption is None else read_captions(data.shards, self._storage, sample, data.caption)
-            return image, captions, self._label(sample), data.shards.key(sample)
+            return image, captions, self._label(sample), ""
         except BadSample as error:
             return None, [], -1, str(error)
 
 
 def embed_texts(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Texts -> [m, e] of unit length, float32, on the model's device; one process's work."""
+    """Texts -> [m, e] of unit length, float32, on the model's device; each rank does its share. A collective."""
     device = model.image_projection.weight.device
+    mine = texts[_share(len(texts))]
     parts = []
-    for start in range(0, len(texts), batch_size):
-        ids, lengths = tokenizer(texts[start : start + batch_size])
+    for start in range(0, len(mine), batch_size):
+        ids, lengths = tokenizer(mine[start : start + batch_size])
         order = lengths.argsort(stable=True)
         ids, lengths = ids[order].to(device), lengths[order]
         encoding = model.encode_text(ids, lengths.to(device), length_cuts(lengths, 1, ids.shape[1]))
         parts.append(model.project_text(encoding.pooled).float()[order.argsort().to(device)])
-    return torch.cat(parts) if parts else torch.zeros(0, model.image_projection.out_features, device=device)
+    local = torch.cat(parts) if parts else torch.zeros(0, model.image_projection.out_features, device=device)
+    return distributed.gather_ragged_rows(local)
 
 
 def _share(count: int) -> slice:
@@ -130,6 +140,10 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
         data: what to embed.
         batch_size: samples that one device holds at once.
         workers: decoding processes of each rank.
+
+    Samples that cannot be read are left out, with a warning that names them.
+
+    Raises: ValueError if no sample can be read.
     """
     device = model.image_projection.weight.device
     share = _share(data.shards.num_samples)
@@ -139,6 +153,7 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
         batch_size=batch_size,
         collate_fn=list,
         num_workers=workers,
+        worker_init_fn=ignore_signals,
     )
     images, captions, labels, refused = [], [], [], []
     for sample, records in zip(range(share.start, share.stop, batch_size), loader, strict=True):
@@ -156,16 +171,39 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
     local = torch.cat(images) if images else torch.zeros(0, width, device=device)
     all_images = distributed.gather_ragged_rows(local)
     gathered = distributed.gather_objects((captions, labels, refused))
+    all_refused = [refusal for part in gathered for refusal in part[2]]
+    _tell_refused(data, all_refused)
     all_captions = [texts for part in gathered for texts in part[0]]
     distinct = {text: None for texts in all_captions for text in texts}
     number = {text: i for i, text in enumerate(distinct)}
-    texts_share = list(distinct)[_share(len(distinct))]
-    texts = distributed.gather_ragged_rows(embed_texts(model, tokenizer, texts_share, batch_size))
     pairs = [(i, number[text]) for i, texts_of in enumerate(all_captions) for text in texts_of]
     return Embedded(
         images=all_images,
-        texts=texts,
+        texts=embed_texts(model, tokenizer, list(distinct), batch_size),
         pairs=torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2),
-        labels=torch.tensor([label for part in gathered for label in part[1]], device=device),
-        refused=[refusal for part in gathered for refusal in part[2]],
+        labels=torch.tensor([label for part in gathered for label in part[1]], dtype=torch.int64, device=device),
+        refused=all_refused,
     )
+
+
+def check_readable(data: EvalSet) -> None:
+    """Read some samples, so that a wrong field ends a run at its start. Raises: ValueError if none can be used."""
+    records = _Records(data)
+    reasons = [records[sample][3] for sample in range(min(_MAX_CHECKED, len(records)))]
+    if all(reasons):
+        raise ValueError(
+            f"data.val.{data.name}: none of its first {len(reasons)} samples can be used; of the first (key "
+            f"{data.shards.key(0)!r}): {reasons[0]}; mend the data, or data.val.{data.name}.caption and .label"
+        )
+
+
+def _tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:
+    """Name what is left out of a data set. Raises: ValueError if nothing is left of it."""
+    if not refused:
+        return
+    named = "; ".join(f"{refusal.key} of {refusal.shard}: {refusal.reason}" for refusal in refused[:_MAX_NAMED])
+    count = f"{len(refused)} of the {data.shards.num_samples} samples of data.val.{data.name} cannot be used"
+    if len(refused) == data.shards.num_samples:
+        raise ValueError(f"{count}, such as {named}; mend the data, or data.val.{data.name}.caption and .label")
+    if distributed.is_main():
+        log.warning("%s and are left out: %s%s", count, named, "; ..." if len(refused) > _MAX_NAMED else "")

@@ -1,20 +1,24 @@
 """The evaluations of a run: which are due, on which data, each data set embedded once."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.embed import Embedded, EvalSet, embed
+from mmpretrain.evals.embed import Embedded, EvalSet, embed, embed_texts
 from mmpretrain.models.image_text import ImageTextModel
 
 
 @dataclass
 class Context:
-    """What an evaluator sees; embeddings are computed when first asked for and kept for the others."""
+    """What an evaluator sees; embeddings are computed when first asked for and kept for the others.
+
+    `autocast` is the precision of the model's passes alone: similarities in bf16 would tie at 1/256.
+    """
 
     model: ImageTextModel
     tokenizer: Tokenizer
@@ -22,13 +26,20 @@ class Context:
     logit_scale: float | None
     batch_size: int
     workers: int
+    autocast: AbstractContextManager[object] = field(default_factory=nullcontext)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
     def embedded(self, name: str) -> Embedded:
         """The data set `name` in the shared space. A collective the first time."""
         if name not in self._embedded:
-            self._embedded[name] = embed(self.model, self.tokenizer, self.sets[name], self.batch_size, self.workers)
+            with self.autocast:
+                self._embedded[name] = embed(self.model, self.tokenizer, self.sets[name], self.batch_size, self.workers)
         return self._embedded[name]
+
+    def embedded_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts of the evaluator's own in the shared space, [m, e]. A collective."""
+        with self.autocast:
+            return embed_texts(self.model, self.tokenizer, texts, self.batch_size)
 
 
 class Evaluator(Protocol):
@@ -37,7 +48,7 @@ class Evaluator(Protocol):
     data: Sequence[str] | None
 
     def wants(self, context: Context) -> list[str]:
-        """The data sets that it is run on when `data` is None."""
+        """The data sets that have what it needs: it is run on `data`, or where that is None on all of them."""
         ...
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
@@ -46,30 +57,29 @@ class Evaluator(Protocol):
 
 
 @torch.no_grad()
-def evaluate(
-    evaluators: Mapping[str, Evaluator], context: Context, autocast: AbstractContextManager[object]
-) -> dict[str, float]:
+def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str, float]:
     """Run evaluators on their data sets: `eval-<data set>/<metric>` -> value. A collective.
 
-    Raises: ValueError if an evaluator names a data set that there is none of.
+    Raises: ValueError if an evaluator names a data set that it cannot be run on.
     """
     scores: dict[str, float] = {}
     was_training = context.model.training
     context.model.eval()
-    with autocast:
-        for evaluator in evaluators.values():
-            for name in chosen_sets(evaluator, context):
-                scores |= {f"eval-{name}/{metric}": value for metric, value in evaluator(name, context).items()}
+    for name, evaluator in evaluators.items():
+        for data in chosen_sets(name, evaluator, context):
+            scores |= {f"eval-{data}/{metric}": value for metric, value in evaluator(data, context).items()}
     context.model.train(was_training)
     return scores
 
 
-def chosen_sets(evaluator: Evaluator, context: Context) -> list[str]:
-    """The data sets that an evaluator is run on. Raises: ValueError for a name that is none of them."""
+def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
+    """The data sets that the evaluator `name` is run on. Raises: ValueError for one that it cannot be run on."""
+    possible = evaluator.wants(context)
     if evaluator.data is None:
-        return evaluator.wants(context)
-    for name in evaluator.data:
-        if name not in context.sets:
-            known = ", ".join(context.sets) or "none"
-            raise ValueError(f"an evaluator's data is {name!r}; expected one of data.val: {known}")
+        return possible
+    for data in evaluator.data:
+        if data not in possible:
+            known = ", ".join(possible) or "there is none"
+            lack = "lacks what it needs" if data in context.sets else "is not in data.val"
+            raise ValueError(f"eval.{name}.data has {data!r}, which {lack}; expected one of: {known}")
     return list(evaluator.data)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpretrain.evals.embed import Classes, embed_texts
+from mmpretrain.evals.embed import Classes
 from mmpretrain.evals.evaluation import Context
 
 _TEMPLATE_SETS = {
@@ -29,17 +29,20 @@ def read_classes(
         text_column: the TSV's column with a text of one's own for each class, used as it is.
         templates: `openai` or `simple` (open_clip's sets), or sentences with `{}` where the name goes.
 
-    Raises: ValueError for a missing file or column, no class, or unknown templates.
+    Raises: ValueError for a missing file, column or value, no class, or unknown templates.
     """
     if not path.is_file():
         raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     own_texts: list[str] = []
     if lines and "\t" in lines[0]:
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
         for column in (class_column, *([text_column] if text_column else [])):
             if rows and column not in rows[0]:
                 raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(rows[0])}")
+            if empty := next((row for row in rows if not (row[column] or "").strip()), None):
+                whose = repr(empty[class_column]) if empty[class_column] else "a class"
+                raise ValueError(f"{path}: {whose} has no {column!r}; expected a value in each line")
         names = [row[class_column] for row in rows]
         own_texts = [row[text_column] for row in rows] if text_column else []
     else:
@@ -108,7 +111,7 @@ class ZeroShot:
         assert classes is not None
         embedded = context.embedded(name)
         texts = [text for group in classes.texts for text in group]
-        rows = embed_texts(context.model, context.tokenizer, texts, context.batch_size)
+        rows = context.embedded_texts(texts)
         groups = rows.split([len(group) for group in classes.texts])
         weights = F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
         return class_scores(embedded.images @ weights.T, embedded.labels, len(classes.names))

@@ -40,15 +40,15 @@ class ImageTextModel(nn.Module):
         if text is not None:
             self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
             nn.init.normal_(self.text_projection.weight, std=text.width**-0.5)
-        self.image_mean = image_mean
-        self.image_std = image_std
+        # On the device once: made in every forward pass, they would be copied there and the host would wait.
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(image_mean)[:, None, None] * 255, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(image_std)[:, None, None] * 255, persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, h, w] -> the parameters' dtype, zero mean and unit deviation over the training pixels."""
-        dtype = self.image_projection.weight.dtype
-        mean = torch.tensor(self.image_mean, dtype=dtype, device=images.device)[:, None, None] * 255
-        std = torch.tensor(self.image_std, dtype=dtype, device=images.device)[:, None, None] * 255
-        return (images.to(dtype) - mean) / std
+        return (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
 
     def encode_image(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
         """uint8 [b, 3, h, w] -> tokens and the pooled state of the image encoder."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpretrain.models.attention import attention
+
 
 @dataclass(frozen=True)
 class TextEncoding:
@@ -43,7 +45,7 @@ def by_length(fn: Callable[[Tensor, Tensor], Tensor], ids: Tensor, lengths: Tens
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with `nn.MultiheadAttention`'s parameters and fused kernels."""
+    """Multi-head self-attention with `nn.MultiheadAttention`'s parameters."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class SelfAttention(nn.Module):
         b, length, width = x.shape
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(b, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        out = attention(q, k, v, attn_mask, is_causal)
         return self.out_proj(out.transpose(1, 2).reshape(b, length, width))
 
 

@@ -1,20 +1,23 @@
 """Image encoders: timm's models, giving tokens and a pooled embedding, on all patches or on the kept ones."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mmpretrain.masking import PatchMask
+from mmpretrain.models.attention import choose_kernel
 
 
 @dataclass(frozen=True)
 class ImageEncoding:
-    """tokens [b, P + N, d], of which the first P are no patches (class and register tokens); pooled [b, d]."""
+    """tokens [b, P + N, d], of which the first P are no patches (class and register tokens); pooled [b, width]."""
 
     tokens: Tensor
     pooled: Tensor
@@ -36,18 +39,16 @@ class TimmEncoder(nn.Module):
     def __init__(self, name: str, image_size: int = 224, args: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
+            near = ", ".join(difflib.get_close_matches(name, timm.list_models())) or "those of timm.list_models()"
             raise ValueError(f"model.image.name is {name!r}; expected a model of timm, such as {near}")
-        arguments: dict[str, Any] = dict(args or {})
-        if self._takes_image_size(name):
-            arguments["img_size"] = image_size
         try:
-            self.trunk = timm.create_model(name, num_classes=0, **arguments)
+            self.trunk = self._create(name, image_size, args or {})
         except (TypeError, AssertionError) as error:
             raise ValueError(f"timm refuses model.image.args {dict(args or {})} for {name!r}: {error}") from error
         self.image_size = image_size
-        self.width: int = self.trunk.num_features
-        self.is_vit = isinstance(self.trunk, VisionTransformer)
+        self.width: int = self.trunk.head_hidden_size
+        # In a hybrid, whose patches go through convolutions, what a hidden patch shows would reach its neighbours.
+        self.is_vit = isinstance(self.trunk, VisionTransformer) and isinstance(self.trunk.patch_embed, PatchEmbed)
         self.has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
         if self.is_vit:
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
@@ -55,9 +56,14 @@ class TimmEncoder(nn.Module):
             self.patch_size: tuple[int, int] = self.trunk.patch_embed.patch_size
 
     @staticmethod
-    def _takes_image_size(name: str) -> bool:
-        """Whether timm's model is built for one image size; convolutional ones take any."""
-        return any(part in name for part in ("vit", "deit", "beit", "eva", "swin"))
+    def _create(name: str, image_size: int, args: Mapping[str, Any]) -> nn.Module:
+        """timm's model, built for one image size; convolutional ones know no such argument and take any."""
+        try:
+            return timm.create_model(name, num_classes=0, img_size=image_size, **args)
+        except TypeError as error:
+            if "unexpected keyword argument 'img_size'" not in str(error):
+                raise
+            return timm.create_model(name, num_classes=0, **args)
 
     @property
     def num_patches(self) -> int:
@@ -71,13 +77,19 @@ class TimmEncoder(nn.Module):
         """
         if mask is not None and not self.is_vit:
             raise ValueError(f"{type(self.trunk).__name__} cannot drop patches; expected a plain ViT of timm (vit_*)")
+        is_ragged = mask is not None and mask.num_keep is not None
+        choose_kernel(getattr(self.trunk, "blocks", ()), images.device, is_masked=is_ragged)
         if mask is None:
             tokens = self.trunk.forward_features(images)
         else:
             tokens = self._encode_kept(images, mask)
         if not self.is_vit:
             pooled = self.trunk.forward_head(tokens, pre_logits=True)
-            return ImageEncoding(tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens, pooled)
+            if tokens.ndim == 4 and getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":
+                tokens = tokens.flatten(1, 2)
+            elif tokens.ndim == 4:
+                tokens = tokens.flatten(2).transpose(1, 2)
+            return ImageEncoding(tokens, pooled)
         if mask is None or mask.num_keep is None or self.trunk.global_pool == "token":
             return ImageEncoding(tokens, self.trunk.forward_head(tokens, pre_logits=True))
         if self.trunk.global_pool != "avg":

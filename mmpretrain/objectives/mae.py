@@ -5,13 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
 from mmpretrain.losses import masked_reconstruction, patchify
 from mmpretrain.masking import MaskSpec, random_patch_mask
+from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
 
@@ -26,7 +26,8 @@ class MAE(nn.Module):
         norm_pix: the target is each patch normalised by its own mean and deviation.
         stream: where the images come from.
 
-    Raises: ValueError if the image encoder is no plain ViT or the ratio is not inside (0, 1).
+    Raises: ValueError if the image encoder is no plain ViT, the ratio is not inside (0, 1), or the decoder's
+        width does not divide.
     """
 
     def __init__(
@@ -45,14 +46,19 @@ class MAE(nn.Module):
             raise ValueError(
                 "objective.mae needs a plain ViT of timm (vit_*) as model.image; this one cannot drop patches"
             )
-        low, high = (mask_ratio, mask_ratio) if isinstance(mask_ratio, float | int) else mask_ratio
-        if not 0 < low <= high < 1:
+        ratios = [mask_ratio, mask_ratio] if isinstance(mask_ratio, float | int) else list(mask_ratio)
+        if len(ratios) != 2 or not 0 < ratios[0] <= ratios[1] < 1:
             raise ValueError(
                 f"objective.mae.mask_ratio is {mask_ratio}; expected a number, or two in order, inside (0, 1)"
             )
+        if decoder_width % decoder_heads or decoder_width % 4:
+            raise ValueError(
+                f"objective.mae.decoder_width is {decoder_width}; "
+                f"expected a multiple of 4 and of decoder_heads = {decoder_heads}"
+            )
         self.streams = (stream,)
         self.norm_pix = norm_pix
-        self.mask = MaskSpec("mae", (low, high))
+        self.mask = MaskSpec("mae", (ratios[0], ratios[1]))
         self.num_patches = encoder.num_patches
         self.num_prefix_tokens = encoder.num_prefix_tokens
         self.patch_size = encoder.patch_size
@@ -64,9 +70,8 @@ class MAE(nn.Module):
         )
         self.norm = norm_layer(decoder_width)
         self.predict = nn.Linear(decoder_width, self.patch_size[0] * self.patch_size[1] * 3)
-        positions = build_sincos2d_pos_embed(list(encoder.grid_size), dim=decoder_width, interleave_sin_cos=False)
         self.positions: Tensor
-        self.register_buffer("positions", positions[None], persistent=False)
+        self.register_buffer("positions", _sincos_positions(encoder.grid_size, decoder_width), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -90,6 +95,7 @@ class MAE(nn.Module):
         patches = kept.new_zeros(len(kept), self.num_patches, width).scatter(1, places, kept)
         patches = torch.where(mask.hidden[..., None], self.mask_token.to(patches.dtype), patches) + self.positions
         x = torch.cat([prefix.to(patches.dtype), patches], dim=1)
+        choose_kernel(self.blocks, x.device)
         for block in self.blocks:
             x = block(x)
         prediction = self.predict(self.norm(x))[:, self.num_prefix_tokens :]
@@ -97,3 +103,11 @@ class MAE(nn.Module):
         # The error is taken in float32 or wider: bf16 would round it away as the reconstruction gets good.
         target = patchify(pixels, self.patch_size)
         return masked_reconstruction(prediction.to(target.dtype), target, mask.hidden, self.norm_pix)
+
+
+def _sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
+    """MAE's fixed positions [1, N, width]: sines and cosines of the column, then of the row, a quarter each."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
+    bands = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = [place.flatten()[:, None] * bands for place in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from mmpretrain.data.shards import (
-    Shards,
+from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.tar_index import (
     TarIndex,
     cached_index_path,
-    expand_shards,
     index_path,
     index_tar,
     load_index,

@@ -13,7 +13,8 @@ from PIL import Image
 
 from data_tools.__main__ import main
 from data_tools.tables import read_pairs
-from mmpretrain.data.shards import Shards, expand_shards, index_tar
+from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.tar_index import index_tar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

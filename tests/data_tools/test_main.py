@@ -11,7 +11,7 @@ import pytest
 from webdataset import TarWriter
 
 from data_tools.__main__ import main
-from mmpretrain.data.shards import index_path, index_tar, read_index
+from mmpretrain.data.tar_index import index_path, index_tar, read_index
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

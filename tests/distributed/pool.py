@@ -18,20 +18,19 @@ def _free_port() -> int:
 
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
-    """One rank: join the group, then run what it is sent until it is sent None."""
+    """One rank: join the group, then run what it is sent until it is killed."""
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     from mmpretrain import distributed
 
     distributed.setup(torch.device("cpu"))
-    while (job := connection.recv()) is not None:
-        fn, arguments = job
+    while True:
+        fn, arguments = connection.recv()
         try:
             connection.send((True, fn(*arguments)))
         except Exception:
             connection.send((False, traceback.format_exc()))
-    distributed.shut_down()
 
 
 class Pool:
@@ -58,8 +57,6 @@ class Pool:
         return [value for _, value in answers]
 
     def close(self) -> None:
-        for connection in self._connections:
-            connection.send(None)
         for process in self._processes:
-            process.join(timeout=30)
             process.kill()
+            process.join()

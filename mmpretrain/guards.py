@@ -1,0 +1,125 @@
+"""What ends a run before its last step: a signal, too many refused samples, gradients that are not finite."""
+
+import json
+import logging
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+from mmpretrain import distributed
+from mmpretrain.batch import Refused
+from mmpretrain.checkpoint import write_text
+from mmpretrain.data.loader import Stream
+from mmpretrain.metrics import read_records
+
+log = logging.getLogger(__name__)
+
+PREEMPTED_EXIT_CODE = 85
+_MIN_SAMPLES_FOR_BAD_FRACTION = 1000
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message is one line with the value, the expectation and the fix."""
+
+
+class StopSignal:
+    """SIGTERM or SIGINT asks for a checkpoint and an end.
+
+    A second SIGINT ends at once. A second SIGTERM does not: launchers pass on to their children what these got
+    themselves already.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+
+    def restore(self) -> None:
+        """The handlers as they were before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class Quarantine:
+    """quarantine.jsonl: every refused sample once, by shard and key; and how many draws were refused.
+
+    Args:
+        path: the file, which process 0 writes.
+        max_fraction: the part of all draws that may be refused.
+        num_refused: how many were before this process began.
+    """
+
+    def __init__(self, path: Path, max_fraction: float, num_refused: int) -> None:
+        self.num_refused = num_refused
+        self._path = path
+        self._max_fraction = max_fraction
+        self._waiting: list[Refused] = []
+        self._seen: set[tuple[str, str]] = set()
+        if distributed.is_main() and path.exists():
+            known = read_records(path)
+            # Written anew, so that what follows does not continue a line that a kill cut short.
+            write_text(path, "".join(json.dumps(record) + "\n" for record in known))
+            self._seen = {(str(record["shard"]), str(record["key"])) for record in known}
+
+    def add(self, refused: Iterable[Refused]) -> None:
+        """Keep what this rank's batches refused until the next flush."""
+        self._waiting += refused
+
+    def flush(self, samples: int) -> None:
+        """Write down and count what all ranks refused. A collective.
+
+        Args:
+            samples: samples seen so far.
+
+        Raises: TrainingError if more than `max_fraction` of them were refused.
+        """
+        refused = [refusal for part in distributed.gather_objects(self._waiting) for refusal in part]
+        self._waiting = []
+        self.num_refused += len(refused)
+        if distributed.is_main():
+            for refusal in refused:
+                self._write(refusal)
+        if self.num_refused > self._max_fraction * max(samples, _MIN_SAMPLES_FOR_BAD_FRACTION):
+            raise TrainingError(
+                f"{self.num_refused} of {samples} samples were refused, more than data.max_bad_fraction = "
+                f"{self._max_fraction}; see {self._path}, mend the data or raise the limit"
+            )
+
+    def _write(self, refusal: Refused) -> None:
+        if (refusal.shard, refusal.key) in self._seen:
+            return
+        self._seen.add((refusal.shard, refusal.key))
+        log.warning("refused sample %s of %s: %s", refusal.key, refusal.shard, refusal.reason)
+        with self._path.open("a") as file:
+            file.write(json.dumps(asdict(refusal)) + "\n")
+
+
+def check_bad_step(flags: Mapping[str, float], step: int, streams: Mapping[str, Stream], limit: int) -> None:
+    """Say which samples a skipped step saw, and end a run that has too many of them in a row.
+
+    Args:
+        flags: `skipped` and `bad_steps` (in a row, this one included) of the step.
+        step: its number, from 1.
+        streams: what it read.
+        limit: the first number of steps in a row that ends the run.
+
+    Raises: TrainingError at the limit.
+    """
+    if not flags.get("skipped"):
+        return
+    if distributed.is_main():
+        for name, stream in streams.items():
+            positions = range((step - 1) * stream.batch_size, step * stream.batch_size)
+            keys = ", ".join(stream.sample_key(position) for position in positions)
+            log.warning("step %d skipped, its gradient is not finite; samples of %s: %s", step, name, keys)
+    if flags["bad_steps"] >= limit:
+        raise TrainingError(
+            f"{int(flags['bad_steps'])} steps in a row had a gradient that is not finite, the limit is "
+            f"trainer.max_bad_steps = {limit}; lower optimizer.lr, clip the gradient, or look at the samples named above"
+        )

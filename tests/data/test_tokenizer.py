@@ -1,0 +1,58 @@
+"""CLIP's tokens, against open_clip's own tokenizer."""
+
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+
+from mmpretrain.data.tokenizer import ClipTokenizer
+
+TEXTS = [
+    "a photo of a cat",
+    "",
+    "   spaces \t and\nlines  ",
+    "Ünïcödé, 中文 und emoji 🐈‍⬛!",
+    "it's 1,000 dogs' <html> &amp; entities",
+    "word " * 100,
+    "!" * 90,
+    "internationalization " * 9,
+]
+
+
+@pytest.mark.parametrize("context_length", [3, 8, 77, 128])
+def test_ids_are_open_clips(context_length: int) -> None:
+    ids, lengths = ClipTokenizer(context_length)(TEXTS)
+    reference = SimpleTokenizer(context_length=context_length)
+    expected = reference(TEXTS)
+    assert ids.dtype == lengths.dtype == torch.int64
+    assert ids.shape == (len(TEXTS), int(lengths.max()))
+    assert torch.equal(torch.nn.functional.pad(ids, (0, context_length - ids.shape[1])), expected)
+    assert torch.equal(lengths, (expected == reference.eot_token_id).int().argmax(1) + 1)
+
+
+def test_the_length_is_counted_where_padding_is_a_real_token() -> None:
+    """Id 0 is '!', so that nobody can tell padding by looking at ids."""
+    tokenizer = ClipTokenizer()
+    ids, lengths = tokenizer(["! ! !", "a b c d e f g"])
+    assert lengths.tolist() == [5, 9]
+    assert tokenizer.vocab_size == SimpleTokenizer().vocab_size == 49408
+    assert tokenizer.decode(ids[0, : lengths[0]].tolist()) == "! ! !"
+
+
+def test_a_text_has_the_same_ids_whatever_stands_beside_it() -> None:
+    tokenizer = ClipTokenizer()
+    together, lengths = tokenizer(TEXTS)
+    for row, text in enumerate(TEXTS):
+        alone, length = tokenizer([text])
+        assert length[0] == lengths[row] and torch.equal(alone[0], together[row, : lengths[row]])
+
+
+def test_decode_gives_the_text_back_without_special_tokens() -> None:
+    tokenizer = ClipTokenizer()
+    ids, lengths = tokenizer(["A photo of two cats"])
+    assert tokenizer.decode(ids[0, : lengths[0]].tolist()) == "a photo of two cats"
+
+
+@pytest.mark.parametrize("context_length", [-1, 0, 2])
+def test_a_context_too_short_for_a_token_is_refused(context_length: int) -> None:
+    with pytest.raises(ValueError, match=f"context_length is {context_length}; expected at least 3"):
+        ClipTokenizer(context_length)

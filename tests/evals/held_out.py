@@ -1,0 +1,74 @@
+"""A small held-out data set in tars, and what an evaluator sees of it."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mmpretrain.data.shards import Shards
+from mmpretrain.data.tokenizer import ClipTokenizer
+from mmpretrain.evals.embed import Embedded, EvalSet
+from mmpretrain.evals.evaluation import Context
+from mmpretrain.models.image_text import ImageTextModel
+from tests import tiny
+from tests.tars import write_tars
+
+TOKENIZER = ClipTokenizer(tiny.CONTEXT_LENGTH)
+LABELS = ["cat", "dog", "ant"]
+BROKEN, WITHOUT_CAPTION = 4, 9
+NUM_SAMPLES = 23
+
+
+def pixels(number: int) -> np.ndarray:
+    """The image of sample `number`, uint8 [32, 32, 3]."""
+    return np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def captions(number: int) -> list[str]:
+    """One to three captions of sample `number`; some describe other samples too."""
+    return [f"shared by {number % 5}", f"the {number}th of them all", "the same for all"][: number % 3 + 1]
+
+
+def samples() -> list[dict[str, Any]]:
+    """Every sample; the image of one does not decode, and one has no caption."""
+    result: list[dict[str, Any]] = []
+    for number in range(NUM_SAMPLES):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels(number)).save(buffer, "PNG")
+        fields = {"captions": captions(number), "label": LABELS[number % 3], "number": number % 3}
+        if number == WITHOUT_CAPTION:
+            fields["captions"] = []
+        image = b"no image" if number == BROKEN else buffer.getvalue()
+        result.append({"png": image, "cls": str(number % 3), "json": fields})
+    return result
+
+
+def make_set(folder: Path, **fields: Any) -> EvalSet:
+    """All of it in three tars, which are written if they are not there."""
+    paths = sorted(str(path) for path in folder.glob("*.tar")) or write_tars(folder, samples(), [9, 9, 5])
+    return EvalSet("val", Shards(paths), tiny.IMAGE_SIZE, **{"caption": "json.captions", **fields})
+
+
+def make_model() -> ImageTextModel:
+    """The same random model wherever it is made."""
+    torch.manual_seed(0)
+    return tiny.image_text(vocab_size=TOKENIZER.vocab_size)
+
+
+def make_context(model: ImageTextModel | None = None, data: EvalSet | None = None, **fields: Any) -> Context:
+    """What an evaluator sees of `data` under the name `val`."""
+    sets = {} if data is None else {"val": data}
+    defaults = {"logit_scale": 10.0, "batch_size": 4, "workers": 0}
+    return Context(model or make_model(), TOKENIZER, sets, **{**defaults, **fields})
+
+
+def embedded(images: Tensor, texts: Tensor, pairs: Sequence[tuple[int, int]]) -> Embedded:
+    """A data set whose embeddings are known."""
+    labels = torch.full((len(images),), -1)
+    return Embedded(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), torch.tensor(pairs), labels, [])

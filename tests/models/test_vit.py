@@ -1,0 +1,170 @@
+"""Image encoders: timm's own outputs, and patches that are dropped."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmpretrain.masking import MaskSpec, PatchMask, random_patch_mask
+from mmpretrain.models.vit import TimmEncoder
+from tests import tiny
+
+POOLS = [
+    {"global_pool": "token"},
+    {"global_pool": "avg"},
+    {"global_pool": "avg", "class_token": False, "reg_tokens": 2, "no_embed_class": True, "pre_norm": True},
+    {"global_pool": "map", "class_token": False},
+]
+
+
+def images(b: int) -> Tensor:
+    return torch.randn(b, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE, dtype=torch.float64)
+
+
+def ragged_mask(num_keep: list[int], seed: int = 0) -> PatchMask:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(tiny.NUM_PATCHES, generator=generator) for _ in num_keep])
+    counts = torch.tensor(num_keep)
+    return PatchMask(order[:, : max(num_keep)], counts, order.argsort(1) >= counts[:, None])
+
+
+def on_tokens_alone(encoder: TimmEncoder, image: Tensor, kept: list[int]) -> tuple[Tensor, Tensor]:
+    """(tokens, pooled) of one image, only ever computed on the tokens that stay."""
+    trunk = encoder.trunk
+    x = trunk._pos_embed(trunk.patch_embed(image[None]))
+    prefix = encoder.num_prefix_tokens
+    x = x[:, [*range(prefix), *(prefix + place for place in kept)]]
+    x = trunk.norm(trunk.blocks(trunk.norm_pre(x)))
+    pooled = x[:, 0] if trunk.global_pool == "token" else x[:, prefix:].mean(1)
+    if trunk.global_pool == "map":
+        pooled = trunk.attn_pool(x)
+    return x[0], trunk.fc_norm(pooled)[0]
+
+
+@pytest.mark.parametrize("args", POOLS)
+def test_encoder_without_mask_is_timms_model(args: dict[str, object]) -> None:
+    encoder = tiny.vit(**args).double()
+    x = images(3)
+    encoding = encoder(x)
+    torch.testing.assert_close(encoding.pooled, encoder.trunk(x), rtol=0, atol=0)
+    assert encoding.tokens.shape == (3, encoder.num_prefix_tokens + tiny.NUM_PATCHES, tiny.WIDTH)
+
+
+@pytest.mark.parametrize("args", POOLS)
+def test_keeping_every_patch_in_order_equals_no_mask(args: dict[str, object]) -> None:
+    encoder = tiny.vit(**args).double()
+    x = images(2)
+    everything = PatchMask(torch.arange(16).expand(2, 16), None, torch.zeros(2, 16, dtype=torch.bool))
+    torch.testing.assert_close(encoder(x, everything).tokens, encoder(x).tokens)
+    torch.testing.assert_close(encoder(x, everything).pooled, encoder(x).pooled)
+
+
+@pytest.mark.parametrize("args", POOLS)
+def test_constant_mask_equals_computing_kept_tokens_alone(args: dict[str, object]) -> None:
+    encoder = tiny.vit(**args).double()
+    x = images(4)
+    mask = random_patch_mask(torch.arange(4), 16, MaskSpec("test", (0.7, 0.7)))
+    assert mask.keep.shape == (4, 5) and mask.num_keep is None
+    encoding = encoder(x, mask)
+    for row in range(4):
+        tokens, pooled = on_tokens_alone(encoder, x[row], mask.keep[row].tolist())
+        torch.testing.assert_close(encoding.tokens[row], tokens, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(encoding.pooled[row], pooled, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("args", POOLS[:3])
+def test_ragged_mask_equals_computing_each_sample_alone_and_never_sees_filler(args: dict[str, object]) -> None:
+    encoder = tiny.vit(**args).double()
+    x = images(4)
+    num_keep = [5, 1, 16, 9]
+    mask = ragged_mask(num_keep)
+    encoding = encoder(x, mask)
+    for row, count in enumerate(num_keep):
+        tokens, pooled = on_tokens_alone(encoder, x[row], mask.keep[row, :count].tolist())
+        torch.testing.assert_close(encoding.tokens[row, : len(tokens)], tokens, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(encoding.pooled[row], pooled, rtol=1e-10, atol=1e-12)
+
+
+def test_ragged_mask_is_refused_by_map_pooling() -> None:
+    encoder = tiny.vit(global_pool="map", class_token=False)
+    with pytest.raises(ValueError, match="'map' cannot pool a varying number of patches; use a constant mask_ratio"):
+        encoder(images(2).float(), ragged_mask([3, 5]))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_what_a_hidden_patch_shows_changes_nothing(ragged: bool) -> None:
+    encoder = tiny.vit().double()
+    x = images(3)
+    mask = ragged_mask([4, 7, 11] if ragged else [6, 6, 6])
+    if not ragged:
+        mask = PatchMask(mask.keep, None, mask.hidden)
+    pixels = mask.hidden.reshape(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    before, after = encoder(x, mask), encoder(torch.where(pixels, 100.0, x), mask)
+    assert torch.equal(before.pooled, after.pooled)
+    is_kept = torch.arange(mask.keep.shape[1]) < (~mask.hidden).sum(1)[:, None]
+    assert torch.equal(before.tokens[:, 1:][is_kept], after.tokens[:, 1:][is_kept])
+    assert not torch.equal(encoder(x).pooled, encoder(torch.where(pixels, 100.0, x)).pooled)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "token_width", "width"),
+    [
+        ("test_resnet", 4, 96, 96),
+        ("mobilenetv3_small_050", 4, 288, 1024),  # its head widens what it pools
+        ("davit_tiny.msft_in1k", 4, 768, 768),  # takes any image size, in spite of its name
+        ("mixer_s32_224", 4, 512, 512),  # is built for one image size, in spite of its name
+    ],
+)
+def test_other_models_of_timm_give_tokens_and_a_pooled_embedding(
+    name: str, num_tokens: int, token_width: int, width: int
+) -> None:
+    with torch.device("meta"):
+        encoder = TimmEncoder(name, image_size=64)
+        encoding = encoder(torch.zeros(2, 3, 64, 64))
+    assert not encoder.is_vit
+    assert encoder.width == width
+    assert encoding.tokens.shape == (2, num_tokens, token_width)
+    assert encoding.pooled.shape == (2, width)
+
+
+def test_tokens_of_a_convolutional_model_are_its_last_map_row_by_row() -> None:
+    encoder = TimmEncoder("test_resnet", image_size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    features = encoder.trunk.forward_features(x)
+    encoding = encoder(x)
+    assert torch.equal(encoding.tokens[:, 3], features[:, :, 1, 1])
+    assert torch.equal(encoding.tokens[:, 1], features[:, :, 0, 1])
+    torch.testing.assert_close(encoding.pooled, features.mean((2, 3)))
+    assert encoder.has_batch_norm and not tiny.vit().has_batch_norm
+
+
+def test_tokens_of_a_model_with_channels_last_keep_their_channels() -> None:
+    args = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 2}
+    encoder = TimmEncoder("swin_tiny_patch4_window7_224", 32, args).eval()
+    x = torch.randn(2, 3, 32, 32)
+    features = encoder.trunk.forward_features(x)
+    assert features.shape == (2, 4, 4, 16)
+    assert torch.equal(encoder(x).tokens[:, 4 + 2], features[:, 1, 2])
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_r_s16_p8_224"])
+def test_models_in_which_patches_meet_before_the_blocks_refuse_masks(name: str) -> None:
+    with torch.device("meta"):
+        encoder = TimmEncoder(name, image_size=64)
+        with pytest.raises(ValueError, match="cannot drop patches; expected a plain ViT"):
+            encoder(torch.zeros(2, 3, 64, 64), ragged_mask([2, 2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("vit_bse_patch16_224", {}, r"'vit_bse_patch16_224'; expected a model of timm, such as vit_base_patch16_224, "),
+        ("test_vit", {"deepth": 3}, r"timm refuses model.image.args \{'deepth': 3\} for 'test_vit': .*'deepth'"),
+        ("test_vit", {"num_heads": 5}, r"timm refuses model.image.args \{'num_heads': 5\} for 'test_vit'"),
+        ("test_resnet", {"deepth": 3}, r"timm refuses model.image.args \{'deepth': 3\} .*'deepth'"),
+        ("test_vit", {"img_size": 64}, r"timm refuses model.image.args \{'img_size': 64\} .*multiple values"),
+    ],
+)
+def test_wrong_names_and_arguments_are_told_in_one_line(name: str, args: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        TimmEncoder(name, 32, args)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,130 @@
+"""Checkpoints that are loaded from Python."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmpretrain import checkpoint, config
+from mmpretrain.load import load_checkpoint
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.objectives.sigmoid import Sigmoid
+from mmpretrain.task import Task
+
+MODEL: dict[str, Any] = {
+    "_target_": "mmpretrain.models.image_text.ImageTextModel",
+    "embed_dim": 12,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image": {
+        "_target_": "mmpretrain.models.vit.TimmEncoder",
+        "name": "vit_tiny_patch16_224",
+        "image_size": 32,
+        "args": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    },
+    "text": {
+        "_target_": "mmpretrain.models.text.TextTransformer",
+        "context_length": 16,
+        "width": 24,
+        "depth": 1,
+        "num_heads": 2,
+    },
+}
+
+
+def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "ClipTokenizer", step: int = 5) -> Task:
+    """A run's directory with one checkpoint, as the trainer leaves it; returns what was saved."""
+    built: ImageTextModel = config.instantiate(MODEL, 3, "model")
+    objectives = {"sigmoid": Sigmoid(built, init_logit_scale=20), "infonce": InfoNCE(built, init_logit_scale=30)}
+    task = Task(built, objectives).eval()
+    plain = {
+        "model": model,
+        "data": {"tokenizer": {"_target_": f"mmpretrain.data.tokenizer.{tokenizer}", "context_length": 16}},
+        "objective": {"sigmoid": {}, "infonce": {}},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(config.to_yaml(plain))
+    optimizer = {"model.image_projection.weight/step": torch.ones(())}
+    checkpoint.save(folder / "checkpoints", step, task.state_dict(), optimizer, {"samples": 640}, keep_last=0)
+    return task
+
+
+@pytest.mark.parametrize("what", ["run", "run/checkpoints/step_00000005"])
+def test_loaded_model_gives_the_embeddings_that_were_saved(tmp_path: Path, what: str) -> None:
+    saved = save_run(tmp_path / "run").model
+    loaded = load_checkpoint(tmp_path / what)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    ids, lengths = loaded.tokenizer(["a", "a cat and a dog"])
+    embeddings = [
+        (
+            model.project_image(model.encode_image(images).pooled),
+            model.project_text(model.encode_text(ids, lengths, (ids.shape[1],)).pooled),
+        )
+        for model in (saved, loaded.model)
+    ]
+    assert torch.equal(embeddings[0][0], embeddings[1][0])
+    assert torch.equal(embeddings[0][1], embeddings[1][1])
+    assert not loaded.model.training
+    assert loaded.image_size == 32
+    assert loaded.state == {"samples": 640}
+    assert loaded.path == tmp_path / "run" / "checkpoints" / "step_00000005"
+
+
+def test_a_run_is_loaded_at_its_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save_run(tmp_path, step=step)
+    (tmp_path / "checkpoints" / "step_00000015" / "model.safetensors").write_bytes(b"cut")
+    assert load_checkpoint(tmp_path).path.name == "step_00000010"
+    with pytest.raises(ValueError, match=r"model.safetensors has 3 bytes"):
+        load_checkpoint(tmp_path / "checkpoints" / "step_00000015")
+
+
+def test_logit_scale_is_the_first_objectives_as_in_training(tmp_path: Path) -> None:
+    task = save_run(tmp_path)
+    logit_scale = load_checkpoint(tmp_path).logit_scale
+    assert logit_scale == task.logit_scale
+    assert logit_scale == pytest.approx(20) and not math.isclose(logit_scale, 30)
+
+
+@pytest.mark.parametrize("folder", [".", "checkpoints", "absent"])
+def test_a_folder_without_checkpoint_is_refused_in_one_line(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(ValueError, match=r"holds no checkpoint; expected a run's directory") as error:
+        load_checkpoint(tmp_path / folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "timm.create_model",
+        "mmpretrain.data.storage.os.system",  # what one of our modules imports is not ours
+        "mmpretrain.models.vit.timm.create_model",
+        "mmpretrain.models.vit.nn.Identity",
+        "mmpretrain.models.text.by_length",
+        "mmpretrain.models.absent.Model",
+        "mmpretrain.models.vit.absent",
+        "mmpretrain.train.main",
+    ],
+)
+def test_a_configuration_that_names_foreign_code_is_refused_and_not_run(tmp_path: Path, target: str) -> None:
+    save_run(tmp_path, {**MODEL, "image": {"_target_": target, "command": f"touch {tmp_path}/ran"}})
+    with pytest.raises(ValueError, match=r"^config.yaml.image._target_ is .* is no part of mmpretrain"):
+        load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path, tokenizer="SimpleTokenizer")
+    with pytest.raises(ValueError, match=r"^config.yaml._target_ is 'mmpretrain.data.tokenizer.SimpleTokenizer'"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("argument", ["pretrained", "checkpoint_path"])
+def test_loading_fetches_no_weights_from_elsewhere(tmp_path: Path, argument: str) -> None:
+    args = {**MODEL["image"]["args"], argument: True if argument == "pretrained" else str(tmp_path / "absent.pth")}
+    saved = save_run(tmp_path, {**MODEL, "image": {**MODEL["image"], "args": args}}).model
+    weight = load_checkpoint(tmp_path).model.image_projection.weight
+    assert torch.equal(weight, saved.image_projection.weight)

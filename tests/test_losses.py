@@ -1,0 +1,132 @@
+"""Losses against open_clip's and against plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
+from torch import Tensor
+
+from mmpretrain.losses import info_nce, masked_reconstruction, patchify, sigmoid_loss
+
+
+def leaves(b: int = 7, e: int = 5, scale: float = 13.0, bias: float = -3.0) -> list[Tensor]:
+    """(image, text, logit_scale, logit_bias) in float64, gradients wanted."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [F.normalize(torch.randn(b, e, dtype=torch.float64, generator=generator), dim=-1) for _ in range(2)]
+    scalars = [torch.tensor([value], dtype=torch.float64) for value in (scale, bias)]
+    return [tensor.requires_grad_() for tensor in rows + scalars]
+
+
+def assert_same_gradients(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(ours.squeeze(), theirs.squeeze(), rtol=1e-10, atol=1e-12)
+    for mine, other in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 13.0, 100.0])
+def test_info_nce_is_open_clips(scale: float) -> None:
+    image, text, logit_scale, _ = leaves(scale=scale)
+    theirs = ClipLoss()(image, text, logit_scale)
+    assert_same_gradients(info_nce(image, text, logit_scale), theirs, [image, text, logit_scale])
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (120.0, -15.0)])
+def test_sigmoid_loss_is_open_clips(scale: float, bias: float) -> None:
+    inputs = leaves(scale=scale, bias=bias)
+    assert_same_gradients(sigmoid_loss(*inputs), SigLipLoss()(*inputs), inputs)
+
+
+def test_info_nce_takes_no_copy_for_a_negative() -> None:
+    image, text, logit_scale, _ = leaves()
+    ids = [4, 9, 4, 2, 9, 9, 7]
+    terms = []
+    for i, own in enumerate(ids):
+        others = [j for j, other in enumerate(ids) if j == i or other != own]
+        for queries, gallery in ((image, text), (text, image)):
+            logits = [logit_scale * (queries[i] * gallery[j]).sum() for j in others]
+            terms.append(torch.logsumexp(torch.cat(logits), 0) - logit_scale * (queries[i] * gallery[i]).sum())
+    theirs = torch.cat(terms).sum() / (2 * len(ids))
+    assert_same_gradients(info_nce(image, text, logit_scale, torch.tensor(ids)), theirs, [image, text, logit_scale])
+
+
+def test_sigmoid_loss_takes_no_copy_for_a_negative() -> None:
+    inputs = image, text, logit_scale, logit_bias = leaves()
+    ids = [4, 9, 4, 2, 9, 9, 7]
+    total = torch.zeros(1, dtype=torch.float64)
+    for i in range(len(ids)):
+        for j in range(len(ids)):
+            if i == j or ids[i] != ids[j]:
+                sign = 1 if i == j else -1
+                total = total + torch.log1p(torch.exp(-sign * (logit_scale * (image[i] @ text[j]) + logit_bias)))
+    ours = sigmoid_loss(image, text, logit_scale, logit_bias, torch.tensor(ids))
+    assert_same_gradients(ours, total / len(ids), inputs)
+
+
+@pytest.mark.parametrize("ids", [None, torch.zeros(4, dtype=torch.int64)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_contrastive_losses_and_gradients_stay_finite_without_negatives(rows: int, ids: Tensor | None) -> None:
+    inputs = leaves(b=rows)
+    ids = None if ids is None else ids[:rows]
+    for loss in (info_nce(*inputs[:3], ids), sigmoid_loss(*inputs, ids)):
+        gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+        assert all(torch.isfinite(value).all() for value in (loss, *gradients) if value is not None)
+
+
+def test_info_nce_without_negatives_is_zero() -> None:
+    image, text, logit_scale, _ = leaves()
+    assert info_nce(image, text, logit_scale, torch.zeros(7, dtype=torch.int64)).item() == 0
+
+
+def test_patchify_cuts_images_as_a_loop_does() -> None:
+    images = torch.randn(2, 3, 8, 12)
+    patches = patchify(images, (4, 2))
+    assert patches.shape == (2, 2 * 6, 4 * 2 * 3)
+    for sample in range(2):
+        for row in range(2):
+            for column in range(6):
+                values = [
+                    images[sample, channel, row * 4 + y, column * 2 + x].item()
+                    for y in range(4)
+                    for x in range(2)
+                    for channel in range(3)
+                ]
+                assert patches[sample, row * 6 + column].tolist() == values
+
+
+def test_patchify_leaves_out_a_border_that_fills_no_patch() -> None:
+    images = torch.randn(2, 3, 11, 9)
+    assert torch.equal(patchify(images, (4, 4)), patchify(images[:, :, :8, :8], (4, 4)))
+
+
+def reconstruction_by_loop(prediction: np.ndarray, patches: np.ndarray, hidden: np.ndarray, norm_pix: bool) -> float:
+    total = 0.0
+    for sample, patch in zip(*np.nonzero(hidden), strict=True):
+        target = patches[sample, patch]
+        if norm_pix:
+            mean = sum(target) / len(target)
+            variance = sum((value - mean) ** 2 for value in target) / (len(target) - 1)
+            target = (target - mean) / math.sqrt(variance + 1e-6)
+        total += sum((prediction[sample, patch] - target) ** 2) / len(target)
+    return total
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_masked_reconstruction_sums_the_error_of_hidden_patches(norm_pix: bool) -> None:
+    rng = np.random.default_rng(0)
+    # A contrast this low makes the 1e-6 under the root count.
+    prediction, patches = rng.normal(size=(3, 5, 12)), 1e-3 * rng.normal(size=(3, 5, 12))
+    hidden = rng.random((3, 5)) < 0.6
+    ours = masked_reconstruction(*map(torch.from_numpy, (prediction, patches, hidden)), norm_pix)
+    assert ours.item() == pytest.approx(reconstruction_by_loop(prediction, patches, hidden, norm_pix), rel=1e-12)
+
+
+def test_masked_reconstruction_of_one_flat_image_is_finite() -> None:
+    prediction = torch.randn(1, 4, 12, requires_grad=True)
+    hidden = torch.tensor([[True, False, True, True]])
+    loss = masked_reconstruction(prediction, torch.ones(1, 4, 12), hidden, norm_pix=True)
+    loss.backward()
+    assert prediction.grad is not None
+    assert torch.isfinite(loss) and torch.isfinite(prediction.grad).all() and not prediction.grad[0, 1].any()

@@ -1,0 +1,342 @@
+"""A run that is killed or stopped goes on exactly where it was: weights, moments and metrics, bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import runs
+
+NUM_STEPS = 20
+CHECKPOINT_EVERY = 5
+LENGTH = (f"trainer.duration={NUM_STEPS}steps", f"checkpoint.every={CHECKPOINT_EVERY}steps")
+
+Whole = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def whole(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """`whole(world_size, *overrides)`: what a run leaves that nobody disturbs; each is run once."""
+    outcomes: dict[tuple[int | str, ...], dict[str, Any]] = {}
+
+    def outcome(world_size: int, *overrides: str) -> dict[str, Any]:
+        key = (world_size, *overrides)
+        if key not in outcomes:
+            folder = tmp_path_factory.mktemp("whole")
+            for command in start(folder, world_size, f"data.root={pairs}", *LENGTH, *overrides):
+                finished = command.wait()
+                assert finished.code == 0, finished.stderr
+            outcomes[key] = runs.exact_outcome(folder / "run")
+        return outcomes[key]
+
+    return outcome
+
+
+def start(folder: Path, world_size: int, *overrides: str) -> list[runs.Command]:
+    """A running command, or one for each process of a group."""
+    if world_size == 1:
+        return [runs.start_train(folder, *overrides)]
+    return [runs.start_train(folder, *overrides, environment=environment) for environment in runs.group(world_size)]
+
+
+def kill(commands: list[runs.Command]) -> None:
+    """SIGKILL to all of them at once."""
+    for command in commands:
+        command.send(signal.SIGKILL)
+    assert [command.wait().code for command in commands] == [-signal.SIGKILL] * len(commands)
+
+
+def num_records(run: Path) -> int:
+    """How many whole lines metrics.jsonl has."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+VARIANTS = {
+    "one process": (1, ()),
+    "one process, workers, micro-batches, bf16, ragged masks": (
+        1,
+        ("data.workers=2", "trainer.micro_batch_size=4", "trainer.precision=bf16", "objective=[infonce,mae]",
+         *runs.TINY_MAE),
+    ),
+    "two processes, bf16": (2, ("trainer.precision=bf16", "objective=[sigmoid]")),
+    "two processes, workers, micro-batches, ragged masks": (
+        2,
+        ("data.workers=2", "trainer.micro_batch_size=4", "objective=[infonce,mae]", *runs.TINY_MAE),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("world_size", "overrides"), VARIANTS.values(), ids=VARIANTS)
+def test_killed_run_ends_as_if_nothing_had_happened(
+    world_size: int, overrides: tuple[str, ...], whole: Whole, pairs: Path, tmp_path: Path
+) -> None:
+    run, settings = tmp_path / "run", (f"data.root={pairs}", *LENGTH, *overrides)
+    commands = start(tmp_path, world_size, *settings)
+    # Some steps beyond the checkpoint, so that there is something to forget.
+    commands[0].wait_for(
+        lambda: runs.checkpoints(run) and num_records(run) >= CHECKPOINT_EVERY + 2, "steps beyond a checkpoint"
+    )
+    kill(commands)
+    assert runs.checkpoints(run)[-1].name < f"step_{NUM_STEPS:08d}"
+
+    for command in start(tmp_path, world_size, *settings):
+        finished = command.wait()
+        assert finished.code == 0, finished.stderr
+    assert runs.exact_outcome(run) == whole(world_size, *overrides)
+
+
+def kill_at_random_moments(folder: Path, settings: tuple[str, ...], times: int) -> None:
+    """Start a run over and over, and kill it after some more steps, or in the middle of a save."""
+    run, moments, during_saves = folder / "run", random.Random(0), 0
+    for number in range(times):
+        (command,) = start(folder, 1, *settings)
+        first, steps, in_save = num_records(run), moments.randrange(3), number % 2 == 1
+        command.wait_for(
+            lambda first=first, steps=steps, in_save=in_save: (
+                num_records(run) > first + steps and (not in_save or list(run.glob("checkpoints/.partial-*")))
+            ),
+            "some steps",
+        )
+        kill([command])
+        during_saves += bool(list(run.glob("checkpoints/.partial-*")))
+        assert not (run / "results.json").exists(), "the run ended before it was killed"
+    assert during_saves > 0
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_always_leave_a_run_that_resumes(times: int, pairs: Path, tmp_path: Path) -> None:
+    settings = (f"data.root={pairs}", f"trainer.duration={8 * times}steps", "checkpoint.every=1steps")
+    kill_at_random_moments(tmp_path, settings, times)
+    assert runs.train(tmp_path, *settings).code == 0
+    assert not list((tmp_path / "run" / "checkpoints").glob(".partial-*"))
+
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    assert runs.train(undisturbed, *settings).code == 0
+    assert runs.exact_outcome(tmp_path / "run") == runs.exact_outcome(undisturbed / "run")
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(whole: Whole, pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = (f"data.root={pairs}", *LENGTH)
+    commands = start(tmp_path, 2, *settings)
+    commands[0].wait_for(lambda: num_records(run) >= 3, "some steps")
+    commands[1].send(signal.SIGTERM)
+    stopped = [command.wait() for command in commands]
+    assert [finished.code for finished in stopped] == [85, 85], stopped
+    (line,) = [line for line in stopped[0].stderr.splitlines() if "stopped by a signal at step" in line]
+    step = json.loads((runs.checkpoints(run)[-1] / "state.json").read_text())["step"]
+    assert f"at step {step};" in line
+    assert f"at step {step};" in stopped[1].stderr
+    assert step < NUM_STEPS
+
+    for command in start(tmp_path, 2, *settings):
+        finished = command.wait()
+        assert finished.code == 0, finished.stderr
+    assert runs.exact_outcome(run) == whole(2)
+
+
+def test_ctrl_c_ends_the_run_with_a_checkpoint_and_code_85(whole: Whole, pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = (f"data.root={pairs}", f"trainer.duration={NUM_STEPS}steps", "checkpoint.every=1000steps")
+    command = runs.start_train(tmp_path, *settings)
+    command.wait_for(lambda: num_records(run) >= 3, "some steps")
+    command.send(signal.SIGINT)
+    assert command.wait().code == 85
+    assert len(runs.checkpoints(run)) == 1
+
+    assert runs.train(tmp_path, *settings).code == 0
+    assert runs.exact_outcome(run) == whole(1)
+
+
+def test_another_number_of_processes_goes_on_to_the_same_end(whole: Whole, pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = (f"data.root={pairs}", *LENGTH)
+    commands = start(tmp_path, 2, *settings, "trainer.micro_batch_size=4")
+    commands[0].wait_for(lambda: runs.checkpoints(run), "a checkpoint")
+    kill(commands)
+    finished = runs.train(tmp_path, *settings, "trainer.micro_batch_size=8", "data.workers=1")
+    assert finished.code == 0, finished.stderr
+
+    expected = whole(1)
+    metrics = runs.exact_outcome(run)["metrics"]
+    assert [record["step"] for record in metrics] == [record["step"] for record in expected["metrics"]]
+    for ours, theirs in zip(metrics, expected["metrics"]):
+        if "train/loss" in theirs:
+            assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+    first_steps_on_two = load_file(runs.checkpoints(run)[0] / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in first_steps_on_two.values())
+
+
+# ---------------------------------------------------------------------------------------------- what may change
+
+SHORT = ("trainer.duration=4steps", "checkpoint.every=2steps", "schedule=constant")
+
+
+@pytest.fixture(scope="module")
+def short_run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of 4 steps at a constant learning rate: to be copied, then gone on with."""
+    folder = tmp_path_factory.mktemp("short")
+    finished = runs.train(folder, f"data.root={pairs}", *SHORT)
+    assert finished.code == 0, finished.stderr
+    return folder
+
+
+def go_on(short_run: Path, folder: Path, *overrides: str, schedule: str = "constant") -> runs.Finished:
+    """The short run, copied to `folder`, with other overrides."""
+    shutil.copytree(short_run / "run", folder / "run", dirs_exist_ok=True)
+    return runs.train(folder, *SHORT, f"schedule={schedule}", *overrides)
+
+
+def test_what_does_not_touch_the_mathematics_may_change(short_run: Path, pairs: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "data"
+    shutil.copytree(pairs, moved)
+    run = tmp_path / "elsewhere" / "renamed"
+    shutil.copytree(short_run / "run", run)
+    finished = runs.train(
+        tmp_path, f"data.root={moved}", *SHORT, f"run.dir={run}", "trainer.duration=8steps", "data.workers=1",
+        "trainer.log_every=2steps", "trainer.eval_every=3steps", "trainer.micro_batch_size=8",
+        "trainer.max_bad_steps=3", "checkpoint.every=3steps", "checkpoint.keep_last=2", "data.max_bad_fraction=0.5",
+        "data.val_batch_size=16", "eval=[contrastive_loss]",
+    )  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    assert "at step 4" in finished.stderr
+    assert [path.name for path in runs.checkpoints(run)] == ["step_00000006", "step_00000008"]
+    logged = [record["step"] for record in runs.records(run) if "train/loss" in record]
+    assert logged == [1, 2, 3, 4, 6, 8]
+    evaluated = [record["step"] for record in runs.records(run) if "eval-val/contrastive_loss" in record]
+    assert evaluated == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("optimizer.lr=2e-3", "optimizer.lr: 0.001 -> 0.002"),
+        ("trainer.precision=bf16", 'trainer.precision: "fp32" -> "bf16"'),
+        ("objective.infonce.weight=2", "objective.infonce.weight: 1.0 -> 2"),
+        ("objective=[sigmoid]", "objective.sigmoid.weight: "),
+        ("trainer.batch_size=8", "trainer.batch_size: 16 -> 8"),
+        ("model.text.depth=2", "model.text.depth: 1 -> 2"),
+        ("data.train.pairs.caption=json.caption", 'data.train.pairs.caption: "txt" -> "json.caption"'),
+        ("data.train.pairs.transform.scale=[0.5,1.0]", "data.train.pairs.transform.scale: [0.9, 1.0] -> [0.5, 1.0]"),
+        ("schedule.warmup=1steps", 'schedule.warmup: "0steps" -> "1steps"'),
+    ],
+)
+def test_what_touches_the_mathematics_may_not_change(
+    override: str, difference: str, short_run: Path, pairs: Path, tmp_path: Path
+) -> None:
+    finished = go_on(short_run, tmp_path, f"data.root={pairs}", "trainer.duration=8steps", override)
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert difference in line
+    assert "trainer.duration" not in line
+
+
+@pytest.mark.parametrize("schedule", [("schedule=cosine",), ("schedule=constant", "schedule.cooldown=1steps")])
+def test_longer_duration_is_refused_where_the_schedule_depends_on_it(
+    schedule: tuple[str, ...], pairs: Path, tmp_path: Path
+) -> None:
+    settings = (f"data.root={pairs}", *schedule, "eval=[]")
+    assert runs.train(tmp_path, *settings, "trainer.duration=2steps").code == 0
+    finished = runs.train(tmp_path, *settings, "trainer.duration=4steps")
+    assert finished.code == 2
+    assert 'trainer.duration: "2steps" -> "4steps"' in finished.errors[0]
+
+
+def test_duration_that_ends_before_the_checkpoint_is_refused(short_run: Path, pairs: Path, tmp_path: Path) -> None:
+    shutil.copytree(short_run / "run", tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()  # so that the run is not taken for a finished one
+    finished = runs.train(tmp_path, f"data.root={pairs}", *SHORT, "trainer.duration=3steps")
+    assert finished.code == 2
+    assert finished.errors == [finished.stderr.strip()]
+    assert "trainer.duration ends at step 3, but run is at step 4" in finished.stderr
+
+
+def test_finished_run_says_so_and_returns_its_scores_at_once(short_run: Path, pairs: Path, tmp_path: Path) -> None:
+    finished = go_on(short_run, tmp_path, f"data.root={pairs}")
+    assert finished.code == 0
+    (line,) = finished.stderr.splitlines()
+    assert "run is finished" in line
+    recall = runs.results(tmp_path / "run")["eval-val/text_retrieval_recall@5"]
+    assert f"{recall:.4f}" in finished.stdout
+    assert "eval-val/text_retrieval_recall@5" in finished.stdout
+    for name in ("metrics.jsonl", "results.json", "config.yaml"):
+        assert (tmp_path / "run" / name).read_bytes() == (short_run / "run" / name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+def corrupt(path: Path) -> None:
+    """One byte in the middle of a file becomes another."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    """The second half of a file is gone."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (corrupt, "model.safetensors"),
+        (truncate, "optimizer.safetensors"),
+    ],
+)
+def test_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: Callable[[Path], None], name: str, short_run: Path, pairs: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run / "run", run)
+    damage(runs.checkpoints(run)[-1] / name)
+    finished = runs.train(tmp_path, f"data.root={pairs}", *SHORT)
+    assert finished.code == 0, finished.stderr
+    passed_over = [line for line in finished.stderr.splitlines() if "checkpoint passed over" in line]
+    assert len(passed_over) == 1, finished.stderr
+    assert "step_00000004" in passed_over[0]
+    assert name in passed_over[0]
+    assert "at step 2" in finished.stderr
+    assert runs.exact_outcome(run) == runs.exact_outcome(short_run / "run")
+
+
+def test_leftovers_of_a_save_are_removed(short_run: Path, pairs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run / "run", run)
+    partial = run / "checkpoints" / ".partial-step_00000006"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    finished = runs.train(tmp_path, f"data.root={pairs}", *SHORT, "trainer.duration=5steps")
+    assert finished.code == 0, finished.stderr
+    assert not partial.exists()
+
+
+def test_data_that_changed_under_a_checkpoint_is_refused(short_run: Path, pairs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    runs.write_shard(data / "train" / "000001.tar", 100, 60)
+    finished = go_on(short_run, tmp_path, f"data.root={data}", "trainer.duration=8steps")
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: the data changed since ")
+    assert "data.train.pairs" in line
+    assert "run.name=" in line
+
+
+def test_moments_and_weights_are_those_of_the_checkpoint(short_run: Path) -> None:
+    checkpoint = runs.checkpoints(short_run / "run")[-1]
+    model, optimizer = (load_file(checkpoint / f"{name}.safetensors") for name in ("model", "optimizer"))
+    steps = {name: tensor for name, tensor in optimizer.items() if name.endswith("/step")}
+    assert {name.removesuffix("/step") for name in steps} <= set(model)
+    assert all(torch.equal(tensor, torch.tensor(4.0)) for tensor in steps.values())

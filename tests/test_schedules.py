@@ -1,0 +1,150 @@
+"""Durations are exact, and learning rates are open_clip's step for step."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import pytest
+import torch
+from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
+
+from mmpretrain.schedules import Clock, Duration, WarmupConstant, WarmupCosine
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [
+        ("20epochs", 20, "epochs"),
+        ("1epoch", 1, "epochs"),
+        ("0.5 epochs", Fraction(1, 2), "epochs"),
+        (" 2000steps ", 2000, "steps"),
+        ("1step", 1, "steps"),
+        ("10ksteps", 10_000, "steps"),
+        ("10Msamples", 10_000_000, "samples"),
+        ("1.1Msamples", 1_100_000, "samples"),
+        ("12.8Gsamples", 12_800_000_000, "samples"),
+        ("1sample", 1, "samples"),
+        ("5%", 5, "%"),
+        (".5%", Fraction(1, 2), "%"),
+        ("0steps", 0, "steps"),
+    ],
+)
+def test_a_duration_is_read_exactly(text: str, value: Fraction, unit: str) -> None:
+    assert Duration.parse(text, "key") == Duration(Fraction(value), unit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["20", 20, 1.5, "", "epochs", "-1steps", "10 Ksamples", "5 parsecs", "1e3steps", "1.steps"]
+)
+def test_what_is_no_duration_is_named_with_its_key(text: str | int | float) -> None:
+    with pytest.raises(ValueError, match=r"^trainer\.duration is .*expected a number with a unit") as error:
+        Duration.parse(text, "trainer.duration")
+    assert repr(text) in str(error.value) and "min" not in str(error.value).split("such as")[0]
+
+
+def test_wall_time_only_where_it_makes_sense() -> None:
+    assert Duration.parse("30min", "checkpoint.every", wall_time=True) == Duration(Fraction(30), "min")
+    with pytest.raises(ValueError, match=r"trainer\.duration is '30min'; wall time makes no sense here"):
+        Duration.parse("30min", "trainer.duration")
+    with pytest.raises(ValueError, match=r"checkpoint\.every is '30h'; .*or min"):
+        Duration.parse("30h", "checkpoint.every", wall_time=True)
+    with pytest.raises(ValueError, match="30min has no length in samples"):
+        Clock(128, 1000).samples(Duration(Fraction(30), "min"))
+
+
+@pytest.mark.parametrize(
+    ("text", "samples"),
+    [("3epochs", 3000), ("300samples", 300), ("7steps", 7 * 128), ("7%", 700), ("0.1epochs", 100), ("33%", 3300)],
+)
+def test_a_clock_measures_every_unit_in_samples(text: str, samples: int) -> None:
+    assert Clock(128, 1000, 10_000).samples(Duration.parse(text, "key")) == samples
+
+
+def due_steps(every: str, clock: Clock) -> list[int]:
+    """After which steps something is due, in a whole run."""
+    duration = Duration.parse(every, "key")
+    ends = range(clock.batch_size, clock.total_samples + 1, clock.batch_size)
+    return [end // clock.batch_size for end in ends if clock.is_due(duration, end - clock.batch_size, end)]
+
+
+def test_due_at_the_step_that_reaches_a_multiple() -> None:
+    clock = Clock(batch_size=100, epoch_samples=250, total_samples=1000)
+    assert due_steps("1step", clock) == list(range(1, 11))
+    assert due_steps("3steps", clock) == [3, 6, 9]
+    assert due_steps("1epoch", clock) == [3, 5, 8, 10]
+    assert due_steps("50%", clock) == [5, 10]
+    assert due_steps("99samples", clock) == list(range(1, 11))
+    assert due_steps("0steps", clock) == []
+    assert due_steps("2epochs", clock) == [5, 10]
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_percentages_are_due_at_their_exact_sample(percent: int) -> None:
+    """In floats 7 / 100 * 100 is more than 7."""
+    clock = Clock(batch_size=1, epoch_samples=100, total_samples=100)
+    assert due_steps(f"{percent}%", clock) == list(range(percent, 101, percent))
+    assert due_steps(f"{percent / 100}epochs", clock) == list(range(percent, 101, percent))
+
+
+def open_clip_rates(
+    make: Callable[..., Callable[[int], float]], steps: int, *args: float, **kwargs: float
+) -> list[float]:
+    adjust = make(torch.optim.SGD([torch.zeros(1)], lr=1.0), 1.0, *args, **kwargs)
+    return [adjust(step) for step in range(steps)]
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 17), (1, 17), (5, 40), (40, 40)])
+def test_cosine_is_open_clips(warmup: int, steps: int) -> None:
+    clock = Clock(batch_size=96, epoch_samples=1000, total_samples=96 * steps)
+    schedule = WarmupCosine(f"{warmup}steps")
+    ours = [schedule(96 * step, clock) for step in range(steps)]
+    assert ours == pytest.approx(open_clip_rates(cosine_lr, steps, warmup, steps), abs=1e-12)
+
+
+def test_cosine_ends_at_its_final_factor() -> None:
+    clock = Clock(10, 100, 1000)
+    schedule = WarmupCosine("10%", final=0.1)
+    assert schedule(90, clock) == pytest.approx(1)
+    assert schedule(550, clock) == pytest.approx((1 + 0.1) / 2)
+    assert schedule(1000, clock) == pytest.approx(0.1)
+    assert schedule(5000, clock) == pytest.approx(0.1)
+
+
+def test_constant_is_open_clips() -> None:
+    clock = Clock(batch_size=32, epoch_samples=100, total_samples=32 * 30)
+    schedule = WarmupConstant("7steps")
+    ours = [schedule(32 * step, clock) for step in range(30)]
+    assert ours == pytest.approx(open_clip_rates(const_lr, 30, 7, 30), abs=1e-12)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.2])
+def test_constant_with_cool_down_is_open_clips(final: float) -> None:
+    clock = Clock(batch_size=32, epoch_samples=100, total_samples=32 * 30)
+    schedule = WarmupConstant("7steps", "12steps", final)
+    ours = [schedule(32 * step, clock) for step in range(30)]
+    expected = open_clip_rates(const_lr_cooldown, 30, 7, 30, 12, cooldown_end_lr=final)
+    assert ours == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_rate_is_a_function_of_samples_not_of_steps() -> None:
+    """A run whose batch doubles sees, beyond the warm-up, the same rate at the same number of samples."""
+    schedule = WarmupCosine("100samples")
+    small, large = Clock(10, 100, 1000), Clock(20, 100, 1000)
+    for samples in range(100, 1000, 20):
+        assert schedule(samples, small) == schedule(samples, large)
+
+
+def test_who_may_be_trained_longer() -> None:
+    assert WarmupCosine("5steps").depends_on_total()
+    assert not WarmupConstant("5steps").depends_on_total()
+    assert WarmupConstant("5%").depends_on_total()
+    assert WarmupConstant("5steps", "10%").depends_on_total()
+    short, long = Clock(10, 100, 1000), Clock(10, 100, 2000)
+    schedule = WarmupConstant("5steps")
+    assert [schedule(s, short) for s in range(0, 1000, 10)] == [schedule(s, long) for s in range(0, 1000, 10)]
+
+
+def test_a_schedule_names_its_key_in_an_error() -> None:
+    with pytest.raises(ValueError, match=r"schedule\.warmup is '5'"):
+        WarmupCosine("5")
+    with pytest.raises(ValueError, match=r"schedule\.cooldown is '1min'"):
+        WarmupConstant(cooldown="1min")

@@ -1,0 +1,308 @@
+"""`python -m mmpretrain.train` as its users meet it: wrong use, an objective of their own, sweeps."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+# ---------------------------------------------------------------------------------------------- wrong use
+
+
+def assert_refused(finished: runs.Finished, *fragments: str) -> None:
+    """Exit code 2, and one line that holds all fragments and nothing else beside it."""
+    assert finished.code == 2, finished.stderr
+    lines = finished.stderr.splitlines()
+    assert len(lines) == 1, finished.stderr
+    assert lines[0].startswith("error: ")
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+WRONG_OVERRIDES = {
+    "unknown key": ("trainer.batchsize=1", "'trainer.batchsize'", "did you mean 'batch_size'?"),
+    "unknown group": ("trainr.batch_size=1", "'trainr'", "did you mean 'trainer'?"),
+    "unknown key added": ("+trainer.batchsize=1", "'trainer.batchsize'", "did you mean 'batch_size'?"),
+    "unknown key of the data": ("data.train.pairs.shardz=x", "'data.train.pairs.shardz'", "did you mean 'shards'?"),
+    "unknown argument": ("objective.infonce.wieght=1", "'objective.infonce.wieght'", "did you mean 'weight'?"),
+    "unknown argument added": ("+objective.infonce.striim=x", "'objective.infonce.striim'", "'stream'"),
+    "unknown argument of a tower": (
+        "optimizer.towers.image.lrr=1",
+        "'optimizer.towers.image.lrr'",
+        "did you mean 'lr'",
+    ),
+    "argument of an objective that is not chosen": ("objective.mae.weight=1", "'objective.mae'", "objective=[infonce,"),
+    "text for an integer": ("trainer.batch_size=abc", "trainer.batch_size", "'abc'", "Integer"),
+    "text for a weight": ("objective.infonce.weight=x", "objective.infonce.weight is 'x'", "expected a number"),
+    "negative weight": ("objective.infonce.weight=-1", "objective.infonce.weight is -1", "not negative"),
+    "text for a number": ("optimizer.lr=fast", "optimizer.lr is 'fast'", "expected float"),
+    "too short a list": ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]", "expected tuple[float, float]"),
+    "unknown precision": ("trainer.precision=fp8", "trainer.precision", "'fp8'", "bf16, fp32"),
+    "unknown device": ("trainer.device=tpu", "trainer.device is 'tpu'", "auto, cpu or cuda"),
+    "nothing where a value must be": ("trainer.duration=null", "trainer.duration", "not Optional"),
+    "an argument taken away": ("~optimizer.lr", "optimizer.lr is missing", "expected float"),
+    "no equals sign": ("trainer.batch_size", "trainer.batch_size", "EQUAL"),
+    "unknown experiment": ("experiment=quickstrat", "no experiment 'quickstrat'", "did you mean 'quickstart'?"),
+    "unknown objective": ("objective=[infonce,siggmoid]", "no objective 'siggmoid'", "did you mean 'sigmoid'?"),
+    "no group": ("eval=null", "eval=null", "choose none of a list with []"),
+    "batch that is not the run's": ("data.train.pairs.batch_size=8", "batch_size is 8", "trainer.batch_size = 16"),
+    "no objective": ("objective=[]", "no objective", "objective=[infonce]"),
+    "unknown evaluator": ("eval=[retreival]", "'retreival'", "did you mean 'retrieval'?"),
+    "unknown data set of an evaluator": ("eval.retrieval.data=[test]", "eval.retrieval.data", "'test'", ": val"),
+    "unknown model": ("model=clip_huge", "no model 'clip_huge'", "clip_tiny"),
+    "a target that does not exist": ("model._target_=nope.Nope", "model._target_ is 'nope.Nope'", "No module named"),
+    "unknown unit": ("trainer.duration=20epoks", "trainer.duration is '20epoks'", "20epochs"),
+    "no unit": ("trainer.duration=20", "trainer.duration is '20'", "20epochs"),
+    "wall time for a length": ("trainer.duration=20min", "trainer.duration is '20min'", "epochs, samples, steps, %"),
+    "no length": ("trainer.duration=0steps", "trainer.duration is '0steps'", "above 0"),
+    "unknown unit of a warm-up": ("schedule.warmup=5foos", "schedule.warmup is '5foos'", "2000steps"),
+    "unknown unit of an evaluator": ("eval.retrieval.every=often", "eval.retrieval.every is 'often'", "2000steps"),
+    "no batch": ("trainer.batch_size=0", "trainer.batch_size is 0", "at least 1"),
+    "negative workers": ("data.workers=-1", "data.workers is -1", "at least 0"),
+    "no shard matches": ("data.train.pairs.shards=x*.tar", "data.train.pairs.shards", "'x*.tar'", "no tar matches"),
+    "no held-out shard": ("data.val.val.shards=nope.tar", "data.val.val.shards", "nope.tar", "name existing tars"),
+    "no such root": ("data.root=/nowhere", "data.root=/nowhere", "no file '/nowhere/train'"),
+    "no such caption": ("data.train.pairs.caption=json.title", "'title'", "caption, label", "data.train.pairs.caption"),
+    "no such member": ("data.train.pairs.caption=text", "no member text", "set data.train.pairs.caption"),
+    "no such held-out caption": ("data.val.val.caption=json.title", "'title'", "data.val.val.caption"),
+    "micro-batch does not divide": ("trainer.micro_batch_size=5", "trainer.micro_batch_size is 5", "divisor of the 16"),
+    "directory that cannot be written": ("run.dir=/proc/run", "run.dir is '/proc/run'", "choose another folder"),
+}
+
+
+@pytest.mark.parametrize("override", WRONG_OVERRIDES.values(), ids=WRONG_OVERRIDES)
+def test_wrong_override_is_answered_in_one_line(override: tuple[str, ...], pairs: Path, tmp_path: Path) -> None:
+    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=1steps", override[0])
+    assert_refused(finished, *override[1:])
+    assert not (tmp_path / "run" / "config.yaml").exists(), "what is refused must not claim the directory"
+
+
+def test_ill_typed_mask_ratio_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> None:
+    finished = runs.train(tmp_path, f"data.root={pairs}", "objective=[infonce,mae]", "objective.mae.mask_ratio=abc")
+    assert_refused(finished, "objective.mae.mask_ratio is 'abc'", "float | Sequence[float]")
+
+
+WRONG_EXPERIMENTS = {
+    "trainer's key": ("trainer: {batchsize: 3}", "'trainer.batchsize'", "did you mean 'batch_size'?"),
+    "group's name": ("trainr: {batch_size: 3}", "'trainr'", "did you mean 'trainer'?"),
+    "ill-typed value": ("trainer: {max_bad_steps: many}", "trainer.max_bad_steps", "'many'", "Integer"),
+    "objective's argument": (
+        "defaults: [{override /objective: [mae]}]\nobjective: {mae: {mask_ration: 0.5}}",
+        "'objective.mae.mask_ration'",
+        "did you mean 'mask_ratio'?",
+    ),
+    "objective's name": ("defaults: [{override /objective: [mea]}]", "no objective 'mea'", "did you mean 'mae'?"),
+    "schedule's argument": ("schedule: {warmpu: 5steps}", "'schedule.warmpu'", "did you mean 'warmup'?"),
+    "evaluator's argument": ("eval: {retrieval: {evry: 5steps}}", "'eval.retrieval.evry'", "did you mean 'every'?"),
+    "YAML itself": ("trainer: [1", "wrong.yaml", "line 2"),
+}
+
+
+@pytest.mark.parametrize("experiment", WRONG_EXPERIMENTS.values(), ids=WRONG_EXPERIMENTS)
+def test_typo_in_an_experiment_is_answered_in_one_line(
+    experiment: tuple[str, ...], pairs: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "conf" / "experiment" / "wrong.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"# @package _global_\n{experiment[0]}\n")
+    finished = runs.train(
+        tmp_path, f"data.root={pairs}", f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=wrong"
+    )
+    assert_refused(finished, *experiment[1:])
+
+
+def test_empty_shard_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.tar"
+    tarfile.open(empty, "w").close()
+    finished = runs.train(tmp_path, f"data.root={pairs}", f"data.train.pairs.shards={empty}")
+    assert_refused(finished, "data.train.pairs.shards", "empty.tar", "no sample in it", "build it again")
+
+
+def test_batch_that_does_not_divide_over_the_ranks_ends_all_of_them(pairs: Path, tmp_path: Path) -> None:
+    for finished in runs.train_group(tmp_path, 2, f"data.root={pairs}", "trainer.batch_size=15"):
+        assert_refused(finished, "trainer.batch_size is 15", "multiple of the 2 processes")
+
+
+def test_multirun_under_torchrun_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> None:
+    environment = runs.group(2)[0]
+    finished = runs.train(tmp_path, f"data.root={pairs}", "run.seed=0,1", "-m", environment=environment)
+    assert_refused(finished, "-m (multirun)", "without torchrun")
+
+
+def test_other_configuration_in_a_runs_directory_is_refused_with_the_difference(pairs: Path, tmp_path: Path) -> None:
+    overrides = (f"data.root={pairs}", "trainer.duration=1steps")
+    assert runs.train(tmp_path, *overrides).code == 0
+    finished = runs.train(tmp_path, *overrides, "optimizer.lr=5e-4", "objective.infonce.weight=2")
+    assert_refused(finished, "optimizer.lr: 0.001 -> 0.0005", "objective.infonce.weight: 1.0 -> 2", "run.name=")
+
+
+def test_directory_in_use_is_refused_until_its_process_is_killed(pairs: Path, tmp_path: Path) -> None:
+    overrides = (f"data.root={pairs}", "schedule=constant", "checkpoint.every=1steps", "data.workers=2")
+    running = runs.start_train(tmp_path, *overrides, "trainer.duration=100ksteps")
+    running.wait_for(lambda: runs.checkpoints(tmp_path / "run"), "a checkpoint")
+    assert_refused(runs.train(tmp_path, *overrides, "trainer.duration=100ksteps"), "run is in use", "run.name")
+
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    # The loader's workers outlive a kill by some seconds: they must not hold the directory.
+    finished = runs.train(tmp_path, *overrides, "trainer.duration=1steps")
+    assert_refused(finished, "trainer.duration ends at step 1", "expected at least")
+
+
+def test_a_fresh_interpreter_answers_in_one_line_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mmpretrain.train", "trainer.batchsize=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 2
+    assert finished.stderr == "error: unknown configuration key 'trainer.batchsize'; did you mean 'batch_size'?\n"
+
+
+@pytest.mark.slow
+def test_torchrun_trains(pairs: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mmpretrain.train"]
+    command += [*runs.TINY_RUN, f"data.root={pairs}", "trainer.duration=2steps"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    assert runs.results(tmp_path / "run")["steps"] == 2
+
+
+# ---------------------------------------------------------------------------------------------- one's own objective
+
+SECTION = "## To add an objective"
+OVERRIDES = ("objective=[infonce,agreement]", "hydra.searchpath=[file://my_conf]")
+
+
+def follow_the_readme(folder: Path) -> dict[str, str]:
+    """Write the files that the README's recipe names; the environment that its command sets."""
+    section = README.read_text().split(SECTION)[1].split("\n## ")[0]
+    files = dict(re.findall(r"`([\w/]+\.(?:py|yaml))`:\n\n```\w+\n(.*?)```", section, flags=re.DOTALL))
+    assert sorted(path.rpartition(".")[2] for path in files) == ["py", "yaml"]
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    assert "PYTHONPATH=. python -m mmpretrain.train" in section
+    assert all(override in section for override in OVERRIDES)
+    return {"PYTHONPATH": "."}
+
+
+def test_the_readmes_objective_in_a_folder_of_ones_own_trains(pairs: Path, tmp_path: Path) -> None:
+    environment = follow_the_readme(tmp_path)
+    finished = runs.train(
+        tmp_path, f"data.root={pairs}", "trainer.duration=12steps", *OVERRIDES, environment=environment
+    )
+    assert finished.code == 0, finished.stderr
+    steps = [record for record in runs.records(tmp_path / "run") if "train/loss" in record]
+    first, last = steps[0], steps[-1]
+    assert first["train/loss"] == pytest.approx(first["train/infonce_loss"] + first["train/agreement_loss"])
+    assert last["train/agreement_loss"] < 0.9 * first["train/agreement_loss"]
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("objective.agreement.wieght=1", ("'objective.agreement.wieght'", "did you mean 'weight'?")),
+        ("+objective.agreement.striim=x", ("'objective.agreement.striim'", "did you mean 'stream'?")),
+        ("+objective.agreement.stream=5", ("objective.agreement.stream is 5", "expected str")),
+    ],
+)
+def test_an_objective_of_ones_own_is_checked_like_the_others(
+    override: str, fragments: tuple[str, str], pairs: Path, tmp_path: Path
+) -> None:
+    environment = follow_the_readme(tmp_path)
+    finished = runs.train(tmp_path, f"data.root={pairs}", *OVERRIDES, override, environment=environment)
+    assert_refused(finished, *fragments)
+
+
+# ---------------------------------------------------------------------------------------------- names and sweeps
+
+# The tiny model as an experiment of the user's, so that the names of its runs are made of few overrides.
+EXPERIMENT = """# @package _global_
+defaults:
+  - override /model: clip_tiny
+  - override /eval: []
+trainer: {duration: 2steps, batch_size: 16, device: cpu, precision: fp32, log_every: 1steps}
+data: {workers: 0}
+model:
+  embed_dim: 16
+  image: {image_size: 32, args: {embed_dim: 32, depth: 1, num_heads: 2}}
+  text: {width: 32, depth: 1, num_heads: 2, context_length: 16}
+"""
+
+
+def train_experiment(folder: Path, *overrides: str) -> runs.Finished:
+    """`experiment=tiny` with nothing but `overrides`."""
+    path = folder / "conf" / "experiment" / "tiny.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(EXPERIMENT)
+    search_path = f"hydra.searchpath=[file://{folder}/conf]"
+    return runs.run("mmpretrain.train", [*overrides, search_path, "experiment=tiny"], folder)
+
+
+def names(folder: Path) -> list[str]:
+    """The runs of `experiment=tiny`."""
+    return sorted(path.name for path in (folder / "runs" / "tiny").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ((), "default"),
+        (("run.seed=1", "optimizer.lr=1e-3"), "optimizer.lr=0.001,run.seed=1"),
+        (("objective=[infonce,sigmoid]",), "objective=infonce+sigmoid"),
+    ],
+)
+def test_a_runs_name_is_readable(overrides: tuple[str, ...], name: str, pairs: Path, tmp_path: Path) -> None:
+    assert train_experiment(tmp_path, f"data.root={pairs}", *overrides).code == 0
+    assert names(tmp_path) == [name]
+
+
+def test_what_may_change_on_a_resume_is_not_in_the_name(pairs: Path, tmp_path: Path) -> None:
+    free = ("data.workers=1", "trainer.log_every=2steps", "trainer.micro_batch_size=8", "checkpoint.keep_last=1")
+    assert train_experiment(tmp_path, f"data.root={pairs}", "run.seed=1").code == 0
+    again = train_experiment(tmp_path, f"data.root={pairs}", *free, "run.seed=1")
+    assert again.code == 0, again.stderr
+    assert "is finished" in again.stderr
+    assert names(tmp_path) == ["run.seed=1"]
+
+
+def test_long_names_are_cut_and_stay_different(pairs: Path, tmp_path: Path) -> None:
+    common = ("optimizer.weight_decay=0.123456", "optimizer.eps=1.0e-7", "objective.infonce.max_logit_scale=99.5")
+    for seed in (1, 2):
+        assert train_experiment(tmp_path, f"data.root={pairs}", *common, f"run.seed={seed}").code == 0
+    first, second = names(tmp_path)
+    assert first != second
+    assert len(first) == len(second) == 80
+    assert first.startswith("objective.infonce.max_logit_scale=99.5,optimizer.eps=1e-07,")
+
+
+def test_a_sweep_runs_each_job_in_a_directory_of_its_own(pairs: Path, tmp_path: Path) -> None:
+    sweep = ("-m", f"data.root={pairs}", "objective=infonce,sigmoid")
+    finished = train_experiment(tmp_path, *sweep)
+    assert finished.code == 0, finished.stderr
+    assert names(tmp_path) == ["objective=infonce", "objective=sigmoid"]
+    for name, loss in (("objective=infonce", "train/infonce_loss"), ("objective=sigmoid", "train/sigmoid_loss")):
+        folder = tmp_path / "runs" / "tiny" / name
+        assert runs.results(folder)["steps"] == 2
+        assert [loss in record for record in runs.records(folder)] == [True, True]
+    assert not (tmp_path / "multirun.yaml").exists()
+
+    again = train_experiment(tmp_path, *sweep)
+    assert again.code == 0, again.stderr
+    assert again.stderr.count("is finished") == 2
+
+
+def test_a_job_that_is_refused_does_not_keep_a_sweep_from_the_others(pairs: Path, tmp_path: Path) -> None:
+    finished = train_experiment(tmp_path, "-m", f"data.root={pairs}", "optimizer.lr=fast,1e-3")
+    assert finished.code == 2
+    assert finished.errors == ["error: optimizer.lr is 'fast'; expected float: optimizer.lr=..."]
+    assert "Traceback" not in finished.stderr
+    assert runs.results(tmp_path / "runs" / "tiny" / "optimizer.lr=0.001")["steps"] == 2
