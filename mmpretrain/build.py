@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmpretrain import config
+from mmpretrain import targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.loader import Source, Stream
 from mmpretrain.data.shards import Shards, expand_shards
@@ -36,7 +36,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
 
     Raises: ValueError if no objective is left.
     """
-    model = config.instantiate(cfg.model, cfg.run.seed, "model")
+    model = targets.instantiate(cfg.model, cfg.run.seed, "model")
     weights = {name: float(node.get("weight", 1.0)) for name, node in cfg.objective.items()}
     weights = {name: weight for name, weight in weights.items() if weight > 0}
     if not weights:
@@ -44,7 +44,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
     objectives = {}
     for name in weights:
         node = {key: value for key, value in cfg.objective[name].items() if key != "weight"}
-        objectives[name] = config.instantiate(node, cfg.run.seed, f"objective.{name}", model=model)
+        objectives[name] = targets.instantiate(node, cfg.run.seed, f"objective.{name}", model=model)
     return Task(model, objectives), weights
 
 
@@ -71,7 +71,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> di
             batch_size=batch_size,
             seed=cfg.run.seed,
             caption=stream.caption,
-            transform=config.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
+            transform=targets.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
             image_size=image_size,
         )
         streams[name].check_first_sample()
@@ -98,9 +98,9 @@ def _shards(key: str, shards: str | list[str], root: str | None) -> Shards:
         raise ValueError(f"{key} (data.root={root}): {error}") from error
 
 
-def build_tokenizer(node: config.Node) -> Tokenizer:
+def build_tokenizer(node: targets.Node) -> Tokenizer:
     """The tokenizer of `data.tokenizer`."""
-    tokenizer: Tokenizer = config.instantiate(node, 0, "data.tokenizer")
+    tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
     return tokenizer
 
 
@@ -129,5 +129,5 @@ def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict
     evaluators, every = {}, {}
     for name, node in nodes.items():
         every[name] = Duration.parse(node.get("every") or default_every, f"eval.{name}.every")
-        evaluators[name] = config.instantiate({k: v for k, v in node.items() if k != "every"}, 0, f"eval.{name}")
+        evaluators[name] = targets.instantiate({k: v for k, v in node.items() if k != "every"}, 0, f"eval.{name}")
     return evaluators, every

@@ -8,7 +8,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mmpretrain import build, config, distributed
+from mmpretrain import build, command, config, distributed, usage
 from mmpretrain.checkpoint import write_text
 from mmpretrain.config import EvalSetConfig, EvaluateConfig
 from mmpretrain.evals.evaluation import Context, evaluate
@@ -18,12 +18,12 @@ from mmpretrain.metrics import print_results
 
 def main() -> None:
     """The command."""
-    config.entry(_hydra_main)
+    command.entry(_hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="evaluate")
 def _hydra_main(cfg: DictConfig) -> None:
-    with config.job(), config.usage_errors():
+    with command.job(), usage.usage_errors():
         try:
             settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
             config.check_known(settings)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmpretrain import checkpoint, config
+from mmpretrain import checkpoint, config, targets
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 
@@ -84,13 +84,13 @@ def load_checkpoint(run_or_checkpoint: str | Path, device: torch.device | str = 
     saved = config.from_yaml((folder / "config.yaml").read_text())
     for part in (saved["model"], saved["data"]["tokenizer"]):
         _check_trusted(part, "config.yaml")
-    model = config.instantiate(_without_weights(saved["model"]), 0, "model")
+    model = targets.instantiate(_without_weights(saved["model"]), 0, "model")
     tensors = checkpoint.load_tensors(path, "model.safetensors")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     # Of several, the first objective's, as in training.
     names = [f"objectives.{objective}.logit_scale" for objective in saved["objective"]]
     scales = [tensors[name] for name in names if name in tensors]
-    tokenizer = config.instantiate(saved["data"]["tokenizer"], 0, "data.tokenizer")
+    tokenizer = targets.instantiate(saved["data"]["tokenizer"], 0, "data.tokenizer")
     return Loaded(
         model=model.to(device).eval(),
         tokenizer=tokenizer,

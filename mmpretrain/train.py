@@ -12,8 +12,8 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import build, checkpoint, config, distributed
-from mmpretrain.config import TrainConfig, UsageError
+from mmpretrain import build, checkpoint, command, config, distributed, targets, usage
+from mmpretrain.config import TrainConfig
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.guards import TrainingError
 from mmpretrain.metrics import print_results
@@ -27,17 +27,17 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """The command."""
-    config.entry(_hydra_main)
+    command.entry(_hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="train")
 def _hydra_main(cfg: DictConfig) -> None:
-    with config.job():
+    with command.job():
         try:
             train(config.resolve(cfg))
         except TrainingError as error:
             log.error("error: %s", error)
-            config.end_job(1)
+            command.end_job(1)
         finally:
             distributed.shut_down()
 
@@ -45,12 +45,12 @@ def _hydra_main(cfg: DictConfig) -> None:
 def train(cfg: TrainConfig) -> Mapping[str, float]:
     """Carry out a configuration: build the parts, resume or begin, train, and return the scores.
 
-    Raises: UsageError before anything is computed; TrainingError if the run cannot go on.
+    Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
     """
-    with config.usage_errors():
+    with usage.usage_errors():
         device = build.device_of(cfg.trainer.device, distributed.local_rank())
         distributed.setup(device)
-        schedule: Schedule = config.instantiate(cfg.schedule, cfg.run.seed, "schedule")
+        schedule: Schedule = targets.instantiate(cfg.schedule, cfg.run.seed, "schedule")
         folder = Path(str(cfg.run.dir))
         options = _options(cfg)
         task, weights = build.build_task(cfg)
@@ -88,7 +88,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             task=task.to(device),
             streams=streams,
             tokenizer=tokenizer,
-            make_optimizer=lambda task: config.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(
+            make_optimizer=lambda task: targets.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(
                 task.named_parameters()
             ),
             schedule=schedule,
@@ -144,7 +144,7 @@ def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | No
         refusal = refusal or _check_configuration(cfg, folder, schedule)
     refusal = distributed.broadcast_object(refusal)
     if refusal is not None:
-        raise UsageError(refusal)
+        raise usage.UsageError(refusal)
     _log_to(folder)
     return lock
 

@@ -15,7 +15,10 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from mmpretrain import config
-from mmpretrain.config import UsageError, check_targets, differences, instantiate, one_line
+from mmpretrain.command import one_line
+from mmpretrain.config import differences
+from mmpretrain.targets import check_targets, instantiate
+from mmpretrain.usage import UsageError
 
 if TYPE_CHECKING:
     from mmpretrain.batch import Batch

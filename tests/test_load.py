@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmpretrain import checkpoint, config
+from mmpretrain import checkpoint, config, targets
 from mmpretrain.load import load_checkpoint
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
@@ -36,7 +36,7 @@ MODEL: dict[str, Any] = {
 
 def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "ClipTokenizer", step: int = 5) -> Task:
     """A run's directory with one checkpoint, as the trainer leaves it; returns what was saved."""
-    built: ImageTextModel = config.instantiate(MODEL, 3, "model")
+    built: ImageTextModel = targets.instantiate(MODEL, 3, "model")
     objectives = {"sigmoid": Sigmoid(built, init_logit_scale=20), "infonce": InfoNCE(built, init_logit_scale=30)}
     task = Task(built, objectives).eval()
     plain = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmpretrain import config, optim
+from mmpretrain import optim, targets
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.task import Task
@@ -82,9 +82,9 @@ def test_a_tower_of_zero_decay_does_not_decay() -> None:
 def test_towers_can_be_given_in_a_configuration() -> None:
     node = {"_target_": "mmpretrain.optim.adamw", "_partial_": True, **DEFAULTS, "towers": {"image": {"lr": 0.3}}}
     node["betas"] = list(node["betas"])
-    config.check_targets(node, "optimizer", ("parameters",))
+    targets.check_targets(node, "optimizer", ("parameters",))
     task = make_task()
-    optimizer = config.instantiate(node, 0, "optimizer")(task.named_parameters())
+    optimizer = targets.instantiate(node, 0, "optimizer")(task.named_parameters())
     assert {group["lr"] for group in optimizer.param_groups if group["tower"] == "image"} == {0.3}
 
 

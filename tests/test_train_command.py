@@ -147,7 +147,7 @@ def test_other_configuration_in_a_runs_directory_is_refused_with_the_difference(
 def test_directory_in_use_is_refused_until_its_process_is_killed(pairs: Path, tmp_path: Path) -> None:
     overrides = (f"data.root={pairs}", "schedule=constant", "checkpoint.every=1steps", "data.workers=2")
     running = runs.start_train(tmp_path, *overrides, "trainer.duration=100ksteps")
-    running.wait_for(lambda: runs.checkpoints(tmp_path / "run"), "a checkpoint")
+    running.wait_for(lambda: len(runs.checkpoints(tmp_path / "run")) > 1, "a checkpoint beyond the first step")
     assert_refused(runs.train(tmp_path, *overrides, "trainer.duration=100ksteps"), "run is in use", "run.name")
 
     running.send(signal.SIGKILL)

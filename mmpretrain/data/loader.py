@@ -295,6 +295,7 @@ def build_loader(
         sampler=StepSampler(streams, first_step, num_steps, rank, world_size, num_micro_batches),
         batch_size=None,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # others would import torch in every worker
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,

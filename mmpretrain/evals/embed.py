@@ -153,6 +153,7 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
         batch_size=batch_size,
         collate_fn=list,
         num_workers=workers,
+        multiprocessing_context="fork" if workers else None,  # others would import torch in every worker
         worker_init_fn=ignore_signals,
     )
     images, captions, labels, refused = [], [], [], []

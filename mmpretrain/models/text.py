@@ -24,21 +24,21 @@ class TextEncoding:
     lengths: Tensor
 
 
-def by_length(fn: Callable[[Tensor, Tensor], Tensor], ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Tensor:
+def by_length(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Tensor:
     """Apply `fn` to equal slices of rows, each cut to its own longest, and pad the results back to one tensor.
 
     Args:
-        fn: (ids [b / groups, l], lengths [b / groups]) -> [b / groups, l, d].
-        ids: int64 [b, L], rows sorted by length.
+        fn: (rows [b / groups, l, ...], lengths [b / groups]) -> [b / groups, l, d].
+        rows: [b, L, ...], sorted by length.
         lengths: int64 [b].
         cuts: what each of the `len(cuts)` slices is cut to; known on the host, so that nothing synchronises.
 
     Returns: [b, L, d], zero beyond each slice's cut.
     """
     parts = [
-        F.pad(fn(slice_ids[:, :cut], slice_lengths), (0, 0, 0, ids.shape[1] - cut))
-        for slice_ids, slice_lengths, cut in zip(
-            ids.tensor_split(len(cuts)), lengths.tensor_split(len(cuts)), cuts, strict=True
+        F.pad(fn(slice_rows[:, :cut], slice_lengths), (0, 0, 0, rows.shape[1] - cut))
+        for slice_rows, slice_lengths, cut in zip(
+            rows.tensor_split(len(cuts)), lengths.tensor_split(len(cuts)), cuts, strict=True
         )
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -134,21 +134,22 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
 
-    def _encode(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """ids int64 [b, l], lengths int64 [b] -> [b, l, d]."""
-        length = ids.shape[1]
+    def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Token embeddings [b, l, d], lengths int64 [b] -> [b, l, d]."""
+        length = x.shape[1]
         # Causal attention never looks at padding: what follows the end token cannot matter.
         attn_mask = None
         if not self.causal:
-            attn_mask = (torch.arange(length, device=ids.device) < lengths[:, None])[:, None, None, :]
-        x = self.token_embedding(ids) + self.positional_embedding[:length]
+            attn_mask = (torch.arange(length, device=x.device) < lengths[:, None])[:, None, None, :]
+        x = x + self.positional_embedding[:length]
         for block in self._blocks:
             x = block(x, attn_mask, self.causal)
         return self.ln_final(x)
 
     def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding:
         """Encode token ids int64 [b, L], rows sorted by length as `cuts` says (see `by_length`)."""
-        tokens = by_length(self._encode, ids, lengths, cuts)
+        # Looked up once for all groups: each look-up's gradient is as large as the vocabulary.
+        tokens = by_length(self._encode, self.token_embedding(ids), lengths, cuts)
         if self.pool == "last":
             pooled = tokens[torch.arange(len(ids), device=ids.device), lengths - 1]
         else:

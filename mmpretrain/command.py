@@ -1,0 +1,123 @@
+"""How a command starts and ends: Hydra's entry, wrong use in one line, exit codes, jobs of a sweep."""
+
+import importlib.resources
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+from yaml import YAMLError
+
+from mmpretrain.config import register_schemas
+from mmpretrain.usage import UsageError, nearest
+
+USAGE_EXIT_CODE = 2
+
+
+def _group_options(search_path: str, group: str) -> list[str]:
+    """The names that a group has in the folders of Hydra's search path, as its message gives it."""
+    folders = []
+    for kind, place in re.findall(r"path=(file|pkg)://(\S+)", search_path):
+        folder = place if kind == "file" else str(importlib.resources.files(place))
+        folders.append(Path(folder, group))
+    files = [file.name for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    return sorted({name.removesuffix(".yaml") for name in files if name.endswith(".yaml")})
+
+
+def _unknown_key(error: OmegaConfBaseException) -> str:
+    *parents, name = str(error.full_key).split(".")
+    siblings = [str(key) for key in (error.parent_node or {}) if key != "_target_"]
+    hint = nearest(name, siblings)
+    if parents in (["objective"], ["eval"]):
+        hint += f" (choose others with {parents[0]}=[{','.join([*siblings, '...'])}])"
+    return f"unknown configuration key {error.full_key!r}; {hint}"
+
+
+def one_line(error: BaseException) -> str:
+    """Hydra's, OmegaConf's and YAML's errors in one line: what is wrong, where, and the nearest thing that is right."""
+    text = str(error)
+    if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        group, _, name = missing.group(1).rpartition("/")
+        options = re.findall(r"^\t(\S+)$", text.split("Available options")[-1], flags=re.MULTILINE)
+        return (
+            f"there is no {group or 'configuration'} {name!r}; {nearest(name, options or _group_options(text, group))}"
+        )
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+            return _unknown_key(cause)
+        if isinstance(cause, MissingMandatoryValue) and cause.full_key:
+            return f"{cause.full_key} has no value; give it one: {cause.full_key}=..."
+        if isinstance(cause, ValidationError) and cause.full_key:
+            return f"{cause.full_key}: {str(cause).splitlines()[0]}; give it a value of that type"
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return f"{cause.full_key}: {str(cause).splitlines()[0]}"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+class JobFailed(Exception):
+    """A job of a sweep has said why it ended, with this exit code; the jobs after it still run."""
+
+
+def end_job(code: int) -> NoReturn:
+    """End this process with an exit code; in a sweep only once its other jobs have run."""
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise JobFailed(code)
+    raise SystemExit(code)
+
+
+def _say(error: Exception) -> None:
+    """One line on stderr; the whole traceback instead where `MMPRETRAIN_TRACEBACK` is set."""
+    if os.environ.get("MMPRETRAIN_TRACEBACK"):
+        raise error
+    message = str(error) if isinstance(error, UsageError) else one_line(error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextmanager
+def job() -> Iterator[None]:
+    """Around a job of an entry: wrong use ends it in one line and with exit code 2."""
+    try:
+        yield
+    except (UsageError, OmegaConfBaseException) as error:
+        _say(error)
+        end_job(USAGE_EXIT_CODE)
+
+
+def entry(run: Callable[[], Any]) -> None:
+    """Run a Hydra entry; wrong use ends in one line and exit code 2, `MMPRETRAIN_TRACEBACK=1` shows where it was met."""
+    # Hydra then raises instead of printing and ending with exit code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    register_schemas()
+    try:
+        if "WORLD_SIZE" in os.environ and any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
+            raise UsageError(
+                "-m (multirun) was given under torchrun, where every process would start every job; "
+                "run the sweep without torchrun, or give one job at a time to torchrun"
+            )
+        run()
+    except (UsageError, HydraException, OmegaConfBaseException, YAMLError) as error:
+        _say(error)
+        raise SystemExit(USAGE_EXIT_CODE) from None
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's only one
+            raise
+        given = ", ".join(argument for argument in sys.argv[1:] if argument.endswith("=null"))
+        _say(UsageError(f"{given}: a group cannot be null; leave it out, or choose none of a list with []"))
+        raise SystemExit(USAGE_EXIT_CODE) from None
+    except JobFailed as failed:
+        raise SystemExit(failed.args[0]) from None

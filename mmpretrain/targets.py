@@ -1,0 +1,152 @@
+"""`_target_` nodes: checked against their callables' signatures, then built. There is no registry but this."""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from mmpretrain.seeds import torch_seed
+from mmpretrain.usage import UsageError, nearest
+
+Node = dict[str, Any]
+"""A `_target_` with its arguments."""
+
+
+def accepts(value: Any, annotation: Any) -> bool:
+    """Whether a plain value fits a parameter's annotation; one that says nothing of plain values accepts all."""
+    origin, options = get_origin(annotation), get_args(annotation)
+    if annotation is None:
+        return value is None
+    if isinstance(value, dict) and "_target_" in value:
+        return True
+    if origin in (Union, UnionType):
+        return any(accepts(value, option) for option in options)
+    if origin is Literal:
+        return value in options
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    kind = origin or annotation
+    if kind in (Any, inspect.Parameter.empty) or not isinstance(kind, type):
+        return True
+    if issubclass(kind, Mapping):
+        items = value.values() if isinstance(value, Mapping) else [None]
+        return isinstance(value, Mapping) and (not options or all(accepts(item, options[1]) for item in items))
+    if issubclass(kind, Sequence) and kind is not str:
+        if not isinstance(value, list | tuple):
+            return False
+        if kind is tuple and options and Ellipsis not in options:
+            return len(value) == len(options) and all(map(accepts, value, options))
+        return not options or all(accepts(item, options[0]) for item in value)
+    return isinstance(value, kind)
+
+
+def expected_type(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
+    return re.sub(r"\b(typing|collections\.abc)\.", "", text)
+
+
+def check_targets(node: Any, path: str, runtime: Sequence[str] = (), beside: Sequence[str] = ()) -> None:
+    """Bind every `_target_` below a node to its callable's signature.
+
+    Args:
+        node: a resolved part of the configuration.
+        path: its full name, for messages.
+        runtime: parameters that are given when it is built.
+        beside: keys of the node that are no arguments.
+
+    Raises: UsageError for a target that cannot be imported, an unknown, missing or ill-typed argument.
+    """
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            check_targets(item, f"{path}[{i}]")
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        _check_target(node, path, runtime, beside)
+    for key, value in node.items():
+        check_targets(value, f"{path}.{key}")
+
+
+def _find(name: str) -> Any:
+    """What a dotted name stands for. Raises: whatever its module raises while it is imported."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):  # `module` may be a class in a module
+            return pkgutil.resolve_name(name)
+        raise
+
+
+def _check_target(node: Node, path: str, runtime: Sequence[str], beside: Sequence[str]) -> None:
+    try:
+        target = _find(node["_target_"])
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise UsageError(
+            f"{path}._target_ is {node['_target_']!r}, which cannot be imported ({type(error).__name__}: {error}); "
+            "expected the full name of a class or function on the Python path"
+        ) from error
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except NameError:  # an annotation that only type checkers can look up
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        raise UsageError(f"{path}._target_ is {node['_target_']!r}; expected a class or function in Python") from None
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    parameters = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if name not in runtime and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    for name, value in node.items():
+        if name in ("_target_", "_partial_", *beside):
+            continue
+        if name not in parameters:
+            if inspect.Parameter.VAR_KEYWORD in kinds and name not in runtime:
+                continue
+            raise UsageError(f"unknown configuration key '{path}.{name}'; {nearest(name, [*parameters, *beside])}")
+        annotation = parameters[name].annotation
+        if not accepts(value, annotation):
+            raise UsageError(f"{path}.{name} is {value!r}; expected {expected_type(annotation)}: {path}.{name}=...")
+    is_partial = node.get("_partial_") and not runtime
+    for name, parameter in parameters.items():
+        if name not in node and parameter.default is inspect.Parameter.empty and not is_partial:
+            raise UsageError(
+                f"{path}.{name} is missing; expected {expected_type(parameter.annotation)}: {path}.{name}=..."
+            )
+
+
+def instantiate(node: Any, seed: int, path: str, **runtime: Any) -> Any:
+    """Build what a node describes, innermost first.
+
+    Each object is built with torch's generators seeded from (seed, its path), so that adding one part to an
+    experiment changes nobody else's initial weights.
+
+    Args:
+        node: a checked part of the configuration.
+        seed: the run's seed.
+        path: the node's full name.
+        runtime: further arguments of the outermost target.
+    """
+    if isinstance(node, list):
+        return [instantiate(item, seed, f"{path}[{i}]") for i, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    arguments = {
+        key: instantiate(value, seed, f"{path}.{key}")
+        for key, value in node.items()
+        if key not in ("_target_", "_partial_")
+    }
+    if "_target_" not in node:
+        return arguments
+    target = _find(node["_target_"])
+    if node.get("_partial_"):
+        return functools.partial(target, **arguments, **runtime)
+    with torch_seed(seed, path):
+        return target(**arguments, **runtime)
