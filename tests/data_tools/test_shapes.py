@@ -119,7 +119,8 @@ def test_captions_name_the_main_object_first_and_vary() -> None:
     assert 0.3 < whole < 0.5
     names = {f"{article} {scene.color} {scene.shape}" for scene in SCENES for article in ("a", "an")}
     assert 0.4 < sum(scene.caption in names for scene in SCENES) / len(SCENES) < 0.6
-    assert len({scene.caption for scene in SCENES}) > 1000
+    worded = {scene.caption for scene in SCENES} - names
+    assert len(worded) > 600
     assert min(len(scene.caption.split()) for scene in SCENES) == 3
 
 
