@@ -4,13 +4,14 @@ import json
 import logging
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -90,18 +91,19 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
-def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: int = 160) -> np.ndarray:
+def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: int = 200) -> np.ndarray:
     """Training pairs as the model sees them: images uint8 [n, 3, h, w], each above its caption -> uint8 [H, W, 3]."""
-    text_height, line = 48, 22
-    rows = math.ceil(len(images) / columns)
-    grid = Image.new("RGB", (columns * cell, rows * (cell + text_height)), "white")
+    num_lines, line_height, line_characters = 4, 20, 24
+    font = ImageFont.load_default(size=16)
+    row_height = cell + num_lines * line_height
+    grid = Image.new("RGB", (columns * cell, math.ceil(len(images) / columns) * row_height), "white")
     canvas = ImageDraw.Draw(grid)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = (i % columns) * cell, (i // columns) * (cell + text_height)
+        left, top = (i % columns) * cell, (i // columns) * row_height
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         grid.paste(picture.resize((cell - 8, cell - 8), Image.Resampling.NEAREST), (left + 4, top + 4))
-        wrapped = [caption[start : start + line] for start in range(0, min(len(caption), 3 * line), line)]
-        canvas.multiline_text((left + 4, top + cell), "\n".join(wrapped), fill="black")
+        lines = textwrap.wrap(caption, line_characters, max_lines=num_lines, placeholder=" …")
+        canvas.multiline_text((left + 4, top + cell - 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return np.asarray(grid)
 
 

@@ -95,13 +95,13 @@ def test_damage_in_the_middle_of_the_metrics_is_named(tmp_path: Path) -> None:
 
 def test_grid_shows_every_pair_as_the_model_sees_it() -> None:
     images = torch.stack([torch.full((3, 16, 16), 40 * number, dtype=torch.uint8) for number in range(6)])
-    grid = pair_grid(images, [f"caption {number}" for number in range(6)], columns=4, cell=32)
+    grid = pair_grid(images, [f"caption {number} {'word ' * 40}" for number in range(6)], columns=4, cell=32)
     assert grid.dtype == np.uint8
-    assert grid.shape == (2 * (32 + 48), 4 * 32, 3)
+    assert grid.shape == (2 * (32 + 80), 4 * 32, 3)
     for number in range(6):
-        top, left = (number // 4) * 80, (number % 4) * 32
+        top, left = (number // 4) * 112, (number % 4) * 32
         assert (grid[top + 10 : top + 20, left + 10 : left + 20] == 40 * number).all()
-        assert (grid[top + 32 : top + 80, left : left + 32] < 128).any(), "its caption stands below it"
+        assert (grid[top + 32 : top + 112, left : left + 32] < 128).any(), "its caption stands below it"
 
 
 def test_progress_without_a_terminal_is_a_line_a_logged_step(caplog: pytest.LogCaptureFixture) -> None:
