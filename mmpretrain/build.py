@@ -14,6 +14,7 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import EvalSet, check_readable
 from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
+from mmpretrain.models.text import TextTransformer
 from mmpretrain.schedules import Duration
 from mmpretrain.task import Task
 
@@ -79,9 +80,9 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> di
 
 
 def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
-    if (stream.shards is None) == (stream.sources is None):
+    if (stream.shards is None) == (not stream.sources):
         raise ValueError(f"data.train.{name} needs either shards or sources; give one of them")
-    if stream.sources is None:
+    if not stream.sources:
         return [Source(name, _shards(f"data.train.{name}.shards", stream.shards, root))]
     return [
         Source(
@@ -98,9 +99,18 @@ def _shards(key: str, shards: str | list[str], root: str | None) -> Shards:
         raise ValueError(f"{key} (data.root={root}): {error}") from error
 
 
-def build_tokenizer(node: targets.Node) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`."""
+def build_tokenizer(node: targets.Node, text: TextTransformer | None) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder cannot take."""
     tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
+    if text is not None and tokenizer.context_length > text.context_length:
+        raise ValueError(
+            f"data.tokenizer.context_length is {tokenizer.context_length}; expected at most model.text.context_length = "
+            f"{text.context_length}: leave it out, or make the encoder's larger"
+        )
+    if text is not None and tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(
+            f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
+        )
     return tokenizer
 
 
@@ -115,7 +125,7 @@ def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, image_s
             label=data.label,
             classes=None
             if data.classes is None
-            else read_classes(Path(data.classes), data.class_column, data.text_column, data.templates),
+            else read_classes(Path(root or "", data.classes), data.class_column, data.text_column, data.templates),
         )
         for name, data in sets.items()
     }

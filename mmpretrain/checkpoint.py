@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,14 +74,19 @@ def save(
         keep_last: how many checkpoints stay; 0 keeps all.
 
     Returns: the checkpoint's folder.
+    Raises: OSError if it cannot be written; the ones before it still stand.
     """
     path = folder / f"step_{step:08d}"
     partial = folder / f"{_PARTIAL}{path.name}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / "optimizer.safetensors")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / "optimizer.safetensors")
+    except SafetensorError as error:  # how the library says that the disk is full
+        shutil.rmtree(partial)
+        raise OSError(f"{partial}: {error}") from error
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in _FILES}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -98,7 +104,7 @@ def save(
 
 def _all(folder: Path) -> list[Path]:
     """Every checkpoint of a run, newest first."""
-    return sorted(folder.glob("step_*"), reverse=True)
+    return sorted(folder.glob("step_*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def clean(folder: Path) -> None:
@@ -118,7 +124,7 @@ def verify(path: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in _FILES}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
     for name, (num_bytes, sha256) in expected.items():
         file = path / name
@@ -136,17 +142,26 @@ def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
     Args:
         folder: the run's `checkpoints` folder.
         set_aside: rename those that do not verify to `corrupt_*`, so that a resumed run cannot meet them again.
+
+    Raises: CorruptCheckpoint if there are checkpoints and none of them verifies; nothing is renamed then. OSError if
+        one cannot be read, which says nothing about it.
     """
+    corrupt: list[Path] = []
     for path in _all(folder):
         try:
             verify(path)
         except CorruptCheckpoint as error:
             log.warning("checkpoint passed over: %s; going on from the one before", error)
-            if set_aside:
-                shutil.rmtree(path.with_name(f"corrupt_{path.name}"), ignore_errors=True)
-                path.rename(path.with_name(f"corrupt_{path.name}"))
+            corrupt.append(path)
             continue
+        for bad in corrupt if set_aside else ():
+            shutil.rmtree(bad.with_name(f"corrupt_{bad.name}"), ignore_errors=True)
+            bad.rename(bad.with_name(f"corrupt_{bad.name}"))
         return path
+    if corrupt:
+        raise CorruptCheckpoint(
+            f"none of the {len(corrupt)} checkpoints in {folder} verifies; restore one, or remove the folder to begin anew"
+        )
     return None
 
 

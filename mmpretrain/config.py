@@ -79,7 +79,7 @@ class StreamConfig:
     """One stream of training samples."""
 
     shards: Any = None
-    sources: dict[str, SourceConfig] | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     batch_size: int | None = None
     caption: str | None = None
     transform: dict[str, Any] | None = None
@@ -196,7 +196,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
                 "choose objectives with objective=[...], then override their arguments"
             )
         weight = node.get("weight", 1.0)
-        if not accepts(weight, float) or weight < 0:
+        if not accepts(weight, float) or not 0 <= weight < float("inf"):
             raise UsageError(f"objective.{name}.weight is {weight!r}; expected a number that is not negative")
         check_targets(node, f"objective.{name}", ("model",), ("weight",))
     check_targets(config.optimizer, "optimizer", ("parameters",))
@@ -227,13 +227,14 @@ def _check_ranges(config: TrainConfig) -> None:
         "data.workers": (data.workers, 0),
         "data.text_groups": (data.text_groups, 1),
         "data.val_batch_size": (data.val_batch_size, 1),
-        "data.max_bad_fraction": (data.max_bad_fraction, 0),
     }
     for name, stream in data.train.items():
         at_least[f"data.train.{name}.batch_size"] = (stream.batch_size, 1)
     for key, (value, least) in at_least.items():
         if value is not None and value < least:
             raise UsageError(f"{key} is {value}; expected at least {least}: {key}={least}")
+    if not 0 <= data.max_bad_fraction <= 1:
+        raise UsageError(f"data.max_bad_fraction is {data.max_bad_fraction}; expected a part of the samples, 0 to 1")
     if trainer.clip_grad_norm is not None and not trainer.clip_grad_norm > 0:
         raise UsageError(
             f"trainer.clip_grad_norm is {trainer.clip_grad_norm}; expected a number above 0, or null for no clipping"

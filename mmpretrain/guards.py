@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
@@ -40,7 +40,12 @@ class StopSignal:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
-    def restore(self) -> None:
+    def __enter__(self) -> "StopSignal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """The handlers as they were before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

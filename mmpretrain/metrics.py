@@ -40,6 +40,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """What is not finite as None: JSON has no word for it."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 class MetricsWriter:
     """Writes scalars to metrics.jsonl and TensorBoard, on the axis of samples seen.
 
@@ -59,8 +64,7 @@ class MetricsWriter:
 
     def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """Log one object; a value that is not finite is written as null, which JSON can say."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, "samples": samples, **finite}) + "\n")
+        self._file.write(json.dumps({"step": step, "samples": samples, **finite(values)}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, samples)
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import hydra
 import torch
@@ -20,7 +20,7 @@ from mmpretrain.metrics import print_results
 from mmpretrain.optim import adamw  # noqa: F401  (the default target of conf/optimizer)
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.task import Task
-from mmpretrain.trainer import Trainer, TrainerOptions, clock_of
+from mmpretrain.trainer import Trainer, TrainerOptions, check_fingerprint, clock_of
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         options = _options(cfg)
         task, weights = build.build_task(cfg)
         streams = build.build_streams(cfg, task.streams, task.model.image.image_size)
-        tokenizer = build.build_tokenizer(cfg.data.tokenizer)
+        tokenizer = build.build_tokenizer(cfg.data.tokenizer, task.model.text)
         sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model.image.image_size)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
 
@@ -75,7 +75,8 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         # Not closed before the run's end: closing it would free the directory.
         lock = _open_run(cfg, folder, schedule)
         clock = clock_of(streams, options.duration)
-        if (finished := _finished(folder, clock.total_samples // clock.batch_size)) is not None:
+        fingerprint = {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
+        if (finished := _finished(folder, clock.total_samples // clock.batch_size, fingerprint)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
             _tell(finished, folder)
             return finished
@@ -95,7 +96,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             weights=weights,
             evaluate=run_evaluations,
             options=options,
-            fingerprint={f"data.train.{name}": stream.fingerprints for name, stream in streams.items()},
+            fingerprint=fingerprint,
             folder=folder,
             device=device,
         )
@@ -176,15 +177,20 @@ def _log_to(folder: Path) -> None:
     )
 
 
-def _finished(folder: Path, num_steps: int) -> dict[str, float] | None:
-    """The scores of a run whose last step is saved; every process what process 0 finds."""
-    results = None
+def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> dict[str, float] | None:
+    """The scores of a run whose last step is saved; every process what process 0 finds.
+
+    Raises: ValueError if it was trained on other data.
+    """
+    results, path = None, None
     if distributed.is_main() and (folder / "results.json").exists():
         path = checkpoint.find_latest(folder / "checkpoints", set_aside=True)
         if path is not None and checkpoint.load_state(path)["step"] >= num_steps:
             results = json.loads((folder / "results.json").read_text())
-    found: dict[str, float] | None = distributed.broadcast_object(results)
-    return found
+    path, results = distributed.broadcast_object((path, results))
+    if results is not None:
+        check_fingerprint(path, fingerprint)
+    return results
 
 
 def _tell(results: Mapping[str, float], folder: Path) -> None:

@@ -19,7 +19,7 @@ from mmpretrain.data.loader import MicroBatches, Stream, build_loader
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
-from mmpretrain.metrics import MetricsWriter, ProgressBar
+from mmpretrain.metrics import MetricsWriter, ProgressBar, finite
 from mmpretrain.schedules import Clock, Duration, Schedule
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
@@ -123,6 +123,7 @@ class Trainer:
             self.num_micro_batches, options.workers, options.text_groups, pin_memory=device.type == "cuda",
         )  # fmt: skip
         self.flags = distributed.LateFlags()
+        self.results = results_of(self.state)
         self.saved_at, self.saved_step = time.perf_counter(), self.state.step
         self.earlier_seconds = self.state.wall_seconds
         self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
@@ -136,8 +137,13 @@ class Trainer:
         Returns: the last value of every evaluation, and steps, samples, seconds and speed.
         Raises: TrainingError if the run cannot go on; SystemExit(85) after a signal, with a checkpoint written.
         """
+        with StopSignal() as stop:
+            self._loop(stop)
+        self._close()
+        return self.results
+
+    def _loop(self, stop: StopSignal) -> None:
         state, options, device = self.state, self.options, self.device
-        stop = StopSignal()
         self.window = _Window(time.perf_counter())
         batches = iter(self.loader)
         with ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress:
@@ -186,9 +192,6 @@ class Trainer:
                     log.warning("stopped by a signal at step %d; the same command goes on from there", state.step)
                     self._close()
                     sys.exit(PREEMPTED_EXIT_CODE)
-        stop.restore()
-        self._close()
-        return results_of(state)
 
     def _resume(self) -> TrainState:
         """Load the newest checkpoint that verifies; every process the one that process 0 chose."""
@@ -199,13 +202,9 @@ class Trainer:
         path = distributed.broadcast_object(path)
         if path is None:
             return TrainState()
+        check_fingerprint(path, self.fingerprint)
         saved = checkpoint.load_state(path)
-        known = saved.pop("fingerprint")
-        if changed := [name for name in {**known, **self.fingerprint} if known.get(name) != self.fingerprint.get(name)]:
-            raise ValueError(
-                f"the data changed since {path} was saved: {', '.join(changed)} has other shards or samples; "
-                "expected the same data to go on: restore it, or start a new run (run.name=...)"
-            )
+        del saved["fingerprint"]
         if saved["step"] > self.num_steps:
             raise ValueError(
                 f"trainer.duration ends at step {self.num_steps}, but {self.folder} is at step {saved['step']} already; "
@@ -220,7 +219,7 @@ class Trainer:
         """The micro-batches of one step. Raises: TrainingError where the data cannot be read."""
         try:
             return [next(batches) for _ in range(self.num_micro_batches)]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the last: a worker was killed
             # A worker's error carries its whole traceback; the last line is what it said.
             raise TrainingError(f"the data cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
@@ -281,24 +280,42 @@ class Trainer:
         state = self.state
         state.bad_steps, state.num_refused = float(self.bad_steps), self.quarantine.num_refused
         state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
+        failure = None
         if self.writer is not None and state.step > self.saved_step:
             self.writer.flush()
-            checkpoint.save(
-                self.folder / "checkpoints", state.step, self.task.state_dict(), optim.optimizer_tensors(self.optimizer),
-                {**asdict(state), "fingerprint": self.fingerprint}, self.options.keep_last,
-            )  # fmt: skip
-        distributed.barrier()
+            try:
+                checkpoint.save(
+                    self.folder / "checkpoints", state.step, self.task.state_dict(),
+                    optim.optimizer_tensors(self.optimizer), {**asdict(state), "fingerprint": self.fingerprint},
+                    self.options.keep_last,
+                )  # fmt: skip
+            except OSError as error:
+                failure = f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
+        failure = distributed.broadcast_object(failure)
+        if failure is not None:
+            raise TrainingError(failure)
         self.saved_at, self.saved_step = time.perf_counter(), state.step
 
     def _write_results(self) -> None:
         """results.json stands before the last checkpoint does: a run whose last step is saved is finished."""
         self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
+        self.results = results_of(self.state)
         if distributed.is_main():
-            checkpoint.write_text(self.folder / "results.json", json.dumps(results_of(self.state), indent=2) + "\n")
+            checkpoint.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
 
     def _close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raises: ValueError if a checkpoint was made on other data than `fingerprint` is of."""
+    known = checkpoint.load_state(path)["fingerprint"]
+    if changed := [name for name in {**known, **fingerprint} if known.get(name) != fingerprint.get(name)]:
+        raise ValueError(
+            f"the data changed since {path} was saved: {', '.join(changed)} has other shards or samples; "
+            "expected the same data to go on: restore it, or start a new run (run.name=...)"
+        )
 
 
 def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:

@@ -109,6 +109,15 @@ def test_damaged_checkpoint_is_set_aside_so_that_its_step_can_be_saved_again(tmp
     assert checkpoint.find_latest(tmp_path) == again
 
 
+def test_where_no_checkpoint_verifies_nothing_is_touched(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step) for step in (1, 2)]
+    for path in paths:
+        overwrite(path / "model.safetensors")
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="none of the 2 checkpoints in .* verifies; restore one"):
+        checkpoint.find_latest(tmp_path, set_aside=True)
+    assert all(path.is_dir() for path in paths)
+
+
 def test_there_is_no_latest_in_a_new_run(tmp_path: Path) -> None:
     assert checkpoint.find_latest(tmp_path / "checkpoints") is None
     checkpoint.clean(tmp_path / "checkpoints")

@@ -273,6 +273,15 @@ def test_finished_run_says_so_and_returns_its_scores_at_once(short_run: Path, pa
         assert (tmp_path / "run" / name).read_bytes() == (short_run / "run" / name).read_bytes()
 
 
+def test_finished_run_does_not_answer_for_other_data(short_run: Path, pairs: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pairs, data)
+    runs.write_shard(data / "train" / "000001.tar", 100, 60)
+    finished = go_on(short_run, tmp_path, f"data.root={data}")
+    assert finished.code == 2
+    assert "the data changed since" in finished.stderr and "run is finished" not in finished.stderr
+
+
 # ---------------------------------------------------------------------------------------------- damage
 
 

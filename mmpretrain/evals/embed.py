@@ -85,13 +85,13 @@ class _Records(Dataset[Record]):
             return -1
         member = read_member(data.shards, self._storage, sample, (data.label.split(".")[0],))
         if data.label.startswith("json."):
-            value: object = read_json_field(member, data.label.removeprefix("json."))
-        else:
+            value = str(read_json_field(member, data.label.removeprefix("json.")))
+            if data.classes is not None and value in data.classes.names:
+                return data.classes.names.index(value)
+        else:  # `cls` is an index, also where classes are named by numbers
             value = member.decode(errors="replace").strip()
-        if data.classes is not None and value in data.classes.names:
-            return data.classes.names.index(str(value))
         try:
-            label = int(str(value))
+            label = int(value)
         except ValueError:
             raise BadSample(f"its label {value!r} is neither an integer nor the name of a class") from None
         if data.classes is not None and not 0 <= label < len(data.classes.names):

@@ -1,5 +1,6 @@
 """The evaluations of a run: which are due, on which data, each data set embedded once."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from torch import Tensor
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import Embedded, EvalSet, embed, embed_texts
 from mmpretrain.models.image_text import ImageTextModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -76,6 +79,8 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
     """The data sets that the evaluator `name` is run on. Raises: ValueError for one that it cannot be run on."""
     possible = evaluator.wants(context)
     if evaluator.data is None:
+        if not possible:
+            log.warning("eval.%s finds no data set in data.val that has what it needs; it gives no score", name)
         return possible
     for data in evaluator.data:
         if data not in possible:

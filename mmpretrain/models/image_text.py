@@ -33,6 +33,8 @@ class ImageTextModel(nn.Module):
         image_std: tuple[float, float, float] = CLIP_STD,
     ) -> None:
         super().__init__()
+        if embed_dim < 1:
+            raise ValueError(f"model.embed_dim is {embed_dim}; expected at least 1")
         self.image = image
         self.text = text
         self.image_projection = nn.Linear(image.width, embed_dim, bias=False)

@@ -106,6 +106,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         if width % num_heads:
             raise ValueError(f"model.text.width is {width}; expected a multiple of num_heads = {num_heads}")
+        self.vocab_size = vocab_size
         self.context_length = context_length
         self.width = width
         self.causal = causal

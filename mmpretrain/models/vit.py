@@ -43,7 +43,7 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"model.image.name is {name!r}; expected a model of timm, such as {near}")
         try:
             self.trunk = self._create(name, image_size, args or {})
-        except (TypeError, AssertionError) as error:
+        except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"timm refuses model.image.args {dict(args or {})} for {name!r}: {error}") from error
         self.image_size = image_size
         self.width: int = self.trunk.head_hidden_size

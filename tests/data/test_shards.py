@@ -226,6 +226,9 @@ def test_digest_sees_changes_of_equal_size(tmp_path: Path) -> None:
     assert index_tar(write_tar(tmp_path / "b.tar", pairs(["a", "b"]))).digest == first.digest
     assert index_tar(write_tar(tmp_path / "c.tar", pairs(["a", "b"], image=b"imagf"))).digest != first.digest
     assert index_tar(write_tar(tmp_path / "d.tar", pairs(["a", "c"]))).digest != first.digest
+    large, middle = b"x" * 4096, b"x" * 2100 + b"y" + b"x" * 1995
+    whole = index_tar(write_tar(tmp_path / "f.tar", pairs(["a"], image=large)))
+    assert index_tar(write_tar(tmp_path / "g.tar", pairs(["a"], image=middle))).digest != whole.digest
     last = [*pairs(["a"]), ("b.jpg", b"image"), ("b.txt", b"captiom")]
     assert index_tar(write_tar(tmp_path / "e.tar", last)).digest != first.digest
 

@@ -105,6 +105,15 @@ def test_labels_are_integers_or_names_of_classes(tmp_path: Path, label: str) -> 
     assert result.labels.tolist() == [number % 3 for number in KEPT]
 
 
+@pytest.mark.parametrize(("label", "expected"), [("cls", [0, 1, 2]), ("json.number", [1, 2, 0])])
+def test_cls_is_an_index_also_where_classes_are_named_by_numbers(
+    tmp_path: Path, label: str, expected: list[int]
+) -> None:
+    classes = Classes(["2", "0", "1"], [["two"], ["zero"], ["one"]])
+    result = embed_set(tmp_path, label=label, classes=classes)
+    assert result.labels.tolist() == [expected[number % 3] for number in KEPT]
+
+
 @pytest.mark.parametrize(
     ("label", "names", "reason"),
     [
