@@ -113,7 +113,7 @@ def test_where_no_checkpoint_verifies_nothing_is_touched(tmp_path: Path) -> None
     paths = [save(tmp_path, step) for step in (1, 2)]
     for path in paths:
         overwrite(path / "model.safetensors")
-    with pytest.raises(checkpoint.CorruptCheckpoint, match="none of the 2 checkpoints in .* verifies; restore one"):
+    with pytest.raises(checkpoint.CorruptCheckpoint, match=r"none of the 2 checkpoints in .* verifies; restore one"):
         checkpoint.find_latest(tmp_path, set_aside=True)
     assert all(path.is_dir() for path in paths)
 
