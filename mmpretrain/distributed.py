@@ -1,12 +1,14 @@
 """Ranks and collectives: the only file that speaks to other processes. Without torchrun, one process and no-ops."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def setup(device: torch.device) -> None:
@@ -39,12 +41,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0
-
-
-def barrier() -> None:
-    """Wait for every process."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -91,6 +87,23 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def from_main(fn: Callable[[], Result]) -> Result:
+    """What `fn` gives on process 0, on every process; what it refuses there is refused everywhere. A collective.
+
+    Raises: the ValueError or OSError of `fn`.
+    """
+    value, error = None, None
+    if is_main():
+        try:
+            value = fn()
+        except (ValueError, OSError) as refusal:
+            error = refusal
+    value, error = broadcast_object((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 class LateFlags:

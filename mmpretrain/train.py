@@ -17,7 +17,6 @@ from mmpretrain.config import TrainConfig
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.guards import TrainingError
 from mmpretrain.metrics import print_results
-from mmpretrain.optim import adamw  # noqa: F401  (the default target of conf/optimizer)
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.task import Task
 from mmpretrain.trainer import Trainer, TrainerOptions, check_fingerprint, clock_of
@@ -182,15 +181,18 @@ def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> d
 
     Raises: ValueError if it was trained on other data.
     """
-    results, path = None, None
-    if distributed.is_main() and (folder / "results.json").exists():
+
+    def look() -> dict[str, float] | None:
+        if not (folder / "results.json").exists():
+            return None
         path = checkpoint.find_latest(folder / "checkpoints", set_aside=True)
-        if path is not None and checkpoint.load_state(path)["step"] >= num_steps:
-            results = json.loads((folder / "results.json").read_text())
-    path, results = distributed.broadcast_object((path, results))
-    if results is not None:
+        if path is None or checkpoint.load_state(path)["step"] < num_steps:
+            return None
         check_fingerprint(path, fingerprint)
-    return results
+        results: dict[str, float] = json.loads((folder / "results.json").read_text())
+        return results
+
+    return distributed.from_main(look)
 
 
 def _tell(results: Mapping[str, float], folder: Path) -> None:

@@ -195,11 +195,10 @@ class Trainer:
 
     def _resume(self) -> TrainState:
         """Load the newest checkpoint that verifies; every process the one that process 0 chose."""
-        path: Path | None = None
+        folder = self.folder / "checkpoints"
         if distributed.is_main():
-            checkpoint.clean(self.folder / "checkpoints")
-            path = checkpoint.find_latest(self.folder / "checkpoints", set_aside=True)
-        path = distributed.broadcast_object(path)
+            checkpoint.clean(folder)
+        path = distributed.from_main(lambda: checkpoint.find_latest(folder, set_aside=True))
         if path is None:
             return TrainState()
         check_fingerprint(path, self.fingerprint)

@@ -126,6 +126,24 @@ def late_flags() -> list[dict[str, float]]:
     return seen
 
 
+def refused_on_main() -> str:
+    """What each rank is told when process 0 alone meets the error."""
+
+    def look() -> int:
+        assert distributed.is_main()
+        raise ValueError("none of the checkpoints verifies")
+
+    try:
+        distributed.from_main(look)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def told_by_main() -> int:
+    return distributed.from_main(lambda: 10 + distributed.rank())
+
+
 def ragged(width: int) -> Tensor:
     rank = distributed.rank()
     rows = torch.full((rank, width), float(rank))  # rank 0 has none

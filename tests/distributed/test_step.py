@@ -20,7 +20,9 @@ from tests.distributed.steps import (
     open_clip_step,
     our_step,
     ragged,
+    refused_on_main,
     step,
+    told_by_main,
 )
 
 Pools = Callable[[int], Pool]
@@ -147,6 +149,11 @@ def test_unreached_parameters_are_frozen_and_named() -> None:
 def test_flags_of_one_rank_reach_all_in_the_same_step(pool: Pools) -> None:
     expected = [{}, {"stop": 0.0, "step": 0.0}, {"stop": 1.0, "step": 1.0}, {"stop": 0.0, "step": 2.0}]
     assert pool(2).run(late_flags) == [expected, expected]
+
+
+def test_what_process_0_finds_or_refuses_every_process_does(pool: Pools) -> None:
+    assert pool(2).run(told_by_main) == [10, 10]
+    assert pool(2).run(refused_on_main) == ["none of the checkpoints verifies"] * 2
 
 
 def test_ragged_rows_are_gathered_in_the_order_of_ranks(pool: Pools) -> None:
