@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmpretrain import targets
+from mmpretrain import distributed, targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.loader import Source, Stream
 from mmpretrain.data.shards import Shards, expand_shards
@@ -19,7 +19,7 @@ from mmpretrain.schedules import Duration
 from mmpretrain.task import Task
 
 
-def device_of(name: str, local_rank: int) -> torch.device:
+def device_of(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> this process's device. Raises: ValueError for another name or a missing GPU."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"trainer.device is {name!r}; expected auto, cpu or cuda")
@@ -27,7 +27,12 @@ def device_of(name: str, local_rank: int) -> torch.device:
         raise ValueError("trainer.device is 'cuda', but torch sees no GPU; expected one, or use trainer.device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
+    if distributed.local_world_size() > torch.cuda.device_count():
+        raise ValueError(
+            f"{distributed.local_world_size()} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
+            "expected at most one for each: lower --nproc-per-node, or use trainer.device=cpu"
+        )
+    device = torch.device("cuda", distributed.local_rank())
     torch.cuda.set_device(device)
     return device
 

@@ -21,6 +21,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
+from mmpretrain import distributed
 from mmpretrain.config import register_schemas
 from mmpretrain.usage import UsageError, nearest
 
@@ -81,9 +82,14 @@ def end_job(code: int) -> NoReturn:
 
 
 def _say(error: Exception) -> None:
-    """One line on stderr; the whole traceback instead where `MMPRETRAIN_TRACEBACK` is set."""
+    """One line on stderr; the whole traceback instead where `MMPRETRAIN_TRACEBACK` is set.
+
+    Under torchrun the first process of each machine speaks for all: wrong use is the same on each of them.
+    """
     if os.environ.get("MMPRETRAIN_TRACEBACK"):
         raise error
+    if distributed.local_rank() != 0:
+        return
     message = str(error) if isinstance(error, UsageError) else one_line(error)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mmpretrain.targets import accepts, check_targets
-from mmpretrain.usage import UsageError, nearest
+from mmpretrain.usage import UsageError, check_number, nearest
 
 _MAX_NAME_LENGTH = 80
 
@@ -143,6 +143,7 @@ class EvaluateConfig:
 
     checkpoint: str = MISSING
     output: str | None = None
+    trust: list[str] = field(default_factory=list)
     device: str = MISSING
     precision: Precision | None = MISSING
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
@@ -158,11 +159,13 @@ def register_schemas() -> None:
 
 # ---------------------------------------------------------------------------------------------- identity
 
+# Where the data lie may change between a run and its resumption (which data they are is in the checkpoint), but what
+# was named on the command line tells runs apart: a sweep over data.root has a run for each.
+_PLACES = r"data\.root|data\.train\.[^.]+\.(shards(\[.*)?|sources\.[^.]+\.shards.*)"
 # What may differ between a run and its resumption: nothing here touches the mathematics beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)|trainer\.(micro_batch_size|log_every|eval_every|max_bad_steps|device)|checkpoint\..*|eval(\..*)?"
-    r"|data\.(workers|root|max_bad_fraction|text_groups|val_batch_size|val(\..*)?)"
-    r"|data\.train\.[^.]+\.(shards(\[.*)?|sources\.[^.]+\.shards.*)"
+    r"|data\.(workers|max_bad_fraction|text_groups|val_batch_size|val(\..*)?)|" + _PLACES
 )
 
 
@@ -219,26 +222,20 @@ def check_known(node: Any, path: str = "") -> None:
 
 def _check_ranges(config: TrainConfig) -> None:
     trainer, data = config.trainer, config.data
-    at_least: dict[str, tuple[float | None, int]] = {
-        "trainer.batch_size": (trainer.batch_size, 1),
-        "trainer.micro_batch_size": (trainer.micro_batch_size, 1),
-        "trainer.max_bad_steps": (trainer.max_bad_steps, 1),
-        "checkpoint.keep_last": (config.checkpoint.keep_last, 0),
-        "data.workers": (data.workers, 0),
-        "data.text_groups": (data.text_groups, 1),
-        "data.val_batch_size": (data.val_batch_size, 1),
-    }
+    check_number("trainer.batch_size", trainer.batch_size, at_least=1)
+    if trainer.micro_batch_size is not None:
+        check_number("trainer.micro_batch_size", trainer.micro_batch_size, at_least=1)
+    if trainer.clip_grad_norm is not None:
+        check_number("trainer.clip_grad_norm", trainer.clip_grad_norm, above=0)
+    check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)
+    check_number("checkpoint.keep_last", config.checkpoint.keep_last, at_least=0)
+    check_number("data.workers", data.workers, at_least=0)
+    check_number("data.text_groups", data.text_groups, at_least=1)
+    check_number("data.val_batch_size", data.val_batch_size, at_least=1)
+    check_number("data.max_bad_fraction", data.max_bad_fraction, at_least=0, at_most=1)
     for name, stream in data.train.items():
-        at_least[f"data.train.{name}.batch_size"] = (stream.batch_size, 1)
-    for key, (value, least) in at_least.items():
-        if value is not None and value < least:
-            raise UsageError(f"{key} is {value}; expected at least {least}: {key}={least}")
-    if not 0 <= data.max_bad_fraction <= 1:
-        raise UsageError(f"data.max_bad_fraction is {data.max_bad_fraction}; expected a part of the samples, 0 to 1")
-    if trainer.clip_grad_norm is not None and not trainer.clip_grad_norm > 0:
-        raise UsageError(
-            f"trainer.clip_grad_norm is {trainer.clip_grad_norm}; expected a number above 0, or null for no clipping"
-        )
+        if stream.batch_size is not None:
+            check_number(f"data.train.{name}.batch_size", stream.batch_size, at_least=1)
 
 
 def check_evaluators(nodes: Mapping[str, Any]) -> None:
@@ -250,12 +247,13 @@ def check_evaluators(nodes: Mapping[str, Any]) -> None:
 
 
 def _derived_name() -> str:
-    """A readable name from the overrides that touch the mathematics, with a short hash when it is long."""
+    """A readable name from the overrides that touch mathematics or data, with a short hash when it is long."""
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     # Parsed, since a sweep writes values in their canonical form: one job has one name, in a sweep or alone.
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = {override.key_or_group: override.get_value_element_as_str() for override in parsed}
-    parts = [f"{key}={value}" for key, value in values.items() if key != "experiment" and not _FREE.fullmatch(key)]
+    named = {k: v for k, v in values.items() if re.fullmatch(_PLACES, k) or not _FREE.fullmatch(k)}
+    parts = [f"{key}={value}" for key, value in named.items() if key != "experiment"]
     # [infonce,mae] is written infonce+mae: the name is a folder's, and will be typed in shells.
     parts = [re.sub(r"[\[\]{}()'\" ]", "", part).replace(",", "+") for part in parts]
     name = ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in sorted(parts)) or "default"

@@ -35,9 +35,11 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     """Evaluate `cfg.checkpoint` on the given data sets, or on the run's own. Raises: ValueError for wrong use."""
-    device = build.device_of(cfg.device, distributed.local_rank())
+    device = build.device_of(cfg.device)
     distributed.setup(device)
-    loaded = load_checkpoint(cfg.checkpoint, device)
+    if cfg.output is not None and not Path(cfg.output).parent.is_dir():
+        raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
+    loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust)
     of_run = loaded.config["data"]
     sets = cfg.data.val or {name: EvalSetConfig(**fields) for name, fields in of_run["val"].items()}
     root = cfg.data.root or of_run["root"]

@@ -1,7 +1,7 @@
 """A trained model from a run's directory or one of its checkpoints."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mmpretrain import checkpoint, config, targets
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 
-_TRUSTED = ("mmpretrain.models.", "mmpretrain.data.")
+_TRUSTED = ("mmpretrain.models", "mmpretrain.data")
 _TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
@@ -43,10 +43,10 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     return path, newest
 
 
-def _is_ours(target: str) -> bool:
-    """Whether a dotted name is a class of our own, not something that one of our modules imports (`os.system`)."""
+def _is_trusted(target: str, trust: Sequence[str]) -> bool:
+    """Whether a dotted name is a class that stands in a trusted module, not one that it imports (`os.system`)."""
     module, _, name = target.rpartition(".")
-    if not module.startswith(_TRUSTED):
+    if not any(module == known or module.startswith(f"{known}.") for known in (*_TRUSTED, *trust)):
         return False
     try:
         part = getattr(importlib.import_module(module), name, None)
@@ -62,28 +62,35 @@ def _without_weights(node: Any) -> Any:
     return {key: _without_weights(value) for key, value in node.items() if key not in _TIMM_WEIGHTS}
 
 
-def _check_trusted(node: Any, path: str) -> None:
-    """A configuration that came with a checkpoint may name our own parts only. Raises: ValueError."""
+def _check_trusted(node: Any, path: str, trust: Sequence[str]) -> None:
+    """A configuration that came with a checkpoint may name our own parts and trusted ones only. Raises: ValueError."""
     if isinstance(node, dict):
         target = node.get("_target_")
-        if target is not None and not _is_ours(str(target)):
+        if target is not None and not _is_trusted(str(target), trust):
             raise ValueError(
                 f"{path}._target_ is {target!r}, which came with the checkpoint and is no part of mmpretrain; "
-                "it would run code that you may not know: build that model yourself and load its model.safetensors"
+                f"if you know that code, name its module: trust=[{str(target).rpartition('.')[0]}]"
             )
         for key, value in node.items():
-            _check_trusted(value, f"{path}.{key}")
+            _check_trusted(value, f"{path}.{key}", trust)
 
 
-def load_checkpoint(run_or_checkpoint: str | Path, device: torch.device | str = "cpu") -> Loaded:
+def load_checkpoint(
+    run_or_checkpoint: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()
+) -> Loaded:
     """Build a checkpoint's model and fill in its weights; objectives and what only they use stay out.
 
-    Raises: ValueError if there is no checkpoint or its configuration names parts that are not ours.
+    Args:
+        run_or_checkpoint: a run's directory, or one of its checkpoints.
+        device: where the model goes.
+        trust: modules beside our own whose classes the checkpoint's configuration may name; they are imported.
+
+    Raises: ValueError if there is no checkpoint or its configuration names other parts.
     """
     folder, path = find(run_or_checkpoint)
     saved = config.from_yaml((folder / "config.yaml").read_text())
     for part in (saved["model"], saved["data"]["tokenizer"]):
-        _check_trusted(part, "config.yaml")
+        _check_trusted(part, "config.yaml", trust)
     model = targets.instantiate(_without_weights(saved["model"]), 0, "model")
     tensors = checkpoint.load_tensors(path, "model.safetensors")
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})

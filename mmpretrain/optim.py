@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.usage import check_number
+
 TOWERS = ("image", "text", "heads")
 _OF_A_TOWER = ("lr", "weight_decay")
 
@@ -37,13 +39,21 @@ def adamw(
         lr, weight_decay, betas, eps: as in the paper; no decay acts on one-dimensional parameters.
         towers: `lr` and `weight_decay` of `image`, `text` or `heads`, where they differ; None means as above.
 
-    Raises: ValueError if `towers` names another tower or argument.
+    Raises: ValueError if `towers` names another tower or argument, and for numbers out of range.
     """
+    check_number("optimizer.lr", lr, at_least=0)
+    check_number("optimizer.weight_decay", weight_decay, at_least=0)
+    check_number("optimizer.eps", eps, at_least=0)
+    for i, beta in enumerate(betas):
+        check_number(f"optimizer.betas[{i}]", beta, at_least=0, below=1)
     if unknown := sorted(set(towers) - set(TOWERS)):
         raise ValueError(f"optimizer.towers has {unknown[0]!r}; expected one of {', '.join(TOWERS)}")
     for tower, own in towers.items():
         if unknown := sorted(set(own) - set(_OF_A_TOWER)):
             raise ValueError(f"optimizer.towers.{tower} has {unknown[0]!r}; expected {' or '.join(_OF_A_TOWER)}")
+        for argument, value in own.items():
+            if value is not None:
+                check_number(f"optimizer.towers.{tower}.{argument}", value, at_least=0)
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     names: dict[tuple[str, bool], list[str]] = {}
     for name, parameter in parameters:

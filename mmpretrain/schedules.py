@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol
 
+from mmpretrain.usage import check_number
+
 Unit = Literal["epochs", "samples", "steps", "%", "min"]
 
 _PATTERN = re.compile(r"([0-9]*\.?[0-9]+)\s*([kMG]?)(epochs?|samples?|steps?|%|min)")
@@ -103,6 +105,7 @@ class WarmupCosine:
 
     def __init__(self, warmup: str = "0steps", final: float = 0.0) -> None:
         self.warmup = Duration.parse(warmup, "schedule.warmup")
+        check_number("schedule.final", final, at_least=0)
         self.final = final
 
     def __call__(self, samples: int, clock: Clock) -> float:
@@ -128,6 +131,7 @@ class WarmupConstant:
     def __init__(self, warmup: str = "0steps", cooldown: str = "0steps", final: float = 0.0) -> None:
         self.warmup = Duration.parse(warmup, "schedule.warmup")
         self.cooldown = Duration.parse(cooldown, "schedule.cooldown")
+        check_number("schedule.final", final, at_least=0)
         self.final = final
 
     def __call__(self, samples: int, clock: Clock) -> float:

@@ -47,7 +47,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
     Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
     """
     with usage.usage_errors():
-        device = build.device_of(cfg.trainer.device, distributed.local_rank())
+        device = build.device_of(cfg.trainer.device)
         distributed.setup(device)
         schedule: Schedule = targets.instantiate(cfg.schedule, cfg.run.seed, "schedule")
         folder = Path(str(cfg.run.dir))

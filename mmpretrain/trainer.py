@@ -189,6 +189,7 @@ class Trainer:
                     self._save()
                 self.window.start += time.perf_counter() - paused
                 if known.get("stop") and not is_last:
+                    check_bad_step(self.flags.read(), state.step, self.streams, options.max_bad_steps)
                     log.warning("stopped by a signal at step %d; the same command goes on from there", state.step)
                     self._close()
                     sys.exit(PREEMPTED_EXIT_CODE)

@@ -17,6 +17,26 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"expected one of: {', '.join(sorted(known))}" if known else "nothing is expected there"
 
 
+def check_number(
+    key: str,
+    value: float,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises: UsageError that names the key, the value and the bounds, if a number lies outside them or is none."""
+    bounds = {
+        f"at least {at_least}": at_least is None or value >= at_least,
+        f"above {above}": above is None or value > above,
+        f"at most {at_most}": at_most is None or value <= at_most,
+        f"below {below}": below is None or value < below,
+    }
+    if not all(bounds.values()):
+        given = " and ".join(text for text in bounds if not text.endswith(" None"))
+        raise UsageError(f"{key} is {value}; expected a number {given}: {key}=...")
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Inside the block a ValueError or a missing file is wrong use."""

@@ -111,9 +111,23 @@ def test_a_folder_without_checkpoint_is_refused_in_one_line(tmp_path: Path, fold
 )
 def test_a_configuration_that_names_foreign_code_is_refused_and_not_run(tmp_path: Path, target: str) -> None:
     save_run(tmp_path, {**MODEL, "image": {"_target_": target, "command": f"touch {tmp_path}/ran"}})
-    with pytest.raises(ValueError, match=r"^config.yaml.image._target_ is .* is no part of mmpretrain"):
+    with pytest.raises(ValueError, match=r"^config.yaml.image._target_ is .* is no part of mmpretrain.*trust=\["):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_of_ones_own_is_loaded_once_its_module_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_towers.py").write_text(
+        "from mmpretrain.models.text import TextTransformer\n\n\nclass Mine(TextTransformer):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    save_run(tmp_path, {**MODEL, "text": {**MODEL["text"], "_target_": "own_towers.Mine"}})
+    for trust in ((), ("own",), ("own_towers.Mine",)):
+        with pytest.raises(ValueError, match=r"is 'own_towers.Mine'.* name its module: trust=\[own_towers\]"):
+            load_checkpoint(tmp_path, trust=trust)
+    assert type(load_checkpoint(tmp_path, trust=["own_towers"]).model.text).__name__ == "Mine"
 
 
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:

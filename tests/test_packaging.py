@@ -53,6 +53,14 @@ def test_hydra_finds_conf_from_anywhere(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise(given: dict[str, str], expected: str) -> None:
+    code = "import mmpretrain, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert process.stdout == f"{expected} False\n"
+
+
 @pytest.mark.parametrize("script", ["mmpretrain-train", "mmpretrain-evaluate", "mmpretrain-data"])
 def test_console_script_resolves(script: str) -> None:
     entry_points = importlib.metadata.distribution(DISTRIBUTION).entry_points

@@ -126,9 +126,20 @@ def test_empty_shard_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> Non
     assert_refused(finished, "data.train.pairs.shards", "empty.tar", "no sample in it", "build it again")
 
 
+def test_images_alone_need_no_text_encoder(pairs: Path, tmp_path: Path) -> None:
+    objective = ("objective=[mae]", *runs.TINY_MAE, "eval=[]", "trainer.duration=1steps")
+    without_text = [override for override in runs.TINY_RUN if not override.startswith("model.text.")]
+    settings = [*without_text, f"data.root={pairs}", "model.text=null"]
+    finished = runs.run("mmpretrain.train", [*settings, *objective], tmp_path)
+    assert finished.code == 0, finished.stderr
+    finished = runs.run("mmpretrain.train", [*settings, "run.dir=other"], tmp_path)
+    assert_refused(finished, "no text encoder (model.text is null)")
+
+
 def test_batch_that_does_not_divide_over_the_ranks_ends_all_of_them(pairs: Path, tmp_path: Path) -> None:
-    for finished in runs.train_group(tmp_path, 2, f"data.root={pairs}", "trainer.batch_size=15"):
-        assert_refused(finished, "trainer.batch_size is 15", "multiple of the 2 processes")
+    first, second = runs.train_group(tmp_path, 2, f"data.root={pairs}", "trainer.batch_size=15")
+    assert_refused(first, "trainer.batch_size is 15", "multiple of the 2 processes")
+    assert (second.code, second.stderr) == (2, ""), "one line, however many processes"
 
 
 def test_multirun_under_torchrun_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> None:
@@ -230,7 +241,7 @@ defaults:
   - override /model: clip_tiny
   - override /eval: []
 trainer: {duration: 2steps, batch_size: 16, device: cpu, precision: fp32, log_every: 1steps}
-data: {workers: 0}
+data: {root: ROOT, workers: 0}
 model:
   embed_dim: 16
   image: {image_size: 32, args: {embed_dim: 32, depth: 1, num_heads: 2}}
@@ -238,11 +249,11 @@ model:
 """
 
 
-def train_experiment(folder: Path, *overrides: str) -> runs.Finished:
-    """`experiment=tiny` with nothing but `overrides`."""
+def train_experiment(folder: Path, pairs: Path, *overrides: str) -> runs.Finished:
+    """`experiment=tiny` on `pairs` with nothing but `overrides`."""
     path = folder / "conf" / "experiment" / "tiny.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(EXPERIMENT)
+    path.write_text(EXPERIMENT.replace("ROOT", str(pairs)))
     search_path = f"hydra.searchpath=[file://{folder}/conf]"
     return runs.run("mmpretrain.train", [*overrides, search_path, "experiment=tiny"], folder)
 
@@ -261,14 +272,14 @@ def names(folder: Path) -> list[str]:
     ],
 )
 def test_a_runs_name_is_readable(overrides: tuple[str, ...], name: str, pairs: Path, tmp_path: Path) -> None:
-    assert train_experiment(tmp_path, f"data.root={pairs}", *overrides).code == 0
+    assert train_experiment(tmp_path, pairs, *overrides).code == 0
     assert names(tmp_path) == [name]
 
 
 def test_what_may_change_on_a_resume_is_not_in_the_name(pairs: Path, tmp_path: Path) -> None:
     free = ("data.workers=1", "trainer.log_every=2steps", "trainer.micro_batch_size=8", "checkpoint.keep_last=1")
-    assert train_experiment(tmp_path, f"data.root={pairs}", "run.seed=1").code == 0
-    again = train_experiment(tmp_path, f"data.root={pairs}", *free, "run.seed=1")
+    assert train_experiment(tmp_path, pairs, "run.seed=1").code == 0
+    again = train_experiment(tmp_path, pairs, *free, "run.seed=1")
     assert again.code == 0, again.stderr
     assert "is finished" in again.stderr
     assert names(tmp_path) == ["run.seed=1"]
@@ -277,7 +288,7 @@ def test_what_may_change_on_a_resume_is_not_in_the_name(pairs: Path, tmp_path: P
 def test_long_names_are_cut_and_stay_different(pairs: Path, tmp_path: Path) -> None:
     common = ("optimizer.weight_decay=0.123456", "optimizer.eps=1.0e-7", "objective.infonce.max_logit_scale=99.5")
     for seed in (1, 2):
-        assert train_experiment(tmp_path, f"data.root={pairs}", *common, f"run.seed={seed}").code == 0
+        assert train_experiment(tmp_path, pairs, *common, f"run.seed={seed}").code == 0
     first, second = names(tmp_path)
     assert first != second
     assert len(first) == len(second) == 80
@@ -285,8 +296,8 @@ def test_long_names_are_cut_and_stay_different(pairs: Path, tmp_path: Path) -> N
 
 
 def test_a_sweep_runs_each_job_in_a_directory_of_its_own(pairs: Path, tmp_path: Path) -> None:
-    sweep = ("-m", f"data.root={pairs}", "objective=infonce,sigmoid")
-    finished = train_experiment(tmp_path, *sweep)
+    sweep = ("-m", "objective=infonce,sigmoid")
+    finished = train_experiment(tmp_path, pairs, *sweep)
     assert finished.code == 0, finished.stderr
     assert names(tmp_path) == ["objective=infonce", "objective=sigmoid"]
     for name, loss in (("objective=infonce", "train/infonce_loss"), ("objective=sigmoid", "train/sigmoid_loss")):
@@ -295,13 +306,20 @@ def test_a_sweep_runs_each_job_in_a_directory_of_its_own(pairs: Path, tmp_path: 
         assert [loss in record for record in runs.records(folder)] == [True, True]
     assert not (tmp_path / "multirun.yaml").exists()
 
-    again = train_experiment(tmp_path, *sweep)
+    again = train_experiment(tmp_path, pairs, *sweep)
     assert again.code == 0, again.stderr
     assert again.stderr.count("is finished") == 2
 
 
+def test_a_sweep_over_data_has_a_run_for_each(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "more").symlink_to(pairs)
+    finished = train_experiment(tmp_path, pairs, "-m", "data.root=more,./more")
+    assert finished.code == 0, finished.stderr
+    assert names(tmp_path) == ["data.root=._more", "data.root=more"]
+
+
 def test_a_job_that_is_refused_does_not_keep_a_sweep_from_the_others(pairs: Path, tmp_path: Path) -> None:
-    finished = train_experiment(tmp_path, "-m", f"data.root={pairs}", "optimizer.lr=fast,1e-3")
+    finished = train_experiment(tmp_path, pairs, "-m", "optimizer.lr=fast,1e-3")
     assert finished.code == 2
     assert finished.errors == ["error: optimizer.lr is 'fast'; expected float: optimizer.lr=..."]
     assert "Traceback" not in finished.stderr

@@ -116,6 +116,23 @@ def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line(
     assert skipped == ["1", "2", "3"]
 
 
+def test_a_stopped_run_has_named_every_skipped_step(
+    fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
+) -> None:
+    overrides, environment = fragile
+    run = tmp_path / "run"
+    command = runs.start_train(
+        tmp_path, f"data.root={pairs}", *overrides, "trainer.duration=100ksteps", "trainer.max_bad_steps=100000",
+        "objective.fragile.first=0", "objective.fragile.last=199", environment=environment,
+    )  # fmt: skip
+    command.wait_for(lambda: (run / "metrics.jsonl").exists() and runs.records(run), "a step")
+    command.send(signal.SIGTERM)
+    assert command.wait().code == 85
+    skipped = re.findall(r"step (\d+) skipped", (run / "train.log").read_text())
+    saved = json.loads((runs.checkpoints(run)[-1] / "state.json").read_text())["step"]
+    assert [int(step) for step in skipped] == list(range(1, saved + 1))
+
+
 def test_bad_steps_apart_from_each_other_do_not_end_the_run(
     fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:
@@ -238,6 +255,7 @@ def test_evaluate_command_gives_the_scores_of_training(finished_run: Path, tmp_p
         (["checkpoint=RUN", "eval=[retreival]"], ("'retreival'", "did you mean 'retrieval'?")),
         (["checkpoint=RUN", "precison=fp32"], ("'precison'", "did you mean 'precision'?")),
         (["checkpoint=RUN", "data.root=/nowhere"], ("/nowhere/val", "name existing tars")),
+        (["checkpoint=nowhere", "output=absent/x.json"], ("output is 'absent/x.json'", "a folder that exists")),
     ],
 )
 def test_wrong_use_of_evaluate_is_answered_in_one_line(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmpretrain.masking import PatchMask
 from mmpretrain.models.text import TextEncoding, TextTransformer
 from mmpretrain.models.vit import ImageEncoding, TimmEncoder
+from mmpretrain.usage import check_number
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,8 +34,7 @@ class ImageTextModel(nn.Module):
         image_std: tuple[float, float, float] = CLIP_STD,
     ) -> None:
         super().__init__()
-        if embed_dim < 1:
-            raise ValueError(f"model.embed_dim is {embed_dim}; expected at least 1")
+        check_number("model.embed_dim", embed_dim, at_least=1)
         self.image = image
         self.text = text
         self.image_projection = nn.Linear(image.width, embed_dim, bias=False)

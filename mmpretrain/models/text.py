@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.models.attention import attention
+from mmpretrain.usage import check_number
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class TextTransformer(nn.Module):
         causal: tokens see only what stands before them; else all but padding.
         pool: `last` is the end token's state, `mean` the mean over tokens.
 
-    Raises: ValueError if the heads do not divide the width.
+    Raises: ValueError if the heads do not divide the width, and for sizes below 1.
     """
 
     def __init__(
@@ -104,6 +105,10 @@ class TextTransformer(nn.Module):
         pool: Literal["last", "mean"] = "last",
     ) -> None:
         super().__init__()
+        sizes = {"vocab_size": vocab_size, "context_length": context_length, "width": width, "depth": depth}
+        for name, size in {**sizes, "num_heads": num_heads}.items():
+            check_number(f"model.text.{name}", size, at_least=1)
+        check_number("model.text.mlp_ratio", mlp_ratio, above=0)
         if width % num_heads:
             raise ValueError(f"model.text.width is {width}; expected a multiple of num_heads = {num_heads}")
         self.vocab_size = vocab_size

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -30,13 +30,20 @@ class TimmEncoder(nn.Module):
         name: timm's name of it.
         image_size: side of the images, in pixels.
         args: further arguments of timm's model (`embed_dim`, `depth`, `patch_size`, `global_pool`, ...).
+        init: `timm` as the model comes, or `clip` for open_clip's initialisation of a plain ViT.
 
-    Raises: ValueError if timm does not know the name or an argument.
+    Raises: ValueError if timm does not know the name or an argument, or the model has no such initialisation.
     """
 
     trunk: Any  # timm's models share no type that knows their parts
 
-    def __init__(self, name: str, image_size: int = 224, args: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        image_size: int = 224,
+        args: Mapping[str, Any] | None = None,
+        init: Literal["timm", "clip"] = "timm",
+    ) -> None:
         super().__init__()
         if not timm.is_model(name):
             near = ", ".join(difflib.get_close_matches(name, timm.list_models())) or "those of timm.list_models()"
@@ -54,6 +61,25 @@ class TimmEncoder(nn.Module):
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
             self.grid_size: tuple[int, int] = self.trunk.patch_embed.grid_size
             self.patch_size: tuple[int, int] = self.trunk.patch_embed.patch_size
+        if init == "clip":
+            if not self.is_vit:
+                raise ValueError(f"model.image.init is 'clip' for {name!r}; expected a plain ViT (vit_*), or init=timm")
+            self._init_like_clip()
+
+    def _init_like_clip(self) -> None:
+        """open_clip's image tower at its start: class token and positions of deviation width^-1/2, so that they count
+        beside normalised patches at any width, Xavier attention, and PyTorch's own initialisation elsewhere."""
+        for module in self.trunk.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
+                module.reset_parameters()
+        for block in self.trunk.blocks:
+            nn.init.xavier_uniform_(block.attn.qkv.weight)
+            for linear in (block.attn.qkv, block.attn.proj):
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        for token in (self.trunk.cls_token, self.trunk.reg_token, self.trunk.pos_embed):
+            if token is not None:
+                nn.init.normal_(token, std=self.trunk.embed_dim**-0.5)
 
     @staticmethod
     def _create(name: str, image_size: int, args: Mapping[str, Any]) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmpretrain.losses import info_nce
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
+from mmpretrain.usage import check_number
 
 
 class InfoNCE(nn.Module):
@@ -30,6 +31,8 @@ class InfoNCE(nn.Module):
     ) -> None:
         super().__init__()
         self.streams = (stream,)
+        check_number("objective.infonce.max_logit_scale", max_logit_scale, above=1)
+        check_number("objective.infonce.init_logit_scale", init_logit_scale, at_least=1, at_most=max_logit_scale)
         self.max_logit_scale = max_logit_scale
         self.logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
 

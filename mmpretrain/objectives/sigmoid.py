@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmpretrain.losses import sigmoid_loss
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
+from mmpretrain.usage import check_number
 
 
 class Sigmoid(nn.Module):
@@ -30,6 +31,7 @@ class Sigmoid(nn.Module):
     ) -> None:
         super().__init__()
         self.streams = (stream,)
+        check_number("objective.sigmoid.init_logit_scale", init_logit_scale, above=0)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
         self.logit_bias = nn.Parameter(torch.tensor([float(init_logit_bias)]))
 

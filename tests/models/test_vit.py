@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from mmpretrain.masking import MaskSpec, PatchMask, random_patch_mask
@@ -168,3 +169,29 @@ def test_wrong_names_and_arguments_are_told_in_one_line(name: str, args: dict[st
     with pytest.raises(ValueError, match=message) as error:
         TimmEncoder(name, 32, args)
     assert "\n" not in str(error.value)
+
+
+def test_clip_initialisation_has_the_deviations_of_open_clips_tower() -> None:
+    args = {"patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3}
+    ours = dict(TimmEncoder("vit_base_patch16_clip_224", 64, args, init="clip").trunk.named_parameters())
+    theirs = dict(VisionTransformer(64, 8, 192, 2, 3, 4.0, output_dim=128).named_parameters())
+    renamed = {"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1",
+               "norm_pre": "ln_pre", "blocks.": "transformer.resblocks.", "norm1": "ln_1", "norm2": "ln_2",
+               "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "fc1": "c_fc", "fc2": "c_proj"}  # fmt: skip
+    compared = 0
+    for name, parameter in ours.items():
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        reference = theirs[name if not name.startswith("norm.") else name.replace("norm", "ln_post")]
+        assert parameter.numel() == reference.numel()
+        # A deviation estimated from n numbers has a standard error of about 1 / sqrt(2 n) of itself.
+        tolerance = 5 / parameter.numel() ** 0.5
+        assert parameter.std().item() == pytest.approx(reference.std().item(), rel=tolerance), name
+        assert parameter.mean().item() == pytest.approx(reference.mean().item(), abs=tolerance), name
+        compared += 1
+    assert compared == len(theirs) - 1  # all but the projection, which is the model's
+
+
+def test_clip_initialisation_is_refused_by_other_models() -> None:
+    with pytest.raises(ValueError, match=r"^model.image.init is 'clip' for 'test_resnet'; expected a plain ViT"):
+        TimmEncoder("test_resnet", 32, init="clip")
