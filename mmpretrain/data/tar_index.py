@@ -12,24 +12,18 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from mmpretrain.data.tar_headers import Cut, Damage, as_text, regular_members
+
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what training reads a sample's image from
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
 
-_BLOCK = 512
-_END_OF_ARCHIVE = bytes(_BLOCK)
-_REGULAR_KINDS = frozenset((b"0", b"\0", b"7"))
-_EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # these describe the members behind them
-_KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever the size of a link or folder says
-_MAX_EXTENDED_BYTES = 1 << 20
-_NEEDED_PAX = re.compile(rb"path=|size=|GNU\.sparse")  # path, size: most pax headers hold a time and no more
 _INDEX_VERSION = 2
 _NAMED_PER_PROBLEM = 10
 _METADATA_NAME = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these names, and so do we
@@ -71,22 +65,6 @@ class TarIndex:
 # ---------------------------------------------------------------- scanning a tar
 
 
-class _Digest(Protocol):
-    def update(self, data: bytes, /) -> None: ...
-
-
-class _Damage(Exception):
-    """The tar cannot be followed beyond this point; the members found so far stand."""
-
-
-class _Cut(_Damage):
-    """The tar ends inside the member `name`."""
-
-    def __init__(self, name: bytes, message: str) -> None:
-        super().__init__(message)
-        self.name = name
-
-
 def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     """Scans a tar's headers and groups its members into samples by WebDataset's rule.
 
@@ -104,7 +82,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     try:
         stat = os.fstat(fd)
         try:
-            for name, offset, size in _regular_members(fd, stat.st_size, digest):
+            for name, offset, size in regular_members(fd, stat.st_size, digest):
                 split = _split_name(name)
                 if split is None:
                     continue
@@ -119,16 +97,16 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
                     column = columns[extension] = ([], [], [])
                 rows, offsets, sizes = column
                 if rows and rows[-1] == row:
-                    problems.append(f"duplicate member {_text(name)!r} at byte {offset}: the first one counts")
+                    problems.append(f"duplicate member {as_text(name)!r} at byte {offset}: the first one counts")
                     continue
                 rows.append(row)
                 offsets.append(offset)
                 sizes.append(size)
-        except _Damage as damage:
-            if not keys and stat.st_size and not isinstance(damage, _Cut):
+        except Damage as damage:
+            if not keys and stat.st_size and not isinstance(damage, Cut):
                 raise ValueError(f"{path}: {damage}; expected a plain, uncompressed tar") from None
             problems.append(str(damage))
-            split = _split_name(damage.name) if isinstance(damage, _Cut) else None
+            split = _split_name(damage.name) if isinstance(damage, Cut) else None
             if split is not None and split[0] == previous:
                 keys.pop()
     finally:
@@ -142,7 +120,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
         if rows:
             placed = np.zeros(count, np.int64), np.full(count, -1, np.int64)
             placed[0][rows], placed[1][rows] = offsets, sizes
-            members[_text(extension)] = placed
+            members[as_text(extension)] = placed
     problems += _sample_problems(keys, starts, members)
     return TarIndex(
         key_blob=np.frombuffer(b"".join(keys), np.uint8),
@@ -155,121 +133,12 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     )
 
 
-def _regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (name, data offset, size) of each regular file; digests each header with the block before it.
-
-    Reads by `pread`: under `mmap`, a tar that someone truncates meanwhile would end this process with SIGBUS.
-    """
-    window, start, limit = b"", 0, 0
-    position = 0
-    long_name: bytes | None = None
-    pax: dict[bytes, bytes] = {}
-    global_pax: dict[bytes, bytes] = {}
-    while True:
-        data = position + _BLOCK
-        first = position - _BLOCK if position else 0
-        if data > limit:
-            # Small members lie many to a window; behind a large one little more than a header is wanted.
-            window_bytes = 1 << 16 if first - start < 1 << 17 else 1 << 13
-            window, start = os.pread(fd, window_bytes, first), first
-            limit = start + len(window)
-        pair = window[first - start : data - start]
-        digest.update(pair)
-        if data > limit:
-            raise _Damage(f"truncated: no end-of-archive block at byte {position}, the file has {tar_bytes}")
-        header = pair[-_BLOCK:]
-        if header == _END_OF_ARCHIVE:
-            return
-        try:  # the usual layout: six digits of checksum, eleven of size
-            checksum, size = int(header[148:154], 8), int(header[124:135], 8)
-        except ValueError:
-            checksum, size = _number(header[148:156]), _number(header[124:136])
-        if size < 0 or header[135] > 32:
-            size = _number(header[124:136])
-        # The checksum is the sum of all bytes, its own field counted as eight spaces. Adler-32's low half is 1 + the
-        # sum of the bytes modulo 65521, ten times faster than adding them here.
-        field = header[148:156]
-        rest = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * 32
-        if (rest - checksum) % 65521 and (rest - _number(field)) % 65521:
-            raise _Damage(f"no tar header at byte {position}")
-        kind = header[156:157]
-        if kind in _EXTENDED_KINDS:
-            if data + size > tar_bytes:
-                raise _Damage(f"truncated: the extended header at byte {position} needs {size} bytes")
-            if size > _MAX_EXTENDED_BYTES:
-                raise _Damage(f"the extended header at byte {position} has {size} bytes, over {_MAX_EXTENDED_BYTES}")
-            end = data + size
-            content = window[data - start : end - start] if end <= limit else os.pread(fd, size, data)
-            if kind == b"L":
-                long_name = content.partition(b"\0")[0]
-            elif kind == b"g":
-                global_pax |= _pax_records(content, position)
-            elif kind != b"K" and _NEEDED_PAX.search(content):
-                pax = _pax_records(content, position)
-            position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-            continue
-        name = header[:100].partition(b"\0")[0]
-        if header[345] and header[257:263] == b"ustar\0":
-            name = header[345:500].partition(b"\0")[0] + b"/" + name
-        if pax or global_pax or long_name is not None:
-            records = global_pax | pax
-            if any(keyword.startswith(b"GNU.sparse") for keyword in records):
-                kind = b"S"
-            name = records.get(b"path", name if long_name is None else long_name)
-            size = _number(records[b"size"], base=10) if b"size" in records else size
-            long_name, pax = None, {}
-        if kind in _KINDS_WITHOUT_DATA:
-            position = data
-            continue
-        if kind == b"S":
-            raise _Damage(f"sparse file at byte {position}: its data is not in one piece; write it without --sparse")
-        position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
-        if data + size > tar_bytes:
-            raise _Cut(
-                name,
-                f"truncated: {_text(name)!r} needs bytes {data} to {data + size}, the file has {tar_bytes}",
-            )
-        if kind in _REGULAR_KINDS and not name.endswith(b"/"):
-            if size > 2 * _BLOCK:
-                digest.update(os.pread(fd, _BLOCK, data + size // 2))
-            yield name, data, size
-
-
-def _number(field: bytes, base: int = 8) -> int:
-    """A number's digits, padded with spaces and NULs, or GNU's base 256 after the byte 0x80; raises _Damage."""
-    try:
-        number = int(field.rstrip(b"\0 ") or b"0", base)
-    except ValueError:
-        number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
-    if number < 0:
-        raise _Damage(f"no number in the header field {field!r}")
-    return number
-
-
-def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:
-    """The `LENGTH KEYWORD=VALUE` lines of a pax header."""
-    records = {}
-    while content and content[0]:
-        digits, _, _ = content.partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        keyword, equals, value = content[len(digits) + 1 : length].partition(b"=")
-        if not equals or length > len(content) or not value.endswith(b"\n"):
-            raise _Damage(f"malformed pax header at byte {position}")
-        records[keyword] = value[:-1]
-        content = content[length:]
-    return records
-
-
 def _split_name(name: bytes) -> tuple[bytes, bytes] | None:
     base = name.rfind(b"/") + 1
     dot = name.find(b".", base)
     if dot <= base or (name.startswith(b"__") and _METADATA_NAME.match(name)):
         return None
     return name[:dot], name[dot + 1 :].lower()
-
-
-def _text(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape")
 
 
 def _sample_problems(
@@ -280,7 +149,7 @@ def _sample_problems(
     """Names repeated keys, and samples without an image or a caption."""
 
     def named(rows: Sequence[int] | npt.NDArray[np.int64]) -> str:
-        shown = ", ".join(f"{_text(keys[row])!r} at byte {starts[row]}" for row in rows[:_NAMED_PER_PROBLEM])
+        shown = ", ".join(f"{as_text(keys[row])!r} at byte {starts[row]}" for row in rows[:_NAMED_PER_PROBLEM])
         more = len(rows) - _NAMED_PER_PROBLEM
         return f"{shown} and {more} more" if more > 0 else shown
 
