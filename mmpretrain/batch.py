@@ -32,6 +32,8 @@ class Samples:
     """int64 [b], which sample of the data it is; equal ids are copies of one sample."""
     seeds: Tensor
     """int64 [b], the 64 random bits that belong to the row."""
+    groups: Tensor | None = None
+    """int64 [b]; rows with equal numbers belong together (see `data.train.<stream>.group`)."""
     images: Tensor | None = None
     """uint8 [b, 3, h, w]."""
     text: Tensor | None = None

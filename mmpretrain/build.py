@@ -4,17 +4,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmpretrain import distributed, targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.loader import Source, Stream
 from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.subset import select
+from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import EvalSet, check_readable
 from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
-from mmpretrain.models.text import TextTransformer
+from mmpretrain.loading import preprocess_of
+from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 from mmpretrain.schedules import Duration
 from mmpretrain.task import Task
 
@@ -54,8 +58,8 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
     return Task(model, objectives), weights
 
 
-def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> dict[str, Stream]:
-    """The streams that the objectives read; the first one's batch is `trainer.batch_size`.
+def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel) -> dict[str, Stream]:
+    """The streams that the objectives read, for a model's images; the first one's batch is `trainer.batch_size`.
 
     Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
     """
@@ -71,6 +75,11 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> di
                 f"data.train.{name}.batch_size is {batch_size}, but trainer.batch_size = {cfg.trainer.batch_size} is that "
                 "of the first stream that is read; expected the same: leave data.train.<stream>.batch_size null"
             )
+        if stream.synthetic is not None:
+            streams[name] = SyntheticStream(
+                name, batch_size, cfg.run.seed, model.image.image_size, model.num_channels, **stream.synthetic
+            )
+            continue
         streams[name] = Stream(
             name=name,
             sources=_sources(name, stream, cfg.data.root),
@@ -78,7 +87,10 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> di
             seed=cfg.run.seed,
             caption=stream.caption,
             transform=targets.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
-            image_size=image_size,
+            image_size=model.image.image_size,
+            channels=model.num_channels,
+            augment=targets.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
+            group=stream.group,
         )
         streams[name].check_first_sample()
     return streams
@@ -88,23 +100,30 @@ def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
     if (stream.shards is None) == (not stream.sources):
         raise ValueError(f"data.train.{name} needs either shards or sources; give one of them")
     if not stream.sources:
-        return [Source(name, _shards(f"data.train.{name}.shards", stream.shards, root))]
+        shards = _shards(f"data.train.{name}", stream.shards, root, stream.subset)
+        if stream.max_samples is not None:
+            kept = np.arange(shards.num_stored) if shards.kept is None else shards.kept
+            shards = Shards(shards.paths, kept[: stream.max_samples])
+        return [Source(name, shards)]
     return [
         Source(
-            source_name, _shards(f"data.train.{name}.sources.{source_name}.shards", source.shards, root), source.weight
+            source_name,
+            _shards(f"data.train.{name}.sources.{source_name}", source.shards, root, source.subset),
+            source.weight,
         )
         for source_name, source in stream.sources.items()
     ]
 
 
-def _shards(key: str, shards: str | list[str], root: str | None) -> Shards:
+def _shards(key: str, shards: str | list[str], root: str | None, subset: str | None = None) -> Shards:
     try:
-        return Shards(expand_shards(shards, root))
+        everything = Shards(expand_shards(shards, root))
+        return everything if subset is None else Shards(everything.paths, select(everything, subset))
     except ValueError as error:
-        raise ValueError(f"{key} (data.root={root}): {error}") from error
+        raise ValueError(f"{key}.shards (data.root={root}): {error}") from error
 
 
-def build_tokenizer(node: targets.Node, text: TextTransformer | None) -> Tokenizer:
+def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
     """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder cannot take."""
     tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
     if text is not None and tokenizer.context_length > text.context_length:
@@ -119,13 +138,13 @@ def build_tokenizer(node: targets.Node, text: TextTransformer | None) -> Tokeniz
     return tokenizer
 
 
-def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, image_size: int) -> dict[str, EvalSet]:
-    """The held-out data sets. Raises: ValueError for missing shards, classes or fields."""
+def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel) -> dict[str, EvalSet]:
+    """The held-out data sets, for a model's images. Raises: ValueError for missing shards, classes or fields."""
     eval_sets = {
         name: EvalSet(
             name=name,
-            shards=_shards(f"data.val.{name}.shards", data.shards, root),
-            image_size=image_size,
+            shards=_shards(f"data.val.{name}", data.shards, root),
+            preprocess=preprocess_of(model),
             caption=data.caption,
             label=data.label,
             classes=None

@@ -100,7 +100,7 @@ def write_pairs(root: Path, broken: Sequence[int] = ()) -> Path:
 
 _PRELOADED = (
     "mmpretrain.build",
-    "mmpretrain.load",
+    "mmpretrain.loading",
     "mmpretrain.trainer",
     "torch.nn.parallel",
     "torch.utils.data",

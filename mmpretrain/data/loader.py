@@ -16,18 +16,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmpretrain.batch import Batch, Refused, Samples
-from mmpretrain.data.decode import (
-    BadSample,
-    decode_captions,
-    decode_image,
-)
+from mmpretrain.data.augment import Augmentation, augmented
+from mmpretrain.data.decode import BadSample, decode_captions, decode_image, read_label
 from mmpretrain.data.order import Order, SourceOrder, step_positions
-from mmpretrain.data.shards import Shards
+from mmpretrain.data.shards import Shards, concatenated
 from mmpretrain.data.storage import LocalStorage, Storage
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
-from mmpretrain.seeds import draw, draws, hash64
+from mmpretrain.seeds import draw, draws, hash64, uniform
 
 _MAX_REPLACEMENTS = 20
 _LENGTH_MULTIPLE = 8
@@ -57,6 +54,33 @@ def read_member(shards: Shards, storage: Storage, sample_id: int, extensions: Se
     return storage.read(path, offset, size)
 
 
+class CaptionFields:
+    """Where captions are read from: one field, or several that each sample draws from.
+
+    Args:
+        fields: `txt` or `json.<path>`; a list of them, equally likely; or each with its weight.
+        key: the configuration key, for messages.
+
+    Raises: ValueError for no field, or a weight that is not positive.
+    """
+
+    def __init__(self, fields: str | Sequence[str] | Mapping[str, float], key: str) -> None:
+        weights = dict(fields) if isinstance(fields, Mapping) else dict.fromkeys(_as_list(fields), 1.0)
+        if not weights or not all(isinstance(weight, int | float) and weight > 0 for weight in weights.values()):
+            raise ValueError(f"{key} is {fields!r}; expected a field, a list of them, or fields with positive weights")
+        self._names = list(weights)
+        self._bounds = np.cumsum(list(weights.values())) / sum(weights.values())
+
+    def draw(self, seed: int) -> str:
+        """The field that the sample with this seed takes."""
+        u = uniform(hash64(seed, "caption-field"), 0)
+        return self._names[min(int(np.searchsorted(self._bounds, u, side="right")), len(self._names) - 1)]
+
+
+def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
+    return [fields] if isinstance(fields, str) else fields
+
+
 def read_captions(shards: Shards, storage: Storage, sample_id: int, field: str) -> list[str]:
     """The captions under `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
     return decode_captions(read_member(shards, storage, sample_id, (field.split(".")[0],)), field)
@@ -70,9 +94,13 @@ class Stream:
         sources: where the samples lie.
         batch_size: samples of a step, over all ranks.
         seed: the run's seed.
-        caption: the caption's field, `txt` or `json.<path>`; None for a stream without text.
+        caption: the caption's field, `txt` or `json.<path>`, several of them, or each with the weight it is drawn
+            with; None for a stream without text.
         transform: which part of the image is seen; None for a stream without images.
         image_size: the side of the images, in pixels.
+        channels: of the images: 3, or 1 (grey) or 4 (with transparency).
+        augment: what is done to the cropped image, in this order.
+        group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
     """
 
     def __init__(
@@ -81,9 +109,12 @@ class Stream:
         sources: Sequence[Source],
         batch_size: int,
         seed: int,
-        caption: str | None,
+        caption: str | Sequence[str] | Mapping[str, float] | None,
         transform: Transform | None,
         image_size: int,
+        channels: int = 3,
+        augment: Sequence[Augmentation] = (),
+        group: str | None = None,
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -95,17 +126,21 @@ class Stream:
         self.sources = list(sources)
         if None in weights and len(sources) > 1:
             # Sources without weights are one data set: each sample is seen once an epoch.
-            paths = [source.shards.path(i) for source in sources for i in range(len(source.shards.counts))]
-            self.sources = [Source("+".join(source.name for source in sources), Shards(paths))]
+            self.sources = [
+                Source("+".join(source.name for source in sources), concatenated([s.shards for s in sources]))
+            ]
         self.order = Order(
             [SourceOrder(hash64(seed, name, source.name), source.shards.num_samples) for source in self.sources],
             [1.0 if source.weight is None else source.weight for source in self.sources],
         )
         self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
         self._seed = hash64(seed, name)
-        self._caption = caption
+        self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
         self._transform = transform
         self._image_size = image_size
+        self._channels = channels
+        self._augment = augment
+        self._group = group
         sizes = [source.shards.num_samples for source in self.sources]
         self._first_id = np.cumsum([0, *sizes[:-1]])
         self._storage: Storage = LocalStorage()
@@ -117,14 +152,14 @@ class Stream:
         Raises: ValueError naming what is wrong with the first one, and how to mend it.
         """
         fix = "mend the shards"
-        if self._caption is not None:
+        if self._captions is not None:
             fix = f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or {fix}"
-        for source in self.sources:
+        for i, source in enumerate(self.sources):
             shards = source.shards
             reasons: list[str] = []
             for sample in range(min(_MAX_REPLACEMENTS, shards.num_samples)):
                 try:
-                    self._decode(shards, sample, seed=0)
+                    self._decode(i, sample, seed=0)
                     break
                 except BadSample as error:
                     reasons.append(str(error))
@@ -140,15 +175,23 @@ class Stream:
         shards = self.sources[int(sources[0])].shards
         return f"{shards.path(int(shards.locate(samples)[0][0]))}:{shards.key(int(samples[0]))}"
 
-    def _decode(self, shards: Shards, sample: int, seed: int) -> tuple[Tensor | None, str | None]:
+    def _decode(self, source: int, sample: int, seed: int) -> tuple[Tensor | None, str | None, int]:
+        """(image, caption, group) of one sample. Raises: BadSample."""
+        shards = self.sources[source].shards
         image = caption = None
-        if self._caption is not None:
-            captions = read_captions(shards, self._storage, sample, self._caption)
+        if self._captions is not None:
+            captions = read_captions(shards, self._storage, sample, self._captions.draw(seed))
             caption = captions[draw(hash64(seed, "caption"), 0) % len(captions)]
         if (transform := self._transform) is not None:
             data = read_member(shards, self._storage, sample, IMAGE_EXTENSIONS)
-            image = decode_image(data, lambda height, width: transform(height, width, seed), self._image_size)
-        return image, caption
+            crop = lambda height, width: transform(height, width, seed)  # noqa: E731
+            image = augmented(decode_image(data, crop, self._image_size, self._channels), self._augment, seed)
+        if self._group is None or self._group == "id":
+            return image, caption, int(self._first_id[source]) + sample
+        if self._group == "caption":
+            return image, caption, hash64(caption or "")
+        member = read_member(shards, self._storage, sample, (self._group.split(".")[0],))
+        return image, caption, hash64(read_label(member, self._group))
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
@@ -161,11 +204,12 @@ class Stream:
         images: list[Tensor] = []
         captions: list[str] = []
         used = np.empty(len(positions), dtype=np.int64)
+        groups = np.empty(len(positions), dtype=np.uint64)
         for row, (source, first, seed) in enumerate(zip(sources.tolist(), ids.tolist(), seeds.tolist(), strict=True)):
             shards, sample = self.sources[source].shards, first
             for attempt in range(_MAX_REPLACEMENTS):
                 try:
-                    image, caption = self._decode(shards, sample, seed)
+                    image, caption, groups[row] = self._decode(source, sample, seed)
                     break
                 except BadSample as error:
                     shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
@@ -185,10 +229,13 @@ class Stream:
             positions=torch.from_numpy(positions.copy()),
             ids=torch.from_numpy(used),
             seeds=torch.from_numpy(seeds.view(np.int64)),
+            groups=None if self._group is None else torch.from_numpy(groups.view(np.int64)),
             # Stacked as decoders leave them, channels last: another layout would cost a transposition of every image.
             images=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2) if images else None,
         )
-        return (with_text(samples, captions, tokenizer, text_groups) if captions else samples), refused
+        if not captions:
+            return samples, refused
+        return sorted_by_length(samples, *tokenizer(captions), tokenizer, text_groups), refused
 
 
 def length_cuts(lengths: Tensor, text_groups: int, longest: int) -> tuple[int, ...]:
@@ -204,9 +251,10 @@ def _select(images: Tensor, rows: Tensor) -> Tensor:
     return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
-def with_text(samples: Samples, captions: Sequence[str], tokenizer: Tokenizer, text_groups: int) -> Samples:
-    """`samples` with their captions' tokens, the rows sorted by length for `models.text.by_length`."""
-    text, lengths = tokenizer(captions)
+def sorted_by_length(
+    samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer, text_groups: int
+) -> Samples:
+    """`samples` with their tokens, the rows sorted by length for `models.text.by_length`."""
     by_length = torch.argsort(lengths, stable=True)
     lengths = lengths[by_length]
     cuts = length_cuts(lengths, text_groups, tokenizer.context_length)
@@ -216,6 +264,7 @@ def with_text(samples: Samples, captions: Sequence[str], tokenizer: Tokenizer, t
         positions=samples.positions[by_length],
         ids=samples.ids[by_length],
         seeds=samples.seeds[by_length],
+        groups=None if samples.groups is None else samples.groups[by_length],
         images=None if samples.images is None else _select(samples.images, by_length),
         text=padded,
         lengths=lengths,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmpretrain import checkpoint, config, targets
-from mmpretrain.load import load_checkpoint
+from mmpretrain.loading import load_checkpoint
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
