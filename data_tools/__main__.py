@@ -1,5 +1,6 @@
 """The command line: `python -m data_tools COMMAND`."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated

@@ -13,6 +13,7 @@ from mmpretrain.config import EvalSetConfig, EvaluateConfig
 from mmpretrain.evals.evaluation import Context, evaluate
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.metrics import print_results
+from mmpretrain.precision import autocast
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,14 +14,24 @@ from omegaconf import DictConfig
 
 from mmpretrain import build, checkpoint, command, config, distributed, dry_run, report, targets, usage
 from mmpretrain.config import TrainConfig
+from mmpretrain.data.loader import Stream
+from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FILE
 from mmpretrain.metrics import MetricsWriter, print_results
+from mmpretrain.precision import autocast
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.task import Task
-from mmpretrain.trainer import Trainer, TrainerOptions, check_fingerprint, clock_of
+from mmpretrain.trainer import (
+    Trainer,
+    TrainerOptions,
+    check_fingerprint,
+    clock_of,
+    count_micro_batches,
+    first_micro_batch,
+)
 
 log = logging.getLogger(__name__)
 

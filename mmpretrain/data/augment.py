@@ -21,7 +21,7 @@ def augmented(image: Tensor, augmentations: Sequence[Augmentation], seed: int) -
         return image
     own = hash64(seed, "augment")
     random.seed(own)
-    np.random.seed(own % 2**32)
+    np.random.seed(own % 2**32)  # noqa: NPY002, what timm draws from
     with torch_seed(own):
         for augmentation in augmentations:
             image = augmentation(image)

@@ -55,7 +55,8 @@ class Embedded:
     """A data set in the shared space, the same on every rank, in the data's order.
 
     `images` [n, e] and `texts` [m, e] of unit length, float32; a text is there once, however many images it
-    describes, and `captions` [m] says it. `samples` int64 [n]: which samples of the data set the images are. `pairs` int64 [p, 2]: (image, text) that belong together. `labels` int64 [n], -1 where unknown.
+    describes, and `captions` [m] says it. `samples` int64 [n]: which samples of the data set the images are.
+    `pairs` int64 [p, 2]: (image, text) that belong together. `labels` int64 [n], -1 where unknown.
     `refused`: samples that could not be read, which are left out.
     """
 

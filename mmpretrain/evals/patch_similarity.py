@@ -32,7 +32,7 @@ class PatchSimilarity:
         model, embedded = context.model, context.embedded(name)
         if not distributed.is_main():
             return {}
-        text_of = {image: text for image, text in reversed(embedded.pairs.tolist())}
+        text_of = dict(reversed(embedded.pairs.tolist()))
         count = min(self.num_images, len(embedded.images))
         rows = torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist()
         images = torch.stack([context.image(name, row) for row in rows])

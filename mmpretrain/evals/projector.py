@@ -31,7 +31,7 @@ class Projector:
             return {}
         count = min(self.num_images, len(embedded.images))
         rows = torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist()
-        first_text = {image: text for image, text in reversed(embedded.pairs.tolist())}
+        first_text = dict(reversed(embedded.pairs.tolist()))
         classes = context.sets[name].classes
         labels = []
         for row in rows:
