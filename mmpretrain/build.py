@@ -9,8 +9,8 @@ import torch
 
 from mmpretrain import distributed, targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
-from mmpretrain.data.loader import Source, Stream
 from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.stream import Source, Stream, TarStream
 from mmpretrain.data.subset import select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
 
     Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
     """
-    streams = {}
+    streams: dict[str, Stream] = {}
     for name in names:
         if name not in cfg.data.train:
             known = ", ".join(cfg.data.train) or "none"
@@ -80,7 +80,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
                 name, batch_size, cfg.run.seed, model.image.image_size, model.num_channels, **stream.synthetic
             )
             continue
-        streams[name] = Stream(
+        streams[name] = TarStream(
             name=name,
             sources=_sources(name, stream, cfg.data.root),
             batch_size=batch_size,

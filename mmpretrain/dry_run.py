@@ -106,7 +106,8 @@ def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Op
     probe.grad = torch.zeros_like(probe)
     optimizer = make_optimizer(task)
     options = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "names")}
-    twin = type(optimizer)([{**options, "params": [probe]}])
+    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
+    twin = kind([{**options, "params": [probe]}])
     twin.step()
     state = sum(value.nbytes for value in twin.state[probe].values() if isinstance(value, Tensor))
     return state * sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad) // probe.numel()

@@ -21,13 +21,14 @@ from mmpretrain import build, command, config, usage
 from mmpretrain.checkpoint import write_text
 from mmpretrain.config import EmbedConfig
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.loader import ignore_signals, read_member
+from mmpretrain.data.loader import ignore_signals
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.storage import LocalStorage
+from mmpretrain.data.stream import read_member
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.loading import Loaded, load_checkpoint
-from mmpretrain.precision import autocast
+from mmpretrain.precision import PrecisionName, autocast
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ def run(cfg: EmbedConfig) -> list[Path]:
         raise ValueError("neither images nor texts is given; expected images=<folder or tars>, texts=<file> or both")
     device = build.device_of(cfg.device)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
-    precision = cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+    precision: PrecisionName = (
+        cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+    )
     folder = Path(cfg.output)
     folder.mkdir(parents=True, exist_ok=True)
     written = []

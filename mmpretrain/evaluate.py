@@ -13,7 +13,7 @@ from mmpretrain.config import EvalSetConfig, EvaluateConfig
 from mmpretrain.evals.evaluation import Context, evaluate
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.metrics import print_results
-from mmpretrain.precision import autocast
+from mmpretrain.precision import PrecisionName, autocast
 
 
 def main() -> None:
@@ -43,7 +43,9 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     of_run = loaded.config["data"]
     sets = cfg.data.val or {name: EvalSetConfig(**fields) for name, fields in of_run["val"].items()}
     root = cfg.data.root or of_run["root"]
-    precision = cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+    precision: PrecisionName = (
+        cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+    )
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,

@@ -98,7 +98,7 @@ class MetricsWriter:
     def hparams(self, settings: Mapping[str, HParam], metrics: Sequence[str]) -> None:
         """Show the run in TensorBoard's table of runs: its settings, and the last value of these metrics."""
         for summary in hparams(dict(settings), dict.fromkeys(metrics, 0.0)):
-            self._tensorboard.file_writer.add_summary(summary)
+            self._tensorboard._get_file_writer().add_summary(summary)
 
     def flush(self) -> None:
         """Make sure that everything so far is on disk: a checkpoint that follows promises it."""

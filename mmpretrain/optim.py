@@ -142,10 +142,10 @@ def timm_optimizer(
 
     Raises: ValueError if timm has none of that name or it refuses an argument, and what `parameter_groups` does.
     """
-    known = [name for name in timm.optim.list_optimizers() if not name.startswith("lookahead")]
+    known = [str(each) for each in timm.optim.list_optimizers() if not str(each).startswith("lookahead")]
     if name not in known:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, known)}")
-    kind = timm.optim.get_optimizer_class(name, bind_defaults=True)
+    kind: Callable[..., torch.optim.Optimizer] = timm.optim.get_optimizer_class(name, bind_defaults=True)
     return _built(name, lambda groups: kind(groups, lr=lr, **args), parameters, lr, weight_decay, towers, args)
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from mmpretrain import build, checkpoint, command, config, distributed, dry_run, report, targets, usage
 from mmpretrain.config import TrainConfig
-from mmpretrain.data.loader import Stream
+from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.guards import TrainingError

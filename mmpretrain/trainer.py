@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mmpretrain import checkpoint, distributed, optim, parallel
 from mmpretrain.batch import Batch
-from mmpretrain.data.loader import MicroBatches, StepSampler, Stream, build_loader
+from mmpretrain.data.loader import MicroBatches, StepSampler, build_loader
 from mmpretrain.data.order import step_positions
+from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze

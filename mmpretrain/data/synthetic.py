@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from mmpretrain.batch import Refused, Samples
-from mmpretrain.data.loader import StreamItem, sorted_by_length
 from mmpretrain.data.order import Order, SourceOrder
+from mmpretrain.data.stream import StreamItem, sorted_by_length
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.seeds import draws, hash64
 

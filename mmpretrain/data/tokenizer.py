@@ -19,9 +19,15 @@ class Tokenizer(Protocol):
 
     context_length: int
     vocab_size: int
-    pad_id: int | None
-    end_id: int | None
-    mask_id: int | None
+
+    @property
+    def pad_id(self) -> int | None: ...
+
+    @property
+    def end_id(self) -> int | None: ...
+
+    @property
+    def mask_id(self) -> int | None: ...
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); ids beyond a text's length are padding."""
@@ -45,7 +51,8 @@ class ClipTokenizer:
         self._bpe = SimpleTokenizer()
         self.context_length = context_length
         self.vocab_size: int = self._bpe.vocab_size
-        self.pad_id = self.mask_id = None
+        self.pad_id: int | None = None
+        self.mask_id: int | None = None
         self.end_id: int = self._bpe.eot_token_id
 
     def _encode(self, text: str) -> list[int]:

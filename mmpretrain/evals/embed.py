@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.data.decode import BadSample, read_label
-from mmpretrain.data.loader import ignore_signals, length_cuts, read_captions, read_member
+from mmpretrain.data.loader import ignore_signals
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage, Storage
+from mmpretrain.data.stream import length_cuts, read_captions, read_member
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel

@@ -36,7 +36,7 @@ class TimmEncoder(nn.Module):
     """
 
     trunk: Any  # timm's models share no type that knows their parts
-    head: nn.Module | None = None  # a projection that the model brings along
+    head: nn.Module | None  # a projection that the model brings along
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class TimmEncoder(nn.Module):
             self.trunk = self._create(name, image_size, args or {})
         except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"timm refuses model.image.args {dict(args or {})} for {name!r}: {error}") from error
+        self.head = None
         self._describe(image_size)
         if init == "clip":
             if not self.is_vit:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.decode import decode_image
-from mmpretrain.data.loader import Source, Stream, build_loader, length_cuts, read_captions, with_text
+from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage
+from mmpretrain.data.stream import Source, TarStream, length_cuts, read_captions, sorted_by_length
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.seeds import draw, hash64
@@ -51,12 +52,12 @@ def make_stream(
     transform: Transform | None = None,
     images: bool = True,
     image_size: int = 16,
-) -> Stream:
+) -> TarStream:
     """A stream of one source, or of named ones with weights."""
     named = paths if isinstance(paths, Mapping) else {name: (paths, None)}
     sources = [Source(source, Shards(list(tars)), weight) for source, (tars, weight) in named.items()]
     transform = (transform or RandomResizedCrop((0.5, 1.0), horizontal_flip=0.5)) if images else None
-    return Stream(name, sources, batch_size, seed, caption, transform, image_size)
+    return TarStream(name, sources, batch_size, seed, caption, transform, image_size)
 
 
 def rows_of(samples: Samples) -> dict[int, Row]:
@@ -77,7 +78,7 @@ def tokens_of(tokenizer: ClipTokenizer, shards: Shards, sample: int) -> tuple[in
 
 
 def read_steps(
-    streams: Mapping[str, Stream],
+    streams: Mapping[str, TarStream],
     tokenizer: ClipTokenizer,
     layout: tuple[int, int, int],
     first_step: int,
@@ -105,7 +106,7 @@ def read_steps(
         assert [next(loader, None) for loader in loaders] == [None] * world
 
 
-def read_batches(stream: Stream, tokenizer: ClipTokenizer, num_steps: int, workers: int = 0) -> list[Batch]:
+def read_batches(stream: TarStream, tokenizer: ClipTokenizer, num_steps: int, workers: int = 0) -> list[Batch]:
     batches = iter(build_loader({stream.name: stream}, tokenizer, 0, num_steps, workers=workers))
     try:
         return list(batches)
@@ -250,7 +251,7 @@ def test_a_batch_of_several_streams(tmp_path: Path, tokenizer: ClipTokenizer, la
     images_only = write_tar(tmp_path / "images.tar", [{"jpg": sample["jpg"]} for sample in samples[:30]])
     texts_only = write_tar(tmp_path / "texts.tar", [{"txt": sample["txt"]} for sample in samples[:21]])
 
-    def streams() -> dict[str, Stream]:
+    def streams() -> dict[str, TarStream]:
         return {
             "pairs": make_stream([pairs_only], "pairs", 16),
             "images": make_stream([images_only], "images", 8, caption=None, image_size=24),
@@ -311,8 +312,9 @@ class WordTokenizer:
 def test_rows_are_sorted_by_length_with_all_that_belongs_to_them() -> None:
     lengths = [5, 1, 9, 5, 20, 2, 9, 3]
     numbers = torch.arange(8)
+    words = WordTokenizer()
     samples = Samples(numbers, numbers + 100, numbers + 200, images=numbers.view(8, 1, 1, 1).expand(8, 3, 2, 2))
-    sorted_samples = with_text(samples, ["w " * length for length in lengths], WordTokenizer(), 4)
+    sorted_samples = sorted_by_length(samples, *words(["w " * length for length in lengths]), words, 4)
     order = [1, 5, 7, 0, 3, 2, 6, 4]  # stable
     assert sorted_samples.lengths is not None and sorted_samples.text is not None and sorted_samples.images is not None
     assert sorted_samples.lengths.tolist() == [1, 2, 3, 5, 5, 9, 9, 20]
@@ -325,8 +327,9 @@ def test_rows_are_sorted_by_length_with_all_that_belongs_to_them() -> None:
 
 
 def test_text_is_padded_to_the_last_cut() -> None:
+    words = WordTokenizer()
     samples = Samples(*[torch.arange(3)] * 3)
-    short = with_text(samples, ["a b", "a", "a b c"], WordTokenizer(), 2)
+    short = sorted_by_length(samples, *words(["a b", "a", "a b c"]), words, 2)
     assert short.images is None and short.text is not None
     assert short.text.shape == (3, 8) and short.cuts == (8, 8)
     assert short.text[:, 3:].eq(0).all() and short.text[2, :3].tolist() == [1, 2, 3]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmpretrain import distributed, parallel
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.loader import length_cuts
+from mmpretrain.data.stream import length_cuts
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
