@@ -32,8 +32,6 @@ class Samples:
     """int64 [b], which sample of the data it is; equal ids are copies of one sample."""
     seeds: Tensor
     """int64 [b], the 64 random bits that belong to the row."""
-    groups: Tensor | None = None
-    """int64 [b]; rows with equal numbers belong together (see `data.train.<stream>.group`)."""
     images: Tensor | None = None
     """uint8 [b, 3, h, w]."""
     text: Tensor | None = None
@@ -42,6 +40,8 @@ class Samples:
     """int64 [b], the number of tokens of each row, start and end tokens included."""
     cuts: tuple[int, ...] = ()
     """The length that each of the equal slices of rows (see `models.text.by_length`) is cut to; known on the host."""
+    groups: Tensor | None = None
+    """int64 [b]; rows with equal numbers belong together (see `data.train.<stream>.group`)."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -45,7 +45,7 @@ WRONG_OVERRIDES = {
     "negative weight": ("objective.infonce.weight=-1", "objective.infonce.weight is -1", "not negative"),
     "text for a number": ("optimizer.lr=fast", "optimizer.lr is 'fast'", "expected float"),
     "too short a list": ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]", "expected tuple[float, float]"),
-    "unknown precision": ("trainer.precision=fp8", "trainer.precision", "'fp8'", "bf16, fp32"),
+    "unknown precision": ("trainer.precision=fp8", "trainer.precision", "'fp8'", "bf16, fp16, fp32"),
     "unknown device": ("trainer.device=tpu", "trainer.device is 'tpu'", "auto, cpu or cuda"),
     "nothing where a value must be": ("trainer.duration=null", "trainer.duration", "not Optional"),
     "an argument taken away": ("~optimizer.lr", "optimizer.lr is missing", "expected float"),

@@ -48,6 +48,8 @@ def _image_lack(image: TimmEncoder) -> str | None:
         return f"expected global_pool token and one class token, got {trunk.global_pool} and {image.num_prefix_tokens}"
     if not isinstance(trunk.norm_pre, nn.LayerNorm) or trunk.patch_embed.proj.bias is not None:
         return "expected a norm before the blocks and patches without bias, as timm's vit_*_clip_* have them"
+    if not isinstance(trunk.blocks[0].mlp.act, nn.GELU):
+        return f"expected GELU, got {type(trunk.blocks[0].mlp.act).__name__}"
     if not isinstance(trunk.blocks[0].ls1, nn.Identity) or not isinstance(trunk.blocks[0].attn.q_norm, nn.Identity):
         return "expected blocks without layer scale and without norms of queries and keys"
     return None
@@ -156,6 +158,7 @@ def _config_of_shapes(model: ImageTextModel) -> dict[str, Any]:
             "layers": len(blocks),
             "head_width": image.width // blocks[0].attn.num_heads,
             "mlp_ratio": blocks[0].mlp.fc1.out_features / image.width,
+            "norm_kwargs": {"eps": image.trunk.norm.eps},
         },
         "text_cfg": {
             "context_length": text.context_length,

@@ -5,12 +5,13 @@ import multiprocessing
 import os
 import pickle
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmpretrain.batch import Batch, Samples
@@ -48,7 +49,7 @@ def make_stream(
     name: str = "pairs",
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
-    caption: str | None = "txt",
+    caption: object = "txt",
     transform: Transform | None = None,
     images: bool = True,
     image_size: int = 16,
@@ -57,7 +58,7 @@ def make_stream(
     named = paths if isinstance(paths, Mapping) else {name: (paths, None)}
     sources = [Source(source, Shards(list(tars)), weight) for source, (tars, weight) in named.items()]
     transform = (transform or RandomResizedCrop((0.5, 1.0), horizontal_flip=0.5)) if images else None
-    return TarStream(name, sources, batch_size, seed, caption, transform, image_size)
+    return TarStream(name, sources, batch_size, seed, caption, transform, image_size)  # type: ignore[arg-type]
 
 
 def rows_of(samples: Samples) -> dict[int, Row]:
@@ -585,3 +586,80 @@ def test_a_bad_first_sample_alone_stops_nothing(tmp_path: Path, tokenizer: ClipT
     stream = make_stream([write_tar(tmp_path / "0.tar", samples)], batch_size=5)
     stream.check_first_sample()
     assert {int(refusal.key) for refusal in read_batches(stream, tokenizer, 1)[0].refused} == {0, 1}
+
+
+# ---------------------------------------------------------------- captions, groups and channels
+
+
+def test_captions_are_drawn_from_fields_by_their_weights(tokenizer: ClipTokenizer, tmp_path: Path) -> None:
+    samples = make_samples(400)
+    for number, sample in enumerate(samples):
+        sample["txt"], sample["json"] = f"plain {number}", {"made": f"made {number}"}
+    paths = write_tars(tmp_path, samples, [400])
+    stream = make_stream(paths, batch_size=100, caption={"txt": 1.0, "json.made": 3.0}, images=False)
+    texts = []
+    for batch in read_batches(stream, tokenizer, 4):
+        part = batch.streams["pairs"]
+        assert part.text is not None and part.lengths is not None
+        texts += [tokenizer.decode(row[:length].tolist()) for row, length in zip(part.text, part.lengths.tolist())]
+    made = sum(text.startswith("made") for text in texts)
+    assert len(texts) == 400
+    assert abs(made - 300) < 4 * (400 * 0.75 * 0.25) ** 0.5, "four deviations"
+    again = make_stream(paths, batch_size=100, caption={"txt": 1.0, "json.made": 3.0}, images=False)
+    assert [rows_of(b.streams["pairs"]) for b in read_batches(stream, tokenizer, 4)] == [
+        rows_of(b.streams["pairs"]) for b in read_batches(again, tokenizer, 4)
+    ]
+
+
+@pytest.mark.parametrize("caption", [{}, [], {"txt": 0}, {"txt": -1.0}, {"txt": "much"}])
+def test_captions_without_a_field_or_weight_are_refused(tars: list[str], caption: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.train\.pairs\.caption is .*; expected a field, a list of them, or fields"
+    ):
+        make_stream(tars, caption=caption)
+
+
+@pytest.mark.parametrize(
+    ("group", "same"),
+    [
+        ("json.label", lambda a, b: a % 3 == b % 3),
+        ("cls", lambda a, b: a % 2 == b % 2),
+        ("caption", lambda a, b: a % 4 == b % 4),
+        ("id", lambda a, b: a == b),
+    ],
+)
+def test_samples_of_one_group_share_a_number(
+    group: str, same: Callable[[int, int], bool], tokenizer: ClipTokenizer, tmp_path: Path
+) -> None:
+    samples = make_samples(12)
+    for number, sample in enumerate(samples):
+        sample |= {"json": {"label": f"class {number % 3}"}, "cls": str(number % 2), "txt": f"text {number % 4}"}
+    sources = [Source("a", Shards(write_tars(tmp_path, samples, [12])))]
+    stream = TarStream("pairs", sources, 12, 0, "txt", RandomResizedCrop(), 16, group=group)
+    (batch,) = read_batches(stream, tokenizer, 1)
+    part = batch.streams["pairs"]
+    assert part.groups is not None
+    for a, group_a in zip(part.ids.tolist(), part.groups.tolist(), strict=True):
+        for b, group_b in zip(part.ids.tolist(), part.groups.tolist(), strict=True):
+            assert (group_a == group_b) == same(a, b)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_have_the_models_channels(channels: int, tokenizer: ClipTokenizer, tmp_path: Path) -> None:
+    rgba = np.dstack([smooth_pixels(16, 16), np.full((16, 16), 77, np.uint8)])
+    samples: list[Sample] = [
+        {"png": encode(Image.fromarray(rgba), "PNG"), "txt": "transparent"},
+        {"jpg": encode(smooth_pixels(16, 16)), "txt": "opaque"},
+    ]
+    sources = [Source("a", Shards(write_tars(tmp_path, samples, [2])))]
+    stream = TarStream("pairs", sources, 2, 0, "txt", CenterCrop(), 16, channels=channels)
+    (batch,) = read_batches(stream, tokenizer, 1)
+    part = batch.streams["pairs"]
+    assert part.images is not None
+    assert part.images.shape == (2, channels, 16, 16)
+    transparent = part.images[part.ids.tolist().index(0)]
+    if channels == 4:
+        assert transparent[3].unique().tolist() == [77]
+    if channels == 1:
+        flat = Image.alpha_composite(Image.new("RGBA", (16, 16), "white"), Image.fromarray(rgba)).convert("RGB")
+        assert torch.equal(transparent[0], torch.from_numpy(np.array(flat.convert("L"))))
