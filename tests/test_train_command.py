@@ -233,6 +233,21 @@ def test_an_objective_of_ones_own_is_checked_like_the_others(
     assert_refused(finished, *fragments)
 
 
+def test_the_readmes_python_finds_the_picture_that_a_caption_means(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=8epochs", "run.dir=runs/quickstart/default")
+    assert finished.code == 0, finished.stderr
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (photos / f"{name}.png").write_bytes(runs.png(7, colour))
+    (example,) = re.findall(r"```python\n(from pathlib.*?)```", README.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == ["a red circle -> one.png", "a blue square -> two.png"]
+
+
 # ---------------------------------------------------------------------------------------------- names and sweeps
 
 # The tiny model as an experiment of the user's, so that the names of its runs are made of few overrides.
