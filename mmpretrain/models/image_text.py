@@ -44,6 +44,10 @@ class TextEncoder(Protocol):
     width: int
     causal: bool
     projects: bool
+    pad_id: int | None
+    """The padding that it looks at; None where padding cannot matter."""
+    end_id: int | None
+    """The token whose state it pools, by its id; None where the last token is pooled, whatever it is."""
 
     def __call__(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding: ...
 

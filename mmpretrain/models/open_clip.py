@@ -216,6 +216,8 @@ class OpenClipText(nn.Module):
         self.causal = text.attn_mask is not None
         # Behind a causal mask nothing after the end token matters. SigLIP's towers look at padding, and need it all.
         self._ignores_padding = self.causal and text.cls_emb is None and text.pool_type in ("argmax", "eos", "first")
+        self.pad_id: int | None = None if self._ignores_padding else text.pad_id
+        self.end_id: int | None = text.eos_id if text.pool_type == "eos" else None
 
     def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Token embeddings [b, l, d] -> [b, l, d]."""
@@ -254,6 +256,7 @@ class OpenClipHFText(nn.Module):
     projects = True
     prefix = "text."
     causal = False
+    pad_id = end_id = None
 
     def __init__(self, text: HFTextEncoder) -> None:
         super().__init__()

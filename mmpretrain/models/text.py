@@ -94,6 +94,7 @@ class TextTransformer(nn.Module):
     """
 
     projects = False
+    pad_id = end_id = None
 
     def __init__(
         self,

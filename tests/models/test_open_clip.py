@@ -104,3 +104,104 @@ def test_a_full_size_model_by_name_is_open_clips() -> None:
         expected_text = theirs.encode_text(ids, normalize=True)
     torch.testing.assert_close(ours.embed_images(images), expected_image, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.embed_texts(ids, torch.tensor([4, 7])), expected_text, rtol=0, atol=1e-5)
+
+
+def hugging_face_folder(folder: Path) -> Path:
+    """A small BERT's configuration and weights, made on the spot."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=100, max_position_embeddings=24, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pooler", ["mean_pooler", "cls_last_hidden_state_pooler"])
+def test_a_text_tower_of_hugging_face(pooler: str, tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path)
+    text = {"hf_model_name": str(folder), "hf_pooler_type": pooler, "hf_proj_type": "linear", "context_length": 24}
+    arguments = {"vision": SMALL_VIT, "text": text}
+    config = exporter.model_config("ViT-B-32", **arguments)
+    towers = {"vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]}
+    theirs = open_clip.create_model("ViT-B-32", pretrained_text=False, **towers).eval()
+    ours = ours_with_weights_of(theirs, "ViT-B-32", arguments)
+    lengths = torch.tensor([3, 9, 14])
+    ids = torch.randint(1, 100, (3, 24)) * (torch.arange(24) < lengths[:, None])  # BERT's padding is 0
+    with torch.no_grad():
+        expected = theirs.encode_text(ids, normalize=True)
+        text_rows = ours.project_text(ours.encode_text(ids[:, :16], lengths, (16,)).pooled)
+    torch.testing.assert_close(text_rows, expected, rtol=0, atol=1e-5)
+    exported = exporter.to_open_clip(ours)
+    assert set(exported) == set(theirs.state_dict())
+
+
+def random_mask(b: int, num_patches: int, num_keep: int) -> PatchMask:
+    order = torch.stack([torch.randperm(num_patches) for _ in range(b)])
+    return PatchMask(order[:, :num_keep], None, order.argsort(1) >= num_keep)
+
+
+def test_kept_patches_are_encoded_as_if_there_were_no_others() -> None:
+    model = open_clip_model("ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT).eval().double()
+    encoder = model.image
+    assert isinstance(encoder, OpenClipVision) and encoder.num_patches == 16
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    everything = PatchMask(torch.arange(16).expand(2, 16), None, torch.zeros(2, 16, dtype=torch.bool))
+    torch.testing.assert_close(encoder(images, everything).pooled, encoder(images).pooled)
+    mask = random_mask(2, 16, 5)
+    changed = images.clone()
+    hidden = mask.hidden.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    changed[hidden.expand_as(changed)] += 1.0
+    torch.testing.assert_close(encoder(changed, mask).tokens, encoder(images, mask).tokens, rtol=0, atol=0)
+    assert not torch.equal(encoder(changed).pooled, encoder(images).pooled)
+
+
+def test_ragged_masks_never_see_filler() -> None:
+    model = open_clip_model("ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT).eval().double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    ragged = random_mask(2, 16, 9)
+    ragged = PatchMask(ragged.keep, torch.tensor([4, 9]), ragged.hidden)
+    both = model.image(images, ragged)
+    for row, kept in enumerate((4, 9)):
+        alone = model.image(
+            images[row : row + 1], PatchMask(ragged.keep[row : row + 1, :kept], None, ragged.hidden[:1])
+        )
+        torch.testing.assert_close(both.pooled[row], alone.pooled[0])
+        torch.testing.assert_close(both.tokens[row, : 1 + kept], alone.tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("ViT-B-31", {}, r"^model\.name is 'ViT-B-31'; expected a model of open_clip, such as ViT-B-32"),
+        ("coca_ViT-B-32", {}, r"^model\.name=coca_ViT-B-32 is a CoCa; expected a model of two towers"),
+        ("ViT-B-32", {"vision": {"widht": 3}}, r"^open_clip refuses model\.name=ViT-B-32 with .*'widht'"),
+        ("local-dir:/nowhere", {}, r"expected a model of open_clip, .*local-dir:<folder with open_clip_config\.json>"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused_by_name_and_reason(
+    name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_clip_model(name, **arguments)
+
+
+def test_a_resnet_refuses_masks_by_name() -> None:
+    model = open_clip_model("RN50", **MODELS["RN50"]).eval()
+    with pytest.raises(ValueError, match="open_clip's ModifiedResNet cannot drop patches; expected a ViT"):
+        model.image(torch.zeros(1, 3, 64, 64), random_mask(1, 4, 2))
+
+
+def test_a_model_in_a_folder(tmp_path: Path) -> None:
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": SMALL_VIT, "text_cfg": {**SMALL_TEXT, "vocab_size": 90}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model = open_clip_model(f"local-dir:{tmp_path}", context_length=20)
+    assert isinstance(model.text, OpenClipText)
+    assert (model.embed_dim, model.text.vocab_size, model.text.context_length) == (24, 90, 20)
+
+
+def test_pixels_are_normalised_and_cropped_as_open_clip_says() -> None:
+    siglip = open_clip_model("ViT-B-16-SigLIP", **MODELS["ViT-B-16-SigLIP"])
+    assert siglip.squash
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    torch.testing.assert_close(siglip.normalize(white), torch.ones(1, 3, 2, 2))
+    assert not open_clip_model("ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT).squash
