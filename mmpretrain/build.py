@@ -135,14 +135,14 @@ def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
         raise ValueError(
             f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
         )
-    for what, wanted, given in (
-        ("padding", text and text.pad_id, tokenizer.pad_id),
-        ("end token", text and text.end_id, tokenizer.end_id),
+    for key, wanted, given in (
+        ("pad_id", text and text.pad_id, tokenizer.pad_id),
+        ("eos_id", text and text.end_id, tokenizer.end_id),
     ):
         if wanted is not None and given != wanted:
             raise ValueError(
-                f"the tokenizer's {what} has the id {given}, and the text encoder expects {wanted}; give data.tokenizer "
-                f"one with that id, or the encoder that of the tokenizer: model.text.{'pad_id' if what == 'padding' else 'eos_id'}"
+                f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "
+                f"model.text.{key}={given}, or another data.tokenizer"
             )
     return tokenizer
 

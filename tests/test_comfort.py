@@ -159,7 +159,8 @@ def test_a_part_that_is_not_there_is_told(pairs: Path, tmp_path: Path) -> None:
 def test_everything_at_once_is_resumed_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
     settings = (
         "trainer.duration=10steps", "trainer.ema_decay=0.9", "trainer.precision=fp16", "checkpoint.every=2steps",
-        "trainer.freeze={text: 5steps}", "optimizer=timm", "optimizer.name=lamb", "checkpoint.best=eval-val/image_retrieval_recall@5",
+        "trainer.freeze={text: 5steps}", "optimizer=timm", "optimizer.name=lamb",
+        "checkpoint.best=eval-val/image_retrieval_recall@5",
         "objective.infonce.positives=group", "data.train.pairs.group=json.label", "augmentation=color_jitter",
         "data.train.pairs.caption={txt: 1, json.caption: 3}",
     )  # fmt: skip

@@ -75,7 +75,7 @@ def test_training_sees_exactly_those_in_an_order_that_resumes(shards: Shards) ->
     kept = Shards(shards.paths, wanted)
     steps = epoch(kept, 0, 15)
     for start in (0, 5, 10):  # 20 samples: five steps an epoch
-        assert sorted(sum(steps[start : start + 5], [])) == list(range(20))
+        assert sorted(sample for step in steps[start : start + 5] for sample in step) == list(range(20))
     for first_step in (1, 7, 13):
         assert epoch(kept, first_step, 15) == steps[first_step:]
 

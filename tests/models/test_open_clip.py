@@ -1,5 +1,6 @@
 """open_clip's models behind our interface: the same embeddings, masks, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mmpretrain.exporters import open_clip as exporter
+from mmpretrain.masking import PatchMask
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.models.open_clip import open_clip_model
+from mmpretrain.models.open_clip import OpenClipText, OpenClipVision, open_clip_model
 
 # The towers' kinds at small sizes: what differs between the five is kept, depth and width are not.
 SMALL_VIT = {"layers": 2, "width": 64, "head_width": 32, "image_size": 32, "patch_size": 8}
