@@ -67,6 +67,30 @@ def sigmoid_loss(
     return -terms.sum() / len(logits)
 
 
+def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | None = None) -> Tensor:
+    """The normalised temperature-scaled cross-entropy of two views (SimCLR, Chen et al. 2020, equation 1).
+
+    L = -1/2B sum_i log [ exp(<z_i, z_j(i)> / tau) / sum_{k != i} exp(<z_i, z_k> / tau) ]
+
+    Args:
+        first, second: z, [B, e] of unit length; row i of both is one image, so that j(i) is its other view.
+        temperature: tau.
+        ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
+
+    Returns: a scalar.
+    """
+    rows = torch.cat([first, second])
+    logits = rows @ rows.T / temperature
+    b = len(first)
+    partner = torch.arange(2 * b, device=rows.device).roll(b)
+    left_out = torch.eye(2 * b, dtype=torch.bool, device=rows.device)
+    if ids is not None:
+        both = torch.cat([ids, ids])
+        left_out |= both[:, None] == both[None, :]
+        left_out[torch.arange(2 * b, device=rows.device), partner] = False
+    return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
+
+
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Images [b, c, h, w] -> patches [b, N, p_h p_w c], pixels row by row with their channels together (MAE's layout).
 

@@ -1,7 +1,9 @@
 """Which patches are hidden: pure functions of per-sample seeds, on the CPU or on the device."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mmpretrain.seeds import hash64, torch_draws, torch_uniform
@@ -23,15 +25,112 @@ class PatchMask:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """A way to draw patch masks: the name it is drawn under, and the smallest and largest part that is hidden."""
+    """A way to draw patch masks.
+
+    `name`: what it is drawn under. `ratio`: the smallest and largest part that is hidden. `kind`: `random`, or `block`:
+    what stays is one rectangle of the grid.
+    """
 
     name: str
     ratio: tuple[float, float]
+    kind: Literal["random", "block"] = "random"
+
+
+@dataclass(frozen=True)
+class TokenMaskSpec:
+    """A way to hide tokens for masked language modelling (BERT, Devlin et al. 2019; drawn anew each time, RoBERTa).
+
+    `name`: what it is drawn under. `ratio`: the part that is chosen. Of the chosen ones `replaced` become the mask
+    token, `randomised` any token, and the rest stay as they are. `whole_words`: a word is chosen as a whole.
+    """
+
+    name: str
+    ratio: float
+    mask_id: int
+    vocab_size: int
+    replaced: float = 0.8
+    randomised: float = 0.1
+    whole_words: bool = False
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """Token ids int64 [b, L] with some of them hidden, and which were chosen, bool [b, L]."""
+
+    ids: Tensor
+    chosen: Tensor
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
     """How many of `num_patches` stay when `ratio` is hidden: rounded, since int() would floor floats; at least one."""
     return max(1, round(num_patches * (1 - ratio)))
+
+
+def mask_tokens(ids: Tensor, lengths: Tensor, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None) -> TokenMask:
+    """Choose tokens to predict, and hide most of them.
+
+    Every token but a row's first and last (start and end) is chosen with probability `ratio`, whatever the padded
+    shape, the row's place or the device.
+
+    Args:
+        ids: int64 [b, L]; lengths: int64 [b]; seeds: int64 [b].
+        spec: how; with `whole_words` all tokens of a word share their first one's fate.
+        word_starts: bool [b, L], where a word begins; needed for whole words.
+
+    Raises: ValueError if whole words are asked for and `word_starts` is None.
+    """
+    b, length = ids.shape
+    u_chosen = torch_uniform(seeds, length, hash64("token-chosen", spec.name))
+    u_action = torch_uniform(seeds, length, hash64("token-action", spec.name))
+    others = torch_draws(seeds, length, hash64("token-other", spec.name)).remainder(spec.vocab_size)
+    columns = torch.arange(length, device=ids.device)
+    if spec.whole_words:
+        if word_starts is None:
+            raise ValueError("whole words are to be hidden, but the tokenizer does not say where they begin")
+        first = torch.where(word_starts, columns, 0).cummax(dim=1).values
+        u_chosen, u_action = u_chosen.gather(1, first), u_action.gather(1, first)
+    can_be_chosen = (columns > 0) & (columns < (lengths - 1)[:, None])
+    chosen = can_be_chosen & (u_chosen < spec.ratio)
+    replaced = chosen & (u_action < spec.replaced)
+    randomised = chosen & ~replaced & (u_action < spec.replaced + spec.randomised)
+    hidden = torch.where(replaced, torch.full_like(ids, spec.mask_id), ids)
+    return TokenMask(torch.where(randomised, others, hidden), chosen)
+
+
+def patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) -> PatchMask:
+    """The mask that `spec` draws for each sample, seeds int64 [b], on a grid of (rows, columns) patches."""
+    if spec.kind == "block":
+        return block_patch_mask(seeds, grid_size, spec)
+    return random_patch_mask(seeds, grid_size[0] * grid_size[1], spec)
+
+
+def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) -> PatchMask:
+    """Keep one rectangle of patches, anywhere in the grid (FLIP, Li et al. 2023, table 2: block masking).
+
+    Args:
+        seeds: int64 [b].
+        grid_size: rows and columns.
+        spec: its smallest ratio counts; the rectangle has the grid's proportions, and random patches of its border
+            row make its number of patches exact.
+    """
+    rows, columns = grid_size
+    kept = num_kept(rows * columns, spec.ratio[0])
+    height = max(1, min(rows, round((kept * rows / columns) ** 0.5)))
+    width = min(columns, -(-kept // height))
+    height = -(-kept // width)
+    u = torch_uniform(seeds, 2, hash64("block-mask", spec.name))
+    top = (u[:, 0] * (rows - height + 1)).long()
+    left = (u[:, 1] * (columns - width + 1)).long()
+    place = torch.arange(rows * columns, device=seeds.device)
+    row, column = place // columns, place % columns
+    inside = (
+        (row >= top[:, None]) & (row < top[:, None] + height) & (column >= left[:, None]) & (column < left[:, None] + width)
+    )
+    # Inside first, in their order; of the rectangle's last row only as many as are to stay.
+    order = (~inside).long().mul(rows * columns).add(place).argsort(dim=1)
+    keep = order[:, :kept]
+    hidden = torch.ones_like(inside).scatter(1, keep, False)
+    return PatchMask(keep, None, hidden)
 
 
 def random_patch_mask(seeds: Tensor, num_patches: int, spec: MaskSpec) -> PatchMask:

@@ -25,21 +25,24 @@ class TextEncoding:
     lengths: Tensor
 
 
-def by_length(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Tensor:
+def by_length(
+    fn: Callable[..., Tensor], rows: Tensor, lengths: Tensor, cuts: Sequence[int], *others: Tensor
+) -> Tensor:
     """Apply `fn` to equal slices of rows, each cut to its own longest, and pad the results back to one tensor.
 
     Args:
-        fn: (rows [b / groups, l, ...], lengths [b / groups]) -> [b / groups, l, d].
+        fn: (rows [b / groups, l, ...], lengths [b / groups], others' slices) -> [b / groups, l, d].
         rows: [b, L, ...], sorted by length.
         lengths: int64 [b].
         cuts: what each of the `len(cuts)` slices is cut to; known on the host, so that nothing synchronises.
+        others: [b, ...], what else belongs to the rows; sliced alike and not cut.
 
     Returns: [b, L, d], zero beyond each slice's cut.
     """
     parts = [
-        F.pad(fn(slice_rows[:, :cut], slice_lengths), (0, 0, 0, rows.shape[1] - cut))
-        for slice_rows, slice_lengths, cut in zip(
-            rows.tensor_split(len(cuts)), lengths.tensor_split(len(cuts)), cuts, strict=True
+        F.pad(fn(slice_rows[:, :cut], slice_lengths, *slice_others), (0, 0, 0, rows.shape[1] - cut))
+        for cut, slice_rows, slice_lengths, *slice_others in zip(
+            cuts, *(tensor.tensor_split(len(cuts)) for tensor in (rows, lengths, *others)), strict=True
         )
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

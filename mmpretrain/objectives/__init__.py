@@ -7,12 +7,17 @@ the heads that it alone uses. No objective knows of ranks, micro-batches or othe
 from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.masking import MaskSpec, PatchMask
+from mmpretrain.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec
 from mmpretrain.models.text import TextEncoding
 from mmpretrain.models.vit import ImageEncoding
+
+
+Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+"""A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
 
 
 class Encodings(Protocol):
@@ -24,7 +29,10 @@ class Encodings(Protocol):
     def pixels(self, stream: str) -> Tensor: ...
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask: ...
     def image(self, stream: str, mask: MaskSpec | None = None) -> ImageEncoding: ...
-    def text(self, stream: str) -> TextEncoding: ...
+    def view(self, stream: str, number: int) -> ImageEncoding: ...
+    def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask: ...
+    def text(self, stream: str, mask: TokenMaskSpec | None = None) -> TextEncoding: ...
+    def token_logits(self, states: Tensor) -> Tensor: ...
     def image_embedding(self, stream: str) -> Tensor: ...
     def text_embedding(self, stream: str) -> Tensor: ...
 
@@ -39,8 +47,8 @@ class IndependentObjective(Protocol):
         """The number of terms of a micro-batch, a scalar, from seeds and masks alone: no encoder runs for it."""
         ...
 
-    def loss(self, encodings: Encodings) -> Tensor:
-        """The SUM over the micro-batch's terms, a scalar."""
+    def loss(self, encodings: Encodings) -> Terms:
+        """The SUM over the micro-batch's terms, a scalar; further sums beside it are shown per term."""
         ...
 
 
@@ -61,3 +69,9 @@ class CoupledObjective(Protocol):
 Objective = IndependentObjective | CoupledObjective
 Couple = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
 """(objective, rows of this micro-batch, shared) -> (d loss / d rows, d loss / d shared)."""
+
+
+def next_tokens(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """What is predicted at each place but the last: (the token after it int64 [b, L - 1], whether there is one, bool)."""
+    places = torch.arange(ids.shape[1] - 1, device=ids.device)
+    return ids[:, 1:], places < (lengths - 1)[:, None]

@@ -1,0 +1,95 @@
+"""Decoders of text over image tokens: CoCa's (Yu et al. 2022) and CapPa's (Tschannen et al. 2023)."""
+
+import torch
+from torch import Tensor, nn
+
+from mmpretrain.models.attention import attention
+from mmpretrain.models.text import Block
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of one sequence to another."""
+
+    def __init__(self, width: int, context_width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width, 2 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [b, L, d], context [b, N, c] -> [b, L, d]."""
+        b, length, width = x.shape
+        head = width // self.num_heads
+        q = self.query(x).view(b, length, self.num_heads, head).transpose(1, 2)
+        kv = self.key_value(context).view(b, context.shape[1], 2, self.num_heads, head).permute(2, 0, 3, 1, 4)
+        out = attention(q, kv[0], kv[1])
+        return self.out_proj(out.transpose(1, 2).reshape(b, length, width))
+
+
+class AttentionPooler(nn.Module):
+    """Learned queries that look at a sequence (CoCa, section 3.2): N tokens become as many as there are queries."""
+
+    def __init__(self, width: int, context_width: int, num_queries: int, num_heads: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(num_queries, width) * width**-0.5)
+        self.norm_context = nn.LayerNorm(context_width)
+        self.attention = CrossAttention(width, context_width, num_heads)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """[b, N, c] -> [b, num_queries, d]."""
+        queries = self.queries.to(context.dtype).expand(len(context), -1, -1)
+        return self.norm(self.attention(queries, self.norm_context(context)))
+
+
+class FusionBlock(nn.Module):
+    """Self-attention over text and an MLP, then attention to the image's tokens and an MLP."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.text = Block(width, num_heads, mlp_ratio)
+        self.norm_cross = nn.LayerNorm(width)
+        self.cross = CrossAttention(width, width, num_heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, context: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """x [b, L, d], context [b, N, d] -> [b, L, d]; attn_mask as in `models.text.SelfAttention`."""
+        x = self.text(x, attn_mask, is_causal)
+        x = x + self.cross(self.norm_cross(x), context)
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class FusionDecoder(nn.Module):
+    """Text states that look at image tokens, layer by layer.
+
+    Args:
+        width, depth, num_heads: its shape.
+        image_width: of the image's tokens.
+        num_queries: image tokens are pooled into so many first; 0 takes them as they are.
+    """
+
+    def __init__(self, width: int, depth: int, num_heads: int, image_width: int, num_queries: int) -> None:
+        super().__init__()
+        self.pooler = AttentionPooler(width, image_width, num_queries, num_heads) if num_queries else None
+        self.image_proj = nn.Linear(image_width, width) if not num_queries else None
+        self.blocks = nn.ModuleList(FusionBlock(width, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        branch_std = width**-0.5 * (2 * depth) ** -0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=width**-0.5)
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            nn.init.normal_(block.text.attn.in_proj_weight, std=width**-0.5)  # type: ignore[union-attr, arg-type]
+            for linear in (block.text.attn.out_proj, block.cross.out_proj, block.text.mlp.c_proj, block.mlp[2]):  # type: ignore[union-attr, index]
+                nn.init.normal_(linear.weight, std=branch_std)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, x: Tensor, image_tokens: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """x [b, L, d], image_tokens [b, N, c] -> [b, L, d]."""
+        context = self.image_proj(image_tokens) if self.pooler is None else self.pooler(image_tokens)  # type: ignore[misc]
+        for block in self.blocks:
+            x = block(x, context, attn_mask, is_causal)
+        return self.norm(x)

@@ -1,0 +1,92 @@
+"""Captions from images: CoCa's decoder (Yu et al. 2022), and CapPa's parallel prediction (Tschannen et al. 2023)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpretrain.batch import Batch
+from mmpretrain.models.fusion import FusionDecoder
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.text import by_length
+from mmpretrain.objectives import Encodings, Terms, next_tokens
+from mmpretrain.seeds import hash64, torch_uniform
+
+
+class Captioning(nn.Module):
+    """Predict each token of a caption from the image and the tokens before it.
+
+    L = - sum_t log p(x_t | image, x_1 ... x_{t-1}), per predicted token of the whole batch
+
+    The decoder reads the causal text encoder's states (CoCa's unimodal layers) and looks at the image's tokens. A part
+    of the captions can be predicted in parallel, from the image alone: all tokens at once, none of them given (CapPa).
+
+    Args:
+        model: its text encoder must be causal.
+        decoder_depth, decoder_heads: the decoder's shape; its width is the text encoder's.
+        num_queries: the image's tokens are pooled into so many; 0 takes them as they are.
+        parallel: the part of the captions that is predicted in parallel; CapPa's is .75.
+        stream: where the pairs come from.
+
+    Raises: ValueError if the text encoder is missing or sees both ways, or `parallel` is no part.
+    """
+
+    perplexity = True
+
+    def __init__(
+        self,
+        model: ImageTextModel,
+        decoder_depth: int = 6,
+        decoder_heads: int = 8,
+        num_queries: int = 256,
+        parallel: float = 0.0,
+        stream: str = "pairs",
+    ) -> None:
+        super().__init__()
+        if model.text is None or not model.text.causal:
+            raise ValueError("objective.captioning needs a causal text encoder; set model.text.causal=true")
+        if not 0 <= parallel <= 1:
+            raise ValueError(f"objective.captioning.parallel is {parallel}; expected a part of the captions, 0 to 1")
+        self.streams = (stream,)
+        self.parallel = parallel
+        width = model.text.width
+        self.decoder = FusionDecoder(width, decoder_depth, decoder_heads, model.image.width, num_queries)
+        if parallel > 0:
+            self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+            self.positions = nn.Parameter(torch.randn(model.text.context_length, width) * 0.01)
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of tokens of a micro-batch that have one before them."""
+        lengths = batch.streams[self.streams[0]].lengths
+        assert lengths is not None
+        return (lengths - 1).clamp(min=0).sum()
+
+    def loss(self, encodings: Encodings) -> Terms:
+        """The sum of the cross-entropies, and of the hits as `accuracy`."""
+        (stream,) = self.streams
+        samples = encodings.samples(stream)
+        assert samples.text is not None and samples.lengths is not None
+        image_tokens = encodings.image(stream).tokens
+        states = encodings.text(stream).tokens
+        if self.parallel > 0:
+            in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < self.parallel
+        else:
+            in_parallel = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        decoded = by_length(self._decode, states, samples.lengths, samples.cuts, image_tokens, in_parallel)
+        labels, is_label = next_tokens(samples.text, samples.lengths)
+        logits = encodings.token_logits(decoded[:, : labels.shape[1]][is_label])
+        wanted = labels[is_label]
+        return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}
+
+    def _decode(self, states: Tensor, lengths: Tensor, image_tokens: Tensor, in_parallel: Tensor) -> Tensor:
+        """Text states [b, l, d] of one length group -> decoded states [b, l, d]."""
+        if self.parallel == 0:
+            return self.decoder(states, image_tokens, None, is_causal=True)
+        length = states.shape[1]
+        places = torch.arange(length, device=states.device)
+        blind = self.mask_token + self.positions[:length]
+        x = torch.where(in_parallel[:, None, None], blind.to(states.dtype), states)
+        # In parallel every place sees all places of its caption; else those before it. Nobody sees padding.
+        is_token = places < (lengths - 1).clamp(min=1)[:, None]
+        before = places[None, :] <= places[:, None]
+        seen = torch.where(in_parallel[:, None, None], is_token[:, None, :], before[None])
+        return self.decoder(x, image_tokens, seen[:, None], is_causal=False)

@@ -1,0 +1,47 @@
+"""Next-token prediction on the text encoder: GPT (Radford et al. 2018)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpretrain.batch import Batch
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives import Encodings, Terms, next_tokens
+
+
+class CausalLM(nn.Module):
+    """Predict each token from those before it; the vocabulary's matrix is that of the encoder's embedding.
+
+    L = - sum_t log p(x_t | x_1 ... x_{t-1}), per predicted token of the whole batch
+
+    Args:
+        model: its text encoder must be causal.
+        stream: where the texts come from.
+
+    Raises: ValueError if the text encoder is missing or sees both ways.
+    """
+
+    perplexity = True
+
+    def __init__(self, model: ImageTextModel, stream: str = "pairs") -> None:
+        super().__init__()
+        if model.text is None or not model.text.causal:
+            raise ValueError("objective.causal_lm needs a causal text encoder; set model.text.causal=true")
+        self.streams = (stream,)
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of tokens of a micro-batch that have one before them."""
+        lengths = batch.streams[self.streams[0]].lengths
+        assert lengths is not None
+        return (lengths - 1).clamp(min=0).sum()
+
+    def loss(self, encodings: Encodings) -> Terms:
+        """The sum of the cross-entropies, and of the hits as `accuracy`."""
+        (stream,) = self.streams
+        samples = encodings.samples(stream)
+        assert samples.text is not None and samples.lengths is not None
+        labels, is_label = next_tokens(samples.text, samples.lengths)
+        states = encodings.text(stream).tokens[:, : labels.shape[1]][is_label]
+        logits = encodings.token_logits(states)
+        wanted = labels[is_label]
+        return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}

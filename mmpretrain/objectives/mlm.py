@@ -1,0 +1,78 @@
+"""Masked language modelling: BERT (Devlin et al. 2019), drawn anew at every visit as in RoBERTa (Liu et al. 2019)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmpretrain.batch import Batch
+from mmpretrain.masking import TokenMaskSpec, mask_tokens
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives import Encodings, Terms
+
+
+class MLM(nn.Module):
+    """Predict the tokens that were hidden, from the tokens around them.
+
+    L = - sum over chosen t of log p(x_t | x with the chosen ones hidden), per chosen token of the whole batch
+
+    Args:
+        model: its text encoder must see both ways (`model.text.causal=false`).
+        mask_ratio: the part of the tokens that is chosen.
+        replaced, randomised: of the chosen ones, the part that becomes the mask token, and any token; the rest stays.
+        whole_words: choose words, not tokens.
+        mask_id: the mask token; None takes one more id than the vocabulary's last, for which the encoder has a row
+            where its `vocab_size` is larger than the tokenizer's.
+        stream: where the texts come from.
+
+    Raises: ValueError if the text encoder is causal or missing, or the parts are not inside [0, 1].
+    """
+
+    perplexity = True
+
+    def __init__(
+        self,
+        model: ImageTextModel,
+        mask_ratio: float = 0.15,
+        replaced: float = 0.8,
+        randomised: float = 0.1,
+        whole_words: bool = False,
+        mask_id: int | None = None,
+        stream: str = "pairs",
+    ) -> None:
+        super().__init__()
+        if model.text is None or model.text.causal:
+            raise ValueError("objective.mlm needs a text encoder that sees both ways; set model.text.causal=false")
+        if not 0 < mask_ratio < 1 or min(replaced, randomised) < 0 or replaced + randomised > 1:
+            raise ValueError(
+                f"objective.mlm has mask_ratio={mask_ratio}, replaced={replaced}, randomised={randomised}; "
+                "expected a ratio inside (0, 1), and parts that add up to at most 1"
+            )
+        self.streams = (stream,)
+        vocab_size = model.text.vocab_size
+        self.spec = TokenMaskSpec(
+            "mlm", mask_ratio, vocab_size - 1 if mask_id is None else mask_id, vocab_size, replaced, randomised, whole_words
+        )
+        width = model.text.width
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of chosen tokens of a micro-batch."""
+        samples = batch.streams[self.streams[0]]
+        assert samples.text is not None and samples.lengths is not None
+        return mask_tokens(samples.text, samples.lengths, samples.seeds, self.spec, samples.word_starts).chosen.sum()
+
+    def loss(self, encodings: Encodings) -> Terms:
+        """The sum of the chosen tokens' cross-entropies, and of the hits as `accuracy`."""
+        (stream,) = self.streams
+        samples = encodings.samples(stream)
+        assert samples.text is not None
+        chosen = encodings.token_mask(stream, self.spec).chosen
+        # The vocabulary's product is the dearest of all: only for tokens that are predicted.
+        states = encodings.text(stream, self.spec).tokens[:, : chosen.shape[1]][chosen]
+        logits = encodings.token_logits(self.norm(F.gelu(self.dense(states)))) + self.bias
+        wanted = samples.text[chosen]
+        return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}

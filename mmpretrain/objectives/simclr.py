@@ -1,0 +1,66 @@
+"""SimCLR (Chen et al. 2020) beside CLIP, as SLIP has it (Mu et al. 2022)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mmpretrain.losses import nt_xent
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives import Encodings
+
+
+class SimCLR(nn.Module):
+    """Two augmented views of an image find each other among all views of the batch.
+
+    The views are the stream's own (`data.train.<stream>.views`), beside the image that other objectives see. The
+    projection head is a part of the loss, not of the model's pass: its BatchNorm then sees the whole batch, on any
+    number of processes and micro-batches.
+
+    Args:
+        model: its image encoder is trained.
+        temperature: tau.
+        hidden_width, embed_dim: of the projection head, an MLP of three layers (SLIP: 4096-4096-256).
+        norm: between its layers.
+        stream: where the images come from.
+    """
+
+    def __init__(
+        self,
+        model: ImageTextModel,
+        temperature: float = 0.1,
+        hidden_width: int = 4096,
+        embed_dim: int = 256,
+        norm: Literal["batch", "layer"] = "batch",
+        stream: str = "pairs",
+    ) -> None:
+        super().__init__()
+        self.streams = (stream,)
+        self.temperature = temperature
+
+        def normalised() -> nn.Module:
+            # Without running means: the head is never used for evaluation.
+            return nn.BatchNorm1d(hidden_width, track_running_stats=False) if norm == "batch" else nn.LayerNorm(hidden_width)
+
+        self.head = nn.Sequential(
+            nn.Linear(model.image.width, hidden_width), normalised(), nn.ReLU(),
+            nn.Linear(hidden_width, hidden_width), normalised(), nn.ReLU(),
+            nn.Linear(hidden_width, embed_dim),
+        )  # fmt: skip
+
+    def embed(self, encodings: Encodings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Rows: first and second [b, width], the views' pooled states, and ids int64 [b]; shared: the head's weights."""
+        (stream,) = self.streams
+        first, second = (encodings.view(stream, i).pooled for i in range(2))
+        rows = {"first": first.float(), "second": second.float(), "ids": encodings.samples(stream).ids}
+        # A product with one makes them nodes of the graph, as what is shared has to be.
+        return rows, {name: parameter * 1 for name, parameter in self.head.named_parameters()}
+
+    def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+        """`losses.nt_xent` over the whole batch, of both views through the head, one after the other."""
+        first, second = (
+            F.normalize(functional_call(self.head, dict(shared), (rows[view],)), dim=-1) for view in ("first", "second")
+        )
+        return nt_xent(first, second, self.temperature, rows["ids"])
