@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmpretrain.exporters import open_clip as exporter
 from mmpretrain.masking import PatchMask
-from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.image_text import CLIP_MEAN, CLIP_STD, ImageTextModel
 from mmpretrain.models.open_clip import OpenClipText, OpenClipVision, open_clip_model
 
 # The towers' kinds at small sizes: what differs between the five is kept, depth and width are not.
@@ -125,7 +125,7 @@ def test_a_text_tower_of_hugging_face(pooler: str, tmp_path: Path) -> None:
     arguments = {"vision": SMALL_VIT, "text": text}
     config = exporter.model_config("ViT-B-32", **arguments)
     towers = {"vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]}
-    theirs = open_clip.create_model("ViT-B-32", pretrained_text=False, **towers).eval()
+    theirs = open_clip.create_model("ViT-B-32", pretrained_text=False, force_custom_text=True, **towers).eval()
     ours = ours_with_weights_of(theirs, "ViT-B-32", arguments)
     lengths = torch.tensor([3, 9, 14])
     ids = torch.randint(1, 100, (3, 24)) * (torch.arange(24) < lengths[:, None])  # BERT's padding is 0
@@ -202,8 +202,16 @@ def test_a_model_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_pixels_are_normalised_and_cropped_as_open_clip_says() -> None:
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     siglip = open_clip_model("ViT-B-16-SigLIP", **MODELS["ViT-B-16-SigLIP"])
     assert siglip.squash
-    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     torch.testing.assert_close(siglip.normalize(white), torch.ones(1, 3, 2, 2))
-    assert not open_clip_model("ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT).squash
+    clip = open_clip_model("ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT)
+    assert not clip.squash
+    expected = (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    torch.testing.assert_close(clip.normalize(white)[0, :, 0, 0], expected)
+    own = open_clip_model(
+        "ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT, image_mean=[0.0] * 3, image_std=[1.0] * 3, squash=True
+    )
+    assert own.squash
+    torch.testing.assert_close(own.normalize(white), torch.ones(1, 3, 2, 2))
