@@ -109,6 +109,8 @@ def entry(run: Callable[[], Any]) -> None:
     # Hydra then raises instead of printing and ending with exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
+    # Hydra takes nan for a number, and here it is the name of a preset.
+    sys.argv = ["debug='nan'" if argument == "debug=nan" else argument for argument in sys.argv]
     try:
         if "WORLD_SIZE" in os.environ and any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
             raise UsageError(

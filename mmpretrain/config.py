@@ -54,7 +54,7 @@ class TrainerConfig:
     precision: Precision = MISSING
     clip_grad_norm: float | None = MISSING
     ema_decay: float | None = MISSING
-    freeze: dict[str, str | None] = field(default_factory=dict)
+    freeze: Any = None
     log_every: str = MISSING
     eval_every: str = MISSING
     max_bad_steps: int = MISSING
@@ -273,6 +273,11 @@ def _check_ranges(config: TrainConfig) -> None:
         check_number("trainer.micro_batch_size", trainer.micro_batch_size, at_least=1)
     if trainer.clip_grad_norm is not None:
         check_number("trainer.clip_grad_norm", trainer.clip_grad_norm, above=0)
+    if not accepts(trainer.freeze, Mapping[str, str | None] | None):
+        raise UsageError(
+            f"trainer.freeze is {trainer.freeze!r}; expected parts of the model with a duration or null each: "
+            "trainer.freeze={image: null, text: 10%}"
+        )
     if trainer.ema_decay is not None:
         check_number("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
     check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)

@@ -83,7 +83,6 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
 
         for name, evaluator in evaluators.items():
             chosen_sets(name, evaluator, evaluation_context(task))
-        torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly)
         if cfg.trainer.dry_run:
             return _dry_run(cfg, task.to(device), streams, tokenizer, weights, options)
         # Not closed before the run's end: closing it would free the directory.
@@ -129,7 +128,8 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
             checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
             _keep_tokenizer(cfg, folder)
-    results = trainer.run()
+    with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
+        results = trainer.run()
     if distributed.is_main():
         report.write(folder)
     _tell(results, folder)
@@ -187,7 +187,7 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         ema_decay=cfg.trainer.ema_decay,
         freeze={
             part: None if until is None else Duration.parse(until, f"trainer.freeze.{part}")
-            for part, until in cfg.trainer.freeze.items()
+            for part, until in (cfg.trainer.freeze or {}).items()
         },
         log_every=Duration.parse(cfg.trainer.log_every, "trainer.log_every"),
         checkpoint_every=Duration.parse(cfg.checkpoint.every, "checkpoint.every", wall_time=True),
