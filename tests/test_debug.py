@@ -39,6 +39,7 @@ def test_profile_leaves_a_trace(pairs: Path, tmp_path: Path) -> None:
 
 
 NAN = """
+import torch
 from torch import nn
 
 
@@ -68,7 +69,7 @@ def test_nan_names_the_operation(pairs: Path, tmp_path: Path) -> None:
         {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     finished = command.wait()
-    assert finished.code == 1
+    assert finished.code == 1, finished.stderr
     (line,) = [line for line in finished.stderr.splitlines() if "error: " in line]
     assert "step 1: Function 'SqrtBackward0' returned nan values" in line
     assert "(x.sum() * 0).sqrt()" in finished.stderr, "where it stands in the forward pass"
