@@ -122,7 +122,9 @@ def torch_optimizer(
     del kinds["Optimizer"], kinds["LBFGS"]  # which wants to compute the loss again
     if name not in kinds:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, list(kinds))}")
-    return _built(name, lambda groups: kinds[name](groups, lr=lr, **(args or {})), parameters, lr, weight_decay, towers, args)
+    return _built(
+        name, lambda groups: kinds[name](groups, lr=lr, **(args or {})), parameters, lr, weight_decay, towers, args
+    )
 
 
 def timm_optimizer(
