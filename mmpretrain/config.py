@@ -308,7 +308,7 @@ def _derived_name() -> str:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = {override.key_or_group: override.get_value_element_as_str() for override in parsed}
     named = {k: v for k, v in values.items() if re.fullmatch(_PLACES, k) or not _FREE.fullmatch(k)}
-    parts = [f"{key}={value}" for key, value in named.items() if key != "experiment"]
+    parts = [f"{key}={value}" for key, value in named.items() if key not in ("experiment", "sweep")]
     # [infonce,mae] is written infonce+mae: the name is a folder's, and will be typed in shells.
     parts = [re.sub(r"[\[\]{}()'\" ]", "", part).replace(",", "+") for part in parts]
     name = ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in sorted(parts)) or "default"
