@@ -1,6 +1,7 @@
 """Pre-train a model: python -m mmpretrain.train experiment=quickstart [overrides]."""
 
 import fcntl
+import importlib
 import json
 import logging
 import sys
@@ -274,4 +275,5 @@ def _tell(results: Mapping[str, float], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By its own name, under which the processes of a sweep's launcher find the job; __main__ is another module there.
+    importlib.import_module("mmpretrain.train").main()
