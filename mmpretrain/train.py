@@ -92,7 +92,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         fingerprint = {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
         if (finished := _finished(folder, clock.total_samples // clock.batch_size, fingerprint)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
-            _tell(finished, folder)
+            _conclude(finished, folder, rewrite=False)
             return finished
 
         def run_evaluations(
@@ -131,9 +131,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             _keep_tokenizer(cfg, folder)
     with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
         results = trainer.run()
-    if distributed.is_main():
-        report.write(folder)
-    _tell(results, folder)
+    _conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()
     return results
@@ -269,8 +267,11 @@ def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> d
     return distributed.from_main(look)
 
 
-def _tell(results: Mapping[str, float], folder: Path) -> None:
+def _conclude(results: Mapping[str, float], folder: Path, rewrite: bool) -> None:
+    """Write the run's report, unless it is finished and came to it before, and say the results."""
     if distributed.is_main():
+        if rewrite or not (folder / report.FILE).exists():
+            report.write(folder)
         print_results(results, folder)
 
 
