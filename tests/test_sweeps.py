@@ -102,6 +102,7 @@ def hparams(run: Path) -> tuple[dict[str, Any], list[str]]:
     for name, value in start.hparams.items():
         settings[name] = getattr(value, value.WhichOneof("kind"))
     experiment = data(content["_hparams_/experiment"].plugin_data.content).experiment
+    assert [i.name for i in experiment.hparam_infos if i.differs] == ["seed", "objective", "model", "batch_size", "lr"]
     return settings, [info.name.tag for info in experiment.metric_infos]
 
 
