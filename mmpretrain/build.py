@@ -91,6 +91,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
             channels=model.num_channels,
             augment=targets.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
             group=stream.group,
+            repeat_batches=stream.repeat_batches,
         )
         streams[name].check_first_sample()
     return streams

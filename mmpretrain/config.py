@@ -89,6 +89,7 @@ class StreamConfig:
     shards: Any = None
     subset: str | None = None
     max_samples: int | None = None
+    repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     batch_size: int | None = None
     caption: Any = None
@@ -289,6 +290,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, stream in data.train.items():
         if stream.max_samples is not None:
             check_number(f"data.train.{name}.max_samples", stream.max_samples, at_least=1)
+        if stream.repeat_batches is not None:
+            check_number(f"data.train.{name}.repeat_batches", stream.repeat_batches, at_least=1)
         if stream.batch_size is not None:
             check_number(f"data.train.{name}.batch_size", stream.batch_size, at_least=1)
 

@@ -116,6 +116,7 @@ class TarStream:
         channels: of the images: 3, or 1 (grey) or 4 (with transparency).
         augment: what is done to the cropped image, in this order.
         group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
+        repeat_batches: after so many batches the same ones come again, crops and masks too; None: never.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class TarStream:
         channels: int = 3,
         augment: Sequence[Augmentation] = (),
         group: str | None = None,
+        repeat_batches: int | None = None,
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -147,6 +149,7 @@ class TarStream:
         self.order = Order(
             [SourceOrder(hash64(seed, name, source.name), source.shards.num_samples) for source in self.sources],
             [1.0 if source.weight is None else source.weight for source in self.sources],
+            None if repeat_batches is None else repeat_batches * batch_size,
         )
         self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
         self._seed = hash64(seed, name)
