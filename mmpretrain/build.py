@@ -1,5 +1,6 @@
 """From the configuration to the parts of a run: plain functions from dataclasses to objects."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 
 from mmpretrain import distributed, targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
+from mmpretrain.data.decode import check_caption_field
 from mmpretrain.data.loader import Source, Stream
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tokenizer import Tokenizer
@@ -16,7 +18,10 @@ from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.schedules import Duration
+from mmpretrain.targets import accepts
 from mmpretrain.task import Task
+
+log = logging.getLogger(__name__)
 
 
 def device_of(name: str) -> torch.device:
@@ -55,21 +60,28 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
 
 
 def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> dict[str, Stream]:
-    """The streams that the objectives read; the first one's batch is `trainer.batch_size`.
+    """The streams that the objectives read, `pairs` first, then in the order of `data.train`.
+
+    The first one's batch is `trainer.batch_size`, and durations are measured against it.
 
     Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
     """
-    streams = {}
     for name in names:
         if name not in cfg.data.train:
             known = ", ".join(cfg.data.train) or "none"
-            raise ValueError(f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known})")
+            raise ValueError(
+                f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known}): "
+                f"+data.train.{name}.shards=..."
+            )
+    names = sorted((name for name in cfg.data.train if name in names), key=lambda name: name != "pairs")
+    streams = {}
+    for name in names:
         stream = cfg.data.train[name]
         batch_size = stream.batch_size or cfg.trainer.batch_size
         if name == names[0] and batch_size != cfg.trainer.batch_size:
             raise ValueError(
                 f"data.train.{name}.batch_size is {batch_size}, but trainer.batch_size = {cfg.trainer.batch_size} is that "
-                "of the first stream that is read; expected the same: leave data.train.<stream>.batch_size null"
+                f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         streams[name] = Stream(
             name=name,
@@ -98,10 +110,16 @@ def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
 
 
 def _shards(key: str, shards: str | list[str], root: str | None) -> Shards:
+    if not accepts(shards, str | Sequence[str]):
+        raise ValueError(f"{key} is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
     try:
-        return Shards(expand_shards(shards, root))
+        opened = Shards(expand_shards(shards, root))
     except ValueError as error:
         raise ValueError(f"{key} (data.root={root}): {error}") from error
+    if opened.problems:
+        others = f", and {len(opened.problems) - 1} more such lines" if len(opened.problems) > 1 else ""
+        log.warning("%s: %s%s; `python -m data_tools index` names them all", key, opened.problems[0], others)
+    return opened
 
 
 def build_tokenizer(node: targets.Node, text: TextTransformer | None) -> Tokenizer:
@@ -121,6 +139,9 @@ def build_tokenizer(node: targets.Node, text: TextTransformer | None) -> Tokeniz
 
 def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, image_size: int) -> dict[str, EvalSet]:
     """The held-out data sets. Raises: ValueError for missing shards, classes or fields."""
+    for name, data in sets.items():
+        if data.caption is not None:
+            check_caption_field(data.caption, f"data.val.{name}.caption")
     eval_sets = {
         name: EvalSet(
             name=name,

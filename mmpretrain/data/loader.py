@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mmpretrain.batch import Batch, Refused, Samples
 from mmpretrain.data.decode import (
     BadSample,
+    check_caption_field,
     decode_captions,
     decode_image,
 )
@@ -90,6 +91,8 @@ class Stream:
             raise ValueError(f"data.train.{name}.sources have weights {weights}; give every source a weight, or none")
         if transform is None and caption is None:
             raise ValueError(f"data.train.{name} has neither a caption nor a transform; name at least one")
+        if caption is not None:
+            check_caption_field(caption, f"data.train.{name}.caption")
         self.name = name
         self.batch_size = batch_size
         self.sources = list(sources)

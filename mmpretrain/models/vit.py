@@ -61,6 +61,10 @@ class TimmEncoder(nn.Module):
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
             self.grid_size: tuple[int, int] = self.trunk.patch_embed.grid_size
             self.patch_size: tuple[int, int] = self.trunk.patch_embed.patch_size
+            if not self.num_patches:
+                raise ValueError(
+                    f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
+                )
         if init == "clip":
             if not self.is_vit:
                 raise ValueError(f"model.image.init is 'clip' for {name!r}; expected a plain ViT (vit_*), or init=timm")
