@@ -1,5 +1,6 @@
 """From the configuration to the parts of a run: plain functions from dataclasses to objects."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from mmpretrain import distributed, targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
+from mmpretrain.data.decode import check_caption_field
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stream import Source, Stream, TarStream
 from mmpretrain.data.subset import select
@@ -20,7 +22,10 @@ from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.loading import preprocess_of
 from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 from mmpretrain.schedules import Duration
+from mmpretrain.targets import accepts
 from mmpretrain.task import Task
+
+log = logging.getLogger(__name__)
 
 
 def device_of(name: str) -> torch.device:
@@ -59,21 +64,28 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
 
 
 def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel) -> dict[str, Stream]:
-    """The streams that the objectives read, for a model's images; the first one's batch is `trainer.batch_size`.
+    """The streams that the objectives read, `pairs` first, then in the order of `data.train`.
+
+    The first one's batch is `trainer.batch_size`, and durations are measured against it.
 
     Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
     """
-    streams: dict[str, Stream] = {}
     for name in names:
         if name not in cfg.data.train:
             known = ", ".join(cfg.data.train) or "none"
-            raise ValueError(f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known})")
+            raise ValueError(
+                f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known}): "
+                f"+data.train.{name}.shards=..."
+            )
+    names = sorted((name for name in cfg.data.train if name in names), key=lambda name: name != "pairs")
+    streams: dict[str, Stream] = {}
+    for name in names:
         stream = cfg.data.train[name]
         batch_size = stream.batch_size or cfg.trainer.batch_size
         if name == names[0] and batch_size != cfg.trainer.batch_size:
             raise ValueError(
                 f"data.train.{name}.batch_size is {batch_size}, but trainer.batch_size = {cfg.trainer.batch_size} is that "
-                "of the first stream that is read; expected the same: leave data.train.<stream>.batch_size null"
+                f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         if stream.synthetic is not None:
             streams[name] = SyntheticStream(
@@ -117,11 +129,17 @@ def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
 
 
 def _shards(key: str, shards: str | list[str], root: str | None, subset: str | None = None) -> Shards:
+    if not accepts(shards, str | Sequence[str]):
+        raise ValueError(f"{key}.shards is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
     try:
-        everything = Shards(expand_shards(shards, root))
-        return everything if subset is None else Shards(everything.paths, select(everything, subset))
+        opened = Shards(expand_shards(shards, root))
+        kept = opened if subset is None else Shards(opened.paths, select(opened, subset))
     except ValueError as error:
         raise ValueError(f"{key}.shards (data.root={root}): {error}") from error
+    if opened.problems:
+        others = f", and {len(opened.problems) - 1} more such lines" if len(opened.problems) > 1 else ""
+        log.warning("%s.shards: %s%s; `python -m data_tools index` names them all", key, opened.problems[0], others)
+    return kept
 
 
 def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
@@ -150,6 +168,9 @@ def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
 
 def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel) -> dict[str, EvalSet]:
     """The held-out data sets, for a model's images. Raises: ValueError for missing shards, classes or fields."""
+    for name, data in sets.items():
+        if data.caption is not None:
+            check_caption_field(data.caption, f"data.val.{name}.caption")
     eval_sets = {
         name: EvalSet(
             name=name,

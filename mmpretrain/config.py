@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
+from yaml import YAMLError
 
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
@@ -296,6 +297,13 @@ def _check_ranges(config: TrainConfig) -> None:
             check_number(f"data.train.{name}.batch_size", stream.batch_size, at_least=1)
 
 
+def check_evaluate_ranges(config: EvaluateConfig) -> None:
+    """Raises: UsageError for a number of an evaluation that is out of range."""
+    check_number("data.workers", config.data.workers, at_least=0)
+    if config.data.val_batch_size is not None:
+        check_number("data.val_batch_size", config.data.val_batch_size, at_least=1)
+
+
 def check_evaluators(nodes: Mapping[str, Any]) -> None:
     """Check each evaluator's node. Raises: UsageError."""
     for name, node in nodes.items():
@@ -309,7 +317,11 @@ def _derived_name() -> str:
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     # Parsed, since a sweep writes values in their canonical form: one job has one name, in a sweep or alone.
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    values = {override.key_or_group: override.get_value_element_as_str() for override in parsed}
+    values: dict[str, str] = {}
+    for override in parsed:
+        key, value = override.key_or_group, override.get_value_element_as_str()
+        # +data.train={images: ...} adds; all else replaces.
+        values[key] = f"{values[key]}+{value}" if key in values and value.startswith("{") else value
     named = {k: v for k, v in values.items() if re.fullmatch(_PLACES, k) or not _FREE.fullmatch(k)}
     parts = [f"{key}={value}" for key, value in named.items() if key not in ("experiment", "sweep")]
     # [infonce,mae] is written infonce+mae: the name is a folder's, and will be typed in shells.
@@ -353,10 +365,17 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
 
 
-def from_yaml(text: str) -> dict[str, Any]:
-    """What a config.yaml holds, as plain values; interpolations are not followed."""
-    plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    assert isinstance(plain, dict)
+def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
+    """What a config.yaml holds, as plain values; interpolations are not followed.
+
+    Raises: ValueError, with the file's `name`, if it is no YAML of keys and values.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except YAMLError as error:
+        raise ValueError(f"{name} is no YAML ({error}); expected it as the run wrote it") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{name} holds no keys; expected it as the run wrote it")
     return plain  # type: ignore[return-value]
 
 

@@ -117,14 +117,20 @@ def load_checkpoint(
     Raises: ValueError if there is no checkpoint, it has no average, or its configuration names other parts.
     """
     folder, path = find(run_or_checkpoint)
-    saved = config.from_yaml((folder / "config.yaml").read_text())
+    source = folder / "config.yaml"
+    saved = config.from_yaml(source.read_text(), str(source))
+    if lacking := sorted({"model", "objective", "data"} - saved.keys()):
+        raise ValueError(f"{source} has no {lacking[0]!r}; expected the file as the run wrote it")
     for part in (saved["model"], saved["data"]["tokenizer"]):
         _check_trusted(part, "config.yaml", trust)
     model = targets.instantiate(_without_weights(saved["model"]), 0, "model")
     if ema and not (path / "ema.safetensors").is_file():
         raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
     tensors = checkpoint.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    try:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of the model in {source}: {error}") from error
     # Of several, the first objective's, as in training.
     scalars = {
         scalar: float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])

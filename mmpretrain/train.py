@@ -176,6 +176,10 @@ def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
 
 def _options(cfg: TrainConfig) -> TrainerOptions:
     duration = Duration.parse(cfg.trainer.duration, "trainer.duration")
+    if duration.unit == "%":
+        raise ValueError(
+            f"trainer.duration is {cfg.trainer.duration!r}, a part of itself; expected epochs, samples or steps"
+        )
     if not duration.value > 0:
         raise ValueError(f"trainer.duration is {cfg.trainer.duration!r}; expected a length above 0, such as 20epochs")
     return TrainerOptions(
@@ -227,7 +231,7 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
     if not path.exists():
         return None
     free = () if schedule.depends_on_total() else ("trainer.duration",)
-    changed = config.differences(config.from_yaml(path.read_text()), config.to_plain(cfg), free)
+    changed = config.differences(config.from_yaml(path.read_text(), str(path)), config.to_plain(cfg), free)
     if not changed:
         return None
     return (

@@ -157,6 +157,14 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint_and_code_85(whole: Whole, pairs: 
     assert runs.exact_outcome(run) == whole(1)
 
 
+def test_signals_while_a_run_ends_leave_its_exit_code(pairs: Path, tmp_path: Path) -> None:
+    settings = (f"data.root={pairs}", "trainer.duration=1000steps", "checkpoint.every=1000steps")
+    command = runs.start_train(tmp_path, *settings)
+    command.wait_for(lambda: num_records(tmp_path / "run") >= 1, "a step")
+    command.send_until_it_ends(signal.SIGTERM)
+    assert command.wait().code == 85
+
+
 def test_another_number_of_processes_goes_on_to_the_same_end(whole: Whole, pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = (f"data.root={pairs}", *LENGTH)

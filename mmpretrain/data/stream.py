@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation, augmented
-from mmpretrain.data.decode import BadSample, decode_captions, decode_image, read_label
+from mmpretrain.data.decode import BadSample, check_caption_field, decode_captions, decode_image, read_label
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.shards import Shards, concatenated
 from mmpretrain.data.storage import LocalStorage, Storage
@@ -61,6 +61,8 @@ class CaptionFields:
         weights = dict(fields) if isinstance(fields, Mapping) else dict.fromkeys(_as_list(fields), 1.0)
         if not weights or not all(isinstance(weight, int | float) and weight > 0 for weight in weights.values()):
             raise ValueError(f"{key} is {fields!r}; expected a field, a list of them, or fields with positive weights")
+        for name in weights:
+            check_caption_field(name, key)
         self._names = list(weights)
         self._bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
