@@ -27,6 +27,8 @@ from mmpretrain.task import Task
 
 log = logging.getLogger(__name__)
 
+_EMBEDDED = "data/shapes"  # where `make train` and the configurations have the drawn data set
+
 
 def device_of(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` -> this process's device. Raises: ValueError for another name or a missing GPU."""
@@ -135,7 +137,8 @@ def _shards(key: str, shards: str | list[str], root: str | None, subset: str | N
         opened = Shards(expand_shards(shards, root))
         kept = opened if subset is None else Shards(opened.paths, select(opened, subset))
     except ValueError as error:
-        raise ValueError(f"{key}.shards (data.root={root}): {error}") from error
+        made = f"; mmpretrain-data shapes --output {root} makes it" if root == _EMBEDDED and not Path(root).exists() else ""
+        raise ValueError(f"{key}.shards (data.root={root}): {error}{made}") from error
     if opened.problems:
         others = f", and {len(opened.problems) - 1} more such lines" if len(opened.problems) > 1 else ""
         log.warning("%s.shards: %s%s; `python -m data_tools index` names them all", key, opened.problems[0], others)
