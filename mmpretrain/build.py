@@ -19,7 +19,7 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import EvalSet, check_readable
 from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
-from mmpretrain.loading import preprocess_of
+from mmpretrain.loading import fit_tokenizer, preprocess_of
 from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 from mmpretrain.schedules import Duration
 from mmpretrain.targets import accepts
@@ -137,7 +137,11 @@ def _shards(key: str, shards: str | list[str], root: str | None, subset: str | N
         opened = Shards(expand_shards(shards, root))
         kept = opened if subset is None else Shards(opened.paths, select(opened, subset))
     except ValueError as error:
-        made = f"; mmpretrain-data shapes --output {root} makes it" if root == _EMBEDDED and not Path(root).exists() else ""
+        made = (
+            f"; mmpretrain-data shapes --output {root} makes it"
+            if root == _EMBEDDED and not Path(root).exists()
+            else ""
+        )
         raise ValueError(f"{key}.shards (data.root={root}): {error}{made}") from error
     if opened.problems:
         others = f", and {len(opened.problems) - 1} more such lines" if len(opened.problems) > 1 else ""
@@ -148,24 +152,8 @@ def _shards(key: str, shards: str | list[str], root: str | None, subset: str | N
 def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
     """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder cannot take."""
     tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
-    if text is not None and tokenizer.context_length > text.context_length:
-        raise ValueError(
-            f"data.tokenizer.context_length is {tokenizer.context_length}; expected at most model.text.context_length = "
-            f"{text.context_length}: leave it out, or make the encoder's larger"
-        )
-    if text is not None and tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
-        )
-    for key, wanted, given in (
-        ("pad_id", text and text.pad_id, tokenizer.pad_id),
-        ("eos_id", text and text.end_id, tokenizer.end_id),
-    ):
-        if wanted is not None and given != wanted:
-            raise ValueError(
-                f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "
-                f"model.text.{key}={given}, or another data.tokenizer"
-            )
+    if text is not None:
+        fit_tokenizer(tokenizer, text)
     return tokenizer
 
 

@@ -16,11 +16,11 @@ from omegaconf import DictConfig
 from mmpretrain import build, checkpoint, command, config, distributed, dry_run, report, targets, usage
 from mmpretrain.config import TrainConfig
 from mmpretrain.data.stream import Stream
-from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
-from mmpretrain.loading import TOKENIZER_FILE
+from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results
 from mmpretrain.precision import autocast
 from mmpretrain.schedules import Duration, Schedule
@@ -162,16 +162,17 @@ def _make_optimizer(cfg: TrainConfig) -> Callable[[Task], torch.optim.Optimizer]
 
 
 def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
-    """A local tokenizer's file into the run's directory. Raises: ValueError if the run was made with another one."""
+    """A local tokenizer's files into the run's directory. Raises: ValueError if the run was made with another one."""
     if (path := cfg.data.tokenizer.get("path")) is None:
         return
-    file = Path(path, TOKENIZER_FILE) if Path(path).is_dir() else Path(path)
-    kept = folder / TOKENIZER_FILE
-    if kept.exists() and kept.read_bytes() != file.read_bytes():
-        raise ValueError(
-            f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
-        )
-    checkpoint.write_text(kept, file.read_text())
+    kept = folder / TOKENIZER_FOLDER
+    for name, file in tokenizer_files(Path(path)).items():
+        if (kept / name).exists() and (kept / name).read_bytes() != file.read_bytes():
+            raise ValueError(
+                f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
+            )
+        kept.mkdir(exist_ok=True)
+        checkpoint.write_bytes(kept / name, file.read_bytes())
 
 
 def _options(cfg: TrainConfig) -> TrainerOptions:

@@ -21,7 +21,12 @@ def debug(folder: Path, preset: str, *overrides: str) -> runs.Finished:
 @pytest.mark.parametrize("objective", HIDDEN)
 def test_overfit_memorises_one_batch(objective: str, pairs: Path, tmp_path: Path) -> None:
     width = 128 if objective == "mae" else 64  # fewer cannot hold the pixels of 16 images
-    wide = (f"model.image.args.embed_dim={width}", "model.text.width=64", "model.embed_dim=32", "model.image.args.depth=2")
+    wide = (
+        f"model.image.args.embed_dim={width}",
+        "model.text.width=64",
+        "model.embed_dim=32",
+        "model.image.args.depth=2",
+    )
     decoder = [o.replace("=32", "=128") for o in runs.TINY_MAE] if objective == "mae" else []
     finished = debug(tmp_path, "overfit", f"data.root={pairs}", HIDDEN[objective], *wide, *decoder, "eval=[]")
     assert finished.code == 0, finished.stderr

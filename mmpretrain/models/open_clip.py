@@ -229,6 +229,7 @@ class OpenClipText(nn.Module):
         # Behind a causal mask nothing after the end token matters. SigLIP's towers look at padding, and need it all.
         self._ignores_padding = self.causal and text.cls_emb is None and text.pool_type in ("argmax", "eos", "first")
         self.pad_id: int | None = None if self._ignores_padding else text.pad_id
+        self.adopts_padding = not self._ignores_padding and text.cls_emb is None
         self.end_id: int | None = text.eos_id if text.pool_type == "eos" else None
 
     def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -245,8 +246,9 @@ class OpenClipText(nn.Module):
             last = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
             return TextEncoding(tokens, tokens[torch.arange(len(ids), device=ids.device), last], lengths)
         is_padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
-        ids = ids.masked_fill(is_padding, text.pad_id)
-        ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=text.pad_id)
+        assert self.pad_id is not None
+        ids = ids.masked_fill(is_padding, self.pad_id)
+        ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)
         x, attn_mask = text._embeds(ids)
         x = text.transformer(x, attn_mask=attn_mask)
         if text.cls_emb is not None:
@@ -269,6 +271,7 @@ class OpenClipHFText(nn.Module):
     prefix = "text."
     causal = False
     pad_id = end_id = None
+    adopts_padding = False
 
     def __init__(self, text: HFTextEncoder) -> None:
         super().__init__()
