@@ -18,6 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_UNBOUNDED = 10_000
+_SETTING_WIDTH, _METRIC_WIDTH = 40, 20
+
 
 @app.callback()
 def _analysis() -> None:
@@ -36,18 +39,24 @@ def compare(
     """
     found = find_runs(runs)
     ranking, metrics, rows = table(found, metric)
+    console = Console()
+    if not console.is_terminal:
+        console.width = _UNBOUNDED  # a file or a pipe holds every column
+    fitting = max(1, (console.width - _SETTING_WIDTH) // _METRIC_WIDTH)
     shown = Table(title=f"{len(found)} runs, best {ranking} first", title_justify="left")
-    shown.add_column("setting")
+    shown.add_column("setting", overflow="fold")
     shown.add_column("seeds", justify="right")
-    for name in metrics:
-        shown.add_column(name, justify="right")
+    for name in metrics[:fitting]:
+        shown.add_column(name.replace("/", "/\n"), justify="right", no_wrap=True)
     for row in rows:
         seeds = f"{row.num_seeds}" + (f" (+{row.num_unfinished} unfinished)" if row.num_unfinished else "")
-        shown.add_row(row.name, seeds, *(row.cell(name) for name in metrics))
-    Console().print(shown)
+        shown.add_row(row.name, seeds, *(row.cell(name) for name in metrics[:fitting]))
+    console.print(shown)
+    if metrics[fitting:]:
+        console.print(f"not shown for want of width: {', '.join(metrics[fitting:])}", soft_wrap=True)
     if curves is not None:
         draw_curves(found, [ranking, "train/loss"], curves)
-        Console().print(f"curves: {curves}")
+        console.print(f"curves: {curves}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -88,6 +88,8 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
     open_output(output, _plan(samples, classes, options))
     if classes is not None:
         write_classes(output / "classes.tsv", classes, labels, [sample.caption for sample in samples])
+    else:
+        (output / "classes.tsv").unlink(missing_ok=True)  # an earlier build's
     lines = [json.dumps(asdict(refusal), ensure_ascii=False) + "\n" for refusal in refused]
     write_atomically(output / "refused.jsonl", "".join(lines))
 

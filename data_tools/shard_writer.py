@@ -70,6 +70,8 @@ def open_output(output: Path, plan: str) -> None:
 
     Raises ValueError where it holds tars that no build wrote.
     """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {str(output)!r}: is a file; expected a folder, new or an earlier build's")
     output.mkdir(parents=True, exist_ok=True)
     journal = output / JOURNAL
     tars = sorted(output.glob("*.tar"))

@@ -1,5 +1,6 @@
 """From the configuration to the parts of a run: plain functions from dataclasses to objects."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from mmpretrain import distributed, targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
+from mmpretrain.data.decode import check_caption_field
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stream import Source, Stream, TarStream
 from mmpretrain.data.subset import select
@@ -17,10 +19,15 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import EvalSet, check_readable
 from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
-from mmpretrain.loading import preprocess_of
+from mmpretrain.loading import fit_tokenizer, preprocess_of
 from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 from mmpretrain.schedules import Duration
+from mmpretrain.targets import accepts
 from mmpretrain.task import Task
+
+log = logging.getLogger(__name__)
+
+_EMBEDDED = "data/shapes"  # where `make train` and the configurations have the drawn data set
 
 
 def device_of(name: str) -> torch.device:
@@ -59,21 +66,28 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
 
 
 def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel) -> dict[str, Stream]:
-    """The streams that the objectives read, for a model's images; the first one's batch is `trainer.batch_size`.
+    """The streams that the objectives read, `pairs` first, then in the order of `data.train`.
+
+    The first one's batch is `trainer.batch_size`, and durations are measured against it.
 
     Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
     """
-    streams: dict[str, Stream] = {}
     for name in names:
         if name not in cfg.data.train:
             known = ", ".join(cfg.data.train) or "none"
-            raise ValueError(f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known})")
+            raise ValueError(
+                f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known}): "
+                f"+data.train.{name}.shards=..."
+            )
+    names = sorted((name for name in cfg.data.train if name in names), key=lambda name: name != "pairs")
+    streams: dict[str, Stream] = {}
+    for name in names:
         stream = cfg.data.train[name]
         batch_size = stream.batch_size or cfg.trainer.batch_size
         if name == names[0] and batch_size != cfg.trainer.batch_size:
             raise ValueError(
                 f"data.train.{name}.batch_size is {batch_size}, but trainer.batch_size = {cfg.trainer.batch_size} is that "
-                "of the first stream that is read; expected the same: leave data.train.<stream>.batch_size null"
+                f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         if stream.synthetic is not None:
             streams[name] = SyntheticStream(
@@ -91,6 +105,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
             channels=model.num_channels,
             augment=targets.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
             group=stream.group,
+            repeat_batches=stream.repeat_batches,
         )
         streams[name].check_first_sample()
     return streams
@@ -116,39 +131,37 @@ def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
 
 
 def _shards(key: str, shards: str | list[str], root: str | None, subset: str | None = None) -> Shards:
+    if not accepts(shards, str | Sequence[str]):
+        raise ValueError(f"{key}.shards is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
     try:
-        everything = Shards(expand_shards(shards, root))
-        return everything if subset is None else Shards(everything.paths, select(everything, subset))
+        opened = Shards(expand_shards(shards, root))
+        kept = opened if subset is None else Shards(opened.paths, select(opened, subset))
     except ValueError as error:
-        raise ValueError(f"{key}.shards (data.root={root}): {error}") from error
+        made = (
+            f"; mmpretrain-data shapes --output {root} makes it"
+            if root == _EMBEDDED and not Path(root).exists()
+            else ""
+        )
+        raise ValueError(f"{key}.shards (data.root={root}): {error}{made}") from error
+    if opened.problems:
+        others = f", and {len(opened.problems) - 1} more such lines" if len(opened.problems) > 1 else ""
+        log.warning("%s.shards: %s%s; `python -m data_tools index` names them all", key, opened.problems[0], others)
+    return kept
 
 
 def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
     """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder cannot take."""
     tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
-    if text is not None and tokenizer.context_length > text.context_length:
-        raise ValueError(
-            f"data.tokenizer.context_length is {tokenizer.context_length}; expected at most model.text.context_length = "
-            f"{text.context_length}: leave it out, or make the encoder's larger"
-        )
-    if text is not None and tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
-        )
-    for key, wanted, given in (
-        ("pad_id", text and text.pad_id, tokenizer.pad_id),
-        ("eos_id", text and text.end_id, tokenizer.end_id),
-    ):
-        if wanted is not None and given != wanted:
-            raise ValueError(
-                f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "
-                f"model.text.{key}={given}, or another data.tokenizer"
-            )
+    if text is not None:
+        fit_tokenizer(tokenizer, text)
     return tokenizer
 
 
 def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel) -> dict[str, EvalSet]:
     """The held-out data sets, for a model's images. Raises: ValueError for missing shards, classes or fields."""
+    for name, data in sets.items():
+        if data.caption is not None:
+            check_caption_field(data.caption, f"data.val.{name}.caption")
     eval_sets = {
         name: EvalSet(
             name=name,

@@ -50,8 +50,13 @@ def _sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` for content as it is."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
-    partial.write_text(text)
+    partial.write_bytes(content)
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)

@@ -4,7 +4,7 @@ import importlib.resources
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,9 @@ from mmpretrain.config import register_schemas
 from mmpretrain.usage import UsageError, nearest
 
 USAGE_EXIT_CODE = 2
+_MULTIRUN = ("-m", "--multirun")
+_PATHS = ("checkpoint", "data.root", "init_from", "output", "run.dir")
+_ADDED = re.compile(r"(?P<sets>\+\+?data\.(train|val))\.(?P<inside>\w+(\.\w+)*)")
 
 
 def _group_options(search_path: str, group: str) -> list[str]:
@@ -44,6 +47,8 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     hint = nearest(name, siblings)
     if parents in (["objective"], ["eval"]):
         hint += f" (choose others with {parents[0]}=[{','.join([*siblings, '...'])}])"
+    if parents in (["data", "train"], ["data", "val"]):
+        hint += f" (add one with +data.{parents[1]}.{name}.shards=...)"
     return f"unknown configuration key {error.full_key!r}; {hint}"
 
 
@@ -104,13 +109,40 @@ def job() -> Iterator[None]:
         end_job(USAGE_EXIT_CODE)
 
 
+def hydra_arguments(arguments: Sequence[str]) -> list[str]:
+    """The command line as Hydra reads it, from what people write.
+
+    Options may stand anywhere, `debug=nan` names a preset and no number, a path may hold `=` and `,` as the names of
+    our runs do, and a stream or a held-out data set is added by `+data.train.NAME...=`: Hydra can add a whole
+    dictionary to a typed one, and no part of it.
+    """
+    is_sweep = any(argument in _MULTIRUN for argument in arguments)
+    changed = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        is_plain = bool(value) and value[0] not in "'\"[{"
+        if argument == "debug=nan":
+            argument = "debug='nan'"
+        elif is_plain and "," in value and is_sweep:
+            pass  # several values: each a job
+        elif is_plain and key.lstrip("+") in _PATHS and re.search("[=,]", value):
+            argument = f"{key}='{value}'"
+        elif value and (added := _ADDED.fullmatch(key)):
+            for name in reversed(added["inside"].split(".")):
+                value = f"{{{name}: {value}}}"
+            argument = f"{added['sets']}={value}"
+        changed.append(argument)
+    return sorted(changed, key=lambda argument: not argument.startswith("-"))
+
+
 def entry(run: Callable[[], Any]) -> None:
     """Run a Hydra entry; wrong use ends in one line and exit code 2, `MMPRETRAIN_TRACEBACK=1` shows where it was met."""
     # Hydra then raises instead of printing and ending with exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
+    sys.argv[1:] = hydra_arguments(sys.argv[1:])
     try:
-        if "WORLD_SIZE" in os.environ and any(argument in ("-m", "--multirun") for argument in sys.argv[1:]):
+        if "WORLD_SIZE" in os.environ and any(argument in _MULTIRUN for argument in sys.argv):
             raise UsageError(
                 "-m (multirun) was given under torchrun, where every process would start every job; "
                 "run the sweep without torchrun, or give one job at a time to torchrun"

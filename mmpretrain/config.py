@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
+from yaml import YAMLError
 
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
@@ -54,7 +55,7 @@ class TrainerConfig:
     precision: Precision = MISSING
     clip_grad_norm: float | None = MISSING
     ema_decay: float | None = MISSING
-    freeze: dict[str, str | None] = field(default_factory=dict)
+    freeze: Any = None
     log_every: str = MISSING
     eval_every: str = MISSING
     max_bad_steps: int = MISSING
@@ -89,6 +90,7 @@ class StreamConfig:
     shards: Any = None
     subset: str | None = None
     max_samples: int | None = None
+    repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     batch_size: int | None = None
     caption: Any = None
@@ -273,6 +275,11 @@ def _check_ranges(config: TrainConfig) -> None:
         check_number("trainer.micro_batch_size", trainer.micro_batch_size, at_least=1)
     if trainer.clip_grad_norm is not None:
         check_number("trainer.clip_grad_norm", trainer.clip_grad_norm, above=0)
+    if not accepts(trainer.freeze, Mapping[str, str | None] | None):
+        raise UsageError(
+            f"trainer.freeze is {trainer.freeze!r}; expected parts of the model with a duration or null each: "
+            "trainer.freeze={image: null, text: 10%}"
+        )
     if trainer.ema_decay is not None:
         check_number("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
     check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)
@@ -284,8 +291,17 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, stream in data.train.items():
         if stream.max_samples is not None:
             check_number(f"data.train.{name}.max_samples", stream.max_samples, at_least=1)
+        if stream.repeat_batches is not None:
+            check_number(f"data.train.{name}.repeat_batches", stream.repeat_batches, at_least=1)
         if stream.batch_size is not None:
             check_number(f"data.train.{name}.batch_size", stream.batch_size, at_least=1)
+
+
+def check_evaluate_ranges(config: EvaluateConfig) -> None:
+    """Raises: UsageError for a number of an evaluation that is out of range."""
+    check_number("data.workers", config.data.workers, at_least=0)
+    if config.data.val_batch_size is not None:
+        check_number("data.val_batch_size", config.data.val_batch_size, at_least=1)
 
 
 def check_evaluators(nodes: Mapping[str, Any]) -> None:
@@ -301,9 +317,13 @@ def _derived_name() -> str:
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     # Parsed, since a sweep writes values in their canonical form: one job has one name, in a sweep or alone.
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    values = {override.key_or_group: override.get_value_element_as_str() for override in parsed}
+    values: dict[str, str] = {}
+    for override in parsed:
+        key, value = override.key_or_group, override.get_value_element_as_str()
+        # +data.train={images: ...} adds; all else replaces.
+        values[key] = f"{values[key]}+{value}" if key in values and value.startswith("{") else value
     named = {k: v for k, v in values.items() if re.fullmatch(_PLACES, k) or not _FREE.fullmatch(k)}
-    parts = [f"{key}={value}" for key, value in named.items() if key != "experiment"]
+    parts = [f"{key}={value}" for key, value in named.items() if key not in ("experiment", "sweep")]
     # [infonce,mae] is written infonce+mae: the name is a folder's, and will be typed in shells.
     parts = [re.sub(r"[\[\]{}()'\" ]", "", part).replace(",", "+") for part in parts]
     name = ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in sorted(parts)) or "default"
@@ -345,10 +365,17 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
 
 
-def from_yaml(text: str) -> dict[str, Any]:
-    """What a config.yaml holds, as plain values; interpolations are not followed."""
-    plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    assert isinstance(plain, dict)
+def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
+    """What a config.yaml holds, as plain values; interpolations are not followed.
+
+    Raises: ValueError, with the file's `name`, if it is no YAML of keys and values.
+    """
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except YAMLError as error:
+        raise ValueError(f"{name} is no YAML ({error}); expected it as the run wrote it") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{name} holds no keys; expected it as the run wrote it")
     return plain  # type: ignore[return-value]
 
 

@@ -135,7 +135,7 @@ def _write(path: Path, keys: Sequence[str], loaded: Loaded, rows_from: Callable[
     Rows are written as they come, beside a note of how many there are, so that the same command goes on after a kill.
     """
     array, key_file = path.with_name(f"{path.name}.npy"), path.with_name(f"{path.name}.keys.txt")
-    partial, note = path.with_name(f".partial-{path.name}.npy"), path.with_name(f".partial-{path.name}.json")
+    partial, note = path.with_name(f".partial-{path.name}.npy"), path.with_name(f".progress-{path.name}.json")
     work = {"checkpoint": str(loaded.path.resolve()), "digest": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
     done = path.with_name(f"{path.name}.json")
     if done.exists() and json.loads(done.read_text()) == work:

@@ -39,6 +39,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     distributed.setup(device)
     if cfg.output is not None and not Path(cfg.output).parent.is_dir():
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
+    config.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     of_run = loaded.config["data"]
     sets = cfg.data.val or {name: EvalSetConfig(**fields) for name, fields in of_run["val"].items()}
@@ -57,6 +58,11 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     )
     evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
     scores = evaluate(evaluators, context)
+    if not (scores or context.shown.pictures or context.shown.projections):
+        raise ValueError(
+            f"no evaluation of eval=[{','.join(evaluators)}] finds a data set that has what it needs; "
+            "give one, such as +data.val.mine.shards=... with a caption, or a label and classes"
+        )
     if distributed.is_main():
         results = {**scores, "samples": loaded.state["samples"]}
         if cfg.output is not None:

@@ -46,9 +46,9 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The handlers as they were before."""
+        """The handlers as they were before; after a signal none, since the process is ending with its own exit code."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.received and kind is SystemExit else handler)
 
 
 class Quarantine:

@@ -13,10 +13,10 @@ import torch
 from mmpretrain import checkpoint, config, targets
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 
 _TRUSTED = ("mmpretrain.models", "mmpretrain.data")
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FOLDER = "tokenizer"  # in a run's directory: the files of a local tokenizer
 """Where a run keeps the local tokenizer that it was trained with."""
 _TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
@@ -90,14 +90,41 @@ def _check_trusted(node: Any, path: str, trust: Sequence[str]) -> None:
 
 
 def _with_own_files(tokenizer: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A tokenizer's node that reads the file that the run has kept, not the one it was made from."""
-    kept = folder / TOKENIZER_FILE
-    return {**tokenizer, "path": str(kept)} if tokenizer.get("path") and kept.is_file() else dict(tokenizer)
+    """A tokenizer's node that reads the files that the run has kept, not those it was made from."""
+    kept = folder / TOKENIZER_FOLDER
+    return {**tokenizer, "path": str(kept)} if tokenizer.get("path") and kept.is_dir() else dict(tokenizer)
 
 
 def preprocess_of(model: ImageTextModel) -> Preprocess:
     """What evaluation does to a model's images."""
     return Preprocess(model.image.image_size, model.num_channels, model.squash)
+
+
+def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:
+    """Check that a text encoder can take a tokenizer's ids, and let it know which of them is padding.
+
+    Raises: ValueError if it cannot.
+    """
+    if text.adopts_padding and tokenizer.pad_id is not None:
+        text.pad_id = tokenizer.pad_id
+    if tokenizer.context_length > text.context_length:
+        raise ValueError(
+            f"data.tokenizer.context_length is {tokenizer.context_length}; expected at most model.text.context_length = "
+            f"{text.context_length}: leave it out, or make the encoder's larger"
+        )
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(
+            f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
+        )
+    for key, wanted, given in (
+        ("pad_id", text.pad_id, tokenizer.pad_id),
+        ("eos_id", text.end_id, tokenizer.end_id),
+    ):
+        if wanted is not None and given != wanted:
+            raise ValueError(
+                f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "
+                f"model.text.{key}={given}, or another data.tokenizer"
+            )
 
 
 def load_checkpoint(
@@ -117,14 +144,20 @@ def load_checkpoint(
     Raises: ValueError if there is no checkpoint, it has no average, or its configuration names other parts.
     """
     folder, path = find(run_or_checkpoint)
-    saved = config.from_yaml((folder / "config.yaml").read_text())
+    source = folder / "config.yaml"
+    saved = config.from_yaml(source.read_text(), str(source))
+    if lacking := sorted({"model", "objective", "data"} - saved.keys()):
+        raise ValueError(f"{source} has no {lacking[0]!r}; expected the file as the run wrote it")
     for part in (saved["model"], saved["data"]["tokenizer"]):
         _check_trusted(part, "config.yaml", trust)
     model = targets.instantiate(_without_weights(saved["model"]), 0, "model")
     if ema and not (path / "ema.safetensors").is_file():
         raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
     tensors = checkpoint.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    try:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of the model in {source}: {error}") from error
     # Of several, the first objective's, as in training.
     scalars = {
         scalar: float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])
@@ -133,6 +166,8 @@ def load_checkpoint(
         if name in tensors
     }
     tokenizer = targets.instantiate(_with_own_files(saved["data"]["tokenizer"], folder), 0, "data.tokenizer")
+    if model.text is not None:
+        fit_tokenizer(tokenizer, model.text)
     return Loaded(
         model=model.to(device).eval(),
         preprocess=preprocess_of(model),

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -26,6 +27,9 @@ from mmpretrain.pictures import pair_grid
 log = logging.getLogger(__name__)
 
 HParam = str | float | bool
+
+# TensorBoard's table shows five settings until others are chosen: the ones that are marked as different, by name.
+_FIRST_SETTINGS = ("batch_size", "lr", "model", "objective", "seed")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -97,7 +101,13 @@ class MetricsWriter:
 
     def hparams(self, settings: Mapping[str, HParam], metrics: Sequence[str]) -> None:
         """Show the run in TensorBoard's table of runs: its settings, and the last value of these metrics."""
-        for summary in hparams(dict(settings), dict.fromkeys(metrics, 0.0)):
+        experiment, start, end = hparams(dict(settings), dict.fromkeys(metrics, 0.0))
+        plugin = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = info.name in _FIRST_SETTINGS
+        plugin.content = content.SerializeToString()
+        for summary in (experiment, start, end):
             self._tensorboard._get_file_writer().add_summary(summary)
 
     def flush(self) -> None:

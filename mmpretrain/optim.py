@@ -106,7 +106,7 @@ def torch_optimizer(
     lr: float,
     weight_decay: float,
     towers: Mapping[str, Mapping[str, float | None]],
-    args: Mapping[str, Any],
+    args: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimiser of `torch.optim`.
 
@@ -122,7 +122,9 @@ def torch_optimizer(
     del kinds["Optimizer"], kinds["LBFGS"]  # which wants to compute the loss again
     if name not in kinds:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, list(kinds))}")
-    return _built(name, lambda groups: kinds[name](groups, lr=lr, **args), parameters, lr, weight_decay, towers, args)
+    return _built(
+        name, lambda groups: kinds[name](groups, lr=lr, **(args or {})), parameters, lr, weight_decay, towers, args
+    )
 
 
 def timm_optimizer(
@@ -131,7 +133,7 @@ def timm_optimizer(
     lr: float,
     weight_decay: float,
     towers: Mapping[str, Mapping[str, float | None]],
-    args: Mapping[str, Any],
+    args: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimiser of timm.
 
@@ -146,7 +148,7 @@ def timm_optimizer(
     if name not in known:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, known)}")
     kind: Callable[..., torch.optim.Optimizer] = timm.optim.get_optimizer_class(name, bind_defaults=True)
-    return _built(name, lambda groups: kind(groups, lr=lr, **args), parameters, lr, weight_decay, towers, args)
+    return _built(name, lambda groups: kind(groups, lr=lr, **(args or {})), parameters, lr, weight_decay, towers, args)
 
 
 def _built(
@@ -156,13 +158,13 @@ def _built(
     lr: float,
     weight_decay: float,
     towers: Mapping[str, Mapping[str, float | None]],
-    args: Mapping[str, Any],
+    args: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     groups = parameter_groups(parameters, lr, weight_decay, towers)
     try:
         return make(groups)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer.name={name} refuses optimizer.args {dict(args)}: {error}") from error
+        raise ValueError(f"optimizer.name={name} refuses optimizer.args {dict(args or {})}: {error}") from error
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -15,6 +15,7 @@ from mmpretrain import pictures
 from mmpretrain.checkpoint import write_text
 from mmpretrain.metrics import read_records
 
+FILE = "report.html"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
@@ -47,7 +48,7 @@ def write(folder: Path) -> Path:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
         f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
-    path = folder / "report.html"
+    path = folder / FILE
     write_text(path, page)
     return path
 

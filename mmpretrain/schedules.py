@@ -46,6 +46,8 @@ class Duration:
                 f"{name} is {text!r}; expected a number with a unit ({units}), such as 20epochs, 10Msamples or 2000steps"
             )
         number, prefix, unit = match.groups()
+        if unit == "%" and float(number) > 100:
+            raise ValueError(f"{name} is {text!r}; expected at most 100%, the whole run")
         if _UNITS[unit] == "min" and not wall_time:
             raise ValueError(f"{name} is {text!r}; wall time makes no sense here: use one of {units}")
         return cls(Fraction(number) * _PREFIXES[prefix], _UNITS[unit])

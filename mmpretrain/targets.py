@@ -3,6 +3,7 @@
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,8 @@ def _check_target(node: Node, path: str, runtime: Sequence[str], beside: Sequenc
                 continue
             raise UsageError(f"unknown configuration key '{path}.{name}'; {nearest(name, [*parameters, *beside])}")
         annotation = parameters[name].annotation
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{path}.{name} is {value}; expected a finite number: {path}.{name}=...")
         if not accepts(value, annotation):
             raise UsageError(f"{path}.{name} is {value!r}; expected {expected_type(annotation)}: {path}.{name}=...")
     is_partial = node.get("_partial_") and not runtime
@@ -133,6 +136,8 @@ def instantiate(node: Any, seed: int, path: str, **runtime: Any) -> Any:
         seed: the run's seed.
         path: the node's full name.
         runtime: further arguments of the outermost target.
+
+    Raises: UsageError, or what the target raises; a ValueError's message names the node.
     """
     if isinstance(node, list):
         return [instantiate(item, seed, f"{path}[{i}]") for i, item in enumerate(node)]
@@ -149,4 +154,8 @@ def instantiate(node: Any, seed: int, path: str, **runtime: Any) -> Any:
     if node.get("_partial_"):
         return functools.partial(target, **arguments, **runtime)
     with torch_seed(seed, path):
-        return target(**arguments, **runtime)
+        try:
+            return target(**arguments, **runtime)
+        except ValueError as error:
+            # A part does not know where it stands in the configuration; its user does.
+            raise error if path in str(error) else UsageError(f"{path}: {error}") from error

@@ -33,7 +33,10 @@ class Encodings:
         if stream not in self._pixels:
             images = self.samples(stream).images
             if images is None:
-                raise ValueError(f"stream {stream!r} has no images; an objective asks for them")
+                raise ValueError(
+                    f"data.train.{stream}.transform is null, but an objective reads the stream's images; "
+                    "expected one, such as mmpretrain.data.transforms.CenterCrop"
+                )
             self._pixels[stream] = self._model.normalize(images)
         return self._pixels[stream]
 
@@ -56,7 +59,10 @@ class Encodings:
         if stream not in self._texts:
             samples = self.samples(stream)
             if samples.text is None or samples.lengths is None:
-                raise ValueError(f"stream {stream!r} has no text; an objective asks for it")
+                raise ValueError(
+                    f"data.train.{stream}.caption is null, but an objective reads the stream's texts; "
+                    f"expected a field: data.train.{stream}.caption=txt"
+                )
             self._texts[stream] = self._model.encode_text(samples.text, samples.lengths, samples.cuts)
         return self._texts[stream]
 

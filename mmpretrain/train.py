@@ -1,6 +1,7 @@
 """Pre-train a model: python -m mmpretrain.train experiment=quickstart [overrides]."""
 
 import fcntl
+import importlib
 import json
 import logging
 import sys
@@ -15,11 +16,11 @@ from omegaconf import DictConfig
 from mmpretrain import build, checkpoint, command, config, distributed, dry_run, report, targets, usage
 from mmpretrain.config import TrainConfig
 from mmpretrain.data.stream import Stream
-from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
-from mmpretrain.loading import TOKENIZER_FILE
+from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results
 from mmpretrain.precision import autocast
 from mmpretrain.schedules import Duration, Schedule
@@ -83,7 +84,6 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
 
         for name, evaluator in evaluators.items():
             chosen_sets(name, evaluator, evaluation_context(task))
-        torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly)
         if cfg.trainer.dry_run:
             return _dry_run(cfg, task.to(device), streams, tokenizer, weights, options)
         # Not closed before the run's end: closing it would free the directory.
@@ -92,7 +92,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         fingerprint = {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
         if (finished := _finished(folder, clock.total_samples // clock.batch_size, fingerprint)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
-            _tell(finished, folder)
+            _conclude(finished, folder, rewrite=False)
             return finished
 
         def run_evaluations(
@@ -129,10 +129,9 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
             checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
             _keep_tokenizer(cfg, folder)
-    results = trainer.run()
-    if distributed.is_main():
-        report.write(folder)
-    _tell(results, folder)
+    with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
+        results = trainer.run()
+    _conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()
     return results
@@ -163,20 +162,25 @@ def _make_optimizer(cfg: TrainConfig) -> Callable[[Task], torch.optim.Optimizer]
 
 
 def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
-    """A local tokenizer's file into the run's directory. Raises: ValueError if the run was made with another one."""
+    """A local tokenizer's files into the run's directory. Raises: ValueError if the run was made with another one."""
     if (path := cfg.data.tokenizer.get("path")) is None:
         return
-    file = Path(path, TOKENIZER_FILE) if Path(path).is_dir() else Path(path)
-    kept = folder / TOKENIZER_FILE
-    if kept.exists() and kept.read_bytes() != file.read_bytes():
-        raise ValueError(
-            f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
-        )
-    checkpoint.write_text(kept, file.read_text())
+    kept = folder / TOKENIZER_FOLDER
+    for name, file in tokenizer_files(Path(path)).items():
+        if (kept / name).exists() and (kept / name).read_bytes() != file.read_bytes():
+            raise ValueError(
+                f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
+            )
+        kept.mkdir(exist_ok=True)
+        checkpoint.write_bytes(kept / name, file.read_bytes())
 
 
 def _options(cfg: TrainConfig) -> TrainerOptions:
     duration = Duration.parse(cfg.trainer.duration, "trainer.duration")
+    if duration.unit == "%":
+        raise ValueError(
+            f"trainer.duration is {cfg.trainer.duration!r}, a part of itself; expected epochs, samples or steps"
+        )
     if not duration.value > 0:
         raise ValueError(f"trainer.duration is {cfg.trainer.duration!r}; expected a length above 0, such as 20epochs")
     return TrainerOptions(
@@ -187,7 +191,7 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         ema_decay=cfg.trainer.ema_decay,
         freeze={
             part: None if until is None else Duration.parse(until, f"trainer.freeze.{part}")
-            for part, until in cfg.trainer.freeze.items()
+            for part, until in (cfg.trainer.freeze or {}).items()
         },
         log_every=Duration.parse(cfg.trainer.log_every, "trainer.log_every"),
         checkpoint_every=Duration.parse(cfg.checkpoint.every, "checkpoint.every", wall_time=True),
@@ -228,7 +232,7 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
     if not path.exists():
         return None
     free = () if schedule.depends_on_total() else ("trainer.duration",)
-    changed = config.differences(config.from_yaml(path.read_text()), config.to_plain(cfg), free)
+    changed = config.differences(config.from_yaml(path.read_text(), str(path)), config.to_plain(cfg), free)
     if not changed:
         return None
     return (
@@ -268,10 +272,14 @@ def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> d
     return distributed.from_main(look)
 
 
-def _tell(results: Mapping[str, float], folder: Path) -> None:
+def _conclude(results: Mapping[str, float], folder: Path, rewrite: bool) -> None:
+    """Write the run's report, unless it is finished and came to it before, and say the results."""
     if distributed.is_main():
+        if rewrite or not (folder / report.FILE).exists():
+            report.write(folder)
         print_results(results, folder)
 
 
 if __name__ == "__main__":
-    main()
+    # By its own name, under which the processes of a sweep's launcher find the job; __main__ is another module there.
+    importlib.import_module("mmpretrain.train").main()

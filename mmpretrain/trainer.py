@@ -247,6 +247,8 @@ class Trainer:
         if path is None:
             if initialize is not None:
                 initialize(self.task)
+                if self.ema is not None:
+                    self.ema.load(self.task.state_dict())
             return TrainState()
         check_fingerprint(path, self.fingerprint)
         saved = checkpoint.load_state(path)

@@ -207,6 +207,14 @@ class Command:
         if self._process.is_alive():
             os.kill(self._process.pid, number)
 
+    def send_until_it_ends(self, number: signal.Signals) -> None:
+        """Send it a signal again and again."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while self._process.is_alive():
+            assert time.monotonic() < deadline, f"did not end in {DEADLINE_SECONDS} s:\n{self.stderr}"
+            self.send(number)
+            self._process.join(0.01)
+
     def wait(self) -> Finished:
         """What it left when it ended; one that never ends is killed and fails the test."""
         self._process.join(DEADLINE_SECONDS)

@@ -61,7 +61,7 @@ def test_a_folder_of_images_and_what_it_refuses(run: Path, tmp_path: Path) -> No
 def test_it_goes_on_after_a_kill(run: Path, pairs: Path, tmp_path: Path) -> None:
     arguments = [f"checkpoint={run}", "device=cpu", "workers=0", "output=out", f"images={pairs}/train", "batch_size=1"]
     command = runs.Command("mmpretrain.embed", arguments, tmp_path)
-    note = tmp_path / "out" / ".partial-images.json"
+    note = tmp_path / "out" / ".progress-images.json"
     command.wait_for(note.exists, "some rows")
     command.send(signal.SIGKILL)
     assert command.wait().code == -signal.SIGKILL

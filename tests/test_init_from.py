@@ -168,6 +168,15 @@ def test_a_run_begins_with_the_weights_and_resumes_without_them(pairs: Path, tmp
     assert "init_from: " in refused.errors[0]
 
 
+def test_the_average_begins_with_the_weights_too(pairs: Path, tmp_path: Path) -> None:
+    settings = (f"data.root={pairs}", "trainer.duration=2steps", "eval=[contrastive_loss]")
+    assert runs.train(tmp_path, *settings, "run.dir=first").code == 0
+    averaged = ("init_from=first", "trainer.ema_decay=0.9", "optimizer.lr=0")
+    assert runs.train(tmp_path, *settings, *averaged, "run.dir=second", "run.seed=1").code == 0
+    scores = runs.results(tmp_path / "second")
+    assert scores["eval-val-ema/contrastive_loss"] == pytest.approx(scores["eval-val/contrastive_loss"], rel=1e-5)
+
+
 def test_open_clip_trains_on_from_our_checkpoint(tmp_path: Path) -> None:
     """Out to open_clip's own loader and back."""
     source = make_task(seed=1, **CLIP_SHAPE)

@@ -25,6 +25,7 @@ model:
   image: {image_size: 32, args: {embed_dim: 32, depth: 1, num_heads: 2}}
   text: {width: 32, depth: 1, num_heads: 2, context_length: 16}
 """
+LAST = "step_00000030"
 JOBS = [f"objective={objective},run.seed={seed}" for objective in ("infonce", "sigmoid") for seed in (0, 1, 2)]
 LAUNCHERS = {
     "basic": (),
@@ -69,15 +70,17 @@ def test_a_killed_sweep_is_finished_by_the_same_command(
     process = sweep(tmp_path, pairs, launcher)
 
     def reached() -> bool:
-        finished = len(list(folder.glob("*/results.json")))
-        unfinished = [path for path in folder.glob("*") if not (path / "results.json").exists()]
-        return finished >= 1 and any(list(path.glob("checkpoints/step_*")) for path in unfinished)
+        saved = [{path.name for path in run.glob("checkpoints/step_*")} for run in folder.glob("*")]
+        return any(LAST in steps for steps in saved) and any(steps and LAST not in steps for steps in saved)
 
     runs.poll(reached, "a finished job and one in the middle", lambda: process.poll() is None)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     runs.kill_stragglers(str(tmp_path))
-    finished = {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/results.json")}
+    finished = {
+        path.parents[1].name: (path.parents[1] / "results.json").stat().st_mtime_ns
+        for path in folder.glob(f"*/checkpoints/{LAST}")
+    }
     assert 1 <= len(finished) < len(JOBS)
 
     again = sweep(tmp_path, pairs, launcher)
@@ -99,6 +102,7 @@ def hparams(run: Path) -> tuple[dict[str, Any], list[str]]:
     for name, value in start.hparams.items():
         settings[name] = getattr(value, value.WhichOneof("kind"))
     experiment = data(content["_hparams_/experiment"].plugin_data.content).experiment
+    assert [i.name for i in experiment.hparam_infos if i.differs] == ["seed", "objective", "model", "batch_size", "lr"]
     return settings, [info.name.tag for info in experiment.metric_infos]
 
 

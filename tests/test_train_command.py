@@ -73,6 +73,31 @@ WRONG_OVERRIDES = {
     "no such caption": ("data.train.pairs.caption=json.title", "'title'", "caption, label", "data.train.pairs.caption"),
     "no such member": ("data.train.pairs.caption=text", "no member text", "set data.train.pairs.caption"),
     "no such held-out caption": ("data.val.val.caption=json.title", "'title'", "data.val.val.caption"),
+    "captions that are json's whole text": (
+        "data.train.pairs.caption=json",
+        "data.train.pairs.caption is 'json'",
+        "json.",
+    ),
+    "no captions for an objective": (
+        "data.train.pairs.caption=null",
+        "data.train.pairs.caption is null",
+        "caption=txt",
+    ),
+    "no images for an objective": ("data.train.pairs.transform=null", "data.train.pairs.transform is null", "expected"),
+    "shards that are no pattern": ("data.train.pairs.shards=5", "data.train.pairs.shards is 5", "expected a tar"),
+    "a part of itself": ("trainer.duration=50%", "trainer.duration is '50%'", "epochs, samples or steps"),
+    "more than the run": ("schedule.warmup=200%", "schedule.warmup is '200%'", "at most 100%"),
+    "a rate without bounds": ("optimizer.lr=inf", "optimizer.lr is inf", "a finite number"),
+    "images below a patch": ("model.image.image_size=5", "model.image.image_size is 5", "a patch of"),
+    "no rank": ("eval.retrieval.ks=[]", "eval.retrieval: ks is []", "ks=[1,5,10]"),
+    "rank below 1": ("eval.retrieval.ks=[0]", "eval.retrieval: ks is 0", "at least 1"),
+    "chunks of none": ("eval.retrieval.chunk_size=0", "eval.retrieval: chunk_size is 0", "at least 1"),
+    "crops beyond the image": (
+        "data.train.pairs.transform.scale=[0.8,2]",
+        "data.train.pairs.transform: scale is",
+        "<= 1",
+    ),
+    "a stream that is not there": ("data.train.imgs.shards=train", "'data.train.imgs'", "+data.train.imgs.shards=..."),
     "micro-batch does not divide": ("trainer.micro_batch_size=5", "trainer.micro_batch_size is 5", "divisor of the 16"),
     "directory that cannot be written": ("run.dir=/proc/run", "run.dir is '/proc/run'", "choose another folder"),
 }
@@ -117,6 +142,45 @@ def test_typo_in_an_experiment_is_answered_in_one_line(
         tmp_path, f"data.root={pairs}", f"hydra.searchpath=[file://{tmp_path}/conf]", "experiment=wrong"
     )
     assert_refused(finished, *experiment[1:])
+
+
+def test_a_mask_that_hides_nothing_is_refused(pairs: Path, tmp_path: Path) -> None:
+    settings = ("objective=[mae]", *runs.TINY_MAE, "eval=[]", "objective.mae.mask_ratio=0.001")
+    assert_refused(runs.train(tmp_path, f"data.root={pairs}", *settings), "mask_ratio is 0.001", "hides none")
+
+
+def test_streams_and_held_out_sets_are_added_on_the_command_line(pairs: Path, tmp_path: Path) -> None:
+    added = (
+        "+data.train.images.shards=train",
+        "+data.train.images.batch_size=8",
+        "+data.train.images.transform={_target_: mmpretrain.data.transforms.CenterCrop}",
+        "+data.val.again.shards=val",
+        "+data.val.again.caption=txt",
+    )
+    # Whichever objective comes first, the run is measured in pairs.
+    settings = ("objective=[mae,infonce]", "objective.mae.stream=images", *runs.TINY_MAE, "trainer.duration=1steps")
+    finished = runs.train(tmp_path, f"data.root={pairs}", *settings, *added)
+    assert finished.code == 0, finished.stderr
+    results = runs.results(tmp_path / "run")
+    assert results["samples"] == 16
+    assert results["eval-again/image_retrieval_recall@1"] == results["eval-val/image_retrieval_recall@1"]
+
+
+def test_options_may_stand_anywhere(pairs: Path, tmp_path: Path) -> None:
+    settings = (f"data.root={pairs}", "trainer.duration=1steps", "eval=[]", "run.dir=null", "objective=infonce,sigmoid")
+    finished = runs.train(tmp_path, *settings[:3], "-m", *settings[3:])
+    assert finished.code == 0, finished.stderr
+    assert len(list((tmp_path / "runs").glob("*/*/results.json"))) == 2
+
+
+def test_a_damaged_tar_is_named_at_the_start(pairs: Path, tmp_path: Path) -> None:
+    whole = (pairs / "train" / "000000.tar").read_bytes()
+    damaged = tmp_path / "damaged.tar"
+    damaged.write_bytes(whole[: len(whole) // 2])
+    settings = ("trainer.duration=1steps", "eval=[]", f"data.train.pairs.shards={damaged}")
+    finished = runs.train(tmp_path, f"data.root={pairs}", *settings)
+    assert finished.code == 0, finished.stderr
+    assert "damaged.tar: truncated" in finished.stderr
 
 
 def test_empty_shard_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> None:

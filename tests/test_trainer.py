@@ -4,6 +4,7 @@ import json
 import math
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -244,7 +245,17 @@ def test_evaluate_command_gives_the_scores_of_training(finished_run: Path, tmp_p
     scores, results = json.loads(output.read_text()), runs.results(finished_run)
     names = [name for name in results if name.startswith("eval-")]
     assert len(names) == 7
-    assert {name: scores[name] for name in names} == {name: pytest.approx(results[name], rel=1e-6) for name in names}
+    expected = {name: pytest.approx(results[name], rel=1e-6) for name in names}
+    assert {name: scores[name] for name in names} == expected
+
+    # Spread over two processes, and from a path as the names of our runs are.
+    named = tmp_path / "objective=infonce,run.seed=0"
+    named.symlink_to(finished_run)
+    arguments[0] = f"checkpoint={named}"
+    ranks = [runs.Command("mmpretrain.evaluate", arguments, tmp_path, environment) for environment in runs.group(2)]
+    assert [rank.wait().code for rank in ranks] == [0, 0]
+    scores = json.loads(output.read_text())
+    assert {name: scores[name] for name in names} == expected
 
 
 @pytest.mark.parametrize(
@@ -255,6 +266,9 @@ def test_evaluate_command_gives_the_scores_of_training(finished_run: Path, tmp_p
         (["checkpoint=RUN", "eval=[retreival]"], ("'retreival'", "did you mean 'retrieval'?")),
         (["checkpoint=RUN", "precison=fp32"], ("'precison'", "did you mean 'precision'?")),
         (["checkpoint=RUN", "data.root=/nowhere"], ("/nowhere/val", "name existing tars")),
+        (["checkpoint=RUN", "data.workers=-1"], ("data.workers is -1", "at least 0")),
+        (["checkpoint=RUN", "data.val_batch_size=0"], ("data.val_batch_size is 0", "at least 1")),
+        (["checkpoint=RUN", "eval=[zero_shot]"], ("no evaluation of eval=[zero_shot]", "+data.val.mine.shards=...")),
         (["checkpoint=nowhere", "output=absent/x.json"], ("output is 'absent/x.json'", "a folder that exists")),
     ],
 )
@@ -264,8 +278,33 @@ def test_wrong_use_of_evaluate_is_answered_in_one_line(
     arguments = [argument.replace("RUN", str(finished_run)) for argument in arguments]
     finished = runs.run("mmpretrain.evaluate", [*arguments, "device=cpu"], tmp_path)
     assert finished.code == 2
-    (line,) = finished.stderr.splitlines()
+    line = finished.stderr.splitlines()[-1]
+    assert len(finished.errors) == 1
     assert line.startswith("error: ")
+    assert all(fragment in line for fragment in fragments), line
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        (lambda text: "a: 1\n", ("config.yaml has no 'data'", "as the run wrote it")),
+        (lambda text: "a: [1", ("config.yaml is no YAML",)),
+        (lambda text: text.replace("embed_dim: 16", "embed_dim: 8"), ("does not hold the weights", "size mismatch")),
+    ],
+    ids=["another file", "no YAML", "another model"],
+)
+def test_evaluate_refuses_a_configuration_that_is_not_the_runs(
+    change: Callable[[str], str], fragments: tuple[str, ...], finished_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(finished_run / "checkpoints")
+    text = (finished_run / "config.yaml").read_text()
+    assert change(text) != text
+    (run / "config.yaml").write_text(change(text))
+    finished = runs.run("mmpretrain.evaluate", [f"checkpoint={run}", "device=cpu"], tmp_path)
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
     assert all(fragment in line for fragment in fragments), line
 
 

@@ -6,6 +6,7 @@ else goes through Pillow. One uint8 resize (bicubic, antialiased) serves both, s
 
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,12 @@ def read_label(data: bytes, field: str) -> str:
     if not value.strip():
         raise BadSample(f"its label {field!r} is empty")
     return value.strip()
+
+
+def check_caption_field(field: str, key: str) -> None:
+    """Raises: ValueError for `json` without a field in it, whose text would be taken for a caption."""
+    if field == "json" or not re.fullmatch(r"\w+|json(\.[^.]+)+", field):
+        raise ValueError(f"{key} is {field!r}; expected a member such as txt, or a field of json: json.caption")
 
 
 def decode_captions(data: bytes, field: str) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation, augmented
-from mmpretrain.data.decode import BadSample, decode_captions, decode_image, read_label
+from mmpretrain.data.decode import BadSample, check_caption_field, decode_captions, decode_image, read_label
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.shards import Shards, concatenated
 from mmpretrain.data.storage import LocalStorage, Storage
@@ -61,6 +61,8 @@ class CaptionFields:
         weights = dict(fields) if isinstance(fields, Mapping) else dict.fromkeys(_as_list(fields), 1.0)
         if not weights or not all(isinstance(weight, int | float) and weight > 0 for weight in weights.values()):
             raise ValueError(f"{key} is {fields!r}; expected a field, a list of them, or fields with positive weights")
+        for name in weights:
+            check_caption_field(name, key)
         self._names = list(weights)
         self._bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
@@ -116,6 +118,7 @@ class TarStream:
         channels: of the images: 3, or 1 (grey) or 4 (with transparency).
         augment: what is done to the cropped image, in this order.
         group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
+        repeat_batches: after so many batches the same ones come again, crops and masks too; None: never.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class TarStream:
         channels: int = 3,
         augment: Sequence[Augmentation] = (),
         group: str | None = None,
+        repeat_batches: int | None = None,
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -147,6 +151,7 @@ class TarStream:
         self.order = Order(
             [SourceOrder(hash64(seed, name, source.name), source.shards.num_samples) for source in self.sources],
             [1.0 if source.weight is None else source.weight for source in self.sources],
+            None if repeat_batches is None else repeat_batches * batch_size,
         )
         self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
         self._seed = hash64(seed, name)

@@ -12,6 +12,7 @@ _REGULAR_KINDS = frozenset((b"0", b"\0", b"7"))
 _EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # these describe the members behind them
 _KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever the size of a link or folder says
 _MAX_EXTENDED_BYTES = 1 << 20
+_WHOLE_BYTES = 1 << 13
 _NEEDED_PAX = re.compile(rb"path=|size=|GNU\.sparse")  # path, size: most pax headers hold a time and no more
 
 
@@ -39,8 +40,9 @@ def as_text(name: bytes) -> str:
 def regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple[bytes, int, int]]:
     """Yields (name, data offset, size) of each regular file of the open tar `fd`.
 
-    `digest` gets each header with the block before it, and the middle of each member. Raises Damage where the tar
-    cannot be followed further, Cut where it ends inside a member.
+    `digest` gets each header with the block before it, members of up to 8 KiB (captions, labels, json) whole, and of
+    larger ones their first block and one in the middle: reading all of every image would take as long as training on
+    them. Raises Damage where the tar cannot be followed further, Cut where it ends inside a member.
 
     Reads by `pread`: under `mmap`, a tar that someone truncates meanwhile would end this process with SIGBUS.
     """
@@ -114,7 +116,10 @@ def regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple[
                 f"truncated: {as_text(name)!r} needs bytes {data} to {data + size}, the file has {tar_bytes}",
             )
         if kind in _REGULAR_KINDS and not name.endswith(b"/"):
-            if size > 2 * _BLOCK:
+            wanted = size if size <= _WHOLE_BYTES else _BLOCK
+            at_hand = data + wanted <= limit
+            digest.update(window[data - start : data - start + wanted] if at_hand else os.pread(fd, wanted, data))
+            if size > wanted:
                 digest.update(os.pread(fd, _BLOCK, data + size // 2))
             yield name, data, size
 

@@ -24,7 +24,7 @@ from mmpretrain.data.tar_headers import Cut, Damage, as_text, regular_members
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what training reads a sample's image from
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
 
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 _NAMED_PER_PROBLEM = 10
 _METADATA_NAME = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these names, and so do we
 _logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class TarIndex:
 
     `members` maps an extension to offsets and sizes in bytes (int64 [n] each; size -1 where a sample lacks it).
     The keys are one UTF-8 blob (uint8) and the end of each in it (int64 [n]): a tenth of what n strings take.
-    `digest` covers every header block, the block before it and the middle of each member; `problems` names what is
-    wrong with the tar.
+    `digest` covers every header, members of up to 8 KiB whole, and the beginning, middle and end of larger ones;
+    `problems` names what is wrong with the tar.
     """
 
     key_blob: npt.NDArray[np.uint8]
@@ -250,7 +250,7 @@ def read_index(path: str | os.PathLike[str]) -> TarIndex:
         zlib.error,
         NotImplementedError,
     ) as error:
-        raise ValueError(f"{path}: damaged index ({error}); delete it and it is made again") from error
+        raise ValueError(f"{path}: unusable index ({error}); it is made again") from error
 
 
 def load_index(tar: str | os.PathLike[str]) -> TarIndex:

@@ -149,12 +149,20 @@ class HuggingFaceTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """The files that a local tokenizer consists of, by the names under which another folder may keep them."""
+    if path.is_file():
+        return {"tokenizer.json": path}
+    return {file.name: file for file in sorted(path.iterdir()) if file.suffix in (".json", ".txt", ".model")}
+
+
 def tokenizer_of(name: str | None = None, path: str | None = None, context_length: int | None = None) -> Tokenizer:
     """The tokenizer of a model.
 
     Args:
         name: a model of open_clip, whose tokenizer it is; None for CLIP's own.
-        path: a local tokenizer file, which goes before the name's.
+        path: a local tokenizer.json, or a folder with one or with what Hugging Face's `save_pretrained` writes; it
+            goes before the name's.
         context_length: longer texts are cut to this many tokens; None: the model's, or 77.
 
     Raises: ValueError if it cannot be loaded.
@@ -162,7 +170,8 @@ def tokenizer_of(name: str | None = None, path: str | None = None, context_lengt
     config = {} if name is None else (open_clip.get_model_config(name) or {}).get("text_cfg", {})
     length = context_length or config.get("context_length", 77)
     if path is not None:
-        return FileTokenizer(path, length)
+        is_hugging_face = Path(path, "tokenizer_config.json").is_file()
+        return HuggingFaceTokenizer(path, length) if is_hugging_face else FileTokenizer(path, length)
     if (of_hub := config.get("hf_tokenizer_name")) is not None:
         settings = config.get("tokenizer_kwargs") or {}
         if unknown := sorted(set(settings) - {"clean"}) or config.get("tokenizer_mode"):

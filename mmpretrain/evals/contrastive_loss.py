@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from mmpretrain import distributed
 from mmpretrain.evals.evaluation import Context
 from mmpretrain.losses import info_nce
+from mmpretrain.usage import check_number
 
 
 class ContrastiveLoss:
@@ -14,9 +16,12 @@ class ContrastiveLoss:
     Args:
         data: names of `data.val` to use; None takes each that has captions.
         batch_size: pairs of a batch; a last batch that is not full is left out, unless it is the only one.
+
+    Raises: UsageError for a batch of none.
     """
 
     def __init__(self, data: Sequence[str] | None = None, batch_size: int = 128) -> None:
+        check_number("batch_size", batch_size, at_least=1)
         self.data = data
         self.batch_size = batch_size
 
@@ -37,8 +42,8 @@ class ContrastiveLoss:
         texts = embedded.texts[text_of]
         size = min(self.batch_size, len(texts))
         scale = torch.tensor(context.logit_scale, device=texts.device)
-        losses = [
-            info_nce(embedded.images[start : start + size], texts[start : start + size], scale)
-            for start in range(0, len(texts) - size + 1, size)
-        ]
-        return {"contrastive_loss": float(torch.stack(losses).mean())}
+        starts = range(0, len(texts) - size + 1, size)
+        total = torch.zeros((), dtype=torch.float64, device=texts.device)
+        for start in starts[distributed.rank() :: distributed.world_size()]:
+            total += info_nce(embedded.images[start : start + size], texts[start : start + size], scale)
+        return {"contrastive_loss": float(distributed.all_reduce_sum(total)) / len(starts)}

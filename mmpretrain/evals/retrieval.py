@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.evals.evaluation import Context
+from mmpretrain.usage import UsageError, check_number
 
 
 def match_ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, chunk_size: int = 1024) -> Tensor:
@@ -41,11 +42,18 @@ class Retrieval:
         data: names of `data.val` to use; None takes each that has captions.
         ks: recall is the part of queries with a right answer among the first k.
         chunk_size: queries compared at once.
+
+    Raises: UsageError for no rank, a rank below 1, or chunks of none.
     """
 
     def __init__(
         self, data: Sequence[str] | None = None, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 1024
     ) -> None:
+        if not ks:
+            raise UsageError("ks is []; expected at least one rank, such as ks=[1,5,10]")
+        for k in ks:
+            check_number("ks", k, at_least=1)
+        check_number("chunk_size", chunk_size, at_least=1)
         self.data = data
         self.ks = ks
         self.chunk_size = chunk_size

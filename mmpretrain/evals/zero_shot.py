@@ -1,7 +1,8 @@
 """Zero-shot classification: the class whose texts lie nearest to the image."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -12,6 +13,7 @@ from torch import Tensor
 from mmpretrain import distributed, pictures
 from mmpretrain.evals.embed import Classes
 from mmpretrain.evals.evaluation import Context
+from mmpretrain.targets import accepts
 
 _TEMPLATE_SETS = {
     "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
@@ -57,7 +59,7 @@ def read_classes(
     return Classes(names, [[fill(name) for fill in _templates(templates)] for name in names])
 
 
-def _templates(templates: str | Sequence[str]) -> list:
+def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
     if isinstance(templates, str):
         if templates not in _TEMPLATE_SETS:
             known = ", ".join(_TEMPLATE_SETS)
@@ -65,9 +67,9 @@ def _templates(templates: str | Sequence[str]) -> list:
                 f"templates is {templates!r}; expected {known}, or a list of sentences with {{}} for the name"
             )
         return list(_TEMPLATE_SETS[templates])
-    if any("{}" not in template for template in templates):
-        raise ValueError(f"templates is {list(templates)}; each must have {{}} where the class's name goes")
-    return [template.format for template in templates]
+    if not accepts(templates, Sequence[str]) or not templates or any("{}" not in t for t in templates):
+        raise ValueError(f"templates is {templates!r}; expected sentences, each with {{}} where the class's name goes")
+    return [partial(template.replace, "{}") for template in templates]
 
 
 def class_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:

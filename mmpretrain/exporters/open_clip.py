@@ -133,7 +133,8 @@ def open_clip_config(model: ImageTextModel, node: Mapping[str, Any]) -> dict[str
         model: with towers that open_clip has.
         node: the configuration that it was built from.
     """
-    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    of_images = ("image_mean", "image_std", "squash")
+    arguments = {key: value for key, value in node.items() if key not in ("_target_", *of_images)}
     own = isinstance(model.text, OpenClipText | OpenClipHFText)
     mean, std = (tensor.flatten().div(255).tolist() for tensor in (model.pixel_mean, model.pixel_std))
     return {

@@ -46,6 +46,8 @@ class TextEncoder(Protocol):
     projects: bool
     pad_id: int | None
     """The padding that it looks at; None where padding cannot matter."""
+    adopts_padding: bool
+    """Whether `pad_id` is the tokenizer's to say, since nothing in the encoder is made for one id."""
     end_id: int | None
     """The token whose state it pools, by its id; None where the last token is pooled, whatever it is."""
 

@@ -30,6 +30,9 @@ def open_clip_model(
     context_length: int | None = None,
     vision: Mapping[str, Any] | None = None,
     text: Mapping[str, Any] | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    squash: bool | None = None,
 ) -> ImageTextModel:
     """A model of open_clip with random weights; `init_from` fills them in.
 
@@ -38,6 +41,7 @@ def open_clip_model(
         image_size: side of the images in pixels, if not the model's own.
         context_length: tokens of a text, if not the model's own.
         vision, text: what differs from the model's `vision_cfg` and `text_cfg`.
+        image_mean, image_std, squash: see `ImageTextModel`; None takes what the model's published weights expect.
 
     Raises: ValueError if open_clip does not know the name or refuses an argument, or a tower cannot be wrapped.
     """
@@ -51,9 +55,9 @@ def open_clip_model(
         raise ValueError(f"open_clip refuses model.name={name} with {towers}: {error}") from error
     if not isinstance(model, open_clip.CustomTextCLIP):
         raise ValueError(f"model.name={name} is a {type(model).__name__}; expected a model of two towers")
-    preprocess = open_clip.get_model_preprocess_cfg(model)
-    if preprocess["resize_mode"] == "longest":
-        raise ValueError(f"model.name={name} pads its images (resize_mode longest); expected shortest or squash")
+    preprocess = {**open_clip.get_model_preprocess_cfg(model), **_published_preprocess(name)}
+    if preprocess["resize_mode"] == "longest" and squash is None:
+        raise ValueError(f"model.name={name} pads its images (resize_mode longest); choose model.squash=true or false")
     image = _image_encoder(model.visual, name)
     text_encoder = OpenClipHFText(model.text) if isinstance(model.text, HFTextEncoder) else OpenClipText(model.text)
     if not config.get("custom_text") and isinstance(text_encoder, OpenClipText):
@@ -64,9 +68,9 @@ def open_clip_model(
         image=image,
         text=text_encoder,
         embed_dim=embed_dim,
-        image_mean=tuple(preprocess["mean"]),
-        image_std=tuple(preprocess["std"]),
-        squash=preprocess["resize_mode"] == "squash",
+        image_mean=tuple(preprocess["mean"] if image_mean is None else image_mean),
+        image_std=tuple(preprocess["std"] if image_std is None else image_std),
+        squash=preprocess["resize_mode"] == "squash" if squash is None else squash,
     )
 
 
@@ -80,6 +84,13 @@ def _image_encoder(visual: Any, name: str) -> Any:
         return OpenClipResNet(visual)
     reason = "its pooling is part of its projection" if isinstance(visual, TimmModel) else "it is not known"
     raise ValueError(f"model.name={name}: its image tower {type(visual).__name__} cannot be wrapped ({reason})")
+
+
+def _published_preprocess(name: str) -> dict[str, Any]:
+    """What a model's first published weights say of its images, where there are any; three models have tags that differ."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
+    return {key: config[key] for key in ("mean", "std", "resize_mode") if config.get(key) is not None}
 
 
 def model_config(
@@ -161,8 +172,9 @@ class OpenClipVision(nn.Module):
                 length = patches.shape[1] + 1
                 is_filler = torch.arange(length, device=images.device) > mask.num_keep[:, None]
                 heads = visual.transformer.resblocks[0].attn.num_heads
-                # nn.MultiheadAttention's form: True is where nothing is seen, one matrix for each head of each row.
-                attn_mask = is_filler[:, None, None, :].expand(-1, heads, length, -1).flatten(0, 1)
+                # nn.MultiheadAttention's form, added to the logits: one matrix for each head of each row.
+                added = torch.zeros_like(is_filler, dtype=patches.dtype).masked_fill_(is_filler, -torch.inf)
+                attn_mask = added[:, None, None, :].expand(-1, heads, length, -1).flatten(0, 1)
         x = visual.transformer(visual.ln_pre(torch.cat([prefix, patches], dim=1)), attn_mask=attn_mask)
         pooled, _ = visual._pool(x)
         return ImageEncoding(x if visual.attn_pool is not None else visual.ln_post(x), pooled)
@@ -217,6 +229,7 @@ class OpenClipText(nn.Module):
         # Behind a causal mask nothing after the end token matters. SigLIP's towers look at padding, and need it all.
         self._ignores_padding = self.causal and text.cls_emb is None and text.pool_type in ("argmax", "eos", "first")
         self.pad_id: int | None = None if self._ignores_padding else text.pad_id
+        self.adopts_padding = not self._ignores_padding and text.cls_emb is None
         self.end_id: int | None = text.eos_id if text.pool_type == "eos" else None
 
     def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -233,8 +246,9 @@ class OpenClipText(nn.Module):
             last = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
             return TextEncoding(tokens, tokens[torch.arange(len(ids), device=ids.device), last], lengths)
         is_padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
-        ids = ids.masked_fill(is_padding, text.pad_id)
-        ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=text.pad_id)
+        assert self.pad_id is not None
+        ids = ids.masked_fill(is_padding, self.pad_id)
+        ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)
         x, attn_mask = text._embeds(ids)
         x = text.transformer(x, attn_mask=attn_mask)
         if text.cls_emb is not None:
@@ -257,6 +271,7 @@ class OpenClipHFText(nn.Module):
     prefix = "text."
     causal = False
     pad_id = end_id = None
+    adopts_padding = False
 
     def __init__(self, text: HFTextEncoder) -> None:
         super().__init__()

@@ -98,6 +98,7 @@ class TextTransformer(nn.Module):
 
     projects = False
     pad_id = end_id = None
+    adopts_padding = False
 
     def __init__(
         self,

@@ -80,6 +80,10 @@ class TimmEncoder(nn.Module):
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
             self.grid_size: tuple[int, int] = self.trunk.patch_embed.grid_size
             self.patch_size: tuple[int, int] = self.trunk.patch_embed.patch_size
+            if not self.num_patches:
+                raise ValueError(
+                    f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
+                )
 
     def _init_like_clip(self) -> None:
         """open_clip's image tower at its start: class token and positions of deviation width^-1/2, so that they count

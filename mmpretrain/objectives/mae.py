@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
 from mmpretrain.losses import masked_reconstruction, patchify
-from mmpretrain.masking import MaskSpec, random_patch_mask
+from mmpretrain.masking import MaskSpec, num_kept, random_patch_mask
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
@@ -50,6 +50,11 @@ class MAE(nn.Module):
         if len(ratios) != 2 or not 0 < ratios[0] <= ratios[1] < 1:
             raise ValueError(
                 f"objective.mae.mask_ratio is {mask_ratio}; expected a number, or two in order, inside (0, 1)"
+            )
+        if num_kept(encoder.num_patches, ratios[0]) == encoder.num_patches:
+            raise ValueError(
+                f"objective.mae.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "
+                f"expected at least {1 / encoder.num_patches:.3g}"
             )
         if decoder_width % decoder_heads or decoder_width % 4:
             raise ValueError(

@@ -98,7 +98,7 @@ def test_curves_lie_over_samples_and_over_wall_time(runs: Path) -> None:
     [
         (["compare", "nowhere"], "no run in nowhere"),
         (["compare", "RUNS", "--metric", "eval-val/acc9"], "no run has 'eval-val/acc9'; they have: eval-val/acc1"),
-        (["compare"], "RUNS"),
+        (["compare"], "Missing argument"),
         (["compaer"], "compaer"),
     ],
 )

@@ -229,6 +229,20 @@ def test_digest_sees_changes_of_equal_size(tmp_path: Path) -> None:
     large, middle = b"x" * 4096, b"x" * 2100 + b"y" + b"x" * 1995
     whole = index_tar(write_tar(tmp_path / "f.tar", pairs(["a"], image=large)))
     assert index_tar(write_tar(tmp_path / "g.tar", pairs(["a"], image=middle))).digest != whole.digest
+    # What is read as text is covered whole, of a larger image its beginning, middle and end.
+    caption = b"x" * 600
+    first_caption = index_tar(write_tar(tmp_path / "h.tar", [("a.jpg", large), ("a.txt", caption + caption)]))
+    for place in (0, 511, 512, 700, 1199):
+        changed = bytearray(caption + caption)
+        changed[place] ^= 1
+        index = index_tar(write_tar(tmp_path / "i.tar", [("a.jpg", large), ("a.txt", bytes(changed))]))
+        assert index.digest != first_caption.digest, place
+    photograph = b"x" * 40_000
+    whole = index_tar(write_tar(tmp_path / "j.tar", pairs(["a"], image=photograph)))
+    for place in (0, 511, 20_000, 39_999):
+        change = bytearray(photograph)
+        change[place] ^= 1
+        assert index_tar(write_tar(tmp_path / "k.tar", pairs(["a"], image=bytes(change)))).digest != whole.digest, place
     last = [*pairs(["a"]), ("b.jpg", b"image"), ("b.txt", b"captiom")]
     assert index_tar(write_tar(tmp_path / "e.tar", last)).digest != first.digest
 
@@ -273,7 +287,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
         np.savez(stored, header=np.array([{"version": 1}], dtype=object))
     else:
         stored.write_bytes({"truncated": data[:-60], "flipped": flipped, "empty": b"", "text": b"index"}[damage])
-    with pytest.raises(ValueError, match=r"damaged index"):
+    with pytest.raises(ValueError, match=r"unusable index"):
         read_index(stored)
     assert load_index(path).keys == ["a", "b"]
     assert stored.read_bytes() == data

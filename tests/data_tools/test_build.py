@@ -175,7 +175,8 @@ def test_a_folder_needs_no_columns(make_pairs, tmp_path: Path) -> None:
 
 def test_a_later_build_replaces_an_earlier_one(make_pairs, tmp_path: Path) -> None:
     pairs = make_pairs(12)
-    assert build(pairs, tmp_path / "out", "--samples-per-shard", "3") == 0
+    assert build(pairs, tmp_path / "out", "--samples-per-shard", "3", "--label", "kind") == 0
+    assert (tmp_path / "out" / "classes.tsv").exists()
     assert build(pairs, tmp_path / "out", "--samples-per-shard", "6") == 0
     assert build(pairs, tmp_path / "fresh", "--samples-per-shard", "6") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -241,6 +242,7 @@ def test_shards_of_a_killed_build_with_other_images_are_not_kept(make_pairs, tmp
         (["--caption", "empty"], "every row is refused, the first because: no caption: empty empty"),
         (["--caption", ","], "--caption ',': expected"),
         (["--imagesize", "3"], "No such option"),
+        (["--output", __file__], "test_build.py': is a file; expected a folder"),
     ],
 )
 def test_wrong_use_is_answered_in_one_line(

@@ -1,6 +1,7 @@
 """Training a tokenizer, and training with it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import mmpretrain
 from data_tools.__main__ import main
 from data_tools.tokenizers import SPECIAL_TOKENS, read_texts, train_tokenizer
-from mmpretrain.data.tokenizer import FileTokenizer, tokenizer_of
+from mmpretrain.data.tokenizer import FileTokenizer, HuggingFaceTokenizer, tokenizer_of
 from tests import runs
 from tests.tars import make_samples, write_tars
+from tests.tokenizers import hugging_face_tokenizer
 
 TEXTS = ["a red circle above a blue square", "two green stars", "a big yellow ring", "ein großer Kreis 🙂"] * 5
 
@@ -83,12 +85,12 @@ def test_a_run_keeps_its_tokenizer(pairs: Path, tmp_path: Path) -> None:
     assert main([*arguments, "--output", str(tmp_path / "mine.json")]) == 0
     vocab_size = FileTokenizer(str(tmp_path / "mine.json")).vocab_size
     settings = (
-        f"data.root={pairs}", "trainer.duration=2steps", f"data.tokenizer.path={tmp_path}/mine.json",
+        f"data.root={pairs}", "schedule=constant", f"data.tokenizer.path={tmp_path}/mine.json",
         f"model.text.vocab_size={vocab_size}",
     )  # fmt: skip
-    finished = runs.train(tmp_path, *settings)
+    finished = runs.train(tmp_path, *settings, "trainer.duration=2steps")
     assert finished.code == 0, finished.stderr
-    kept = tmp_path / "run" / "tokenizer.json"
+    kept = tmp_path / "run" / "tokenizer" / "tokenizer.json"
     assert kept.read_bytes() == (tmp_path / "mine.json").read_bytes()
 
     (tmp_path / "mine.json").unlink()
@@ -99,8 +101,23 @@ def test_a_run_keeps_its_tokenizer(pairs: Path, tmp_path: Path) -> None:
     other = json.loads(kept.read_text())
     other["normalizer"] = None
     (tmp_path / "mine.json").write_text(json.dumps(other))
-    refused = runs.train(tmp_path, *settings, "schedule=cosine")
-    assert refused.code == 2 or "is finished" in refused.stderr
+    refused = runs.train(tmp_path, *settings, "trainer.duration=4steps")
+    assert refused.code == 2
+    assert "mine.json is not the tokenizer that" in refused.errors[0]
+
+
+def test_a_run_keeps_a_folder_of_hugging_face(pairs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    path = hugging_face_tokenizer(tmp_path / "siglip")
+    finished = runs.train(
+        tmp_path, f"data.root={pairs}", "trainer.duration=2steps", f"data.tokenizer.path={path}", "eval=[]",
+        "model.text.vocab_size=400",
+    )  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    expected = HuggingFaceTokenizer(str(path), 16)(["a red circle"])[0]
+    shutil.rmtree(path)
+    _, _, tokenizer = mmpretrain.load(tmp_path / "run")
+    assert torch.equal(tokenizer(["a red circle"])[0], expected)
 
 
 def test_a_tokenizer_that_makes_more_ids_than_the_model_has_is_refused(pairs: Path, tmp_path: Path) -> None:

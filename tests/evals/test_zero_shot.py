@@ -39,6 +39,7 @@ def test_simple_templates_are_open_clips_seven(tsv: Path) -> None:
 
 def test_templates_of_ones_own_take_the_name_where_the_braces_are(tsv: Path) -> None:
     texts = read_classes(tsv, templates=["a {}.", "{}, drawn"]).texts
+    assert read_classes(tsv, templates=["{x} {}}"]).texts[0] == [f"{{x}} {read_classes(tsv).names[0]}}}"]
     assert texts == [["a red_fox.", "red_fox, drawn"], ["a elk.", "elk, drawn"]]
 
 
@@ -59,7 +60,9 @@ def test_a_plain_list_has_one_name_a_line(tmp_path: Path) -> None:
         ({"class_column": "lable"}, r"classes.tsv has no column 'lable'; it has: id, label, name, text$"),
         ({"text_column": "txt"}, r"classes.tsv has no column 'txt'; it has: id, label, name, text$"),
         ({"templates": "opnai"}, r"^templates is 'opnai'; expected openai, simple, or a list of sentences with \{\}"),
-        ({"templates": ["a photo"]}, r"^templates is \['a photo'\]; each must have \{\} where"),
+        ({"templates": ["a photo"]}, r"^templates is \['a photo'\]; expected sentences, each with \{\} where"),
+        ({"templates": []}, r"^templates is \[\]; expected sentences"),
+        ({"templates": 5}, r"^templates is 5; expected sentences"),
     ],
 )
 def test_wrong_columns_and_templates_are_refused_in_one_line(tsv: Path, arguments: dict, message: str) -> None:

@@ -1,6 +1,7 @@
 """open_clip's models behind our interface: the same embeddings, masks, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import mmpretrain
 from mmpretrain.exporters import open_clip as exporter
 from mmpretrain.masking import PatchMask
-from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.image_text import CLIP_MEAN, CLIP_STD, ImageTextModel
 from mmpretrain.models.open_clip import OpenClipText, OpenClipVision, open_clip_model
+from tests import runs
+from tests.tokenizers import hugging_face_tokenizer
 
 # The towers' kinds at small sizes: what differs between the five is kept, depth and width are not.
 SMALL_VIT = {"layers": 2, "width": 64, "head_width": 32, "image_size": 32, "patch_size": 8}
@@ -41,10 +45,9 @@ def reference(name: str, arguments: dict[str, Any]) -> Any:
     return model
 
 
-def texts(model: Any, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Token ids sorted by length, with the largest id as the end token, and padding of the model's."""
+def texts(model: Any, lengths: list[int], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids sorted by length, with the largest id as the end token, and padding."""
     vocab_size = model.vocab_size if hasattr(model, "vocab_size") else model.text.vocab_size
-    pad_id = getattr(getattr(model, "text", None), "pad_id", 0)
     context_length = model.context_length
     ids = torch.full((len(lengths), context_length), pad_id)
     for row, length in zip(ids, lengths, strict=True):
@@ -64,15 +67,11 @@ def ours_with_weights_of(theirs: Any, name: str, arguments: dict[str, Any]) -> I
 def test_embeddings_are_open_clips(name: str) -> None:
     theirs = reference(name, MODELS[name])
     ours = ours_with_weights_of(theirs, name, MODELS[name])
-    images = torch.randint(0, 256, (3, 3, ours.image.image_size, ours.image.image_size), dtype=torch.uint8)
+    assert_same_embeddings(ours, theirs)
     ids, lengths = texts(theirs, [4, 7, 12])
     with torch.no_grad():
-        expected_image = theirs.encode_image(ours.normalize(images), normalize=True)
-        expected_text = theirs.encode_text(ids, normalize=True)
         text = ours.project_text(ours.encode_text(ids[:, :16], lengths, (8, 16)).pooled)
-    torch.testing.assert_close(ours.embed_images(images), expected_image, rtol=0, atol=1e-5)
-    torch.testing.assert_close(text, expected_text, rtol=0, atol=1e-5)
-    assert ours.embed_dim == expected_image.shape[1]
+        torch.testing.assert_close(text, theirs.encode_text(ids, normalize=True), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,16 +95,57 @@ def test_weights_go_over_one_to_one_and_back(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.encode_image(images), theirs.encode_image(images), rtol=0, atol=0)
 
 
-def test_a_full_size_model_by_name_is_open_clips() -> None:
-    theirs = open_clip.create_model("ViT-B-32").eval()
-    ours = ours_with_weights_of(theirs, "ViT-B-32", {})
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    ids = open_clip.get_tokenizer("ViT-B-32")(["a cat", "two dogs on a sofa"])
+FULL_SIZE = ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP", "vit_medium_patch16_gap_256", "convnext_base"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_a_full_size_model_is_open_clips_before_and_after_training(name: str, pairs: Path, tmp_path: Path) -> None:
+    theirs = open_clip.create_model(name, pretrained_text=False).eval()
+    file = tmp_path / "theirs.pt"
+    torch.save(theirs.state_dict(), file)
+    is_siglip = "SigLIP" in name
+    overrides = [
+        "model=open_clip", f"model.name={name}", f"init_from={file}", f"data.root={pairs}", "run.dir=run", "eval=[]",
+        f"objective=[{'sigmoid' if is_siglip else 'infonce'}]", "trainer.batch_size=2", "trainer.duration=1steps",
+        "trainer.precision=fp32", "trainer.device=cpu", "data.workers=0", "optimizer=torch", "optimizer.name=SGD",
+    ]  # fmt: skip
+    if is_siglip:
+        tokenizer = hugging_face_tokenizer(tmp_path / "tokenizer")
+        overrides.append(f"data.tokenizer.path={tokenizer}")
+    finished = runs.run("mmpretrain.train", [*overrides, "optimizer.lr=0"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    untrained, _, _ = mmpretrain.load(tmp_path / "run")
+    assert not is_siglip or untrained.text.pad_id == 1, "the tokenizer's"
+    assert_same_embeddings(untrained, theirs)
+    back = exporter.to_open_clip(untrained, logit_scale=1.0, logit_bias=0.0 if is_siglip else None)
+    expected = theirs.state_dict()
+    assert set(back) == set(expected)
+    assert all(torch.equal(back[key], expected[key]) for key in expected if not key.startswith("logit_"))
+
+    shutil.rmtree(tmp_path / "run")
+    assert runs.run("mmpretrain.train", [*overrides, "optimizer.lr=0.1"], tmp_path).code == 0
+    arguments = [f"checkpoint={tmp_path}/run", f"output={tmp_path}/out"]
+    assert runs.run("mmpretrain.export", arguments, tmp_path).code == 0
+    trained, _, _ = mmpretrain.load(tmp_path / "run")
+    file = tmp_path / "out" / "open_clip_model.safetensors"
+    assert_same_embeddings(trained, open_clip.create_model(name, pretrained=str(file)).eval())
+    weights, before = trained.state_dict(), untrained.state_dict()
+    assert any(not torch.equal(weights[key], before[key]) for key in weights), "the training moved nothing"
+    shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
+
+
+def assert_same_embeddings(ours: ImageTextModel, theirs: Any) -> None:
+    """Of random images and texts, to 1e-5."""
+    images = torch.randint(0, 256, (2, 3, ours.image.image_size, ours.image.image_size), dtype=torch.uint8)
+    assert ours.text is not None
+    ids, lengths = texts(theirs, [4, 12], ours.text.pad_id or 0)
     with torch.no_grad():
         expected_image = theirs.encode_image(ours.normalize(images), normalize=True)
         expected_text = theirs.encode_text(ids, normalize=True)
+        text = ours.embed_texts(ids[:, :16], lengths)
     torch.testing.assert_close(ours.embed_images(images), expected_image, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours.embed_texts(ids, torch.tensor([4, 7])), expected_text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(text, expected_text, rtol=0, atol=1e-5)
 
 
 def hugging_face_folder(folder: Path) -> Path:
@@ -125,7 +165,7 @@ def test_a_text_tower_of_hugging_face(pooler: str, tmp_path: Path) -> None:
     arguments = {"vision": SMALL_VIT, "text": text}
     config = exporter.model_config("ViT-B-32", **arguments)
     towers = {"vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]}
-    theirs = open_clip.create_model("ViT-B-32", pretrained_text=False, **towers).eval()
+    theirs = open_clip.create_model("ViT-B-32", pretrained_text=False, force_custom_text=True, **towers).eval()
     ours = ours_with_weights_of(theirs, "ViT-B-32", arguments)
     lengths = torch.tensor([3, 9, 14])
     ids = torch.randint(1, 100, (3, 24)) * (torch.arange(24) < lengths[:, None])  # BERT's padding is 0
@@ -202,8 +242,16 @@ def test_a_model_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_pixels_are_normalised_and_cropped_as_open_clip_says() -> None:
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     siglip = open_clip_model("ViT-B-16-SigLIP", **MODELS["ViT-B-16-SigLIP"])
     assert siglip.squash
-    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     torch.testing.assert_close(siglip.normalize(white), torch.ones(1, 3, 2, 2))
-    assert not open_clip_model("ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT).squash
+    clip = open_clip_model("ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT)
+    assert not clip.squash
+    expected = (1 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    torch.testing.assert_close(clip.normalize(white)[0, :, 0, 0], expected)
+    own = open_clip_model(
+        "ViT-B-32", vision=SMALL_VIT, text=SMALL_TEXT, image_mean=[0.0] * 3, image_std=[1.0] * 3, squash=True
+    )
+    assert own.squash
+    torch.testing.assert_close(own.normalize(white), torch.ones(1, 3, 2, 2))
