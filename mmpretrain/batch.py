@@ -40,6 +40,10 @@ class Samples:
     """int64 [b], the number of tokens of each row, start and end tokens included."""
     cuts: tuple[int, ...] = ()
     """The length that each of the equal slices of rows (see `models.text.by_length`) is cut to; known on the host."""
+    word_starts: Tensor | None = None
+    """bool [b, L], where a word begins; None where the tokenizer does not say."""
+    views: Tensor | None = None
+    """uint8 [b, v, 3, h, w], further views of the images (see `data.train.<stream>.views`)."""
     groups: Tensor | None = None
     """int64 [b]; rows with equal numbers belong together (see `data.train.<stream>.group`)."""
 

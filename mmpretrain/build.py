@@ -105,6 +105,10 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
             channels=model.num_channels,
             augment=targets.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
             group=stream.group,
+            views=[
+                (view["transform"], view.get("augment") or ())
+                for view in targets.instantiate(stream.views, cfg.run.seed, f"data.train.{name}.views")
+            ],
             repeat_batches=stream.repeat_batches,
         )
         streams[name].check_first_sample()

@@ -98,6 +98,7 @@ class StreamConfig:
     transform: dict[str, Any] | None = None
     synthetic: dict[str, Any] | None = None
     augment: list[Any] = field(default_factory=list)
+    views: list[Any] = field(default_factory=list)
 
 
 @dataclass

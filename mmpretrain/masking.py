@@ -66,7 +66,9 @@ def num_kept(num_patches: int, ratio: float) -> int:
     return max(1, round(num_patches * (1 - ratio)))
 
 
-def mask_tokens(ids: Tensor, lengths: Tensor, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None) -> TokenMask:
+def mask_tokens(
+    ids: Tensor, lengths: Tensor, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None
+) -> TokenMask:
     """Choose tokens to predict, and hide most of them.
 
     Every token but a row's first and last (start and end) is chosen with probability `ratio`, whatever the padded
@@ -79,7 +81,7 @@ def mask_tokens(ids: Tensor, lengths: Tensor, seeds: Tensor, spec: TokenMaskSpec
 
     Raises: ValueError if whole words are asked for and `word_starts` is None.
     """
-    b, length = ids.shape
+    length = ids.shape[1]
     u_chosen = torch_uniform(seeds, length, hash64("token-chosen", spec.name))
     u_action = torch_uniform(seeds, length, hash64("token-action", spec.name))
     others = torch_draws(seeds, length, hash64("token-other", spec.name)).remainder(spec.vocab_size)
@@ -124,7 +126,10 @@ def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) 
     place = torch.arange(rows * columns, device=seeds.device)
     row, column = place // columns, place % columns
     inside = (
-        (row >= top[:, None]) & (row < top[:, None] + height) & (column >= left[:, None]) & (column < left[:, None] + width)
+        (row >= top[:, None])
+        & (row < top[:, None] + height)
+        & (column >= left[:, None])
+        & (column < left[:, None] + width)
     )
     # Inside first, in their order; of the rectangle's last row only as many as are to stay.
     order = (~inside).long().mul(rows * columns).add(place).argsort(dim=1)

@@ -29,19 +29,20 @@ class StepLosses:
 
     coupled: Tensors
     """Scalars, by objective: the same on every rank."""
-    sums: Tensors
-    """This rank's part of each independent objective's sum."""
+    sums: dict[str, Tensors]
+    """This rank's part of each independent objective's sums: `loss`, and what else it counts."""
     counts: Tensors
     """The number of terms in the whole batch, by independent objective."""
     shared: dict[str, Tensors]
     """A coupled objective's own scalars, such as its logit_scale."""
 
-    def reduced(self) -> Tensors:
-        """The loss of each objective over the whole batch; a collective, for steps that are logged."""
+    def reduced(self) -> dict[str, Tensors]:
+        """Each objective's `loss` and further means over the whole batch; a collective, for steps that are logged."""
         means = {
-            name: distributed.all_reduce_sum(total.double()) / self.counts[name] for name, total in self.sums.items()
+            name: {key: distributed.all_reduce_sum(total.double()) / self.counts[name] for key, total in sums.items()}
+            for name, sums in self.sums.items()
         }
-        return {**self.coupled, **means}
+        return {**{name: {"loss": loss} for name, loss in self.coupled.items()}, **means}
 
 
 class _Coupling:
@@ -136,7 +137,7 @@ def forward_backward(
             for batch in micro_batches:
                 with autocast:
                     wrapped(batch, weights, counts, coupling.collect)
-    sums: Tensors = {}
+    sums: dict[str, Tensors] = defaultdict(dict)
     world = distributed.world_size()
     for i, batch in enumerate(micro_batches):
         is_last = i == len(micro_batches) - 1
@@ -146,6 +147,7 @@ def forward_backward(
             # DDP averages gradients over ranks; the loss is a sum over them.
             total = total * world
             (total if loss_scale is None else total * loss_scale).backward()
-        for name, value in part.items():
-            sums[name] = sums.get(name, 0) + value
+        for name, values in part.items():
+            for key, value in values.items():
+                sums[name][key] = sums[name].get(key, 0) + value
     return StepLosses(coupling.losses, sums, counts, coupling.shared)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.masking import MaskSpec, PatchMask, random_patch_mask
+from mmpretrain.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec, mask_tokens, patch_mask
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextEncoding
 from mmpretrain.models.vit import ImageEncoding
@@ -22,7 +22,9 @@ class Encodings:
         self._pixels: dict[str, Tensor] = {}
         self._masks: dict[tuple[str, MaskSpec], PatchMask] = {}
         self._images: dict[tuple[str, MaskSpec | None], ImageEncoding] = {}
-        self._texts: dict[str, TextEncoding] = {}
+        self._views: dict[tuple[str, int], ImageEncoding] = {}
+        self._token_masks: dict[tuple[str, TokenMaskSpec], TokenMask] = {}
+        self._texts: dict[tuple[str, TokenMaskSpec | None], TextEncoding] = {}
 
     def samples(self, stream: str) -> Samples:
         """The stream's part of the micro-batch."""
@@ -44,7 +46,7 @@ class Encodings:
         """The mask that `spec` draws for each sample of the stream."""
         if (stream, spec) not in self._masks:
             seeds = self.samples(stream).seeds
-            self._masks[stream, spec] = random_patch_mask(seeds, self._model.image.num_patches, spec)
+            self._masks[stream, spec] = patch_mask(seeds, self._model.image.grid_size, spec)
         return self._masks[stream, spec]
 
     def image(self, stream: str, mask: MaskSpec | None = None) -> ImageEncoding:
@@ -54,17 +56,46 @@ class Encodings:
             self._images[stream, mask] = self._model.image(self.pixels(stream), patch_mask)
         return self._images[stream, mask]
 
-    def text(self, stream: str) -> TextEncoding:
-        """The text encoder's output."""
-        if stream not in self._texts:
-            samples = self.samples(stream)
-            if samples.text is None or samples.lengths is None:
+    def view(self, stream: str, number: int) -> ImageEncoding:
+        """The image encoder's output on one of the stream's own views."""
+        if (stream, number) not in self._views:
+            views = self.samples(stream).views
+            if views is None or number >= views.shape[1]:
                 raise ValueError(
-                    f"data.train.{stream}.caption is null, but an objective reads the stream's texts; "
-                    f"expected a field: data.train.{stream}.caption=txt"
+                    f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; "
+                    "expected a list of transforms"
                 )
-            self._texts[stream] = self._model.encode_text(samples.text, samples.lengths, samples.cuts)
-        return self._texts[stream]
+            self._views[stream, number] = self._model.image(self._model.normalize(views[:, number]))
+        return self._views[stream, number]
+
+    def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask:
+        """The tokens that `spec` hides of each text of the stream."""
+        if (stream, spec) not in self._token_masks:
+            text, lengths = self._text_of(stream)
+            samples = self.samples(stream)
+            self._token_masks[stream, spec] = mask_tokens(text, lengths, samples.seeds, spec, samples.word_starts)
+        return self._token_masks[stream, spec]
+
+    def text(self, stream: str, mask: TokenMaskSpec | None = None) -> TextEncoding:
+        """The text encoder's output, on all tokens or with those hidden that `mask` draws."""
+        if (stream, mask) not in self._texts:
+            text, lengths = self._text_of(stream)
+            ids = text if mask is None else self.token_mask(stream, mask).ids
+            self._texts[stream, mask] = self._model.encode_text(ids, lengths, self.samples(stream).cuts)
+        return self._texts[stream, mask]
+
+    def token_logits(self, states: Tensor) -> Tensor:
+        """States [n, d] -> [n, vocabulary]: their products with the text encoder's token embeddings."""
+        return self._model.token_logits(states)
+
+    def _text_of(self, stream: str) -> tuple[Tensor, Tensor]:
+        samples = self.samples(stream)
+        if samples.text is None or samples.lengths is None:
+            raise ValueError(
+                f"data.train.{stream}.caption is null, but an objective reads the stream's texts; "
+                f"expected a field: data.train.{stream}.caption=txt"
+            )
+        return samples.text, samples.lengths
 
     def image_embedding(self, stream: str) -> Tensor:
         """The images in the shared space, [b, e] of unit length."""
@@ -112,7 +143,7 @@ class Task(nn.Module):
 
     def forward(
         self, batch: Batch, weights: Mapping[str, float], counts: Mapping[str, Tensor], couple: Couple
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
         """One micro-batch's share of the step's loss.
 
         total = sum_k w_k * (loss_k / counts_k                       for an independent objective k,
@@ -125,16 +156,17 @@ class Task(nn.Module):
             couple: gives the gradients that reach a coupled objective's rows and scalars.
 
         Returns: the scalar whose gradients are this micro-batch's part of the step's, and the independent
-            objectives' sums.
+            objectives' sums: `loss`, and what else they count.
         """
         torch.manual_seed(batch.seed)
         encodings = Encodings(self.model, batch)
         total = torch.zeros((), device=next(self.parameters()).device)
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, dict[str, Tensor]] = {}
         for name, objective in self.objectives.items():
             if isinstance(objective, IndependentObjective):
-                loss = objective.loss(encodings)
-                sums[name] = loss.detach()
+                terms = objective.loss(encodings)
+                loss, others = terms if isinstance(terms, tuple) else (terms, {})
+                sums[name] = {key: value.detach() for key, value in {"loss": loss, **others}.items()}
                 share = loss / counts[name].to(loss.dtype)
             else:
                 rows, shared = objective.embed(encodings)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
@@ -30,6 +31,8 @@ from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
 
 log = logging.getLogger(__name__)
+
+_LARGEST_EXPONENT = 700.0  # of a float64
 
 Evaluate = Callable[[Task, int, int, bool, MetricsWriter | None], Mapping[str, float]]
 """(task, samples before the step, samples after it, whether it was the last, what pictures are written to) -> scores of
@@ -297,11 +300,16 @@ class Trainer:
         """This step's values; begins a new window. A collective."""
         self.quarantine.flush(self.state.samples)
         window, state = self.window, self.state
-        loss_of = {name: float(loss) for name, loss in losses.reduced().items()}
+        means = {name: {key: float(mean) for key, mean in each.items()} for name, each in losses.reduced().items()}
         seconds = time.perf_counter() - window.start
         speed = window.samples / seconds
-        values = {"train/loss": sum(self.weights[name] * loss for name, loss in loss_of.items())}
-        values |= {f"train/{name}_loss": loss for name, loss in loss_of.items()}
+        values = {"train/loss": sum(self.weights[name] * each["loss"] for name, each in means.items())}
+        values |= {f"train/{name}_{key}": mean for name, each in means.items() for key, mean in each.items()}
+        values |= {
+            f"train/{name}_perplexity": math.exp(min(each["loss"], _LARGEST_EXPONENT))
+            for name, each in means.items()
+            if getattr(self.task.objectives[name], "perplexity", False)
+        }
         for name, shared in losses.shared.items():
             values |= {f"train/{name}_{key}": float(value) for key, value in shared.items()}
         values["train/lr"] = self.optimizer.defaults["lr"] * lr_factor

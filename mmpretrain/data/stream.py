@@ -1,7 +1,8 @@
 """One stream of samples: where they lie, their order, what is read of each, and captions sorted into length groups."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -118,6 +119,7 @@ class TarStream:
         channels: of the images: 3, or 1 (grey) or 4 (with transparency).
         augment: what is done to the cropped image, in this order.
         group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
+        views: (transform, augment) of further views of the image, each drawn on its own.
         repeat_batches: after so many batches the same ones come again, crops and masks too; None: never.
     """
 
@@ -133,6 +135,7 @@ class TarStream:
         channels: int = 3,
         augment: Sequence[Augmentation] = (),
         group: str | None = None,
+        views: Sequence[tuple[Transform, Sequence[Augmentation]]] = (),
         repeat_batches: int | None = None,
     ) -> None:
         weights = [source.weight for source in sources]
@@ -161,6 +164,7 @@ class TarStream:
         self._channels = channels
         self._augment = augment
         self._group = group
+        self._views = views
         sizes = [source.shards.num_samples for source in self.sources]
         self._first_id = np.cumsum([0, *sizes[:-1]])
         self._storage: Storage = LocalStorage()
@@ -195,23 +199,26 @@ class TarStream:
         shards = self.sources[int(sources[0])].shards
         return f"{shards.path(int(shards.locate(samples)[0][0]))}:{shards.key(int(samples[0]))}"
 
-    def _decode(self, source: int, sample: int, seed: int) -> tuple[Tensor | None, str | None, int]:
-        """(image, caption, group) of one sample. Raises: BadSample."""
+    def _decode(self, source: int, sample: int, seed: int) -> tuple[list[Tensor], str | None, int]:
+        """(the image and its further views, caption, group) of one sample. Raises: BadSample."""
         shards = self.sources[source].shards
-        image = caption = None
+        images: list[Tensor] = []
+        caption = None
         if self._captions is not None:
             captions = read_captions(shards, self._storage, sample, self._captions.draw(seed))
             caption = captions[draw(hash64(seed, "caption"), 0) % len(captions)]
-        if (transform := self._transform) is not None:
+        if self._transform is not None:
             data = read_member(shards, self._storage, sample, IMAGE_EXTENSIONS)
-            crop = lambda height, width: transform(height, width, seed)  # noqa: E731
-            image = augmented(decode_image(data, crop, self._image_size, self._channels), self._augment, seed)
+            seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
+            for own, (transform, augment) in zip(seeds, [(self._transform, self._augment), *self._views], strict=True):
+                crop = partial(transform, seed=own)
+                images.append(augmented(decode_image(data, crop, self._image_size, self._channels), augment, own))
         if self._group is None or self._group == "id":
-            return image, caption, int(self._first_id[source]) + sample
+            return images, caption, int(self._first_id[source]) + sample
         if self._group == "caption":
-            return image, caption, hash64(caption or "")
+            return images, caption, hash64(caption or "")
         member = read_member(shards, self._storage, sample, (self._group.split(".")[0],))
-        return image, caption, hash64(read_label(member, self._group))
+        return images, caption, hash64(read_label(member, self._group))
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
@@ -221,7 +228,7 @@ class TarStream:
         positions, sources, ids = item
         seeds = draws(np.uint64(self._seed), positions)
         refused: list[Refused] = []
-        images: list[Tensor] = []
+        images: list[list[Tensor]] = []
         captions: list[str] = []
         used = np.empty(len(positions), dtype=np.int64)
         groups = np.empty(len(positions), dtype=np.uint64)
@@ -229,7 +236,7 @@ class TarStream:
             shards, sample = self.sources[source].shards, first
             for attempt in range(_MAX_REPLACEMENTS):
                 try:
-                    image, caption, groups[row] = self._decode(source, sample, seed)
+                    views, caption, groups[row] = self._decode(source, sample, seed)
                     break
                 except BadSample as error:
                     shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
@@ -241,8 +248,8 @@ class TarStream:
                     f"for: {refused[-1].reason}; look at quarantine.jsonl and mend the data"
                 )
             used[row] = self._first_id[source] + sample
-            if image is not None:
-                images.append(image)
+            if views:
+                images.append(views)
             if caption is not None:
                 captions.append(caption)
         samples = Samples(
@@ -251,7 +258,10 @@ class TarStream:
             seeds=torch.from_numpy(seeds.view(np.int64)),
             groups=None if self._group is None else torch.from_numpy(groups.view(np.int64)),
             # Stacked as decoders leave them, channels last: another layout would cost a transposition of every image.
-            images=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2) if images else None,
+            images=torch.stack([first.permute(1, 2, 0) for first, *_ in images]).permute(0, 3, 1, 2)
+            if images
+            else None,
+            views=torch.stack([torch.stack(others) for _, *others in images]) if images and self._views else None,
         )
         if not captions:
             return samples, refused
@@ -280,13 +290,20 @@ def sorted_by_length(
     cuts = length_cuts(lengths, text_groups, tokenizer.context_length)
     padded = torch.zeros(len(lengths), cuts[-1], dtype=torch.int64)
     padded[:, : text.shape[1]] = text[by_length, : cuts[-1]]
-    return Samples(
+
+    def of(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows[by_length]
+
+    return replace(
+        samples,
         positions=samples.positions[by_length],
         ids=samples.ids[by_length],
         seeds=samples.seeds[by_length],
-        groups=None if samples.groups is None else samples.groups[by_length],
+        groups=of(samples.groups),
+        views=of(samples.views),
         images=None if samples.images is None else _select(samples.images, by_length),
         text=padded,
         lengths=lengths,
+        word_starts=tokenizer.word_starts(padded),
         cuts=cuts,
     )

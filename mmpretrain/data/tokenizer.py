@@ -1,11 +1,12 @@
 """Text -> token ids and their number: open_clip's, Hugging Face's and local tokenizers behind one small interface."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 from tokenizers import Tokenizer as TokenizersTokenizer
 from torch import Tensor
@@ -33,6 +34,10 @@ class Tokenizer(Protocol):
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); ids beyond a text's length are padding."""
         ...
 
+    def word_starts(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [n, L] -> where a word begins, bool [n, L]; special tokens are words of their own."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text that token ids stand for, special tokens left out."""
         ...
@@ -54,6 +59,11 @@ class ClipTokenizer:
         self.pad_id: int | None = None
         self.mask_id: int | None = None
         self.end_id: int = self._bpe.eot_token_id
+        # Of its tokens the last one of a word says so.
+        special = set(self._bpe.all_special_ids)
+        self._ends_word = torch.tensor(
+            [self._bpe.decoder[i].endswith("</w>") or i in special for i in range(self.vocab_size)]
+        )
 
     def _encode(self, text: str) -> list[int]:
         ids = [self._bpe.sot_token_id, *self._bpe.encode(text)][: self.context_length - 1]
@@ -62,6 +72,10 @@ class ClipTokenizer:
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the start and end tokens."""
         return _padded([self._encode(text) for text in texts], 0)
+
+    def word_starts(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [n, L] -> where a word begins, bool [n, L]."""
+        return F.pad(self._ends_word[ids[:, :-1]], (1, 0), value=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text that token ids stand for, special tokens left out."""
@@ -92,6 +106,8 @@ class FileTokenizer:
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.pad_id, self.end_id = (self._special(file, text, key) for text, key in ((pad, "pad"), (end, "end")))
         self.mask_id: int | None = self._tokenizer.token_to_id(mask)
+        special = [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+        self._words = _Words(self._tokenizer.get_vocab(), special)
 
     def _special(self, file: Path, text: str, key: str) -> int:
         number = self._tokenizer.token_to_id(text)
@@ -103,9 +119,30 @@ class FileTokenizer:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
         return _padded([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], self.pad_id)
 
+    def word_starts(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [n, L] -> where a word begins, bool [n, L]."""
+        return self._words(ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text that token ids stand for, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+class _Words:
+    """Where words begin, from how the tokens of a vocabulary are written: `##ing`, `Ġword` or `▁word`."""
+
+    def __init__(self, vocabulary: Mapping[str, int], special: Sequence[int]) -> None:
+        continues = any(token.startswith("##") for token in vocabulary)
+        starts = torch.ones(max(vocabulary.values()) + 1, dtype=torch.bool)
+        for token, number in vocabulary.items():
+            starts[number] = not token.startswith("##") if continues else token.startswith(("Ġ", "▁", "Ċ"))
+        self._is_special = torch.zeros_like(starts)
+        self._is_special[list(special)] = True
+        self._starts = starts | self._is_special
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        after_special = F.pad(self._is_special[ids[:, :-1]], (1, 0), value=True)
+        return self._starts[ids] | after_special
 
 
 class HuggingFaceTokenizer:
@@ -137,12 +174,17 @@ class HuggingFaceTokenizer:
         self.mask_id: int | None = self._tokenizer.mask_token_id
         ends = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
         self.end_id: int | None = next((number for number in ends if number is not None), None)
+        self._words = _Words(self._tokenizer.get_vocab(), self._tokenizer.all_special_ids)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
         cleaned = [self._clean(text) for text in texts]
         encoded = self._tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
         return _padded(encoded, self.pad_id or 0)
+
+    def word_starts(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [n, L] -> where a word begins, bool [n, L]."""
+        return self._words(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text that token ids stand for, special tokens left out."""

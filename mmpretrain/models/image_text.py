@@ -46,6 +46,8 @@ class TextEncoder(Protocol):
     projects: bool
     pad_id: int | None
     """The padding that it looks at; None where padding cannot matter."""
+    token_embeddings: Tensor
+    """[vocabulary, d], the matrix that tokens are looked up in."""
     adopts_padding: bool
     """Whether `pad_id` is the tokenizer's to say, since nothing in the encoder is made for one id."""
     end_id: int | None
@@ -138,6 +140,11 @@ class ImageTextModel(nn.Module):
         """[b, d] -> [b, e] of unit length, float32 or wider: bf16 would round similarities to 1/256."""
         projection = self.image.project if self.image_projection is None else self.image_projection
         return _unit(projection(pooled))
+
+    def token_logits(self, states: Tensor) -> Tensor:
+        """[n, d] -> [n, vocabulary]: products with the text encoder's token embeddings (Press and Wolf 2017)."""
+        assert self.text is not None
+        return F.linear(states, self.text.token_embeddings)
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """[b, d] -> [b, e] of unit length, float32 or wider."""

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -232,6 +232,11 @@ class OpenClipText(nn.Module):
         self.adopts_padding = not self._ignores_padding and text.cls_emb is None
         self.end_id: int | None = text.eos_id if text.pool_type == "eos" else None
 
+    @property
+    def token_embeddings(self) -> Tensor:
+        """[vocabulary, d], the matrix that tokens are looked up in."""
+        return cast(Tensor, self.text.token_embedding.weight)
+
     def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Token embeddings [b, l, d] -> [b, l, d]."""
         text, length = self.text, x.shape[1]
@@ -279,6 +284,11 @@ class OpenClipHFText(nn.Module):
         self.vocab_size: int = text.vocab_size
         self.context_length: int = text.context_length
         self.width: int = text.config.hidden_size
+
+    @property
+    def token_embeddings(self) -> Tensor:
+        """[vocabulary, d], the matrix that tokens are looked up in."""
+        return cast(Tensor, self.text.transformer.get_input_embeddings().weight)
 
     def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding:
         """Encode token ids int64 [b, L]; padding is told from the lengths and never attended to."""

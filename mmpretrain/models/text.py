@@ -25,9 +25,7 @@ class TextEncoding:
     lengths: Tensor
 
 
-def by_length(
-    fn: Callable[..., Tensor], rows: Tensor, lengths: Tensor, cuts: Sequence[int], *others: Tensor
-) -> Tensor:
+def by_length(fn: Callable[..., Tensor], rows: Tensor, lengths: Tensor, cuts: Sequence[int], *others: Tensor) -> Tensor:
     """Apply `fn` to equal slices of rows, each cut to its own longest, and pad the results back to one tensor.
 
     Args:
@@ -132,6 +130,11 @@ class TextTransformer(nn.Module):
         self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.ln_final = nn.LayerNorm(width)
         self._init_weights(depth)
+
+    @property
+    def token_embeddings(self) -> Tensor:
+        """[vocabulary, d], the matrix that tokens are looked up in."""
+        return self.token_embedding.weight
 
     @property
     def _blocks(self) -> Iterable[Any]:

@@ -15,7 +15,6 @@ from mmpretrain.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec
 from mmpretrain.models.text import TextEncoding
 from mmpretrain.models.vit import ImageEncoding
 
-
 Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
 

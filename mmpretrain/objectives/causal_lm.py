@@ -1,6 +1,5 @@
 """Next-token prediction on the text encoder: GPT (Radford et al. 2018)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

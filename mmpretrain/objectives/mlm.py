@@ -50,7 +50,13 @@ class MLM(nn.Module):
         self.streams = (stream,)
         vocab_size = model.text.vocab_size
         self.spec = TokenMaskSpec(
-            "mlm", mask_ratio, vocab_size - 1 if mask_id is None else mask_id, vocab_size, replaced, randomised, whole_words
+            "mlm",
+            mask_ratio,
+            vocab_size - 1 if mask_id is None else mask_id,
+            vocab_size,
+            replaced,
+            randomised,
+            whole_words,
         )
         width = model.text.width
         self.dense = nn.Linear(width, width)

@@ -42,7 +42,11 @@ class SimCLR(nn.Module):
 
         def normalised() -> nn.Module:
             # Without running means: the head is never used for evaluation.
-            return nn.BatchNorm1d(hidden_width, track_running_stats=False) if norm == "batch" else nn.LayerNorm(hidden_width)
+            return (
+                nn.BatchNorm1d(hidden_width, track_running_stats=False)
+                if norm == "batch"
+                else nn.LayerNorm(hidden_width)
+            )
 
         self.head = nn.Sequential(
             nn.Linear(model.image.width, hidden_width), normalised(), nn.ReLU(),
@@ -53,8 +57,10 @@ class SimCLR(nn.Module):
     def embed(self, encodings: Encodings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Rows: first and second [b, width], the views' pooled states, and ids int64 [b]; shared: the head's weights."""
         (stream,) = self.streams
-        first, second = (encodings.view(stream, i).pooled for i in range(2))
-        rows = {"first": first.float(), "second": second.float(), "ids": encodings.samples(stream).ids}
+        # In the head's precision: what comes out of autocast is narrower.
+        width = next(self.head.parameters()).dtype
+        first, second = (encodings.view(stream, i).pooled.to(width) for i in range(2))
+        rows = {"first": first, "second": second, "ids": encodings.samples(stream).ids}
         # A product with one makes them nodes of the graph, as what is shared has to be.
         return rows, {name: parameter * 1 for name, parameter in self.head.named_parameters()}
 

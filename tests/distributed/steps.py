@@ -14,9 +14,13 @@ from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives import Objective
+from mmpretrain.objectives.captioning import Captioning
+from mmpretrain.objectives.causal_lm import CausalLM
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
+from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
+from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.seeds import hash64, torch_draws
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Encodings, Task
@@ -26,12 +30,16 @@ CONTEXT = 20
 Result = tuple[dict[str, float], dict[str, Tensor]]
 
 
+BIDIRECTIONAL = ("mlm", "mlm_words")
+
+
 def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
     """A tiny model in float64 with the objectives, the same on every rank."""
     torch.manual_seed(0)
+    causal = not set(objectives) & set(BIDIRECTIONAL)
     args = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, **image_args}
     image = TimmEncoder("vit_base_patch16_clip_224", 32, args)
-    text = TextTransformer(vocab_size=50, context_length=CONTEXT, width=16, depth=2, num_heads=2)
+    text = TextTransformer(vocab_size=50, context_length=CONTEXT, width=16, depth=2, num_heads=2, causal=causal)
     model = ImageTextModel(image, text, embed_dim=12)
     makers = {
         "infonce": lambda: InfoNCE(model),
@@ -39,6 +47,16 @@ def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
         "multi_positive": lambda: InfoNCE(model, positives="group"),
         "mae": lambda: MAE(model, mask_ratio=(0.3, 0.8), decoder_width=16, decoder_depth=1, decoder_heads=2),
         "mae_fixed": lambda: MAE(model, mask_ratio=0.75, decoder_width=16, decoder_depth=1, decoder_heads=2),
+    }
+    makers |= {
+        "mlm": lambda: MLM(model, mask_ratio=0.3),
+        "mlm_words": lambda: MLM(model, mask_ratio=0.3, whole_words=True),
+        "causal_lm": lambda: CausalLM(model),
+        "captioning": lambda: Captioning(model, decoder_depth=2, decoder_heads=2, num_queries=0),
+        "coca": lambda: Captioning(model, decoder_depth=1, decoder_heads=2, num_queries=5),
+        "cappa": lambda: Captioning(model, decoder_depth=2, decoder_heads=2, num_queries=0, parallel=0.5),
+        "simclr": lambda: SimCLR(model, hidden_width=20, embed_dim=6),
+        "simclr_layer": lambda: SimCLR(model, hidden_width=20, embed_dim=6, norm="layer"),
     }
     parts: dict[str, Objective] = {name: makers[name]() for name in objectives}
     return Task(model, parts).double()
@@ -50,6 +68,7 @@ def make_samples(rows: Tensor, text_groups: int) -> Samples:
     images = torch.randint(0, 256, (BATCH_SIZE, 3, 32, 32), dtype=torch.uint8, generator=generator)
     text = torch.randint(1, 50, (BATCH_SIZE, CONTEXT), generator=generator)
     lengths = torch.randint(2, CONTEXT + 1, (BATCH_SIZE,), generator=generator)
+    views = torch.randint(0, 256, (BATCH_SIZE, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
     ids = torch.arange(BATCH_SIZE)
     ids[5] = 11  # a copy of sample 11, as where a batch crosses an epoch's end
     images[5], text[5], lengths[5] = images[11], text[11], lengths[11]
@@ -57,7 +76,10 @@ def make_samples(rows: Tensor, text_groups: int) -> Samples:
     cuts = length_cuts(lengths[rows], text_groups, CONTEXT)
     seeds = torch_draws(torch.tensor([hash64("ragged") >> 1]), BATCH_SIZE)[0]
     text = text[rows, : cuts[-1]]
-    return Samples(rows, ids[rows], seeds[rows], images[rows], text, lengths[rows], cuts, groups=ids[rows] % 5)
+    return Samples(
+        rows, ids[rows], seeds[rows], images[rows], text, lengths[rows], cuts,
+        groups=ids[rows] % 5, views=views[rows], word_starts=text % 3 != 0,
+    )  # fmt: skip
 
 
 def make_batches(num_micro_batches: int, text_groups: int = 3, seed: int = 7) -> list[Batch]:
@@ -73,7 +95,7 @@ def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str,
     frozen = parallel.freeze_unreached(task, batches[0])
     wrapped = parallel.wrap(task, torch.device("cpu"))
     losses = forward_backward(wrapped, task, batches, weights)
-    reduced = {name: float(loss) for name, loss in losses.reduced().items()}
+    reduced = {name: float(means["loss"]) for name, means in losses.reduced().items()}
     gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
     assert set(frozen).isdisjoint(gradients)
     return reduced, gradients
@@ -110,7 +132,7 @@ def our_step(kind: str) -> Result:
         for name, p in task.named_parameters()
         if p.grad is not None
     }
-    return {name: float(loss) for name, loss in losses.reduced().items()}, gradients
+    return {name: float(means["loss"]) for name, means in losses.reduced().items()}, gradients
 
 
 def _without_copies(batch: Batch) -> Batch:

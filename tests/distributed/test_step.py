@@ -32,10 +32,22 @@ MIXES = [
     ("multi_positive",),
     ("mae",),
     ("mae_fixed",),
+    ("mlm",),
+    ("mlm_words",),
+    ("causal_lm",),
+    ("captioning",),
+    ("coca",),
+    ("cappa",),
+    ("simclr",),
+    ("simclr_layer",),
     ("infonce", "mae"),
+    ("infonce", "mae", "mlm"),
+    ("infonce", "simclr"),
+    ("infonce", "coca", "causal_lm"),
     ("infonce", "sigmoid", "mae"),
 ]
-WEIGHTS = {"infonce": 1.0, "sigmoid": 0.3, "multi_positive": 1.0, "mae": 0.7, "mae_fixed": 1.0}
+WEIGHTS = dict.fromkeys((name for mix in MIXES for name in mix), 1.0) | {"sigmoid": 0.3, "mae": 0.7, "coca": 2.0}
+COUPLED = ("infonce", "sigmoid", "multi_positive", "simclr", "simclr_layer")
 
 
 def whole_batch_gradients(objectives: tuple[str, ...]) -> Result:
@@ -45,10 +57,11 @@ def whole_batch_gradients(objectives: tuple[str, ...]) -> Result:
     encodings = Encodings(task.model, batch)
     losses: dict[str, Tensor] = {}
     for name, objective in task.objectives.items():
-        if name in ("infonce", "sigmoid", "multi_positive"):
+        if name in COUPLED:
             losses[name] = objective.loss(*objective.embed(encodings))  # type: ignore[union-attr, call-arg]
         else:
-            losses[name] = objective.loss(encodings) / objective.count(batch)  # type: ignore[union-attr, call-arg]
+            terms = objective.loss(encodings)  # type: ignore[union-attr, call-arg]
+            losses[name] = (terms[0] if isinstance(terms, tuple) else terms) / objective.count(batch)  # type: ignore[union-attr]
     sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()  # type: ignore[union-attr]
     gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
     return {name: float(loss.detach()) for name, loss in losses.items()}, gradients
@@ -58,9 +71,11 @@ def assert_same(ours: Result, reference: Result) -> None:
     losses, gradients = ours
     assert losses == pytest.approx(reference[0], rel=1e-10)
     assert set(gradients) == set(reference[1])
+    total = torch.stack([gradient.norm() for gradient in reference[1].values()]).norm()
     for name, expected in reference[1].items():
         assert expected.abs().max() > 0, f"{name} has no gradient to compare"
-        error = (gradients[name] - expected).norm() / expected.norm()
+        # A shift in front of BatchNorm has no gradient but rounding: it is held against that of all parameters.
+        error = (gradients[name] - expected).norm() / max(expected.norm(), 1e-3 * total)
         assert error < 1e-10, f"{name}: {error}"
 
 
@@ -99,7 +114,7 @@ def dropout_step(num_micro_batches: int) -> Result:
     batches = make_batches(num_micro_batches)
     losses = forward_backward(task, task, batches, WEIGHTS)
     gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
-    return {name: float(loss) for name, loss in losses.reduced().items()}, gradients
+    return {name: float(means["loss"]) for name, means in losses.reduced().items()}, gradients
 
 
 def test_dropout_is_the_same_in_both_passes() -> None:
