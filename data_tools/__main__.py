@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data_tools.command_line import run_app
 from data_tools.pool import num_cpus
 
 app = typer.Typer(
@@ -18,35 +19,13 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: click's, or newer typers' own
 
 Workers = Annotated[int, typer.Option(min=1, help="Processes.", default_factory=num_cpus, show_default="all cores")]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; wrong use is answered in one line and with exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return app(arguments, standalone_mode=False) or 0
-    except _USAGE_ERROR as error:
-        message = error.format_message()  # type: ignore[attr-defined]
-        print(f"error: {_given(arguments, error)}{message} (--help shows the options)", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    except typer.Abort:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 2
-
-
-def _given(arguments: list[str], error: Exception) -> str:
-    """What was given for the option that an error is about, which its message leaves out."""
-    names = getattr(getattr(error, "param", None), "opts", [])
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        name, equals, value = argument.partition("=")
-        if name in names:
-            return f"{name} {value if equals else following!r}: "
-    return ""
+    return run_app(app, arguments)
 
 
 @app.command()
@@ -170,6 +149,36 @@ def shapes(
     splits = build_shapes(output, ShapesOptions(train, val, composition, image_size, seed), workers)
     counts = ", ".join(f"{sum(shard.num_samples for shard in shards)} {split}" for split, shards in splits.items())
     print(f"{output}: {counts} samples, {time.monotonic() - started:.1f} s")
+
+
+@app.command()
+def tokenizer(
+    texts: Annotated[list[str], typer.Argument(help="Text files (a line each), tables of pairs, or tars.")],
+    output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    caption: Annotated[str, typer.Option(help="Columns of a table, or txt or json.<field> of tars.")] = "caption",
+    vocab_size: Annotated[int, typer.Option(help="Token ids; fewer where the texts hold fewer.")] = 8192,
+    lowercase: Annotated[bool, typer.Option(help="Whether texts are lower-cased.")] = True,
+) -> None:
+    """Train a tokenizer on one's own texts: byte-level BPE with [PAD], [BOS], [EOS] and [MASK].
+
+    Examples:
+
+      python -m data_tools tokenizer pairs.tsv --caption caption,tags --output tokenizer.json
+
+      python -m data_tools tokenizer data/mine/train --caption txt --vocab-size 16384 --output tokenizer.json
+
+      python -m mmpretrain.train data.tokenizer.path=tokenizer.json model.text.vocab_size=16384
+    """
+    from itertools import chain
+
+    from data_tools.tokenizers import read_texts, train_tokenizer
+
+    trained = train_tokenizer(
+        chain.from_iterable(read_texts(source, caption) for source in texts), vocab_size, lowercase
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    trained.save(str(output))
+    print(f"{output}: {trained.get_vocab_size():,} tokens")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Samples:
     """int64 [b], the number of tokens of each row, start and end tokens included."""
     cuts: tuple[int, ...] = ()
     """The length that each of the equal slices of rows (see `models.text.by_length`) is cut to; known on the host."""
+    groups: Tensor | None = None
+    """int64 [b]; rows with equal numbers belong together (see `data.train.<stream>.group`)."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -5,23 +5,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmpretrain import distributed, targets
 from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.decode import check_caption_field
-from mmpretrain.data.loader import Source, Stream
 from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.stream import Source, Stream, TarStream
+from mmpretrain.data.subset import select
+from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import EvalSet, check_readable
 from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
-from mmpretrain.models.text import TextTransformer
+from mmpretrain.loading import fit_tokenizer, preprocess_of
+from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 from mmpretrain.schedules import Duration
 from mmpretrain.targets import accepts
 from mmpretrain.task import Task
 
 log = logging.getLogger(__name__)
+
+_EMBEDDED = "data/shapes"  # where `make train` and the configurations have the drawn data set
 
 
 def device_of(name: str) -> torch.device:
@@ -59,7 +65,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
     return Task(model, objectives), weights
 
 
-def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> dict[str, Stream]:
+def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel) -> dict[str, Stream]:
     """The streams that the objectives read, `pairs` first, then in the order of `data.train`.
 
     The first one's batch is `trainer.batch_size`, and durations are measured against it.
@@ -74,7 +80,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> di
                 f"+data.train.{name}.shards=..."
             )
     names = sorted((name for name in cfg.data.train if name in names), key=lambda name: name != "pairs")
-    streams = {}
+    streams: dict[str, Stream] = {}
     for name in names:
         stream = cfg.data.train[name]
         batch_size = stream.batch_size or cfg.trainer.batch_size
@@ -83,14 +89,23 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], image_size: int) -> di
                 f"data.train.{name}.batch_size is {batch_size}, but trainer.batch_size = {cfg.trainer.batch_size} is that "
                 f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
-        streams[name] = Stream(
+        if stream.synthetic is not None:
+            streams[name] = SyntheticStream(
+                name, batch_size, cfg.run.seed, model.image.image_size, model.num_channels, **stream.synthetic
+            )
+            continue
+        streams[name] = TarStream(
             name=name,
             sources=_sources(name, stream, cfg.data.root),
             batch_size=batch_size,
             seed=cfg.run.seed,
             caption=stream.caption,
             transform=targets.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
-            image_size=image_size,
+            image_size=model.image.image_size,
+            channels=model.num_channels,
+            augment=targets.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
+            group=stream.group,
+            repeat_batches=stream.repeat_batches,
         )
         streams[name].check_first_sample()
     return streams
@@ -100,53 +115,58 @@ def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
     if (stream.shards is None) == (not stream.sources):
         raise ValueError(f"data.train.{name} needs either shards or sources; give one of them")
     if not stream.sources:
-        return [Source(name, _shards(f"data.train.{name}.shards", stream.shards, root))]
+        shards = _shards(f"data.train.{name}", stream.shards, root, stream.subset)
+        if stream.max_samples is not None:
+            kept = np.arange(shards.num_stored) if shards.kept is None else shards.kept
+            shards = Shards(shards.paths, kept[: stream.max_samples])
+        return [Source(name, shards)]
     return [
         Source(
-            source_name, _shards(f"data.train.{name}.sources.{source_name}.shards", source.shards, root), source.weight
+            source_name,
+            _shards(f"data.train.{name}.sources.{source_name}", source.shards, root, source.subset),
+            source.weight,
         )
         for source_name, source in stream.sources.items()
     ]
 
 
-def _shards(key: str, shards: str | list[str], root: str | None) -> Shards:
+def _shards(key: str, shards: str | list[str], root: str | None, subset: str | None = None) -> Shards:
     if not accepts(shards, str | Sequence[str]):
-        raise ValueError(f"{key} is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
+        raise ValueError(f"{key}.shards is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
     try:
         opened = Shards(expand_shards(shards, root))
+        kept = opened if subset is None else Shards(opened.paths, select(opened, subset))
     except ValueError as error:
-        raise ValueError(f"{key} (data.root={root}): {error}") from error
+        made = (
+            f"; mmpretrain-data shapes --output {root} makes it"
+            if root == _EMBEDDED and not Path(root).exists()
+            else ""
+        )
+        raise ValueError(f"{key}.shards (data.root={root}): {error}{made}") from error
     if opened.problems:
         others = f", and {len(opened.problems) - 1} more such lines" if len(opened.problems) > 1 else ""
-        log.warning("%s: %s%s; `python -m data_tools index` names them all", key, opened.problems[0], others)
-    return opened
+        log.warning("%s.shards: %s%s; `python -m data_tools index` names them all", key, opened.problems[0], others)
+    return kept
 
 
-def build_tokenizer(node: targets.Node, text: TextTransformer | None) -> Tokenizer:
+def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
     """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder cannot take."""
     tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
-    if text is not None and tokenizer.context_length > text.context_length:
-        raise ValueError(
-            f"data.tokenizer.context_length is {tokenizer.context_length}; expected at most model.text.context_length = "
-            f"{text.context_length}: leave it out, or make the encoder's larger"
-        )
-    if text is not None and tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
-        )
+    if text is not None:
+        fit_tokenizer(tokenizer, text)
     return tokenizer
 
 
-def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, image_size: int) -> dict[str, EvalSet]:
-    """The held-out data sets. Raises: ValueError for missing shards, classes or fields."""
+def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel) -> dict[str, EvalSet]:
+    """The held-out data sets, for a model's images. Raises: ValueError for missing shards, classes or fields."""
     for name, data in sets.items():
         if data.caption is not None:
             check_caption_field(data.caption, f"data.val.{name}.caption")
     eval_sets = {
         name: EvalSet(
             name=name,
-            shards=_shards(f"data.val.{name}.shards", data.shards, root),
-            image_size=image_size,
+            shards=_shards(f"data.val.{name}", data.shards, root),
+            preprocess=preprocess_of(model),
             caption=data.caption,
             label=data.label,
             classes=None

@@ -2,9 +2,10 @@
 
 checkpoints/step_00001000/model.safetensors      the task's state: model.* and objectives.*
                           optimizer.safetensors  <parameter>/exp_avg, /exp_avg_sq, /step
+                          ema.safetensors        the averaged weights, where they are averaged
                           state.json             how far the run is
                           manifest.json          SHA-256 and size of each of them
-checkpoints/latest                               the name of the newest one
+checkpoints/latest, checkpoints/best             the names of the newest and of the best one
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 _PARTIAL = ".partial-"
 
 
@@ -49,8 +50,13 @@ def _sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` for content as it is."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
-    partial.write_text(text)
+    partial.write_bytes(content)
     _sync(partial)
     partial.replace(path)
     _sync(path.parent)
@@ -59,19 +65,20 @@ def write_text(path: Path, text: str) -> None:
 def save(
     folder: Path,
     step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep_last: int,
+    is_best: bool = False,
 ) -> Path:
-    """Write one checkpoint, point `latest` at it and delete all but the newest `keep_last`.
+    """Write one checkpoint, point `latest` at it and delete all but the newest `keep_last` and the best one.
 
     Args:
         folder: the run's `checkpoints` folder.
         step: optimiser steps taken, the checkpoint's name.
-        model, optimizer: tensors by name.
+        tensors: `model`, `optimizer` and what else there is, each tensors by name.
         state: what else the run needs, JSON.
         keep_last: how many checkpoints stay; 0 keeps all.
+        is_best: whether `best` is to point at it, too.
 
     Returns: the checkpoint's folder.
     Raises: OSError if it cannot be written; the ones before it still stand.
@@ -82,23 +89,28 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        save_file({name: tensor.contiguous() for name, tensor in model.items()}, partial / "model.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / "optimizer.safetensors")
+        for part, named in tensors.items():
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{part}.safetensors")
     except SafetensorError as error:  # how the library says that the disk is full
         shutil.rmtree(partial)
         raise OSError(f"{partial}: {error}") from error
     (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in _FILES}
+    files = [*(f"{part}.safetensors" for part in tensors), "state.json"]
+    manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in files}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for name in (*_FILES, "manifest.json"):
+    for name in (*files, "manifest.json"):
         _sync(partial / name)
     _sync(partial)
     partial.rename(path)
     _sync(folder)
     write_text(folder / "latest", path.name + "\n")
+    if is_best:
+        write_text(folder / "best", path.name + "\n")
     if keep_last:
+        best = (folder / "best").read_text().strip() if (folder / "best").exists() else None
         for old in _all(folder)[keep_last:]:
-            shutil.rmtree(old)
+            if old.name != best:
+                shutil.rmtree(old)
     return path
 
 
@@ -123,7 +135,7 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in _FILES}
+        expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in {*_NEEDED, *manifest}}
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
     for name, (num_bytes, sha256) in expected.items():

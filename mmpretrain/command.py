@@ -27,7 +27,7 @@ from mmpretrain.usage import UsageError, nearest
 
 USAGE_EXIT_CODE = 2
 _MULTIRUN = ("-m", "--multirun")
-_PATHS = ("checkpoint", "data.root", "output", "run.dir")
+_PATHS = ("checkpoint", "data.root", "init_from", "output", "run.dir")
 _ADDED = re.compile(r"(?P<sets>\+\+?data\.(train|val))\.(?P<inside>\w+(\.\w+)*)")
 
 
@@ -112,15 +112,18 @@ def job() -> Iterator[None]:
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line as Hydra reads it, from what people write.
 
-    Options may stand anywhere, a path may hold `=` and `,` as the names of our runs do, and a stream or a held-out
-    data set is added by `+data.train.NAME...=`: Hydra can add a whole dictionary to a typed one, and no part of it.
+    Options may stand anywhere, `debug=nan` names a preset and no number, a path may hold `=` and `,` as the names of
+    our runs do, and a stream or a held-out data set is added by `+data.train.NAME...=`: Hydra can add a whole
+    dictionary to a typed one, and no part of it.
     """
     is_sweep = any(argument in _MULTIRUN for argument in arguments)
     changed = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         is_plain = bool(value) and value[0] not in "'\"[{"
-        if is_plain and "," in value and is_sweep:
+        if argument == "debug=nan":
+            argument = "debug='nan'"
+        elif is_plain and "," in value and is_sweep:
             pass  # several values: each a job
         elif is_plain and key.lstrip("+") in _PATHS and re.search("[=,]", value):
             argument = f"{key}='{value}'"

@@ -32,6 +32,7 @@ class Precision(Enum):
     """The arithmetic of the forward and backward passes; losses and parameters are float32 in both."""
 
     bf16 = "bf16"
+    fp16 = "fp16"
     fp32 = "fp32"
 
 
@@ -53,10 +54,15 @@ class TrainerConfig:
     micro_batch_size: int | None = MISSING
     precision: Precision = MISSING
     clip_grad_norm: float | None = MISSING
+    ema_decay: float | None = MISSING
+    freeze: Any = None
     log_every: str = MISSING
     eval_every: str = MISSING
     max_bad_steps: int = MISSING
     device: str = MISSING
+    dry_run: bool = MISSING
+    profile_steps: int = MISSING
+    detect_anomaly: bool = MISSING
 
 
 @dataclass
@@ -65,6 +71,7 @@ class CheckpointConfig:
 
     every: str = MISSING
     keep_last: int = MISSING
+    best: str | None = MISSING
 
 
 @dataclass
@@ -72,6 +79,7 @@ class SourceConfig:
     """One set of tars of a stream."""
 
     shards: Any = MISSING
+    subset: str | None = None
     weight: float | None = None
 
 
@@ -80,10 +88,16 @@ class StreamConfig:
     """One stream of training samples."""
 
     shards: Any = None
+    subset: str | None = None
+    max_samples: int | None = None
+    repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     batch_size: int | None = None
-    caption: str | None = None
+    caption: Any = None
+    group: str | None = None
     transform: dict[str, Any] | None = None
+    synthetic: dict[str, Any] | None = None
+    augment: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -126,6 +140,7 @@ class TrainConfig:
     optimizer: dict[str, Any] = MISSING
     schedule: dict[str, Any] = MISSING
     eval: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
 
 
 @dataclass
@@ -145,10 +160,38 @@ class EvaluateConfig:
     checkpoint: str = MISSING
     output: str | None = None
     trust: list[str] = field(default_factory=list)
+    ema: bool = MISSING
     device: str = MISSING
     precision: Precision | None = MISSING
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     eval: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class ExportConfig:
+    """Everything that `python -m mmpretrain.export` takes."""
+
+    checkpoint: str = MISSING
+    format: str = MISSING
+    output: str = MISSING
+    ema: bool = MISSING
+    trust: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EmbedConfig:
+    """Everything that `python -m mmpretrain.embed` takes."""
+
+    checkpoint: str = MISSING
+    images: Any = None
+    texts: str | None = None
+    output: str = MISSING
+    batch_size: int = MISSING
+    workers: int = MISSING
+    device: str = MISSING
+    precision: Precision | None = MISSING
+    ema: bool = MISSING
+    trust: list[str] = field(default_factory=list)
 
 
 def register_schemas() -> None:
@@ -156,16 +199,19 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("evaluate_schema", EvaluateConfig)
+    store.store("export_schema", ExportConfig)
+    store.store("embed_schema", EmbedConfig)
 
 
 # ---------------------------------------------------------------------------------------------- identity
 
 # Where the data lie may change between a run and its resumption (which data they are is in the checkpoint), but what
 # was named on the command line tells runs apart: a sweep over data.root has a run for each.
-_PLACES = r"data\.root|data\.train\.[^.]+\.(shards(\[.*)?|sources\.[^.]+\.shards.*)"
+_PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[.*)?"
 # What may differ between a run and its resumption: nothing here touches the mathematics beyond rounding.
 _FREE = re.compile(
-    r"run\.(name|dir)|trainer\.(micro_batch_size|log_every|eval_every|max_bad_steps|device)|checkpoint\..*|eval(\..*)?"
+    r"run\.(name|dir)"
+    r"|trainer\.(micro_batch_size|log_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?"
     r"|data\.(workers|max_bad_fraction|text_groups|val_batch_size|val(\..*)?)|" + _PLACES
 )
 
@@ -193,6 +239,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     check_targets(config.data.tokenizer, "data.tokenizer")
     for name, stream in config.data.train.items():
         check_targets(stream.transform, f"data.train.{name}.transform")
+        check_targets(stream.augment, f"data.train.{name}.augment")
     for name, node in config.objective.items():
         if not isinstance(node, dict) or "_target_" not in node:
             raise UsageError(
@@ -228,6 +275,13 @@ def _check_ranges(config: TrainConfig) -> None:
         check_number("trainer.micro_batch_size", trainer.micro_batch_size, at_least=1)
     if trainer.clip_grad_norm is not None:
         check_number("trainer.clip_grad_norm", trainer.clip_grad_norm, above=0)
+    if not accepts(trainer.freeze, Mapping[str, str | None] | None):
+        raise UsageError(
+            f"trainer.freeze is {trainer.freeze!r}; expected parts of the model with a duration or null each: "
+            "trainer.freeze={image: null, text: 10%}"
+        )
+    if trainer.ema_decay is not None:
+        check_number("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
     check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)
     check_number("checkpoint.keep_last", config.checkpoint.keep_last, at_least=0)
     check_number("data.workers", data.workers, at_least=0)
@@ -235,6 +289,10 @@ def _check_ranges(config: TrainConfig) -> None:
     check_number("data.val_batch_size", data.val_batch_size, at_least=1)
     check_number("data.max_bad_fraction", data.max_bad_fraction, at_least=0, at_most=1)
     for name, stream in data.train.items():
+        if stream.max_samples is not None:
+            check_number(f"data.train.{name}.max_samples", stream.max_samples, at_least=1)
+        if stream.repeat_batches is not None:
+            check_number(f"data.train.{name}.repeat_batches", stream.repeat_batches, at_least=1)
         if stream.batch_size is not None:
             check_number(f"data.train.{name}.batch_size", stream.batch_size, at_least=1)
 
@@ -265,13 +323,34 @@ def _derived_name() -> str:
         # +data.train={images: ...} adds; all else replaces.
         values[key] = f"{values[key]}+{value}" if key in values and value.startswith("{") else value
     named = {k: v for k, v in values.items() if re.fullmatch(_PLACES, k) or not _FREE.fullmatch(k)}
-    parts = [f"{key}={value}" for key, value in named.items() if key != "experiment"]
+    parts = [f"{key}={value}" for key, value in named.items() if key not in ("experiment", "sweep")]
     # [infonce,mae] is written infonce+mae: the name is a folder's, and will be typed in shells.
     parts = [re.sub(r"[\[\]{}()'\" ]", "", part).replace(",", "+") for part in parts]
     name = ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in sorted(parts)) or "default"
     if len(name) <= _MAX_NAME_LENGTH:
         return name
     return f"{name[: _MAX_NAME_LENGTH - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def hparams(config: TrainConfig) -> dict[str, str | float | bool]:
+    """What tells runs apart at a glance, under the same keys for every run, as TensorBoard's table needs it."""
+    trainer = config.trainer
+    return {
+        "name": str(config.run.name),
+        "seed": config.run.seed,
+        "objective": "+".join(f"{node.get('weight', 1.0):g} {name}" for name, node in config.objective.items()),
+        "model": str(config.model.get("name") or config.model["_target_"].rpartition(".")[2]),
+        "batch_size": trainer.batch_size,
+        "duration": trainer.duration,
+        "precision": trainer.precision.value,
+        "optimizer": str(config.optimizer.get("name") or config.optimizer["_target_"].rpartition(".")[2]),
+        "lr": float(config.optimizer.get("lr", 0.0)),
+        "weight_decay": float(config.optimizer.get("weight_decay", 0.0)),
+        "schedule": config.schedule["_target_"].rpartition(".")[2],
+        "ema_decay": trainer.ema_decay or 0.0,
+        "init_from": config.init_from or "",
+        "data": config.data.root,
+    }
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
@@ -304,6 +383,11 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
     return {path: value}
+
+
+def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a configuration by their full names, without what may differ between a run and its resumption."""
+    return {key: value for key, value in _flat(dict(plain)).items() if not _FREE.fullmatch(key)}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain import build, command, config, distributed, usage
 from mmpretrain.checkpoint import write_text
 from mmpretrain.config import EvalSetConfig, EvaluateConfig
 from mmpretrain.evals.evaluation import Context, evaluate
-from mmpretrain.load import load_checkpoint
+from mmpretrain.loading import load_checkpoint
 from mmpretrain.metrics import print_results
+from mmpretrain.precision import PrecisionName, autocast
 
 
 def main() -> None:
@@ -40,23 +40,25 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     if cfg.output is not None and not Path(cfg.output).parent.is_dir():
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
     config.check_evaluate_ranges(cfg)
-    loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust)
+    loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     of_run = loaded.config["data"]
     sets = cfg.data.val or {name: EvalSetConfig(**fields) for name, fields in of_run["val"].items()}
     root = cfg.data.root or of_run["root"]
-    precision = cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+    precision: PrecisionName = (
+        cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+    )
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        sets=build.build_eval_sets(sets, root, loaded.image_size),
-        logit_scale=loaded.logit_scale,
+        sets=build.build_eval_sets(sets, root, loaded.model),
+        logit_scale=loaded.scalars.get("logit_scale"),
         batch_size=cfg.data.val_batch_size or of_run["val_batch_size"],
         workers=cfg.data.workers,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        autocast=autocast(device, precision),
     )
     evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
     scores = evaluate(evaluators, context)
-    if not scores:
+    if not (scores or context.shown.pictures or context.shown.projections):
         raise ValueError(
             f"no evaluation of eval=[{','.join(evaluators)}] finds a data set that has what it needs; "
             "give one, such as +data.val.mine.shards=... with a caption, or a label and classes"

@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.checkpoint import write_text
-from mmpretrain.data.loader import Stream
+from mmpretrain.data.stream import Stream
 from mmpretrain.metrics import read_records
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,25 @@ def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | Non
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
+def multi_positive_info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, groups: Tensor) -> Tensor:
+    """The contrastive loss in which all pairs of a group are right answers (UniCL, Yang et al. 2022, equations 3 to 5).
+
+    L = -1/2B sum_i 1/|P(i)| sum_{k in P(i)} [log softmax_j(s <x_i, y_j>)_k + log softmax_j(s <x_j, y_i>)_k]
+
+    Args:
+        image, text: x and y, [B, e] of unit length; row i of both is a pair.
+        logit_scale: s, one number.
+        groups: int64 [B]; P(i) is the rows whose number is that of row i, itself among them.
+
+    Returns: a scalar.
+    """
+    logits = logit_scale * image @ text.T
+    targets = (groups[:, None] == groups[None, :]).to(logits.dtype)
+    targets = targets / targets.sum(dim=1, keepdim=True)
+    # With probabilities as targets this is -sum_k t_ik log softmax_k, averaged over rows.
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
 def sigmoid_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None
 ) -> Tensor:

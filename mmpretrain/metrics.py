@@ -4,25 +4,32 @@ import json
 import logging
 import math
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoint import write_text
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.pictures import pair_grid
 
 log = logging.getLogger(__name__)
+
+HParam = str | float | bool
+
+# TensorBoard's table shows five settings until others are chosen: the ones that are marked as different, by name.
+_FIRST_SETTINGS = ("batch_size", "lr", "model", "objective", "seed")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -55,6 +62,7 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, step: int = 0, samples: int = 0) -> None:
+        self._folder = folder
         path = folder / "metrics.jsonl"
         kept = [record for record in read_records(path) if record["step"] <= step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
@@ -81,8 +89,26 @@ class MetricsWriter:
             self.image(f"train/{name}", 0, pair_grid(samples.images[rows], captions))
 
     def image(self, name: str, samples: int, image: np.ndarray) -> None:
-        """Log a picture, uint8 [h, w, 3]."""
+        """Log a picture, uint8 [h, w, 3]; its last state stands as a file in `pictures/`, too."""
         self._tensorboard.add_image(name, image, samples, dataformats="HWC")
+        path = self._folder / "pictures" / f"{name.replace('/', '.')}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+
+    def embeddings(self, name: str, samples: int, rows: np.ndarray, labels: Sequence[str], images: Tensor) -> None:
+        """Log rows [n, e] for TensorBoard's projector, each with a label and a thumbnail uint8 [n, 3, h, w]."""
+        self._tensorboard.add_embedding(rows, list(labels), images.float() / 255, samples, tag=name)
+
+    def hparams(self, settings: Mapping[str, HParam], metrics: Sequence[str]) -> None:
+        """Show the run in TensorBoard's table of runs: its settings, and the last value of these metrics."""
+        experiment, start, end = hparams(dict(settings), dict.fromkeys(metrics, 0.0))
+        plugin = experiment.value[0].metadata.plugin_data
+        content = HParamsPluginData.FromString(plugin.content)
+        for info in content.experiment.hparam_infos:
+            info.differs = info.name in _FIRST_SETTINGS
+        plugin.content = content.SerializeToString()
+        for summary in (experiment, start, end):
+            self._tensorboard._get_file_writer().add_summary(summary)
 
     def flush(self) -> None:
         """Make sure that everything so far is on disk: a checkpoint that follows promises it."""
@@ -93,22 +119,6 @@ class MetricsWriter:
         """Flush and close both."""
         self._file.close()
         self._tensorboard.close()
-
-
-def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: int = 200) -> np.ndarray:
-    """Training pairs as the model sees them: images uint8 [n, 3, h, w], each above its caption -> uint8 [H, W, 3]."""
-    num_lines, line_height, line_characters = 4, 20, 24
-    font = ImageFont.load_default(size=16)
-    row_height = cell + num_lines * line_height
-    grid = Image.new("RGB", (columns * cell, math.ceil(len(images) / columns) * row_height), "white")
-    canvas = ImageDraw.Draw(grid)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = (i % columns) * cell, (i // columns) * row_height
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        grid.paste(picture.resize((cell - 8, cell - 8), Image.Resampling.NEAREST), (left + 4, top + 4))
-        lines = textwrap.wrap(caption, line_characters, max_lines=num_lines, placeholder=" …")
-        canvas.multiline_text((left + 4, top + cell - 2), "\n".join(lines), fill="black", font=font, spacing=2)
-    return np.asarray(grid)
 
 
 class ProgressBar:

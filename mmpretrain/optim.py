@@ -1,11 +1,14 @@
-"""The optimiser: AdamW over each tower's parameters, and the guard that skips a step that is not finite."""
+"""The optimiser: groups of parameters by tower, optimisers by name, and the guard that skips a step that is not finite."""
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
+import timm.optim
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.usage import check_number
+from mmpretrain.usage import check_number, nearest
 
 TOWERS = ("image", "text", "heads")
 _OF_A_TOWER = ("lr", "weight_decay")
@@ -24,28 +27,23 @@ def _decays(parameter: nn.Parameter) -> bool:
     return sum(size > 1 for size in parameter.shape) > 1
 
 
-def adamw(
+def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]],
     lr: float,
     weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
     towers: Mapping[str, Mapping[str, float | None]],
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with fused kernels.
+) -> list[dict[str, Any]]:
+    """An optimiser's groups: the parameters of each tower, those that decay apart from those that do not.
 
     Args:
         parameters: named as in the task; frozen ones are left out.
-        lr, weight_decay, betas, eps: as in the paper; no decay acts on one-dimensional parameters.
+        lr, weight_decay: no decay acts on one-dimensional parameters.
         towers: `lr` and `weight_decay` of `image`, `text` or `heads`, where they differ; None means as above.
 
     Raises: ValueError if `towers` names another tower or argument, and for numbers out of range.
     """
     check_number("optimizer.lr", lr, at_least=0)
     check_number("optimizer.weight_decay", weight_decay, at_least=0)
-    check_number("optimizer.eps", eps, at_least=0)
-    for i, beta in enumerate(betas):
-        check_number(f"optimizer.betas[{i}]", beta, at_least=0, below=1)
     if unknown := sorted(set(towers) - set(TOWERS)):
         raise ValueError(f"optimizer.towers has {unknown[0]!r}; expected one of {', '.join(TOWERS)}")
     for tower, own in towers.items():
@@ -76,13 +74,108 @@ def adamw(
                 "weight_decay": decay if decays else 0.0,
             }
         )
+    return groups
+
+
+def adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    towers: Mapping[str, Mapping[str, float | None]],
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) with fused kernels.
+
+    Args:
+        parameters, lr, weight_decay, towers: see `parameter_groups`.
+        betas, eps: as in the paper.
+
+    Raises: ValueError for numbers out of range, and what `parameter_groups` does.
+    """
+    check_number("optimizer.eps", eps, at_least=0)
+    for i, beta in enumerate(betas):
+        check_number(f"optimizer.betas[{i}]", beta, at_least=0, below=1)
+    groups = parameter_groups(parameters, lr, weight_decay, towers)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def torch_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    name: str,
+    lr: float,
+    weight_decay: float,
+    towers: Mapping[str, Mapping[str, float | None]],
+    args: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimiser of `torch.optim`.
+
+    Args:
+        parameters, lr, weight_decay, towers: see `parameter_groups`.
+        name: `SGD`, `Adam`, `NAdam`, ...
+        args: its further arguments.
+
+    Raises: ValueError if torch has none of that name or it refuses an argument, and what `parameter_groups` does.
+    """
+    kinds = {key: kind for key, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    kinds = {key: kind for key, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
+    del kinds["Optimizer"], kinds["LBFGS"]  # which wants to compute the loss again
+    if name not in kinds:
+        raise ValueError(f"optimizer.name is {name!r}; {nearest(name, list(kinds))}")
+    return _built(
+        name, lambda groups: kinds[name](groups, lr=lr, **(args or {})), parameters, lr, weight_decay, towers, args
+    )
+
+
+def timm_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    name: str,
+    lr: float,
+    weight_decay: float,
+    towers: Mapping[str, Mapping[str, float | None]],
+    args: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimiser of timm.
+
+    Args:
+        parameters, lr, weight_decay, towers: see `parameter_groups`.
+        name: one of `timm.optim.list_optimizers()`, such as `lion`, `lamb`, `adafactorbv`.
+        args: its further arguments.
+
+    Raises: ValueError if timm has none of that name or it refuses an argument, and what `parameter_groups` does.
+    """
+    known = [str(each) for each in timm.optim.list_optimizers() if not str(each).startswith("lookahead")]
+    if name not in known:
+        raise ValueError(f"optimizer.name is {name!r}; {nearest(name, known)}")
+    kind: Callable[..., torch.optim.Optimizer] = timm.optim.get_optimizer_class(name, bind_defaults=True)
+    return _built(name, lambda groups: kind(groups, lr=lr, **(args or {})), parameters, lr, weight_decay, towers, args)
+
+
+def _built(
+    name: str,
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    weight_decay: float,
+    towers: Mapping[str, Mapping[str, float | None]],
+    args: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    groups = parameter_groups(parameters, lr, weight_decay, towers)
+    try:
+        return make(groups)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.name={name} refuses optimizer.args {dict(args or {})}: {error}") from error
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group's learning rate: its own times the schedule's factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The gradients of all parameters that have one."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -106,27 +199,53 @@ def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by the fused kernels
-    optimizer.step()
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by the fused kernels
+        optimizer.step()
+    elif not skipped:  # without fused kernels the host has to look
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return skipped
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state by `<parameter>/<name of the state>`: exp_avg, exp_avg_sq and step of each parameter."""
-    return {
-        f"{name}/{key}": value
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for key, value in optimizer.state[parameter].items()
-    }
+    """The tensors of the optimiser's state by `<parameter>/<name of the state>`, such as AdamW's exp_avg."""
+    return {key: value for key, value in _states(optimizer) if isinstance(value, Tensor)}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave. Raises: KeyError if a parameter's state is missing."""
-    for group in optimizer.param_groups:
+def optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The rest of it by the same names, plain values for JSON."""
+    return {key: value for key, value in _states(optimizer) if not isinstance(value, Tensor)}
+
+
+def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
+    for i, group in enumerate(optimizer.param_groups):
+        if "step" in group:  # some optimisers of timm count once for a group
+            yield f"group{i}/step", group["step"]
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                key: tensors[f"{name}/{key}"].to(parameter.device, copy=True)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            for key, value in optimizer.state.get(parameter, {}).items():
+                yield f"{name}/{key}", value
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Put back what `optimizer_tensors` and `optimizer_numbers` gave.
+
+    Raises: ValueError if some of it belongs to no parameter of the optimiser.
+    """
+    values: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, value in {**tensors, **numbers}.items():
+        owner, _, key = name.rpartition("/")
+        values[owner][key] = value.clone() if isinstance(value, Tensor) else value
+    state: dict[int, dict[str, Any]] = {}
+    index = 0
+    for i, group in enumerate(optimizer.param_groups):
+        group.update(values.pop(f"group{i}", {}))
+        for name in group["names"]:
+            if name in values:
+                state[index] = values.pop(name)
+            index += 1
+    if values:
+        raise ValueError(f"the checkpoint has optimiser state of {', '.join(values)}, which this run does not train")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

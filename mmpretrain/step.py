@@ -112,6 +112,7 @@ def forward_backward(
     micro_batches: Sequence[Batch],
     weights: Mapping[str, float],
     autocast: AbstractContextManager[object] | None = None,
+    loss_scale: Tensor | None = None,
 ) -> StepLosses:
     """Add the gradients of one global batch's weighted loss to the parameters.
 
@@ -121,6 +122,7 @@ def forward_backward(
         micro_batches: this rank's part of the batch; the same number on every rank.
         weights: the weight of each objective's loss.
         autocast: the precision of the forward passes; entered once a pass.
+        loss_scale: what the gradients come multiplied by, a scalar; None: nothing.
     """
     autocast = autocast or nullcontext()
     counts: Tensors = {}
@@ -142,7 +144,8 @@ def forward_backward(
             with autocast:
                 total, part = wrapped(batch, weights, counts, coupling.couple)
             # DDP averages gradients over ranks; the loss is a sum over them.
-            (total * world).backward()
+            total = total * world
+            (total if loss_scale is None else total * loss_scale).backward()
         for name, value in part.items():
             sums[name] = sums.get(name, 0) + value
     return StepLosses(coupling.losses, sums, counts, coupling.shared)

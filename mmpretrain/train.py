@@ -1,10 +1,11 @@
 """Pre-train a model: python -m mmpretrain.train experiment=quickstart [overrides]."""
 
 import fcntl
+import importlib
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,14 +13,26 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import build, checkpoint, command, config, distributed, targets, usage
+from mmpretrain import build, checkpoint, command, config, distributed, dry_run, report, targets, usage
 from mmpretrain.config import TrainConfig
+from mmpretrain.data.stream import Stream
+from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.guards import TrainingError
-from mmpretrain.metrics import print_results
+from mmpretrain.init_from import init_from
+from mmpretrain.loading import TOKENIZER_FOLDER
+from mmpretrain.metrics import MetricsWriter, print_results
+from mmpretrain.precision import autocast
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.task import Task
-from mmpretrain.trainer import Trainer, TrainerOptions, check_fingerprint, clock_of
+from mmpretrain.trainer import (
+    Trainer,
+    TrainerOptions,
+    check_fingerprint,
+    clock_of,
+    count_micro_batches,
+    first_micro_batch,
+)
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +66,9 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         folder = Path(str(cfg.run.dir))
         options = _options(cfg)
         task, weights = build.build_task(cfg)
-        streams = build.build_streams(cfg, task.streams, task.model.image.image_size)
+        streams = build.build_streams(cfg, task.streams, task.model)
         tokenizer = build.build_tokenizer(cfg.data.tokenizer, task.model.text)
-        sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model.image.image_size)
+        sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
 
         def evaluation_context(task: Task) -> Context:
@@ -66,31 +79,42 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
                 logit_scale=task.logit_scale,
                 batch_size=cfg.data.val_batch_size,
                 workers=cfg.data.workers,
-                autocast=torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"),
+                autocast=autocast(device, options.precision),
             )
 
         for name, evaluator in evaluators.items():
             chosen_sets(name, evaluator, evaluation_context(task))
+        if cfg.trainer.dry_run:
+            return _dry_run(cfg, task.to(device), streams, tokenizer, weights, options)
         # Not closed before the run's end: closing it would free the directory.
         lock = _open_run(cfg, folder, schedule)
         clock = clock_of(streams, options.duration)
         fingerprint = {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
         if (finished := _finished(folder, clock.total_samples // clock.batch_size, fingerprint)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
-            _tell(finished, folder)
+            _conclude(finished, folder, rewrite=False)
             return finished
 
-        def run_evaluations(task: Task, before: int, after: int, is_last: bool) -> Mapping[str, float]:
+        def run_evaluations(
+            task: Task, before: int, after: int, is_last: bool, writer: MetricsWriter | None
+        ) -> Mapping[str, float]:
             due = {name: e for name, e in evaluators.items() if is_last or clock.is_due(every[name], before, after)}
-            return evaluate(due, evaluation_context(task)) if due else {}
+            if not due:
+                return {}
+            context = evaluation_context(task)
+            scores = evaluate(due, context)
+            if writer is not None:
+                for name, picture in context.shown.pictures.items():
+                    writer.image(name, after, picture)
+                for name, projection in context.shown.projections.items():
+                    writer.embeddings(name, after, *projection)
+            return scores
 
         trainer = Trainer(
             task=task.to(device),
             streams=streams,
             tokenizer=tokenizer,
-            make_optimizer=lambda task: targets.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(
-                task.named_parameters()
-            ),
+            make_optimizer=_make_optimizer(cfg),
             schedule=schedule,
             weights=weights,
             evaluate=run_evaluations,
@@ -98,15 +122,57 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             fingerprint=fingerprint,
             folder=folder,
             device=device,
+            hparams=config.hparams(cfg),
+            initialize=None if cfg.init_from is None else lambda task: init_from(task, str(cfg.init_from)),
         )
         if distributed.is_main():
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
             checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
-    results = trainer.run()
-    _tell(results, folder)
+            _keep_tokenizer(cfg, folder)
+    with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
+        results = trainer.run()
+    _conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()
     return results
+
+
+def _dry_run(
+    cfg: TrainConfig,
+    task: Task,
+    streams: Mapping[str, Stream],
+    tokenizer: Tokenizer,
+    weights: Mapping[str, float],
+    options: TrainerOptions,
+) -> Mapping[str, float]:
+    """Say what the run would cost, and leave nothing behind."""
+    num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
+    batch = first_micro_batch(streams, tokenizer, options.text_groups, num_micro_batches).to(task.model.device)
+    costs = dry_run.estimate(
+        task, batch, weights, _make_optimizer(cfg), options.precision, len(next(iter(batch.streams.values())))
+    )
+    clock = clock_of(streams, options.duration)
+    dry_run.show(costs, clock.total_samples // clock.batch_size, num_micro_batches, str(task.model.device))
+    return {"flops_per_pair": costs.flops_per_pair, "memory_bytes": costs.memory_bytes}
+
+
+def _make_optimizer(cfg: TrainConfig) -> Callable[[Task], torch.optim.Optimizer]:
+    """The optimiser of a task whose frozen parameters are known."""
+    return lambda task: targets.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(task.named_parameters())
+
+
+def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
+    """A local tokenizer's files into the run's directory. Raises: ValueError if the run was made with another one."""
+    if (path := cfg.data.tokenizer.get("path")) is None:
+        return
+    kept = folder / TOKENIZER_FOLDER
+    for name, file in tokenizer_files(Path(path)).items():
+        if (kept / name).exists() and (kept / name).read_bytes() != file.read_bytes():
+            raise ValueError(
+                f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
+            )
+        kept.mkdir(exist_ok=True)
+        checkpoint.write_bytes(kept / name, file.read_bytes())
 
 
 def _options(cfg: TrainConfig) -> TrainerOptions:
@@ -122,11 +188,18 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         micro_batch_size=cfg.trainer.micro_batch_size,
         precision=cfg.trainer.precision.value,
         clip_grad_norm=cfg.trainer.clip_grad_norm,
+        ema_decay=cfg.trainer.ema_decay,
+        freeze={
+            part: None if until is None else Duration.parse(until, f"trainer.freeze.{part}")
+            for part, until in (cfg.trainer.freeze or {}).items()
+        },
         log_every=Duration.parse(cfg.trainer.log_every, "trainer.log_every"),
         checkpoint_every=Duration.parse(cfg.checkpoint.every, "checkpoint.every", wall_time=True),
         keep_last=cfg.checkpoint.keep_last,
+        best=cfg.checkpoint.best,
         max_bad_steps=cfg.trainer.max_bad_steps,
         max_bad_fraction=cfg.data.max_bad_fraction,
+        profile_steps=cfg.trainer.profile_steps,
         workers=cfg.data.workers,
         text_groups=cfg.data.text_groups,
     )
@@ -199,10 +272,14 @@ def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> d
     return distributed.from_main(look)
 
 
-def _tell(results: Mapping[str, float], folder: Path) -> None:
+def _conclude(results: Mapping[str, float], folder: Path, rewrite: bool) -> None:
+    """Write the run's report, unless it is finished and came to it before, and say the results."""
     if distributed.is_main():
+        if rewrite or not (folder / report.FILE).exists():
+            report.write(folder)
         print_results(results, folder)
 
 
 if __name__ == "__main__":
-    main()
+    # By its own name, under which the processes of a sweep's launcher find the job; __main__ is another module there.
+    importlib.import_module("mmpretrain.train").main()

@@ -8,26 +8,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpretrain import checkpoint, distributed, optim, parallel
 from mmpretrain.batch import Batch
-from mmpretrain.data.loader import MicroBatches, Stream, build_loader
+from mmpretrain.data.loader import MicroBatches, StepSampler, build_loader
 from mmpretrain.data.order import step_positions
+from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.ema import EMA
+from mmpretrain.freeze import Freeze
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
-from mmpretrain.metrics import MetricsWriter, ProgressBar, finite
+from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
+from mmpretrain.precision import LossScale, PrecisionName, autocast
+from mmpretrain.profiling import profiled
 from mmpretrain.schedules import Clock, Duration, Schedule
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[Task, int, int, bool], Mapping[str, float]]
-"""(task, samples before the step, samples after it, whether it was the last) -> scores of the evaluations due."""
+Evaluate = Callable[[Task, int, int, bool, MetricsWriter | None], Mapping[str, float]]
+"""(task, samples before the step, samples after it, whether it was the last, what pictures are written to) -> scores of
+the evaluations due."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,17 @@ class TrainerOptions:
 
     duration: Duration
     micro_batch_size: int | None
-    precision: Literal["bf16", "fp32"]
+    precision: PrecisionName
     clip_grad_norm: float | None
+    ema_decay: float | None
+    freeze: Mapping[str, Duration | None]
     log_every: Duration
     checkpoint_every: Duration
     keep_last: int
+    best: str | None
     max_bad_steps: int
     max_bad_fraction: float
+    profile_steps: int
     workers: int
     text_groups: int
 
@@ -57,6 +67,9 @@ class TrainState:
     num_refused: int = 0
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
+    loss_scale: float | None = None
+    good_steps: int = 0
+    best: float | None = None
     results: dict[str, float] = field(default_factory=dict)
 
 
@@ -84,6 +97,8 @@ class Trainer:
         fingerprint: of the data; a checkpoint made on other data is refused.
         folder: the run's directory.
         device: where to compute.
+        initialize: fills a new run's task with weights; a resumed one does not need it.
+        hparams: what TensorBoard's table of runs shows of the configuration.
 
     Raises: ValueError for sizes that do not divide, and for a checkpoint of other data.
     """
@@ -101,8 +116,11 @@ class Trainer:
         fingerprint: Mapping[str, Any],
         folder: Path,
         device: torch.device,
+        initialize: Callable[[Task], None] | None = None,
+        hparams: Mapping[str, HParam] | None = None,
     ) -> None:
         self.started = time.perf_counter()
+        self.hparams = hparams or {}
         self.task, self.streams, self.tokenizer = task, streams, tokenizer
         self.schedule, self.weights, self.evaluate = schedule, weights, evaluate
         self.options, self.fingerprint, self.folder, self.device = options, fingerprint, folder, device
@@ -110,13 +128,17 @@ class Trainer:
         self.batch_size = next(iter(streams.values())).batch_size
         self.clock = clock_of(streams, options.duration)
         self.num_steps = self.clock.total_samples // self.batch_size
-        self.num_micro_batches = _num_micro_batches(self.batch_size, options.micro_batch_size, task)
+        self.num_micro_batches = count_micro_batches(self.batch_size, options.micro_batch_size, task)
+        self.freeze = Freeze(task, options.freeze)
         dataset = MicroBatches(streams, tokenizer, options.text_groups)
         if frozen := parallel.freeze_unreached(task, _example(dataset, streams).to(device)):
             log.info("frozen, since no objective reaches them: %s", ", ".join(frozen))
         self.optimizer = make_optimizer(task)
-        self.state = self._resume()
+        self.ema = None if options.ema_decay is None else EMA(task, options.ema_decay)
+        self.state = self._resume(initialize)
         self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
+        self.loss_scale = LossScale(options.precision, device, self.state.loss_scale, self.state.good_steps)
+        self.freeze.apply(self.state.samples, self.clock)
         self.wrapped = parallel.wrap(task, device)
         self.loader = build_loader(
             streams, tokenizer, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
@@ -124,7 +146,7 @@ class Trainer:
         )  # fmt: skip
         self.flags = distributed.LateFlags()
         self.results = results_of(self.state)
-        self.saved_at, self.saved_step = time.perf_counter(), self.state.step
+        self.saved_at, self.saved_step, self.is_best = time.perf_counter(), self.state.step, False
         self.earlier_seconds = self.state.wall_seconds
         self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
         self.writer: MetricsWriter | None = None
@@ -146,7 +168,10 @@ class Trainer:
         state, options, device = self.state, self.options, self.device
         self.window = _Window(time.perf_counter())
         batches = iter(self.loader)
-        with ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress:
+        with (
+            ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
+            profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
+        ):
             while state.step < self.num_steps:
                 waited = time.perf_counter()
                 micro_batches = self._next(batches)
@@ -156,14 +181,21 @@ class Trainer:
                 if state.step == 0 and self.writer is not None:
                     self.writer.pairs(micro_batches[0], self.tokenizer)
                 micro_batches = [batch.to(device) for batch in micro_batches]
+                if self.freeze.apply(state.samples, self.clock):
+                    self.wrapped = parallel.wrap(self.task, device)
 
                 lr_factor = self.schedule(state.samples, self.clock)
                 optim.set_lr(self.optimizer, lr_factor)
-                autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16")
-                losses = forward_backward(self.wrapped, self.task, micro_batches, self.weights, autocast)
+                passes = autocast(device, options.precision)
+                scale = self.loss_scale.scale
+                losses = self._forward_backward(micro_batches, passes, scale)
+                self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
                 skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
                 self.task.constrain()
+                self.loss_scale.update(skipped)
+                if self.ema is not None:
+                    self.ema.update(skipped)
                 self.bad_steps = (self.bad_steps + 1) * skipped
 
                 before = state.samples
@@ -178,6 +210,7 @@ class Trainer:
                 if self.clock.is_due(options.log_every, before, state.samples) or is_last:
                     values = self._measure(losses, norms, lr_factor, progress)
                 progress.advance(state.step)
+                profile_step()
                 paused = time.perf_counter()
                 values |= self._evaluate(before, is_last)
                 if values and self.writer is not None:
@@ -185,7 +218,7 @@ class Trainer:
                 if is_last:
                     check_bad_step(self.flags.read(), state.step, self.streams, options.max_bad_steps)
                     self._write_results()
-                if is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
+                if is_last or self.is_best or self._is_save_due(before) or known.get("save") or known.get("stop"):
                     self._save()
                 self.window.start += time.perf_counter() - paused
                 if known.get("stop") and not is_last:
@@ -194,13 +227,28 @@ class Trainer:
                     self._close()
                     sys.exit(PREEMPTED_EXIT_CODE)
 
-    def _resume(self) -> TrainState:
-        """Load the newest checkpoint that verifies; every process the one that process 0 chose."""
+    def _forward_backward(self, micro_batches: list[Batch], passes: torch.autocast, scale: Tensor | None) -> StepLosses:
+        """The step's gradients. Raises: TrainingError where `trainer.detect_anomaly` found an operation at fault."""
+        try:
+            return forward_backward(self.wrapped, self.task, micro_batches, self.weights, passes, scale)
+        except RuntimeError as error:
+            if not (torch.is_anomaly_enabled() and "returned nan values" in str(error)):
+                raise
+            raise TrainingError(
+                f"step {self.state.step + 1}: {str(error).splitlines()[0]} the forward operation is traced above"
+            ) from error
+
+    def _resume(self, initialize: Callable[[Task], None] | None) -> TrainState:
+        """Load the newest checkpoint that verifies, every process the one that process 0 chose, or begin."""
         folder = self.folder / "checkpoints"
         if distributed.is_main():
             checkpoint.clean(folder)
         path = distributed.from_main(lambda: checkpoint.find_latest(folder, set_aside=True))
         if path is None:
+            if initialize is not None:
+                initialize(self.task)
+                if self.ema is not None:
+                    self.ema.load(self.task.state_dict())
             return TrainState()
         check_fingerprint(path, self.fingerprint)
         saved = checkpoint.load_state(path)
@@ -211,7 +259,10 @@ class Trainer:
                 "expected at least that, or a new run: run.name=..."
             )
         self.task.load_state_dict(checkpoint.load_tensors(path, "model.safetensors"))
-        optim.load_optimizer_tensors(self.optimizer, checkpoint.load_tensors(path, "optimizer.safetensors"))
+        moments = checkpoint.load_tensors(path, "optimizer.safetensors")
+        optim.load_optimizer_state(self.optimizer, moments, saved.pop("optimizer"))
+        if self.ema is not None:
+            self.ema.load(checkpoint.load_tensors(path, "ema.safetensors"))
         log.info("resumed from %s at step %d", path, saved["step"])
         return TrainState(**saved)
 
@@ -257,6 +308,7 @@ class Trainer:
         values["train/grad_norm"] = float(norms["all"])
         values |= {f"train/grad_norm_{tower}": float(norm) for tower, norm in norms.items() if tower != "all"}
         values["system/samples_per_second"] = speed
+        values["system/wall_seconds"] = self.earlier_seconds + time.perf_counter() - self.started
         values["system/data_wait"] = window.data_wait / seconds
         if self.device.type == "cuda":
             values["system/gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
@@ -268,33 +320,53 @@ class Trainer:
 
     def _evaluate(self, before: int, is_last: bool) -> Mapping[str, float]:
         """The scores of the evaluations that are due, which results.json will hold."""
-        scores = self.evaluate(self.task, before, self.state.samples, is_last)
+        scores = dict(self.evaluate(self.task, before, self.state.samples, is_last, self.writer))
+        if scores and self.ema is not None:
+            with self.ema.applied():
+                averaged = self.evaluate(self.task, before, self.state.samples, is_last, None)
+            scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
             self.state.results.update(scores)
+            self.is_best = self._is_best(scores)
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores
+
+    def _is_best(self, scores: Mapping[str, float]) -> bool:
+        """Whether the metric of `checkpoint.best` is better than ever before; losses and perplexities fall."""
+        name = self.options.best
+        if name is None or name not in scores:
+            return False
+        sign = -1 if name.endswith(("loss", "perplexity")) else 1
+        if self.state.best is not None and not sign * scores[name] > sign * self.state.best:
+            return False
+        self.state.best = scores[name]
+        return True
 
     def _save(self) -> None:
         """Write a checkpoint, which holds everything up to this step. A collective."""
         self.quarantine.flush(self.state.samples)
         state = self.state
         state.bad_steps, state.num_refused = float(self.bad_steps), self.quarantine.num_refused
+        state.loss_scale, state.good_steps = self.loss_scale.state()
         state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
         failure = None
         if self.writer is not None and state.step > self.saved_step:
             self.writer.flush()
             try:
+                tensors = {"model": self.task.state_dict(), "optimizer": optim.optimizer_tensors(self.optimizer)}
+                if self.ema is not None:
+                    tensors["ema"] = self.ema.tensors
+                numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
                 checkpoint.save(
-                    self.folder / "checkpoints", state.step, self.task.state_dict(),
-                    optim.optimizer_tensors(self.optimizer), {**asdict(state), "fingerprint": self.fingerprint},
-                    self.options.keep_last,
+                    self.folder / "checkpoints", state.step, tensors, {**asdict(state), **numbers},
+                    self.options.keep_last, self.is_best,
                 )  # fmt: skip
             except OSError as error:
                 failure = f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
         failure = distributed.broadcast_object(failure)
         if failure is not None:
             raise TrainingError(failure)
-        self.saved_at, self.saved_step = time.perf_counter(), state.step
+        self.saved_at, self.saved_step, self.is_best = time.perf_counter(), state.step, False
 
     def _write_results(self) -> None:
         """results.json stands before the last checkpoint does: a run whose last step is saved is finished."""
@@ -302,6 +374,8 @@ class Trainer:
         self.results = results_of(self.state)
         if distributed.is_main():
             checkpoint.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
+        if self.writer is not None:
+            self.writer.hparams(self.hparams, ["train/loss", *self.state.results])
 
     def _close(self) -> None:
         if self.writer is not None:
@@ -333,7 +407,7 @@ def results_of(state: TrainState) -> dict[str, float]:
     return {**state.results, **length, "wall_seconds": state.wall_seconds, "pairs_per_second": speed}
 
 
-def _num_micro_batches(batch_size: int, micro_batch_size: int | None, task: Task) -> int:
+def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Task) -> int:
     """How many micro-batches a rank's share of a batch is cut into. Raises: ValueError if it does not divide."""
     world = distributed.world_size()
     if batch_size % world:
@@ -354,6 +428,15 @@ def _num_micro_batches(batch_size: int, micro_batch_size: int | None, task: Task
             "it; leave it null or choose an encoder without BatchNorm"
         )
     return share // size
+
+
+def first_micro_batch(
+    streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, num_micro_batches: int
+) -> Batch:
+    """What this rank sees first."""
+    place = distributed.rank(), distributed.world_size(), num_micro_batches
+    item = next(iter(StepSampler(streams, 0, 1, *place)))
+    return MicroBatches(streams, tokenizer, text_groups)[item]
 
 
 def _example(dataset: MicroBatches, streams: Mapping[str, Stream]) -> Batch:

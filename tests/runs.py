@@ -100,7 +100,7 @@ def write_pairs(root: Path, broken: Sequence[int] = ()) -> Path:
 
 _PRELOADED = (
     "mmpretrain.build",
-    "mmpretrain.load",
+    "mmpretrain.loading",
     "mmpretrain.trainer",
     "torch.nn.parallel",
     "torch.utils.data",
@@ -158,6 +158,37 @@ class Finished:
         return [line for line in self.stderr.splitlines() if line.startswith("error:")]
 
 
+def poll(
+    condition: Callable[[], Any], what: str, is_alive: Callable[[], bool], output: Callable[[], str] = lambda: ""
+) -> None:
+    """Poll until a condition holds. Fails if the process ends first, or after the deadline."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert is_alive(), f"ended before {what}:\n{output()}"
+        assert time.monotonic() < deadline, f"no {what} in {DEADLINE_SECONDS} s:\n{output()}"
+        time.sleep(0.005)
+
+
+def kill_stragglers(folder: str) -> None:
+    """Kill what a launcher started in sessions of its own, known by its working directory, and wait for its end."""
+    for _ in range(2000):
+        alive = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and _works_in(entry, folder)]
+        if not alive:
+            return
+        for entry in alive:
+            os.kill(int(entry.name), signal.SIGKILL)
+        time.sleep(0.005)
+    raise AssertionError(f"processes in {folder} outlive SIGKILL")
+
+
+def _works_in(process: Path, folder: str) -> bool:
+    try:
+        is_zombie = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not is_zombie and os.readlink(process / "cwd").startswith(folder)
+    except OSError:
+        return False
+
+
 class Command:
     """A running `python -m module arguments`."""
 
@@ -202,11 +233,7 @@ class Command:
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> None:
         """Poll until a condition holds. Fails if the command ends first, or after the deadline."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not condition():
-            assert self._process.is_alive(), f"ended before {what}:\n{self.stderr}"
-            assert time.monotonic() < deadline, f"no {what} in {DEADLINE_SECONDS} s:\n{self.stderr}"
-            time.sleep(0.005)
+        poll(condition, what, self._process.is_alive, lambda: self.stderr)
 
     def _read(self, name: str) -> str:
         path = self._output / name

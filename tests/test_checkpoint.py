@@ -20,9 +20,10 @@ def tensors(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return model, {"model.weight/exp_avg": torch.full((3, 4), step / 2), "model.weight/step": torch.tensor(float(step))}
 
 
-def save(folder: Path, step: int, keep_last: int = 0) -> Path:
+def save(folder: Path, step: int, keep_last: int = 0, is_best: bool = False) -> Path:
     model, optimizer = tensors(step)
-    return checkpoint.save(folder, step, model, optimizer, {**STATE, "step": step}, keep_last)
+    parts = {"model": model, "optimizer": optimizer}
+    return checkpoint.save(folder, step, parts, {**STATE, "step": step}, keep_last, is_best)
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -40,6 +41,23 @@ def test_latest_names_the_newest_and_only_the_last_stay(tmp_path: Path) -> None:
         save(tmp_path, step, keep_last=2)
     assert (tmp_path / "latest").read_text() == "step_00000100\n"
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000011", "step_00000100"]
+
+
+def test_the_best_one_stays_however_old_it_is(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, keep_last=2, is_best=step in (1, 3))
+    assert (tmp_path / "best").read_text() == "step_00000003\n"
+    names = [path.name for path in tmp_path.glob("step_*")]
+    assert sorted(names) == ["step_00000003", "step_00000005", "step_00000006"]
+
+
+def test_a_further_part_is_saved_and_verified(tmp_path: Path) -> None:
+    model, optimizer = tensors(1)
+    path = checkpoint.save(tmp_path, 1, {"model": model, "optimizer": optimizer, "ema": model}, STATE, 0)
+    assert checkpoint.load_tensors(path, "ema.safetensors").keys() == model.keys()
+    (path / "ema.safetensors").unlink()
+    with pytest.raises(checkpoint.CorruptCheckpoint, match=r"ema\.safetensors is missing"):
+        checkpoint.verify(path)
 
 
 def test_zero_keeps_every_checkpoint(tmp_path: Path) -> None:

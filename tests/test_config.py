@@ -228,7 +228,11 @@ def test_file_of_others_is_read_without_following_it() -> None:
     ("overrides", "line"),
     [
         (["trainer.batchsize=1"], "unknown configuration key 'trainer.batchsize'; did you mean 'batch_size'?"),
-        (["eval=[nope]"], "there is no eval 'nope'; expected one of: contrastive_loss, retrieval, zero_shot"),
+        (
+            ["eval=[nope]"],
+            "there is no eval 'nope'; expected one of: contrastive_loss, gallery, patch_similarity, projector, "
+            "retrieval, zero_shot",
+        ),
         (["schedule=nope"], "there is no schedule 'nope'; expected one of: constant, cosine"),
     ],
 )

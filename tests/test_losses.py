@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from mmpretrain.losses import info_nce, masked_reconstruction, patchify, sigmoid_loss
+from mmpretrain.losses import (
+    info_nce,
+    masked_reconstruction,
+    multi_positive_info_nce,
+    patchify,
+    sigmoid_loss,
+)
 
 
 def leaves(b: int = 7, e: int = 5, scale: float = 13.0, bias: float = -3.0) -> list[Tensor]:
@@ -130,3 +136,28 @@ def test_masked_reconstruction_of_one_flat_image_is_finite() -> None:
     loss.backward()
     assert prediction.grad is not None
     assert torch.isfinite(loss) and torch.isfinite(prediction.grad).all() and not prediction.grad[0, 1].any()
+
+
+def test_multi_positive_info_nce_by_hand() -> None:
+    """Three pairs, the first two of one group; every similarity is written down."""
+    image = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]], dtype=torch.float64)
+    text = torch.tensor([[0.8, 0.6], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    # s <x_i, y_j>:   y1   y2   y3
+    logits = [[1.6, 2.0, 0.0], [1.2, 0.0, 2.0], [1.92, 1.2, 1.6]]
+    positives = [[0, 1], [0, 1], [2]]
+    rows, columns = 0.0, 0.0
+    for i in range(3):
+        over_row = math.log(sum(math.exp(logits[i][j]) for j in range(3)))
+        over_column = math.log(sum(math.exp(logits[j][i]) for j in range(3)))
+        rows += sum(over_row - logits[i][k] for k in positives[i]) / len(positives[i])
+        columns += sum(over_column - logits[k][i] for k in positives[i]) / len(positives[i])
+    loss = multi_positive_info_nce(image, text, scale, torch.tensor([7, 7, -3]))
+    assert loss.item() == pytest.approx((rows + columns) / 6, rel=1e-12)
+
+
+def test_multi_positive_info_nce_of_groups_of_one_is_info_nce() -> None:
+    image, text = (F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=-1) for _ in range(2))
+    scale = torch.tensor(9.0, dtype=torch.float64)
+    alone = multi_positive_info_nce(image, text, scale, torch.arange(6))
+    torch.testing.assert_close(alone, info_nce(image, text, scale), rtol=1e-12, atol=0)

@@ -1,6 +1,7 @@
 """The optimiser against torch's own AdamW and clipping, and steps that are not finite."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -174,7 +175,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_bit_identical(bad: floa
     uninterrupted = make_task()
     uninterrupted.load_state_dict(task.state_dict())
     other = adamw(uninterrupted)
-    optim.load_optimizer_tensors(other, optim.optimizer_tensors(optimizer))
+    optim.load_optimizer_state(other, optim.optimizer_tensors(optimizer), optim.optimizer_numbers(optimizer))
     for each, its_optimizer in ((task, optimizer), (uninterrupted, other)):
         fill_gradients(each, 2)
         assert step(its_optimizer, max_norm).item() == 0
@@ -204,7 +205,7 @@ def test_state_comes_back_bit_identical_into_another_optimizer() -> None:
     }
     twin = copy.deepcopy(task)
     restored = adamw(twin)
-    optim.load_optimizer_tensors(restored, saved)
+    optim.load_optimizer_state(restored, saved, optim.optimizer_numbers(optimizer))
     for each, its_optimizer in ((task, optimizer), (twin, restored)):
         fill_gradients(each, 1)
         step(its_optimizer)
@@ -212,12 +213,62 @@ def test_state_comes_back_bit_identical_into_another_optimizer() -> None:
     assert saved["objectives.infonce.logit_scale/step"].item() == 1, "the saved tensors are copied, not taken over"
 
 
-def test_a_state_that_lacks_a_parameter_is_refused() -> None:
+def test_a_state_of_a_parameter_that_is_not_trained_is_refused() -> None:
     task = make_task()
     optimizer = adamw(task)
     fill_gradients(task, 0)
     step(optimizer)
-    tensors = optim.optimizer_tensors(optimizer)
-    del tensors["model.image_projection.weight/exp_avg_sq"]
-    with pytest.raises(KeyError, match=r"model.image_projection.weight/exp_avg_sq"):
-        optim.load_optimizer_tensors(adamw(task), tensors)
+    saved = optim.optimizer_tensors(optimizer)
+    task.model.image_projection.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"state of model\.image_projection\.weight, which this run does not train"):
+        optim.load_optimizer_state(adamw(task), saved, {})
+
+
+TORCH_ARGS = {"SGD": {"momentum": 0.9}, "Adam": {}, "NAdam": {}, "RMSprop": {}, "Adafactor": {}}
+TIMM_NAMES = ("lion", "lamb", "adan", "adafactorbv", "nadamw", "muon")
+
+
+def by_name(task: nn.Module, name: str) -> torch.optim.Optimizer:
+    arguments: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "towers": {"text": {"lr": 0.02}}}
+    make = optim.torch_optimizer if name in TORCH_ARGS else optim.timm_optimizer
+    return make(task.named_parameters(), name=name, args=TORCH_ARGS.get(name, {}), **arguments)
+
+
+@pytest.mark.parametrize("name", [*TORCH_ARGS, *TIMM_NAMES])
+def test_any_optimiser_by_name_skips_bad_steps_and_goes_on_from_its_saved_state(name: str) -> None:
+    task = make_task()
+    optimizer = by_name(task, name)
+    assert {group["lr"] for group in optimizer.param_groups if group["tower"] == "text"} == {0.02}
+    for seed in range(3):
+        fill_gradients(task, seed)
+        assert step(optimizer) == 0
+    weights = {key: value.clone() for key, value in task.state_dict().items()}
+    fill_gradients(task, 3, scale=float("nan"))
+    assert step(optimizer) == 1
+    assert all(torch.equal(value, task.state_dict()[key]) for key, value in weights.items())
+
+    tensors = {key: value.clone() for key, value in optim.optimizer_tensors(optimizer).items()}
+    numbers = json.loads(json.dumps(optim.optimizer_numbers(optimizer)))
+    twin = copy.deepcopy(task)
+    restored = by_name(twin, name)
+    optim.load_optimizer_state(restored, tensors, numbers)
+    for each, its_optimizer in ((task, optimizer), (twin, restored)):
+        for seed in (4, 5):
+            fill_gradients(each, seed)
+            step(its_optimizer)
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in task.state_dict().items())
+    assert not all(torch.equal(value, task.state_dict()[key]) for key, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "args", "message"),
+    [
+        (optim.torch_optimizer, "AdamWW", {}, r"^optimizer\.name is 'AdamWW'; did you mean 'AdamW'\?"),
+        (optim.torch_optimizer, "LBFGS", {}, r"^optimizer\.name is 'LBFGS'"),
+        (optim.torch_optimizer, "SGD", {"momentun": 1}, r"^optimizer\.name=SGD refuses optimizer\.args .*'momentun'"),
+        (optim.timm_optimizer, "lionn", {}, r"^optimizer\.name is 'lionn'; did you mean 'lion'\?"),
+    ],
+)
+def test_unknown_optimisers_and_arguments_are_told(make: Any, name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(make_task().named_parameters(), name=name, lr=0.1, weight_decay=0.0, towers={}, args=args)

@@ -213,7 +213,8 @@ def test_what_does_not_touch_the_mathematics_may_change(short_run: Path, pairs: 
         tmp_path, f"data.root={moved}", *SHORT, f"run.dir={run}", "trainer.duration=8steps", "data.workers=1",
         "trainer.log_every=2steps", "trainer.eval_every=3steps", "trainer.micro_batch_size=8",
         "trainer.max_bad_steps=3", "checkpoint.every=3steps", "checkpoint.keep_last=2", "data.max_bad_fraction=0.5",
-        "data.val_batch_size=16", "eval=[contrastive_loss]",
+        "data.val_batch_size=16", "eval=[contrastive_loss]", "checkpoint.best=eval-val/contrastive_loss",
+        "trainer.detect_anomaly=true", "trainer.profile_steps=1",
     )  # fmt: skip
     assert finished.code == 0, finished.stderr
     assert "at step 4" in finished.stderr
@@ -235,13 +236,19 @@ def test_what_does_not_touch_the_mathematics_may_change(short_run: Path, pairs: 
         ("model.text.depth=2", "model.text.depth: 1 -> 2"),
         ("data.train.pairs.caption=json.caption", 'data.train.pairs.caption: "txt" -> "json.caption"'),
         ("data.train.pairs.transform.scale=[0.5,1.0]", "data.train.pairs.transform.scale: [0.9, 1.0] -> [0.5, 1.0]"),
+        ("trainer.ema_decay=0.9", "trainer.ema_decay: null -> 0.9"),
+        ("trainer.freeze={image: null}", "trainer.freeze"),
+        ("data.train.pairs.group=caption", 'data.train.pairs.group: null -> "caption"'),
+        ("data.train.pairs.repeat_batches=1", "data.train.pairs.repeat_batches: null -> 1"),
+        ("optimizer=torch optimizer.name=SGD", 'optimizer.name: "absent" -> "SGD"'),
         ("schedule.warmup=1steps", 'schedule.warmup: "0steps" -> "1steps"'),
     ],
 )
 def test_what_touches_the_mathematics_may_not_change(
     override: str, difference: str, short_run: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    finished = go_on(short_run, tmp_path, f"data.root={pairs}", "trainer.duration=8steps", override)
+    overrides = override.split(" ") if override.startswith("optimizer=") else [override]
+    finished = go_on(short_run, tmp_path, f"data.root={pairs}", "trainer.duration=8steps", *overrides)
     assert finished.code == 2
     (line,) = finished.stderr.splitlines()
     assert line.startswith("error: ")

@@ -45,7 +45,7 @@ WRONG_OVERRIDES = {
     "negative weight": ("objective.infonce.weight=-1", "objective.infonce.weight is -1", "not negative"),
     "text for a number": ("optimizer.lr=fast", "optimizer.lr is 'fast'", "expected float"),
     "too short a list": ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]", "expected tuple[float, float]"),
-    "unknown precision": ("trainer.precision=fp8", "trainer.precision", "'fp8'", "bf16, fp32"),
+    "unknown precision": ("trainer.precision=fp8", "trainer.precision", "'fp8'", "bf16, fp16, fp32"),
     "unknown device": ("trainer.device=tpu", "trainer.device is 'tpu'", "auto, cpu or cuda"),
     "nothing where a value must be": ("trainer.duration=null", "trainer.duration", "not Optional"),
     "an argument taken away": ("~optimizer.lr", "optimizer.lr is missing", "expected float"),
@@ -295,6 +295,21 @@ def test_an_objective_of_ones_own_is_checked_like_the_others(
     environment = follow_the_readme(tmp_path)
     finished = runs.train(tmp_path, f"data.root={pairs}", *OVERRIDES, override, environment=environment)
     assert_refused(finished, *fragments)
+
+
+def test_the_readmes_python_finds_the_picture_that_a_caption_means(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=8epochs", "run.dir=runs/quickstart/default")
+    assert finished.code == 0, finished.stderr
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (photos / f"{name}.png").write_bytes(runs.png(7, colour))
+    (example,) = re.findall(r"```python\n(from pathlib.*?)```", README.read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == ["a red circle -> one.png", "a blue square -> two.png"]
 
 
 # ---------------------------------------------------------------------------------------------- names and sweeps

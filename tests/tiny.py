@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.loader import length_cuts
+from mmpretrain.data.stream import length_cuts
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder

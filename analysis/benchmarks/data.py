@@ -7,7 +7,7 @@ of .9 to 1 of the area, bicubic) and the tokens of a caption, in batches of 64:
 
 - `open_clip`: its stages in its order (tar stream, shuffle, Pillow, torchvision's crop and resize, tensor,
   normalisation, tokenizer to 77 tokens, batching) with its own transform and tokenizer;
-- `mmpretrain`: `Stream` and `build_loader`, uint8 batches: normalisation is the device's work;
+- `mmpretrain`: `TarStream` and `build_loader`, uint8 batches: normalisation is the device's work;
 - `normalised`: the same, with the normalisation done on this core after all;
 - `bare`: a loop over bytes in memory with the libraries of mmpretrain: scaled JPEG decoding, the same crops,
   the same resize, stacking; no tar, no order, no text. An upper bound.
@@ -44,8 +44,9 @@ from PIL import Image
 from analysis.benchmarks.machine import describe, one_line
 from mmpretrain.batch import Batch
 from mmpretrain.data.decode import decode_image
-from mmpretrain.data.loader import Source, Stream, build_loader
+from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
+from mmpretrain.data.stream import Source, TarStream
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop
 
@@ -119,10 +120,10 @@ def open_clip_pipeline(tar: Path) -> webdataset.DataPipeline:
     )
 
 
-def mmpretrain_stream(tar: Path) -> Stream:
+def mmpretrain_stream(tar: Path) -> TarStream:
     """A training stream of mmpretrain over the tar."""
     sources = [Source("benchmark", Shards([str(tar)]))]
-    return Stream("pairs", sources, BATCH_SIZE, 0, "txt", RandomResizedCrop(SCALE), IMAGE_SIZE)
+    return TarStream("pairs", sources, BATCH_SIZE, 0, "txt", RandomResizedCrop(SCALE), IMAGE_SIZE)
 
 
 def normalised(batches: Iterable[Batch]) -> Iterator[object]:

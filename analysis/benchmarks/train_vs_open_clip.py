@@ -44,7 +44,7 @@ from torch import Tensor
 from analysis.benchmarks.evaluate_open_clip import CHUNK, read_classes, read_samples, score
 from analysis.benchmarks.machine import describe, one_line
 from mmpretrain.evals.embed import embed_texts
-from mmpretrain.load import load_checkpoint
+from mmpretrain.loading import load_checkpoint
 
 HERE = Path(__file__).resolve().parent
 MODEL = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"

@@ -81,6 +81,16 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
 
 
+def _with_transparency(image: Image.Image) -> Image.Image:
+    """An RGBA image. Raises: BadSample if the pixels cannot be decoded."""
+    try:
+        return image.convert("RGBA")
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
+
+
 def _jpeg_factor(crop: Crop, size: int) -> int:
     """The power of two that libjpeg can divide by while the crop stays at least `size` (odd scales lose quality)."""
     return max(f for f in (1, 2, 4, 8) if f == 1 or min(crop.height, crop.width) >= f * size)
@@ -112,23 +122,37 @@ def _scaled(crop: Crop, factor: int) -> Crop:
     return Crop(top, left, bottom - top, right - left, crop.flip)
 
 
-def decode_image(data: bytes, plan: Callable[[int, int], Crop], size: int) -> Tensor:
+def decode_image(data: bytes, plan: Callable[[int, int], Crop], size: int, channels: int = 3) -> Tensor:
     """Decode, crop and resize one image.
 
     Args:
         data: the encoded image.
         plan: (height, width) of the original -> the crop to take of it.
         size: the side of the square result, in pixels.
+        channels: 3 for RGB; 1 for grey (ITU-R 601, as Pillow's L); 4 for RGBA, whose transparency stays.
 
-    Returns: uint8 [3, size, size].
+    Returns: uint8 [channels, size, size].
     Raises: BadSample if the bytes are no decodable image of an allowed format and size.
     """
-    decoded = _decode_jpeg(data, plan, size) if data[:2] == b"\xff\xd8" else None
+    decoded = _decode_jpeg(data, plan, size) if data[:2] == b"\xff\xd8" and channels == 3 else None
     if decoded is None:
         image = open_image(data)
-        pixels, crop = np.array(to_rgb(image)), plan(image.height, image.width)
+        pixels, crop = pixels_of(image, channels), plan(image.height, image.width)
     else:
         pixels, crop = decoded
+    return resized(pixels, crop, size)
+
+
+def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
+    """The pixels of an image, uint8 [h, w, channels]; see `decode_image`. Raises: BadSample."""
+    if channels == 3:
+        return np.array(to_rgb(image))
+    pixels = np.array(_with_transparency(image) if channels == 4 else to_rgb(image).convert("L"))
+    return pixels.reshape(image.height, image.width, channels)
+
+
+def resized(pixels: np.ndarray, crop: Crop, size: int) -> Tensor:
+    """The crop of pixels uint8 [h, w, c] as a square, uint8 [c, size, size]: bicubic, antialiased, in whole numbers."""
     box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     # Packed channels last, as pixels are decoded: the resize has a faster path for it, and batches are stacked so.
     image_tensor = torch.from_numpy(np.ascontiguousarray(box))[None].permute(0, 3, 1, 2)
@@ -152,6 +176,19 @@ def read_json_field(data: bytes, path: str) -> Any:
             raise BadSample(f"its json has no field {path!r} (it has: {fields})")
         value = value[part]
     return value
+
+
+def read_label(data: bytes, field: str) -> str:
+    """A label as text: the content of a `cls` member, or the value under `json.<dotted path>`.
+
+    Raises: BadSample if there is none.
+    """
+    value = data.decode(errors="replace")
+    if field.startswith("json."):
+        value = str(read_json_field(data, field.removeprefix("json.")))
+    if not value.strip():
+        raise BadSample(f"its label {field!r} is empty")
+    return value.strip()
 
 
 def check_caption_field(field: str, key: str) -> None:

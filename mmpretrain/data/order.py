@@ -114,10 +114,17 @@ def quota_pattern(weights: Sequence[float]) -> np.ndarray:
 
 
 class Order:
-    """The order of one stream: its sources' orders, dealt out by their weights."""
+    """The order of one stream: its sources' orders, dealt out by their weights.
 
-    def __init__(self, sources: Sequence[SourceOrder], weights: Sequence[float]) -> None:
+    Args:
+        sources: their orders.
+        weights: their shares.
+        period: after so many positions the order starts again, with the same seeds; None: never.
+    """
+
+    def __init__(self, sources: Sequence[SourceOrder], weights: Sequence[float], period: int | None = None) -> None:
         self.sources = sources
+        self._period = period
         self._pattern = quota_pattern(weights)
         self._counts = np.cumsum(self._pattern[:, None] == np.arange(len(sources)), axis=0)
 
@@ -126,8 +133,13 @@ class Order:
         """How many samples an epoch of the stream has: those of all its sources."""
         return sum(source.num_samples for source in self.sources)
 
+    def wrapped(self, positions: np.ndarray) -> np.ndarray:
+        """Positions int64 [n], those of a repetition as they were the first time."""
+        return positions if self._period is None else positions % self._period
+
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Stream positions int64 [n] -> (source int64 [n], sample id within the source int64 [n])."""
+        positions = self.wrapped(positions)
         periods, places = np.divmod(positions, len(self._pattern))
         sources = self._pattern[places]
         samples = np.empty(len(positions), dtype=np.int64)
@@ -146,7 +158,7 @@ def step_positions(
 
     Returns: for each micro-batch (positions, sources, sample ids), int64 [b] each.
     """
-    positions = np.arange(start, start + batch_size)
+    positions = order.wrapped(np.arange(start, start + batch_size))
     sources, samples = order(positions)
     by_place = np.lexsort((positions, samples, sources))
     mine = np.split(by_place, world_size)[rank]

@@ -50,10 +50,16 @@ def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[
 
 
 class Shards:
-    """Random access to the samples of many tars, numbered 0 to num_samples - 1 in the order of `paths`."""
+    """Random access to the samples of many tars, numbered 0 to num_samples - 1 in the order of `paths`.
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        """Loads each tar's index; raises ValueError for a tar without samples, and what `load_index` does."""
+    Args:
+        paths: the tars.
+        kept: int64 [m], ascending: the only ones of their samples that are there; None keeps all.
+
+    Raises: ValueError for a tar without samples, and what `load_index` does.
+    """
+
+    def __init__(self, paths: Sequence[str], kept: npt.NDArray[np.int64] | None = None) -> None:
         self.paths = [os.fspath(path) for path in paths]
         self.indexes = [load_index(path) for path in self.paths]
         self.problems = [
@@ -63,6 +69,7 @@ class Shards:
         for path, count in zip(self.paths, self.counts):
             if not count:
                 raise ValueError(f"shard {path!r}: no sample in it, expected at least one; remove it or build it again")
+        self.kept = kept
         self._ends = np.cumsum(self.counts)
         self._ends_list: list[int] = (
             self._ends.tolist()
@@ -70,14 +77,21 @@ class Shards:
 
     @property
     def num_samples(self) -> int:
+        return self.num_stored if self.kept is None else len(self.kept)
+
+    @property
+    def num_stored(self) -> int:
+        """How many samples the tars hold."""
         return self._ends_list[-1] if self._ends_list else 0
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest over each shard's base name, count and digest, wherever the shards lie."""
+        """Hex digest over each shard's base name, count and digest and what is kept, wherever the shards lie."""
         digest = hashlib.blake2b(digest_size=16)
         for path, index in zip(self.paths, self.indexes):
             digest.update(json.dumps([os.path.basename(path), index.num_samples, index.digest]).encode() + b"\n")
+        if self.kept is not None:
+            digest.update(self.kept.tobytes())
         return digest.hexdigest()
 
     def locate(self, sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -87,6 +101,8 @@ class Shards:
             raise IndexError(
                 f"sample ids {sample_ids.min()} to {sample_ids.max()}, expected 0 to {self.num_samples - 1}"
             )
+        if self.kept is not None:
+            sample_ids = self.kept[sample_ids]
         shard_ids = np.searchsorted(self._ends, sample_ids, side="right").astype(np.int64)
         return shard_ids, sample_ids - (self._ends - self.counts)[shard_ids]
 
@@ -112,5 +128,17 @@ class Shards:
     def _locate_one(self, sample_id: int) -> tuple[int, int]:
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample id {sample_id}, expected 0 to {self.num_samples - 1}")
+        if self.kept is not None:
+            sample_id = int(self.kept[sample_id])
         shard = bisect_right(self._ends_list, sample_id)
         return shard, sample_id - (self._ends_list[shard - 1] if shard else 0)
+
+
+def concatenated(parts: Sequence[Shards]) -> Shards:
+    """Several sets of tars as one, in their order; of each what it keeps."""
+    paths = [path for part in parts for path in part.paths]
+    if all(part.kept is None for part in parts):
+        return Shards(paths)
+    firsts = np.cumsum([0, *(part.num_stored for part in parts[:-1])])
+    kept = [np.arange(part.num_stored) if part.kept is None else part.kept for part in parts]
+    return Shards(paths, np.concatenate([first + ids for first, ids in zip(firsts, kept, strict=True)]))

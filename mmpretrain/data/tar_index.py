@@ -250,7 +250,7 @@ def read_index(path: str | os.PathLike[str]) -> TarIndex:
         zlib.error,
         NotImplementedError,
     ) as error:
-        raise ValueError(f"{path}: damaged index ({error}); delete it and it is made again") from error
+        raise ValueError(f"{path}: unusable index ({error}); it is made again") from error
 
 
 def load_index(tar: str | os.PathLike[str]) -> TarIndex:

@@ -1,18 +1,33 @@
-"""Text -> token ids and their number: open_clip's tokenizers behind one small interface."""
+"""Text -> token ids and their number: open_clip's, Hugging Face's and local tokenizers behind one small interface."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
+from tokenizers import Tokenizer as TokenizersTokenizer
 from torch import Tensor
 
 
 class Tokenizer(Protocol):
-    """What the data path and the evaluators ask of a tokenizer."""
+    """What the data path and the evaluators ask of a tokenizer.
+
+    `pad_id`, `end_id` and `mask_id` are None where it has no such token. A text's last token is the end token.
+    """
 
     context_length: int
     vocab_size: int
+
+    @property
+    def pad_id(self) -> int | None: ...
+
+    @property
+    def end_id(self) -> int | None: ...
+
+    @property
+    def mask_id(self) -> int | None: ...
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); ids beyond a text's length are padding."""
@@ -36,6 +51,9 @@ class ClipTokenizer:
         self._bpe = SimpleTokenizer()
         self.context_length = context_length
         self.vocab_size: int = self._bpe.vocab_size
+        self.pad_id: int | None = None
+        self.mask_id: int | None = None
+        self.end_id: int = self._bpe.eot_token_id
 
     def _encode(self, text: str) -> list[int]:
         ids = [self._bpe.sot_token_id, *self._bpe.encode(text)][: self.context_length - 1]
@@ -43,13 +61,130 @@ class ClipTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the start and end tokens."""
-        encoded = [self._encode(text) for text in texts]
-        lengths = torch.tensor([len(ids) for ids in encoded])
-        ids = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.int64)
-        for row, tokens in zip(ids, encoded, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids, lengths
+        return _padded([self._encode(text) for text in texts], 0)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text that token ids stand for, special tokens left out."""
         return self._bpe.decode([i for i in ids if i not in self._bpe.all_special_ids]).strip()
+
+
+class FileTokenizer:
+    """A tokenizer of the `tokenizers` library in a local file, such as `python -m data_tools tokenizer` writes.
+
+    Args:
+        path: its tokenizer.json, or the folder that holds one.
+        context_length: longer texts are cut to this many tokens; the special tokens that it adds stay.
+        pad, end, mask: the texts of these tokens, where they are not `[PAD]`, `[EOS]` and `[MASK]`.
+
+    Raises: ValueError if there is no such file, or it has no padding or end token.
+    """
+
+    def __init__(
+        self, path: str, context_length: int = 77, pad: str = "[PAD]", end: str = "[EOS]", mask: str = "[MASK]"
+    ) -> None:
+        file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise ValueError(f"data.tokenizer.path is {path!r}; expected a tokenizer.json or a folder with one")
+        self._tokenizer = TokenizersTokenizer.from_file(str(file))
+        self._tokenizer.enable_truncation(context_length)
+        self._tokenizer.no_padding()
+        self.context_length = context_length
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.pad_id, self.end_id = (self._special(file, text, key) for text, key in ((pad, "pad"), (end, "end")))
+        self.mask_id: int | None = self._tokenizer.token_to_id(mask)
+
+    def _special(self, file: Path, text: str, key: str) -> int:
+        number = self._tokenizer.token_to_id(text)
+        if number is None:
+            raise ValueError(f"{file} has no token {text!r}; name its own one: data.tokenizer.{key}=...")
+        return int(number)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
+        return _padded([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], self.pad_id)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that token ids stand for, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of Hugging Face's `transformers`, cleaned and cut as open_clip does.
+
+    Args:
+        name: of the hub, or a local folder.
+        context_length: longer texts are cut to this many tokens.
+        clean: open_clip's way to clean texts first: `whitespace`, `lower` or `canonicalize`.
+
+    Raises: ValueError if `transformers` is not installed or has no such tokenizer.
+    """
+
+    def __init__(self, name: str, context_length: int = 77, clean: str = "whitespace") -> None:
+        try:
+            from transformers import AutoTokenizer
+
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        except (ImportError, OSError, ValueError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"data.tokenizer: {name!r} cannot be loaded ({first_line}); expected a local folder or a name that "
+                "Hugging Face's hub gives, with `pip install transformers`"
+            ) from error
+        self._clean = get_clean_fn(clean)
+        self.context_length = context_length
+        self.vocab_size: int = len(self._tokenizer)
+        self.pad_id: int | None = self._tokenizer.pad_token_id
+        self.mask_id: int | None = self._tokenizer.mask_token_id
+        ends = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
+        self.end_id: int | None = next((number for number in ends if number is not None), None)
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
+        cleaned = [self._clean(text) for text in texts]
+        encoded = self._tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
+        return _padded(encoded, self.pad_id or 0)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that token ids stand for, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """The files that a local tokenizer consists of, by the names under which another folder may keep them."""
+    if path.is_file():
+        return {"tokenizer.json": path}
+    return {file.name: file for file in sorted(path.iterdir()) if file.suffix in (".json", ".txt", ".model")}
+
+
+def tokenizer_of(name: str | None = None, path: str | None = None, context_length: int | None = None) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        name: a model of open_clip, whose tokenizer it is; None for CLIP's own.
+        path: a local tokenizer.json, or a folder with one or with what Hugging Face's `save_pretrained` writes; it
+            goes before the name's.
+        context_length: longer texts are cut to this many tokens; None: the model's, or 77.
+
+    Raises: ValueError if it cannot be loaded.
+    """
+    config = {} if name is None else (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    length = context_length or config.get("context_length", 77)
+    if path is not None:
+        is_hugging_face = Path(path, "tokenizer_config.json").is_file()
+        return HuggingFaceTokenizer(path, length) if is_hugging_face else FileTokenizer(path, length)
+    if (of_hub := config.get("hf_tokenizer_name")) is not None:
+        settings = config.get("tokenizer_kwargs") or {}
+        if unknown := sorted(set(settings) - {"clean"}) or config.get("tokenizer_mode"):
+            raise ValueError(
+                f"the tokenizer of {name} asks for {unknown}, which is not supported; give data.tokenizer.path"
+            )
+        return HuggingFaceTokenizer(of_hub, length, **settings)
+    return ClipTokenizer(length)
+
+
+def _padded(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(ids) for ids in encoded])
+    ids = torch.full((len(encoded), int(lengths.max())), pad_id, dtype=torch.int64)
+    for row, tokens in zip(ids, encoded, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids, lengths

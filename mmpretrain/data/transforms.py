@@ -27,6 +27,13 @@ class CenterCrop:
         return _center(height, width, side, side)
 
 
+class WholeImage:
+    """All of the image, whatever its shape, as SigLIP's evaluation takes it."""
+
+    def __call__(self, height: int, width: int, seed: int = 0) -> Crop:
+        return Crop(0, 0, height, width)
+
+
 class RandomResizedCrop:
     """A random box of the image (Szegedy et al. 2015), as torchvision draws it, and a random mirror image.
 

@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
-from mmpretrain.data.decode import BadSample, decode_image, read_json_field
-from mmpretrain.data.loader import ignore_signals, length_cuts, read_captions, read_member
+from mmpretrain.data.decode import BadSample, read_label
+from mmpretrain.data.loader import ignore_signals
+from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage, Storage
+from mmpretrain.data.stream import length_cuts, read_captions, read_member
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.data.transforms import CenterCrop
 from mmpretrain.models.image_text import ImageTextModel
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class EvalSet:
 
     name: str
     shards: Shards
-    image_size: int
+    preprocess: Preprocess
     caption: str | None = None
     label: str | None = None
     classes: Classes | None = None
@@ -55,12 +56,15 @@ class Embedded:
     """A data set in the shared space, the same on every rank, in the data's order.
 
     `images` [n, e] and `texts` [m, e] of unit length, float32; a text is there once, however many images it
-    describes. `pairs` int64 [p, 2]: (image, text) that belong together. `labels` int64 [n], -1 where unknown.
+    describes, and `captions` [m] says it. `samples` int64 [n]: which samples of the data set the images are.
+    `pairs` int64 [p, 2]: (image, text) that belong together. `labels` int64 [n], -1 where unknown.
     `refused`: samples that could not be read, which are left out.
     """
 
     images: Tensor
     texts: Tensor
+    captions: Sequence[str]
+    samples: Tensor
     pairs: Tensor
     labels: Tensor
     refused: Sequence[Refused]
@@ -74,7 +78,6 @@ class _Records(Dataset[Record]):
     def __init__(self, data: EvalSet) -> None:
         self._data = data
         self._storage: Storage = LocalStorage()
-        self._crop = CenterCrop()
 
     def __len__(self) -> int:
         return self._data.shards.num_samples
@@ -84,12 +87,10 @@ class _Records(Dataset[Record]):
         if data.label is None:
             return -1
         member = read_member(data.shards, self._storage, sample, (data.label.split(".")[0],))
-        if data.label.startswith("json."):
-            value = str(read_json_field(member, data.label.removeprefix("json.")))
-            if data.classes is not None and value in data.classes.names:
-                return data.classes.names.index(value)
-        else:  # `cls` is an index, also where classes are named by numbers
-            value = member.decode(errors="replace").strip()
+        value = read_label(member, data.label)
+        # `cls` is an index, also where classes are named by numbers.
+        if data.label != "cls" and data.classes is not None and value in data.classes.names:
+            return data.classes.names.index(value)
         try:
             label = int(value)
         except ValueError:
@@ -102,16 +103,21 @@ class _Records(Dataset[Record]):
         data = self._data
         try:
             encoded = read_member(data.shards, self._storage, sample, IMAGE_EXTENSIONS)
-            image = decode_image(encoded, self._crop, data.image_size)
+            image = data.preprocess(encoded)
             captions = [] if data.caption is None else read_captions(data.shards, self._storage, sample, data.caption)
             return image, captions, self._label(sample), ""
         except BadSample as error:
             return None, [], -1, str(error)
 
 
+def read_image(data: EvalSet, sample: int) -> Tensor:
+    """One image of a data set as the model sees it, uint8 [c, h, w]. Raises: BadSample."""
+    return data.preprocess(read_member(data.shards, LocalStorage(), sample, IMAGE_EXTENSIONS))
+
+
 def embed_texts(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
     """Texts -> [m, e] of unit length, float32, on the model's device; each rank does its share. A collective."""
-    device = model.image_projection.weight.device
+    device = model.device
     mine = texts[_share(len(texts))]
     parts = []
     for start in range(0, len(mine), batch_size):
@@ -120,7 +126,7 @@ def embed_texts(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str
         ids, lengths = ids[order].to(device), lengths[order]
         encoding = model.encode_text(ids, lengths.to(device), length_cuts(lengths, 1, ids.shape[1]))
         parts.append(model.project_text(encoding.pooled).float()[order.argsort().to(device)])
-    local = torch.cat(parts) if parts else torch.zeros(0, model.image_projection.out_features, device=device)
+    local = torch.cat(parts) if parts else torch.zeros(0, model.embed_dim, device=device)
     return distributed.gather_ragged_rows(local)
 
 
@@ -145,7 +151,7 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
 
     Raises: ValueError if no sample can be read.
     """
-    device = model.image_projection.weight.device
+    device = model.device
     share = _share(data.shards.num_samples)
     loader = DataLoader(
         _Records(data),
@@ -156,7 +162,7 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
         multiprocessing_context="fork" if workers else None,  # others would import torch in every worker
         worker_init_fn=ignore_signals,
     )
-    images, captions, labels, refused = [], [], [], []
+    images, captions, labels, samples, refused = [], [], [], [], []
     for sample, records in zip(range(share.start, share.stop, batch_size), loader, strict=True):
         kept = [record for record in records if record[0] is not None]
         for offset, (image, _, _, reason) in enumerate(records):
@@ -167,11 +173,11 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
             pixels = torch.stack([record[0] for record in kept if record[0] is not None]).to(device)
             images.append(model.project_image(model.encode_image(pixels).pooled).float())
             captions += [record[1] for record in kept]
+            samples += [sample + offset for offset, record in enumerate(records) if record[0] is not None]
             labels += [record[2] for record in kept]
-    width = model.image_projection.out_features
-    local = torch.cat(images) if images else torch.zeros(0, width, device=device)
+    local = torch.cat(images) if images else torch.zeros(0, model.embed_dim, device=device)
     all_images = distributed.gather_ragged_rows(local)
-    gathered = distributed.gather_objects((captions, labels, refused))
+    gathered = distributed.gather_objects((captions, labels, refused, samples))
     all_refused = [refusal for part in gathered for refusal in part[2]]
     _tell_refused(data, all_refused)
     all_captions = [texts for part in gathered for texts in part[0]]
@@ -181,6 +187,8 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
     return Embedded(
         images=all_images,
         texts=embed_texts(model, tokenizer, list(distinct), batch_size),
+        captions=list(distinct),
+        samples=torch.tensor([sample for part in gathered for sample in part[3]], dtype=torch.int64),
         pairs=torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2),
         labels=torch.tensor([label for part in gathered for label in part[1]], dtype=torch.int64, device=device),
         refused=all_refused,

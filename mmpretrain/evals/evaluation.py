@@ -6,14 +6,25 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.embed import Embedded, EvalSet, embed, embed_texts
+from mmpretrain.evals.embed import Embedded, EvalSet, embed, embed_texts, read_image
 from mmpretrain.models.image_text import ImageTextModel
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Shown:
+    """What evaluators give to be looked at, by `eval-<data set>/<name>`."""
+
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    """uint8 [h, w, 3]."""
+    projections: dict[str, tuple[np.ndarray, Sequence[str], Tensor]] = field(default_factory=dict)
+    """(rows float32 [n, e], a label for each, thumbnails uint8 [n, c, h, w])."""
 
 
 @dataclass
@@ -30,6 +41,7 @@ class Context:
     batch_size: int
     workers: int
     autocast: AbstractContextManager[object] = field(default_factory=nullcontext)
+    shown: Shown = field(default_factory=Shown)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
     def embedded(self, name: str) -> Embedded:
@@ -38,6 +50,18 @@ class Context:
             with self.autocast:
                 self._embedded[name] = embed(self.model, self.tokenizer, self.sets[name], self.batch_size, self.workers)
         return self._embedded[name]
+
+    def image(self, name: str, row: int) -> Tensor:
+        """The image of a row of `embedded(name).images` as the model sees it, uint8 [c, h, w]."""
+        return read_image(self.sets[name], int(self.embedded(name).samples[row]))
+
+    def show(self, name: str, picture: str, pixels: np.ndarray) -> None:
+        """Hand over a picture of the data set `name`, uint8 [h, w, 3]."""
+        self.shown.pictures[f"eval-{name}/{picture}"] = pixels
+
+    def project(self, name: str, rows: np.ndarray, labels: Sequence[str], images: Tensor) -> None:
+        """Hand over rows of the data set `name` for the projector; see `Shown`."""
+        self.shown.projections[f"eval-{name}"] = (rows, labels, images)
 
     def embedded_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts of the evaluator's own in the shared space, [m, e]. A collective."""

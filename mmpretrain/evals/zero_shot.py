@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmpretrain import distributed, pictures
 from mmpretrain.evals.embed import Classes
 from mmpretrain.evals.evaluation import Context
 from mmpretrain.targets import accepts
@@ -116,4 +117,13 @@ class ZeroShot:
         rows = context.embedded_texts(texts)
         groups = rows.split([len(group) for group in classes.texts])
         weights = F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
-        return class_scores(embedded.images @ weights.T, embedded.labels, len(classes.names))
+        predicted = embedded.images @ weights.T
+        if distributed.is_main():
+            counts = _confusion(predicted.argmax(dim=1), embedded.labels, len(classes.names))
+            context.show(name, "confusion", pictures.confusion(counts.cpu().numpy(), classes.names))
+        return class_scores(predicted, embedded.labels, len(classes.names))
+
+
+def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """How often each class (rows) was taken for each other (columns): int64 [n] both -> int64 [C, C]."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)

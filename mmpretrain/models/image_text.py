@@ -1,52 +1,108 @@
 """The model that is pre-trained: an image encoder, a text encoder, and a space that they share."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.masking import PatchMask
-from mmpretrain.models.text import TextEncoding, TextTransformer
-from mmpretrain.models.vit import ImageEncoding, TimmEncoder
+from mmpretrain.models.text import TextEncoding
+from mmpretrain.models.vit import ImageEncoding
 from mmpretrain.usage import check_number
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+class ImageEncoder(Protocol):
+    """What an image encoder has; the shape of its grid is a plain ViT's alone."""
+
+    image_size: int
+    width: int
+    is_vit: bool
+    has_batch_norm: bool
+    projects: bool
+    num_prefix_tokens: int
+    num_patches: int
+    grid_size: tuple[int, int]
+    patch_size: tuple[int, int]
+
+    def __call__(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding: ...
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[b, width] -> [b, e]; only where `projects` says that the encoder brings its projection along."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What a text encoder has."""
+
+    vocab_size: int
+    context_length: int
+    width: int
+    causal: bool
+    projects: bool
+    pad_id: int | None
+    """The padding that it looks at; None where padding cannot matter."""
+    adopts_padding: bool
+    """Whether `pad_id` is the tokenizer's to say, since nothing in the encoder is made for one id."""
+    end_id: int | None
+    """The token whose state it pools, by its id; None where the last token is pooled, whatever it is."""
+
+    def __call__(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding: ...
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[b, width] -> [b, e]; only where `projects` says that the encoder brings its projection along."""
+        ...
+
+
 class ImageTextModel(nn.Module):
     """Two towers and their projections into a space of `embed_dim` dimensions (CLIP, Radford et al. 2021).
 
     Args:
-        image: the image encoder.
-        text: the text encoder; None for an experiment on images alone.
-        embed_dim: e, the width of the shared space.
-        image_mean, image_std: what pixels in [0, 1] are normalised with, per channel.
+        image: an `ImageEncoder`.
+        text: a `TextEncoder`; None for an experiment on images alone.
+        embed_dim: e, the width of the shared space; encoders that bring projections along have it already.
+        image_mean, image_std: what pixels in [0, 1] are normalised with, per channel: 3 of them, or 1 (grey images) or 4
+            (with transparency), as many as the image encoder takes.
+        squash: whether evaluation resizes the whole image to a square; else it takes the largest centred square.
     """
 
     def __init__(
         self,
-        image: TimmEncoder,
-        text: TextTransformer | None,
+        image: Any,
+        text: Any,
         embed_dim: int = 512,
-        image_mean: tuple[float, float, float] = CLIP_MEAN,
-        image_std: tuple[float, float, float] = CLIP_STD,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        squash: bool = False,
     ) -> None:
         super().__init__()
         check_number("model.embed_dim", embed_dim, at_least=1)
-        self.image = image
-        self.text = text
-        self.image_projection = nn.Linear(image.width, embed_dim, bias=False)
-        nn.init.normal_(self.image_projection.weight, std=image.width**-0.5)
-        if text is not None:
-            self.text_projection = nn.Linear(text.width, embed_dim, bias=False)
-            nn.init.normal_(self.text_projection.weight, std=text.width**-0.5)
+        self.image: ImageEncoder = image
+        self.text: TextEncoder | None = text
+        self.embed_dim = embed_dim
+        self.squash = squash
+        self.image_projection = None if image.projects else _projection(image.width, embed_dim)
+        self.text_projection = None if text is None or text.projects else _projection(text.width, embed_dim)
         # On the device once: made in every forward pass, they would be copied there and the host would wait.
+        if len(image_mean) != len(image_std):
+            raise ValueError(
+                f"model.image_mean has {len(image_mean)} values and model.image_std {len(image_std)}; "
+                "expected one for each channel in both"
+            )
+        self.num_channels = len(image_mean)
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(image_mean)[:, None, None] * 255, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(image_std)[:, None, None] * 255, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.pixel_mean.device
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, h, w] -> the parameters' dtype, zero mean and unit deviation over the training pixels."""
@@ -67,13 +123,34 @@ class ImageTextModel(nn.Module):
             )
         return self.text(ids, lengths, cuts)
 
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """uint8 [b, c, h, w] -> [b, e] of unit length, without gradients."""
+        return self.project_image(self.encode_image(images.to(self.device)).pooled)
+
+    @torch.no_grad()
+    def embed_texts(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Token ids int64 [b, L] and lengths int64 [b] -> [b, e] of unit length, without gradients."""
+        pooled = self.encode_text(ids.to(self.device), lengths.to(self.device), (ids.shape[1],)).pooled
+        return self.project_text(pooled)
+
     def project_image(self, pooled: Tensor) -> Tensor:
         """[b, d] -> [b, e] of unit length, float32 or wider: bf16 would round similarities to 1/256."""
-        return _unit(self.image_projection(pooled))
+        projection = self.image.project if self.image_projection is None else self.image_projection
+        return _unit(projection(pooled))
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """[b, d] -> [b, e] of unit length, float32 or wider."""
-        return _unit(self.text_projection(pooled))
+        assert self.text is not None
+        projection = self.text.project if self.text_projection is None else self.text_projection
+        return _unit(projection(pooled))
+
+
+def _projection(width: int, embed_dim: int) -> nn.Linear:
+    """CLIP's projection at its start."""
+    linear = nn.Linear(width, embed_dim, bias=False)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -93,6 +93,10 @@ class TextTransformer(nn.Module):
     Raises: ValueError if the heads do not divide the width, and for sizes below 1.
     """
 
+    projects = False
+    pad_id = end_id = None
+    adopts_padding = False
+
     def __init__(
         self,
         vocab_size: int = 49408,
@@ -114,6 +118,9 @@ class TextTransformer(nn.Module):
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.width = width
+        self.depth = depth
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
         self.causal = causal
         self.pool = pool
         self.token_embedding = nn.Embedding(vocab_size, width)

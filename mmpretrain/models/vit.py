@@ -36,6 +36,7 @@ class TimmEncoder(nn.Module):
     """
 
     trunk: Any  # timm's models share no type that knows their parts
+    head: nn.Module | None  # a projection that the model brings along
 
     def __init__(
         self,
@@ -52,6 +53,24 @@ class TimmEncoder(nn.Module):
             self.trunk = self._create(name, image_size, args or {})
         except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"timm refuses model.image.args {dict(args or {})} for {name!r}: {error}") from error
+        self.head = None
+        self._describe(image_size)
+        if init == "clip":
+            if not self.is_vit:
+                raise ValueError(f"model.image.init is 'clip' for {name!r}; expected a plain ViT (vit_*), or init=timm")
+            self._init_like_clip()
+
+    @classmethod
+    def around(cls, trunk: nn.Module, image_size: int, head: nn.Module) -> "TimmEncoder":
+        """The encoder of a model of timm that exists already, projected by its classifier, then by `head`."""
+        encoder = cls.__new__(cls)
+        nn.Module.__init__(encoder)
+        encoder.trunk = trunk
+        encoder.head = head
+        encoder._describe(image_size)
+        return encoder
+
+    def _describe(self, image_size: int) -> None:
         self.image_size = image_size
         self.width: int = self.trunk.head_hidden_size
         # In a hybrid, whose patches go through convolutions, what a hidden patch shows would reach its neighbours.
@@ -65,10 +84,6 @@ class TimmEncoder(nn.Module):
                 raise ValueError(
                     f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
                 )
-        if init == "clip":
-            if not self.is_vit:
-                raise ValueError(f"model.image.init is 'clip' for {name!r}; expected a plain ViT (vit_*), or init=timm")
-            self._init_like_clip()
 
     def _init_like_clip(self) -> None:
         """open_clip's image tower at its start: class token and positions of deviation width^-1/2, so that they count
@@ -94,6 +109,16 @@ class TimmEncoder(nn.Module):
             if "unexpected keyword argument 'img_size'" not in str(error):
                 raise
             return timm.create_model(name, num_classes=0, **args)
+
+    @property
+    def projects(self) -> bool:
+        """Whether `project` leads to the shared space, so that the joint model needs no projection of its own."""
+        return self.head is not None
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[b, width] -> [b, e], where the model brings a projection along."""
+        assert self.head is not None
+        return self.head(self.trunk.get_classifier()(pooled))
 
     @property
     def num_patches(self) -> int:

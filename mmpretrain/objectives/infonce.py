@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.losses import info_nce
+from mmpretrain.losses import info_nce, multi_positive_info_nce
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
 from mmpretrain.usage import check_number
@@ -20,6 +21,7 @@ class InfoNCE(nn.Module):
         init_logit_scale: s at the start; the loss sees exp of the parameter.
         max_logit_scale: s never leaves [1, this].
         stream: where the pairs come from.
+        positives: `pair`, or `group`: all pairs of one group are right answers (see `data.train.<stream>.group`).
     """
 
     def __init__(
@@ -28,26 +30,36 @@ class InfoNCE(nn.Module):
         init_logit_scale: float = 1 / 0.07,
         max_logit_scale: float = 100.0,
         stream: str = "pairs",
+        positives: Literal["pair", "group"] = "pair",
     ) -> None:
         super().__init__()
         self.streams = (stream,)
+        self.positives = positives
         check_number("objective.infonce.max_logit_scale", max_logit_scale, above=1)
         check_number("objective.infonce.init_logit_scale", init_logit_scale, at_least=1, at_most=max_logit_scale)
         self.max_logit_scale = max_logit_scale
         self.logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
 
     def embed(self, encodings: Encodings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Rows: image [b, e], text [b, e], ids int64 [b]; shared: logit_scale [1]."""
+        """Rows: image [b, e], text [b, e], ids or groups int64 [b]; shared: logit_scale [1]."""
         (stream,) = self.streams
-        rows = {
-            "image": encodings.image_embedding(stream),
-            "text": encodings.text_embedding(stream),
-            "ids": encodings.samples(stream).ids,
-        }
+        samples = encodings.samples(stream)
+        rows = {"image": encodings.image_embedding(stream), "text": encodings.text_embedding(stream)}
+        if self.positives == "pair":
+            rows["ids"] = samples.ids
+        elif samples.groups is not None:
+            rows["groups"] = samples.groups
+        else:
+            raise ValueError(
+                f"objective.infonce.positives is 'group', but data.train.{stream}.group is null; set it to caption, id, "
+                "cls or json.<field>"
+            )
         return rows, {"logit_scale": self.logit_scale.exp()}
 
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-        """`losses.info_nce` over the whole batch."""
+        """`losses.info_nce` or `losses.multi_positive_info_nce` over the whole batch."""
+        if self.positives == "group":
+            return multi_positive_info_nce(rows["image"], rows["text"], shared["logit_scale"], rows["groups"])
         return info_nce(rows["image"], rows["text"], shared["logit_scale"], rows["ids"])
 
     @torch.no_grad()

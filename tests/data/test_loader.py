@@ -5,19 +5,21 @@ import multiprocessing
 import os
 import pickle
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.decode import decode_image
-from mmpretrain.data.loader import Source, Stream, build_loader, length_cuts, read_captions, with_text
+from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage
+from mmpretrain.data.stream import Source, TarStream, length_cuts, read_captions, sorted_by_length
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.seeds import draw, hash64
@@ -47,16 +49,16 @@ def make_stream(
     name: str = "pairs",
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
-    caption: str | None = "txt",
+    caption: object = "txt",
     transform: Transform | None = None,
     images: bool = True,
     image_size: int = 16,
-) -> Stream:
+) -> TarStream:
     """A stream of one source, or of named ones with weights."""
     named = paths if isinstance(paths, Mapping) else {name: (paths, None)}
     sources = [Source(source, Shards(list(tars)), weight) for source, (tars, weight) in named.items()]
     transform = (transform or RandomResizedCrop((0.5, 1.0), horizontal_flip=0.5)) if images else None
-    return Stream(name, sources, batch_size, seed, caption, transform, image_size)
+    return TarStream(name, sources, batch_size, seed, caption, transform, image_size)  # type: ignore[arg-type]
 
 
 def rows_of(samples: Samples) -> dict[int, Row]:
@@ -77,7 +79,7 @@ def tokens_of(tokenizer: ClipTokenizer, shards: Shards, sample: int) -> tuple[in
 
 
 def read_steps(
-    streams: Mapping[str, Stream],
+    streams: Mapping[str, TarStream],
     tokenizer: ClipTokenizer,
     layout: tuple[int, int, int],
     first_step: int,
@@ -105,7 +107,7 @@ def read_steps(
         assert [next(loader, None) for loader in loaders] == [None] * world
 
 
-def read_batches(stream: Stream, tokenizer: ClipTokenizer, num_steps: int, workers: int = 0) -> list[Batch]:
+def read_batches(stream: TarStream, tokenizer: ClipTokenizer, num_steps: int, workers: int = 0) -> list[Batch]:
     batches = iter(build_loader({stream.name: stream}, tokenizer, 0, num_steps, workers=workers))
     try:
         return list(batches)
@@ -250,7 +252,7 @@ def test_a_batch_of_several_streams(tmp_path: Path, tokenizer: ClipTokenizer, la
     images_only = write_tar(tmp_path / "images.tar", [{"jpg": sample["jpg"]} for sample in samples[:30]])
     texts_only = write_tar(tmp_path / "texts.tar", [{"txt": sample["txt"]} for sample in samples[:21]])
 
-    def streams() -> dict[str, Stream]:
+    def streams() -> dict[str, TarStream]:
         return {
             "pairs": make_stream([pairs_only], "pairs", 16),
             "images": make_stream([images_only], "images", 8, caption=None, image_size=24),
@@ -311,8 +313,9 @@ class WordTokenizer:
 def test_rows_are_sorted_by_length_with_all_that_belongs_to_them() -> None:
     lengths = [5, 1, 9, 5, 20, 2, 9, 3]
     numbers = torch.arange(8)
+    words = WordTokenizer()
     samples = Samples(numbers, numbers + 100, numbers + 200, images=numbers.view(8, 1, 1, 1).expand(8, 3, 2, 2))
-    sorted_samples = with_text(samples, ["w " * length for length in lengths], WordTokenizer(), 4)
+    sorted_samples = sorted_by_length(samples, *words(["w " * length for length in lengths]), words, 4)
     order = [1, 5, 7, 0, 3, 2, 6, 4]  # stable
     assert sorted_samples.lengths is not None and sorted_samples.text is not None and sorted_samples.images is not None
     assert sorted_samples.lengths.tolist() == [1, 2, 3, 5, 5, 9, 9, 20]
@@ -325,8 +328,9 @@ def test_rows_are_sorted_by_length_with_all_that_belongs_to_them() -> None:
 
 
 def test_text_is_padded_to_the_last_cut() -> None:
+    words = WordTokenizer()
     samples = Samples(*[torch.arange(3)] * 3)
-    short = with_text(samples, ["a b", "a", "a b c"], WordTokenizer(), 2)
+    short = sorted_by_length(samples, *words(["a b", "a", "a b c"]), words, 2)
     assert short.images is None and short.text is not None
     assert short.text.shape == (3, 8) and short.cuts == (8, 8)
     assert short.text[:, 3:].eq(0).all() and short.text[2, :3].tolist() == [1, 2, 3]
@@ -582,3 +586,80 @@ def test_a_bad_first_sample_alone_stops_nothing(tmp_path: Path, tokenizer: ClipT
     stream = make_stream([write_tar(tmp_path / "0.tar", samples)], batch_size=5)
     stream.check_first_sample()
     assert {int(refusal.key) for refusal in read_batches(stream, tokenizer, 1)[0].refused} == {0, 1}
+
+
+# ---------------------------------------------------------------- captions, groups and channels
+
+
+def test_captions_are_drawn_from_fields_by_their_weights(tokenizer: ClipTokenizer, tmp_path: Path) -> None:
+    samples = make_samples(400)
+    for number, sample in enumerate(samples):
+        sample["txt"], sample["json"] = f"plain {number}", {"made": f"made {number}"}
+    paths = write_tars(tmp_path, samples, [400])
+    stream = make_stream(paths, batch_size=100, caption={"txt": 1.0, "json.made": 3.0}, images=False)
+    texts = []
+    for batch in read_batches(stream, tokenizer, 4):
+        part = batch.streams["pairs"]
+        assert part.text is not None and part.lengths is not None
+        texts += [tokenizer.decode(row[:length].tolist()) for row, length in zip(part.text, part.lengths.tolist())]
+    made = sum(text.startswith("made") for text in texts)
+    assert len(texts) == 400
+    assert abs(made - 300) < 4 * (400 * 0.75 * 0.25) ** 0.5, "four deviations"
+    again = make_stream(paths, batch_size=100, caption={"txt": 1.0, "json.made": 3.0}, images=False)
+    assert [rows_of(b.streams["pairs"]) for b in read_batches(stream, tokenizer, 4)] == [
+        rows_of(b.streams["pairs"]) for b in read_batches(again, tokenizer, 4)
+    ]
+
+
+@pytest.mark.parametrize("caption", [{}, [], {"txt": 0}, {"txt": -1.0}, {"txt": "much"}])
+def test_captions_without_a_field_or_weight_are_refused(tars: list[str], caption: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.train\.pairs\.caption is .*; expected a field, a list of them, or fields"
+    ):
+        make_stream(tars, caption=caption)
+
+
+@pytest.mark.parametrize(
+    ("group", "same"),
+    [
+        ("json.label", lambda a, b: a % 3 == b % 3),
+        ("cls", lambda a, b: a % 2 == b % 2),
+        ("caption", lambda a, b: a % 4 == b % 4),
+        ("id", lambda a, b: a == b),
+    ],
+)
+def test_samples_of_one_group_share_a_number(
+    group: str, same: Callable[[int, int], bool], tokenizer: ClipTokenizer, tmp_path: Path
+) -> None:
+    samples = make_samples(12)
+    for number, sample in enumerate(samples):
+        sample |= {"json": {"label": f"class {number % 3}"}, "cls": str(number % 2), "txt": f"text {number % 4}"}
+    sources = [Source("a", Shards(write_tars(tmp_path, samples, [12])))]
+    stream = TarStream("pairs", sources, 12, 0, "txt", RandomResizedCrop(), 16, group=group)
+    (batch,) = read_batches(stream, tokenizer, 1)
+    part = batch.streams["pairs"]
+    assert part.groups is not None
+    for a, group_a in zip(part.ids.tolist(), part.groups.tolist(), strict=True):
+        for b, group_b in zip(part.ids.tolist(), part.groups.tolist(), strict=True):
+            assert (group_a == group_b) == same(a, b)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_have_the_models_channels(channels: int, tokenizer: ClipTokenizer, tmp_path: Path) -> None:
+    rgba = np.dstack([smooth_pixels(16, 16), np.full((16, 16), 77, np.uint8)])
+    samples: list[Sample] = [
+        {"png": encode(Image.fromarray(rgba), "PNG"), "txt": "transparent"},
+        {"jpg": encode(smooth_pixels(16, 16)), "txt": "opaque"},
+    ]
+    sources = [Source("a", Shards(write_tars(tmp_path, samples, [2])))]
+    stream = TarStream("pairs", sources, 2, 0, "txt", CenterCrop(), 16, channels=channels)
+    (batch,) = read_batches(stream, tokenizer, 1)
+    part = batch.streams["pairs"]
+    assert part.images is not None
+    assert part.images.shape == (2, channels, 16, 16)
+    transparent = part.images[part.ids.tolist().index(0)]
+    if channels == 4:
+        assert transparent[3].unique().tolist() == [77]
+    if channels == 1:
+        flat = Image.alpha_composite(Image.new("RGBA", (16, 16), "white"), Image.fromarray(rgba)).convert("RGB")
+        assert torch.equal(transparent[0], torch.from_numpy(np.array(flat.convert("L"))))

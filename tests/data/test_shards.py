@@ -287,7 +287,7 @@ def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
         np.savez(stored, header=np.array([{"version": 1}], dtype=object))
     else:
         stored.write_bytes({"truncated": data[:-60], "flipped": flipped, "empty": b"", "text": b"index"}[damage])
-    with pytest.raises(ValueError, match=r"damaged index"):
+    with pytest.raises(ValueError, match=r"unusable index"):
         read_index(stored)
     assert load_index(path).keys == ["a", "b"]
     assert stored.read_bytes() == data

@@ -1,10 +1,13 @@
-"""CLIP's tokens, against open_clip's own tokenizer."""
+"""CLIP's tokens and those of Hugging Face, against open_clip's own tokenizer."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from mmpretrain.data.tokenizer import ClipTokenizer
+from mmpretrain.data.tokenizer import ClipTokenizer, HuggingFaceTokenizer
+from tests import tokenizers
 
 TEXTS = [
     "a photo of a cat",
@@ -56,3 +59,25 @@ def test_decode_gives_the_text_back_without_special_tokens() -> None:
 def test_a_context_too_short_for_a_token_is_refused(context_length: int) -> None:
     with pytest.raises(ValueError, match=f"context_length is {context_length}; expected at least 3"):
         ClipTokenizer(context_length)
+
+
+@pytest.mark.parametrize("clean", ["whitespace", "lower", "canonicalize"])
+def test_a_tokenizer_of_hugging_face_gives_open_clips_ids(clean: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = str(tokenizers.hugging_face_tokenizer(tmp_path))
+    texts = ["A  red circle, above\nthe square.", "star", "a long long long long long long long caption of a ring"]
+    ours = HuggingFaceTokenizer(folder, context_length=12, clean=clean)
+    theirs = HFTokenizer(folder, context_length=12, clean=clean)(texts)
+    ids, lengths = ours(texts)
+    assert lengths.max() == ids.shape[1] == 12
+    for row, expected, length in zip(ids, theirs, lengths.tolist(), strict=True):
+        assert row[:length].tolist() == expected[:length].tolist()
+        assert set(row[length:].tolist()) | set(expected[length:].tolist()) <= {ours.pad_id}
+    assert (ours.pad_id, ours.end_id, ours.mask_id) == (1, 1, None)
+    assert ours.decode(ids[1].tolist()) == "star"
+
+
+def test_a_tokenizer_of_hugging_face_that_is_not_there_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=r"cannot be loaded .*; expected a local folder or a name"):
+        HuggingFaceTokenizer(str(tmp_path))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmpretrain import distributed, parallel
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.loader import length_cuts
+from mmpretrain.data.stream import length_cuts
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
@@ -36,6 +36,7 @@ def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
     makers = {
         "infonce": lambda: InfoNCE(model),
         "sigmoid": lambda: Sigmoid(model),
+        "multi_positive": lambda: InfoNCE(model, positives="group"),
         "mae": lambda: MAE(model, mask_ratio=(0.3, 0.8), decoder_width=16, decoder_depth=1, decoder_heads=2),
         "mae_fixed": lambda: MAE(model, mask_ratio=0.75, decoder_width=16, decoder_depth=1, decoder_heads=2),
     }
@@ -55,7 +56,8 @@ def make_samples(rows: Tensor, text_groups: int) -> Samples:
     rows = rows[lengths[rows].argsort(stable=True)]
     cuts = length_cuts(lengths[rows], text_groups, CONTEXT)
     seeds = torch_draws(torch.tensor([hash64("ragged") >> 1]), BATCH_SIZE)[0]
-    return Samples(rows, ids[rows], seeds[rows], images[rows], text[rows, : cuts[-1]], lengths[rows], cuts)
+    text = text[rows, : cuts[-1]]
+    return Samples(rows, ids[rows], seeds[rows], images[rows], text, lengths[rows], cuts, groups=ids[rows] % 5)
 
 
 def make_batches(num_micro_batches: int, text_groups: int = 3, seed: int = 7) -> list[Batch]:

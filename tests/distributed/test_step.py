@@ -26,8 +26,16 @@ from tests.distributed.steps import (
 )
 
 Pools = Callable[[int], Pool]
-MIXES = [("infonce",), ("sigmoid",), ("mae",), ("mae_fixed",), ("infonce", "mae"), ("infonce", "sigmoid", "mae")]
-WEIGHTS = {"infonce": 1.0, "sigmoid": 0.3, "mae": 0.7, "mae_fixed": 1.0}
+MIXES = [
+    ("infonce",),
+    ("sigmoid",),
+    ("multi_positive",),
+    ("mae",),
+    ("mae_fixed",),
+    ("infonce", "mae"),
+    ("infonce", "sigmoid", "mae"),
+]
+WEIGHTS = {"infonce": 1.0, "sigmoid": 0.3, "multi_positive": 1.0, "mae": 0.7, "mae_fixed": 1.0}
 
 
 def whole_batch_gradients(objectives: tuple[str, ...]) -> Result:
@@ -37,7 +45,7 @@ def whole_batch_gradients(objectives: tuple[str, ...]) -> Result:
     encodings = Encodings(task.model, batch)
     losses: dict[str, Tensor] = {}
     for name, objective in task.objectives.items():
-        if name in ("infonce", "sigmoid"):
+        if name in ("infonce", "sigmoid", "multi_positive"):
             losses[name] = objective.loss(*objective.embed(encodings))  # type: ignore[union-attr, call-arg]
         else:
             losses[name] = objective.loss(encodings) / objective.count(batch)  # type: ignore[union-attr, call-arg]

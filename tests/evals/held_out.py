@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.evals.embed import Embedded, EvalSet
@@ -52,7 +53,7 @@ def samples() -> list[dict[str, Any]]:
 def make_set(folder: Path, **fields: Any) -> EvalSet:
     """All of it in three tars, which are written if they are not there."""
     paths = sorted(str(path) for path in folder.glob("*.tar")) or write_tars(folder, samples(), [9, 9, 5])
-    return EvalSet("val", Shards(paths), tiny.IMAGE_SIZE, **{"caption": "json.captions", **fields})
+    return EvalSet("val", Shards(paths), Preprocess(tiny.IMAGE_SIZE), **{"caption": "json.captions", **fields})
 
 
 def make_model() -> ImageTextModel:
@@ -70,5 +71,12 @@ def make_context(model: ImageTextModel | None = None, data: EvalSet | None = Non
 
 def embedded(images: Tensor, texts: Tensor, pairs: Sequence[tuple[int, int]]) -> Embedded:
     """A data set whose embeddings are known."""
-    labels = torch.full((len(images),), -1)
-    return Embedded(F.normalize(images, dim=-1), F.normalize(texts, dim=-1), torch.tensor(pairs), labels, [])
+    return Embedded(
+        images=F.normalize(images, dim=-1),
+        texts=F.normalize(texts, dim=-1),
+        captions=[f"text {number}" for number in range(len(texts))],
+        samples=torch.arange(len(images)),
+        pairs=torch.tensor(pairs),
+        labels=torch.full((len(images),), -1),
+        refused=[],
+    )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpretrain.data.loader import length_cuts
+from mmpretrain.data.stream import length_cuts
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer, by_length

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmpretrain import checkpoint, config, targets
-from mmpretrain.load import load_checkpoint
+from mmpretrain.loading import load_checkpoint
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
@@ -47,7 +47,8 @@ def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "Clip
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml(plain))
     optimizer = {"model.image_projection.weight/step": torch.ones(())}
-    checkpoint.save(folder / "checkpoints", step, task.state_dict(), optimizer, {"samples": 640}, keep_last=0)
+    parts = {"model": task.state_dict(), "optimizer": optimizer}
+    checkpoint.save(folder / "checkpoints", step, parts, {"samples": 640}, keep_last=0)
     return task
 
 
@@ -67,7 +68,7 @@ def test_loaded_model_gives_the_embeddings_that_were_saved(tmp_path: Path, what:
     assert torch.equal(embeddings[0][0], embeddings[1][0])
     assert torch.equal(embeddings[0][1], embeddings[1][1])
     assert not loaded.model.training
-    assert loaded.image_size == 32
+    assert loaded.preprocess.image_size == 32
     assert loaded.state == {"samples": 640}
     assert loaded.path == tmp_path / "run" / "checkpoints" / "step_00000005"
 
@@ -83,7 +84,7 @@ def test_a_run_is_loaded_at_its_newest_checkpoint_that_is_whole(tmp_path: Path) 
 
 def test_logit_scale_is_the_first_objectives_as_in_training(tmp_path: Path) -> None:
     task = save_run(tmp_path)
-    logit_scale = load_checkpoint(tmp_path).logit_scale
+    logit_scale = load_checkpoint(tmp_path).scalars["logit_scale"]
     assert logit_scale == task.logit_scale
     assert logit_scale == pytest.approx(20) and not math.isclose(logit_scale, 30)
 

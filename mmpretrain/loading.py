@@ -1,6 +1,8 @@
 """A trained model from a run's directory or one of its checkpoints."""
 
 import importlib
+import inspect
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import Any
 import torch
 
 from mmpretrain import checkpoint, config, targets
+from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 
 _TRUSTED = ("mmpretrain.models", "mmpretrain.data")
+TOKENIZER_FOLDER = "tokenizer"  # in a run's directory: the files of a local tokenizer
+"""Where a run keeps the local tokenizer that it was trained with."""
 _TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
@@ -21,9 +26,10 @@ class Loaded:
     """A checkpoint's model with what stands around it."""
 
     model: ImageTextModel
+    preprocess: Preprocess
     tokenizer: Tokenizer
-    image_size: int
-    logit_scale: float | None
+    scalars: Mapping[str, float]
+    """`logit_scale` and `logit_bias` as the loss sees them, of the first objective that learns them."""
     config: Mapping[str, Any]
     path: Path
     state: Mapping[str, Any]
@@ -32,6 +38,8 @@ class Loaded:
 def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     """(the run's directory, the checkpoint) of either. Raises: ValueError if there is none."""
     path = Path(run_or_checkpoint)
+    if path.is_file() and path.name in ("best", "latest"):
+        path = path.with_name(path.read_text().strip())
     if (path / "manifest.json").is_file():
         checkpoint.verify(path)
         return path.absolute().parent.parent, path
@@ -44,7 +52,10 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
 
 
 def _is_trusted(target: str, trust: Sequence[str]) -> bool:
-    """Whether a dotted name is a class that stands in a trusted module, not one that it imports (`os.system`)."""
+    """Whether a dotted name makes a part of ours: a class of a trusted module, or a function that says it returns one.
+
+    What such a module merely imports (`os.system`) does not, nor does any other function of it.
+    """
     module, _, name = target.rpartition(".")
     if not any(module == known or module.startswith(f"{known}.") for known in (*_TRUSTED, *trust)):
         return False
@@ -52,7 +63,10 @@ def _is_trusted(target: str, trust: Sequence[str]) -> bool:
         part = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return False
-    return isinstance(part, type) and part.__module__ == module
+    if getattr(part, "__module__", None) != module:
+        return False
+    made = typing.get_type_hints(part).get("return") if inspect.isfunction(part) else part
+    return made in (ImageTextModel, Tokenizer) or (made is part and isinstance(part, type))
 
 
 def _without_weights(node: Any) -> Any:
@@ -75,8 +89,49 @@ def _check_trusted(node: Any, path: str, trust: Sequence[str]) -> None:
             _check_trusted(value, f"{path}.{key}", trust)
 
 
+def _with_own_files(tokenizer: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A tokenizer's node that reads the files that the run has kept, not those it was made from."""
+    kept = folder / TOKENIZER_FOLDER
+    return {**tokenizer, "path": str(kept)} if tokenizer.get("path") and kept.is_dir() else dict(tokenizer)
+
+
+def preprocess_of(model: ImageTextModel) -> Preprocess:
+    """What evaluation does to a model's images."""
+    return Preprocess(model.image.image_size, model.num_channels, model.squash)
+
+
+def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:
+    """Check that a text encoder can take a tokenizer's ids, and let it know which of them is padding.
+
+    Raises: ValueError if it cannot.
+    """
+    if text.adopts_padding and tokenizer.pad_id is not None:
+        text.pad_id = tokenizer.pad_id
+    if tokenizer.context_length > text.context_length:
+        raise ValueError(
+            f"data.tokenizer.context_length is {tokenizer.context_length}; expected at most model.text.context_length = "
+            f"{text.context_length}: leave it out, or make the encoder's larger"
+        )
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(
+            f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
+        )
+    for key, wanted, given in (
+        ("pad_id", text.pad_id, tokenizer.pad_id),
+        ("eos_id", text.end_id, tokenizer.end_id),
+    ):
+        if wanted is not None and given != wanted:
+            raise ValueError(
+                f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "
+                f"model.text.{key}={given}, or another data.tokenizer"
+            )
+
+
 def load_checkpoint(
-    run_or_checkpoint: str | Path, device: torch.device | str = "cpu", trust: Sequence[str] = ()
+    run_or_checkpoint: str | Path,
+    device: torch.device | str = "cpu",
+    trust: Sequence[str] = (),
+    ema: bool = False,
 ) -> Loaded:
     """Build a checkpoint's model and fill in its weights; objectives and what only they use stay out.
 
@@ -84,8 +139,9 @@ def load_checkpoint(
         run_or_checkpoint: a run's directory, or one of its checkpoints.
         device: where the model goes.
         trust: modules beside our own whose classes the checkpoint's configuration may name; they are imported.
+        ema: whether to take the weights' moving average.
 
-    Raises: ValueError if there is no checkpoint or its configuration names other parts.
+    Raises: ValueError if there is no checkpoint, it has no average, or its configuration names other parts.
     """
     folder, path = find(run_or_checkpoint)
     source = folder / "config.yaml"
@@ -95,20 +151,28 @@ def load_checkpoint(
     for part in (saved["model"], saved["data"]["tokenizer"]):
         _check_trusted(part, "config.yaml", trust)
     model = targets.instantiate(_without_weights(saved["model"]), 0, "model")
-    tensors = checkpoint.load_tensors(path, "model.safetensors")
+    if ema and not (path / "ema.safetensors").is_file():
+        raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
+    tensors = checkpoint.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
     try:
         model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights of the model in {source}: {error}") from error
     # Of several, the first objective's, as in training.
-    names = [f"objectives.{objective}.logit_scale" for objective in saved["objective"]]
-    scales = [tensors[name] for name in names if name in tensors]
-    tokenizer = targets.instantiate(saved["data"]["tokenizer"], 0, "data.tokenizer")
+    scalars = {
+        scalar: float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])
+        for scalar in ("logit_scale", "logit_bias")
+        for name in [f"objectives.{objective}.{scalar}" for objective in reversed(saved["objective"])]
+        if name in tensors
+    }
+    tokenizer = targets.instantiate(_with_own_files(saved["data"]["tokenizer"], folder), 0, "data.tokenizer")
+    if model.text is not None:
+        fit_tokenizer(tokenizer, model.text)
     return Loaded(
         model=model.to(device).eval(),
+        preprocess=preprocess_of(model),
         tokenizer=tokenizer,
-        image_size=model.image.image_size,
-        logit_scale=float(scales[0].exp()) if scales else None,
+        scalars=scalars,
         config=saved,
         path=path,
         state=checkpoint.load_state(path),

@@ -1,0 +1,109 @@
+"""Runs beside each other: mean and deviation over seeds, best first, and their curves."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+from analysis.runs import Run, repetitions
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # after the backend that needs no screen
+
+_LENGTHS = ("steps", "samples", "wall_seconds", "pairs_per_second")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting: its seeds' scores."""
+
+    name: str
+    values: Mapping[str, Sequence[float]]
+    num_seeds: int
+    num_unfinished: int
+
+    def mean(self, metric: str) -> float | None:
+        """The mean over finished seeds."""
+        return statistics.mean(self.values[metric]) if self.values.get(metric) else None
+
+    def deviation(self, metric: str) -> float | None:
+        """The sample standard deviation (n - 1); None for a single seed."""
+        return statistics.stdev(self.values[metric]) if len(self.values.get(metric, ())) > 1 else None
+
+    def cell(self, metric: str) -> str:
+        """`mean ± sd`."""
+        mean, deviation = self.mean(metric), self.deviation(metric)
+        if mean is None:
+            return "-"
+        return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+
+
+def falls(metric: str) -> bool:
+    """Whether less of it is better."""
+    return metric.endswith(("loss", "perplexity", "seconds"))
+
+
+def table(runs: Sequence[Run], metric: str | None) -> tuple[str, list[str], list[Row]]:
+    """(the metric that ranks, the metrics to show, a row a setting, the best first).
+
+    Args:
+        runs: at least one.
+        metric: ranks; None takes the first evaluation's.
+
+    Raises: ValueError if no run has the metric.
+    """
+    rows = []
+    for name, group in repetitions(runs).items():
+        finished = [run for run in group if run.results]
+        metrics = dict.fromkeys(key for run in finished for key in run.results)
+        values = {key: [run.results[key] for run in finished if run.results.get(key) is not None] for key in metrics}
+        rows.append(Row(name, values, len(finished), len(group) - len(finished)))
+    known = dict.fromkeys(key for row in rows for key in row.values)
+    scores = [key for key in known if key not in _LENGTHS]
+    if metric is None:
+        if not scores:
+            raise ValueError("no finished run has a score; expected one with results.json")
+        metric = scores[0]
+    if metric not in known:
+        raise ValueError(f"no run has {metric!r}; they have: {', '.join(known) or 'none'}")
+    sign = 1 if falls(metric) else -1
+
+    def place(row: Row) -> tuple[bool, float]:
+        mean = row.mean(metric)
+        return mean is None, 0.0 if mean is None else sign * mean
+
+    return (
+        metric,
+        [metric, *(key for key in [*scores, "pairs_per_second"] if key != metric and key in known)],
+        sorted(rows, key=place),
+    )
+
+
+def draw_curves(runs: Sequence[Run], metrics: Sequence[str], path: Path) -> None:
+    """Each metric over samples seen and over wall time: a line a setting, its mean over seeds, and every seed thin."""
+    groups = repetitions(runs)
+    shown = [metric for metric in metrics if any(run.curve(metric, "samples") for run in runs)]
+    figure, axes = plt.subplots(len(shown), 2, figsize=(13, 3.6 * len(shown)), squeeze=False, constrained_layout=True)
+    for metric, (left, right) in zip(shown, axes, strict=True):
+        for place, axis, label in ((left, "samples", "samples seen"), (right, "wall_seconds", "wall time, minutes")):
+            for i, (name, group) in enumerate(groups.items()):
+                colour = f"C{i % 10}"
+                curves = [curve for run in group if (curve := run.curve(metric, axis))]
+                unit = 60.0 if axis == "wall_seconds" else 1.0
+                for curve in curves:
+                    place.plot(
+                        [x / unit for x, _ in curve], [y for _, y in curve], color=colour, alpha=0.3, linewidth=0.8
+                    )
+                if curves:
+                    length = min(map(len, curves))
+                    xs = [statistics.mean(curve[k][0] for curve in curves) / unit for k in range(length)]
+                    ys = [statistics.mean(curve[k][1] for curve in curves) for k in range(length)]
+                    place.plot(xs, ys, color=colour, linewidth=2, label=f"{name} ({len(curves)})")
+            place.set_xlabel(label)
+            place.set_ylabel(metric)
+            place.grid(alpha=0.3)
+        left.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,81 @@
+"""What finished runs left: their configuration, scores and curves."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmpretrain import config
+from mmpretrain.metrics import read_records
+
+# Which run of a repetition it is, not what was trained.
+_SEED = "run.seed"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's directory."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    """The configuration's leaves by their full names; what may differ on a resume is left out."""
+    results: Mapping[str, float]
+    """results.json; empty while the run is not finished."""
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings[_SEED])
+
+    def curve(self, metric: str, axis: str) -> list[tuple[float, float]]:
+        """(axis, value) of each logged step that has the metric; axis is `samples` or `wall_seconds`."""
+        key = "samples" if axis == "samples" else "system/wall_seconds"
+        points, last = [], None
+        for record in read_records(self.folder / "metrics.jsonl"):
+            last = record.get(key, last)
+            if record.get(metric) is not None and last is not None:
+                points.append((float(last), float(record[metric])))
+        return points
+
+
+def read_run(folder: Path) -> Run:
+    """A run's directory. Raises: ValueError if it is none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no run: it has no config.yaml; expected directories such as runs/<experiment>/<name>"
+        )
+    results = folder / "results.json"
+    return Run(
+        folder=folder,
+        settings=config.identity(config.from_yaml(path.read_text())),
+        results=json.loads(results.read_text()) if results.is_file() else {},
+    )
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs that are named, or that lie in what is named. Raises: ValueError if there is none."""
+    found = [
+        read_run(path.parent) for folder in folders for path in sorted(folder.rglob("config.yaml")) if folder.is_dir()
+    ]
+    if not found:
+        raise ValueError(f"no run in {', '.join(map(str, folders))}; expected directories with a config.yaml")
+    return found
+
+
+def repetitions(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, by a name: that of their directories without the seed."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if key != _SEED}
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+    named: dict[str, list[Run]] = {}
+    for group in groups.values():
+        name = re.sub(rf",?{re.escape(_SEED)}=\d+", "", group[0].folder.name).strip(",") or "default"
+        if name in named:
+            name = f"{group[0].folder.parent.name}/{name}"
+        while name in named:
+            name += "'"
+        named[name] = group
+    return named

@@ -1,0 +1,33 @@
+"""How a command line of several commands starts and ends: wrong use in one line, exit codes."""
+
+import sys
+
+import typer
+
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: click's, or newer typers' own
+
+
+def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
+    """Runs one command of an app; wrong use is answered in one line and with exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except _USAGE_ERROR as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        print(f"error: {_given(arguments, error)}{message} (--help shows the options)", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except typer.Abort:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _given(arguments: list[str], error: Exception) -> str:
+    """What was given for the option that an error is about, which its message leaves out."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            return f"{name} {value if equals else following!r}: "
+    return ""

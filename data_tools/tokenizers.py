@@ -1,0 +1,80 @@
+"""Training a tokenizer on one's own texts, with the `tokenizers` library."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data_tools.tables import caption_text, read_pairs
+from mmpretrain.data.decode import BadSample, decode_captions
+from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.storage import LocalStorage
+
+SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
+
+
+def read_texts(source: str, caption: str) -> Iterator[str]:
+    """The texts of a `.txt` file (a line each), a table's caption columns, or tars' captions (`txt`, `json.<field>`).
+
+    Raises: ValueError for a source or column that is not there.
+    """
+    path = Path(source)
+    if path.suffix == ".txt" and path.is_file():
+        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    elif path.suffix in (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet"):
+        table = read_pairs(path)
+        columns = [column.strip() for column in caption.split(",")]
+        for column in columns:
+            table.require(column, "--caption")
+        yield from (text for row in table.rows if (text := caption_text(row, columns)))
+    else:
+        yield from _tar_captions(Shards(expand_shards(source)), caption)
+
+
+def _tar_captions(shards: Shards, field: str) -> Iterator[str]:
+    storage = LocalStorage()
+    for sample in range(shards.num_samples):
+        member = shards.member(sample, (field.split(".")[0],))
+        if member is None:
+            continue
+        try:
+            yield from decode_captions(storage.read(member[0], member[2], member[3]), field)
+        except BadSample:
+            continue
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, lowercase: bool) -> Tokenizer:
+    """Byte-level BPE (Radford et al. 2019): no text has unknown tokens. The same texts give the same tokenizer.
+
+    A text becomes `[BOS] ... [EOS]`; `[PAD]` is 0, and `[MASK]` stands ready for masked language modelling.
+
+    Raises: ValueError if there are no texts, or fewer ids than bytes and special tokens.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"--vocab-size is {vocab_size}; expected at least {smallest}: bytes and special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    cleaning: Sequence[normalizers.Normalizer] = [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
+    tokenizer.normalizer = normalizers.Sequence(list(cleaning))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("no text to train on; expected lines, rows or samples with captions")
+    tokenizer.train_from_iterator(_chained(first, texts), trainer)
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[BOS]", "[EOS]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", pair="[BOS] $A $B [EOS]", special_tokens=ends
+    )
+    return tokenizer
+
+
+def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest

@@ -1,0 +1,38 @@
+"""An image as evaluation sees it: what `mmpretrain.load` hands out and the evaluators use themselves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from mmpretrain.data.decode import Crop, decode_image, pixels_of, resized
+from mmpretrain.data.transforms import CenterCrop, WholeImage
+
+
+class Preprocess:
+    """The largest centred square, or the whole image squashed, resized to the model's images.
+
+    Normalisation is the model's own first layer, so that bytes are what travels.
+
+    Args:
+        image_size: the side of the result, in pixels.
+        channels: 3, or 1 (grey) or 4 (with transparency).
+        squash: whether the whole image is resized to a square.
+    """
+
+    def __init__(self, image_size: int, channels: int = 3, squash: bool = False) -> None:
+        self.image_size = image_size
+        self.channels = channels
+        self._crop: Callable[[int, int], Crop] = WholeImage() if squash else CenterCrop()
+
+    def __call__(self, image: Image.Image | bytes | str | Path) -> Tensor:
+        """An image, its encoded bytes or its file -> uint8 [channels, image_size, image_size].
+
+        Raises: ValueError (BadSample) if it cannot be decoded; OSError if the file cannot be read.
+        """
+        if isinstance(image, str | Path):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            return decode_image(image, self._crop, self.image_size, self.channels)
+        return resized(pixels_of(image, self.channels), self._crop(image.height, image.width), self.image_size)

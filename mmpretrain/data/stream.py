@@ -1,0 +1,292 @@
+"""One stream of samples: where they lie, their order, what is read of each, and captions sorted into length groups."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmpretrain.batch import Refused, Samples
+from mmpretrain.data.augment import Augmentation, augmented
+from mmpretrain.data.decode import BadSample, check_caption_field, decode_captions, decode_image, read_label
+from mmpretrain.data.order import Order, SourceOrder
+from mmpretrain.data.shards import Shards, concatenated
+from mmpretrain.data.storage import LocalStorage, Storage
+from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
+from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.data.transforms import Transform
+from mmpretrain.seeds import draw, draws, hash64, uniform
+
+_MAX_REPLACEMENTS = 20
+_LENGTH_MULTIPLE = 8
+
+StreamItem = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""(positions, sources, sample ids) of one micro-batch, int64 [b] each."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One set of tars of a stream, with the weight it is drawn with (None: all sources are one data set)."""
+
+    name: str
+    shards: Shards
+    weight: float | None = None
+
+
+def read_member(shards: Shards, storage: Storage, sample_id: int, extensions: Sequence[str]) -> bytes:
+    """The bytes of a sample's first member among `extensions`.
+
+    Raises: BadSample if it has none of them.
+    """
+    member = shards.member(sample_id, extensions)
+    if member is None:
+        raise BadSample(f"it has no member {' or '.join(extensions)}")
+    path, _, offset, size = member
+    return storage.read(path, offset, size)
+
+
+class CaptionFields:
+    """Where captions are read from: one field, or several that each sample draws from.
+
+    Args:
+        fields: `txt` or `json.<path>`; a list of them, equally likely; or each with its weight.
+        key: the configuration key, for messages.
+
+    Raises: ValueError for no field, or a weight that is not positive.
+    """
+
+    def __init__(self, fields: str | Sequence[str] | Mapping[str, float], key: str) -> None:
+        weights = dict(fields) if isinstance(fields, Mapping) else dict.fromkeys(_as_list(fields), 1.0)
+        if not weights or not all(isinstance(weight, int | float) and weight > 0 for weight in weights.values()):
+            raise ValueError(f"{key} is {fields!r}; expected a field, a list of them, or fields with positive weights")
+        for name in weights:
+            check_caption_field(name, key)
+        self._names = list(weights)
+        self._bounds = np.cumsum(list(weights.values())) / sum(weights.values())
+
+    def draw(self, seed: int) -> str:
+        """The field that the sample with this seed takes."""
+        u = uniform(hash64(seed, "caption-field"), 0)
+        return self._names[min(int(np.searchsorted(self._bounds, u, side="right")), len(self._names) - 1)]
+
+
+def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
+    return [fields] if isinstance(fields, str) else fields
+
+
+def read_captions(shards: Shards, storage: Storage, sample_id: int, field: str) -> list[str]:
+    """The captions under `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
+    return decode_captions(read_member(shards, storage, sample_id, (field.split(".")[0],)), field)
+
+
+class Stream(Protocol):
+    """What the loader and the trainer ask of a stream."""
+
+    name: str
+    batch_size: int
+    order: Order
+    fingerprints: dict[str, str]
+    """By source: changes with the data."""
+
+    def check_first_sample(self) -> None:
+        """Read something, so that a wrong field ends the run at its start. Raises: ValueError."""
+        ...
+
+    def sample_key(self, position: int) -> str:
+        """A name for the sample that stands at `position`."""
+        ...
+
+    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
+        """One micro-batch's part of the stream, and what was refused."""
+        ...
+
+
+class TarStream:
+    """Samples in tars: their sources, their order, and what is read of each.
+
+    Args:
+        name: the stream's name, part of every seed.
+        sources: where the samples lie.
+        batch_size: samples of a step, over all ranks.
+        seed: the run's seed.
+        caption: the caption's field, `txt` or `json.<path>`, several of them, or each with the weight it is drawn
+            with; None for a stream without text.
+        transform: which part of the image is seen; None for a stream without images.
+        image_size: the side of the images, in pixels.
+        channels: of the images: 3, or 1 (grey) or 4 (with transparency).
+        augment: what is done to the cropped image, in this order.
+        group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
+        repeat_batches: after so many batches the same ones come again, crops and masks too; None: never.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[Source],
+        batch_size: int,
+        seed: int,
+        caption: str | Sequence[str] | Mapping[str, float] | None,
+        transform: Transform | None,
+        image_size: int,
+        channels: int = 3,
+        augment: Sequence[Augmentation] = (),
+        group: str | None = None,
+        repeat_batches: int | None = None,
+    ) -> None:
+        weights = [source.weight for source in sources]
+        if None in weights and any(weight is not None for weight in weights):
+            raise ValueError(f"data.train.{name}.sources have weights {weights}; give every source a weight, or none")
+        if transform is None and caption is None:
+            raise ValueError(f"data.train.{name} has neither a caption nor a transform; name at least one")
+        self.name = name
+        self.batch_size = batch_size
+        self.sources = list(sources)
+        if None in weights and len(sources) > 1:
+            # Sources without weights are one data set: each sample is seen once an epoch.
+            self.sources = [
+                Source("+".join(source.name for source in sources), concatenated([s.shards for s in sources]))
+            ]
+        self.order = Order(
+            [SourceOrder(hash64(seed, name, source.name), source.shards.num_samples) for source in self.sources],
+            [1.0 if source.weight is None else source.weight for source in self.sources],
+            None if repeat_batches is None else repeat_batches * batch_size,
+        )
+        self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
+        self._seed = hash64(seed, name)
+        self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
+        self._transform = transform
+        self._image_size = image_size
+        self._channels = channels
+        self._augment = augment
+        self._group = group
+        sizes = [source.shards.num_samples for source in self.sources]
+        self._first_id = np.cumsum([0, *sizes[:-1]])
+        self._storage: Storage = LocalStorage()
+
+    def check_first_sample(self) -> None:
+        """Decode one sample of each source, so that a wrong field ends the run at its start.
+
+        A bad first sample proves nothing, so as many are tried as would be in training.
+        Raises: ValueError naming what is wrong with the first one, and how to mend it.
+        """
+        fix = "mend the shards"
+        if self._captions is not None:
+            fix = f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or {fix}"
+        for i, source in enumerate(self.sources):
+            shards = source.shards
+            reasons: list[str] = []
+            for sample in range(min(_MAX_REPLACEMENTS, shards.num_samples)):
+                try:
+                    self._decode(i, sample, seed=0)
+                    break
+                except BadSample as error:
+                    reasons.append(str(error))
+            else:
+                raise ValueError(
+                    f"data.train.{self.name}: none of the first {len(reasons)} samples of {shards.path(0)} can be used; "
+                    f"of the first (key {shards.key(0)!r}): {reasons[0]}; {fix}"
+                )
+
+    def sample_key(self, position: int) -> str:
+        """The shard and key of the sample that stands at `position`."""
+        sources, samples = self.order(np.array([position]))
+        shards = self.sources[int(sources[0])].shards
+        return f"{shards.path(int(shards.locate(samples)[0][0]))}:{shards.key(int(samples[0]))}"
+
+    def _decode(self, source: int, sample: int, seed: int) -> tuple[Tensor | None, str | None, int]:
+        """(image, caption, group) of one sample. Raises: BadSample."""
+        shards = self.sources[source].shards
+        image = caption = None
+        if self._captions is not None:
+            captions = read_captions(shards, self._storage, sample, self._captions.draw(seed))
+            caption = captions[draw(hash64(seed, "caption"), 0) % len(captions)]
+        if (transform := self._transform) is not None:
+            data = read_member(shards, self._storage, sample, IMAGE_EXTENSIONS)
+            crop = lambda height, width: transform(height, width, seed)  # noqa: E731
+            image = augmented(decode_image(data, crop, self._image_size, self._channels), self._augment, seed)
+        if self._group is None or self._group == "id":
+            return image, caption, int(self._first_id[source]) + sample
+        if self._group == "caption":
+            return image, caption, hash64(caption or "")
+        member = read_member(shards, self._storage, sample, (self._group.split(".")[0],))
+        return image, caption, hash64(read_label(member, self._group))
+
+    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
+        """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
+
+        Raises: OSError for an I/O error; ValueError if some position finds no usable sample.
+        """
+        positions, sources, ids = item
+        seeds = draws(np.uint64(self._seed), positions)
+        refused: list[Refused] = []
+        images: list[Tensor] = []
+        captions: list[str] = []
+        used = np.empty(len(positions), dtype=np.int64)
+        groups = np.empty(len(positions), dtype=np.uint64)
+        for row, (source, first, seed) in enumerate(zip(sources.tolist(), ids.tolist(), seeds.tolist(), strict=True)):
+            shards, sample = self.sources[source].shards, first
+            for attempt in range(_MAX_REPLACEMENTS):
+                try:
+                    image, caption, groups[row] = self._decode(source, sample, seed)
+                    break
+                except BadSample as error:
+                    shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
+                    refused.append(Refused(self.name, shard, shards.key(sample), str(error)))
+                    sample = draw(hash64(seed, "replacement"), attempt) % shards.num_samples
+            else:
+                raise ValueError(
+                    f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last "
+                    f"for: {refused[-1].reason}; look at quarantine.jsonl and mend the data"
+                )
+            used[row] = self._first_id[source] + sample
+            if image is not None:
+                images.append(image)
+            if caption is not None:
+                captions.append(caption)
+        samples = Samples(
+            positions=torch.from_numpy(positions.copy()),
+            ids=torch.from_numpy(used),
+            seeds=torch.from_numpy(seeds.view(np.int64)),
+            groups=None if self._group is None else torch.from_numpy(groups.view(np.int64)),
+            # Stacked as decoders leave them, channels last: another layout would cost a transposition of every image.
+            images=torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2) if images else None,
+        )
+        if not captions:
+            return samples, refused
+        return sorted_by_length(samples, *tokenizer(captions), tokenizer, text_groups), refused
+
+
+def length_cuts(lengths: Tensor, text_groups: int, longest: int) -> tuple[int, ...]:
+    """What each of `text_groups` equal slices of sorted lengths int64 [b] is cut to: its longest, rounded up to 8."""
+    return tuple(
+        min(-(-int(part.max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, longest)
+        for part in lengths.tensor_split(min(text_groups, len(lengths)))
+    )
+
+
+def _select(images: Tensor, rows: Tensor) -> Tensor:
+    """images[rows], channels last as they are, by copying whole rows of memory."""
+    return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+
+
+def sorted_by_length(
+    samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer, text_groups: int
+) -> Samples:
+    """`samples` with their tokens, the rows sorted by length for `models.text.by_length`."""
+    by_length = torch.argsort(lengths, stable=True)
+    lengths = lengths[by_length]
+    cuts = length_cuts(lengths, text_groups, tokenizer.context_length)
+    padded = torch.zeros(len(lengths), cuts[-1], dtype=torch.int64)
+    padded[:, : text.shape[1]] = text[by_length, : cuts[-1]]
+    return Samples(
+        positions=samples.positions[by_length],
+        ids=samples.ids[by_length],
+        seeds=samples.seeds[by_length],
+        groups=None if samples.groups is None else samples.groups[by_length],
+        images=None if samples.images is None else _select(samples.images, by_length),
+        text=padded,
+        lengths=lengths,
+        cuts=cuts,
+    )

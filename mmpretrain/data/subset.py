@@ -1,0 +1,63 @@
+"""Training on some of the samples of tars, named in a file, without writing tars anew."""
+
+import json
+import logging
+
+import numpy as np
+import numpy.typing as npt
+
+from mmpretrain.data.shards import Shards
+from mmpretrain.data.storage import LocalStorage
+
+log = logging.getLogger(__name__)
+
+
+def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
+    """The samples of `shards` that a `.npy` file names: ascending ids, int64 [m].
+
+    Args:
+        shards: all of the samples.
+        path: an array of keys (text), or of uids as DataComp publishes them (two uint64 each, the 32 hexadecimal
+            digits of `uid` in a sample's json).
+
+    Names that no sample has are counted in a warning: of a crawled data set, some samples are always gone.
+    Raises: ValueError if there is no such file, it holds something else, or none of its names is found.
+    """
+    try:
+        wanted = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"subset is {path!r}, which cannot be read ({error}); expected a .npy of keys or uids"
+        ) from error
+    if wanted.dtype.kind in "US":
+        names = [str(name, "utf-8") if isinstance(name, bytes) else str(name) for name in wanted.ravel().tolist()]
+        have = [key for index in shards.indexes for key in index.keys]
+    elif wanted.dtype.names is not None or wanted.dtype == np.uint64:
+        pairs = wanted.view(np.uint64).reshape(-1, 2).tolist()
+        names = [f"{high:016x}{low:016x}" for high, low in pairs]
+        have = _uids(shards)
+    else:
+        raise ValueError(f"subset is {path!r} of {wanted.dtype}; expected keys (text) or uids (two uint64 each)")
+    number = {name: i for i, name in enumerate(have)}
+    if len(number) < len(have):
+        raise ValueError(
+            f"subset={path} names samples by {'key' if wanted.dtype.kind in 'US' else 'uid'}, but {len(have) - len(number)} "
+            "of the samples share theirs with another; expected names that tell them apart"
+        )
+    kept = sorted({number[name] for name in names if name in number})
+    if not kept:
+        raise ValueError(f"subset={path}: none of its {len(names)} names is in {shards.paths[0]} and the others")
+    if len(kept) < len(set(names)):
+        log.warning("subset=%s: %d of its %d names are in no tar", path, len(set(names)) - len(kept), len(set(names)))
+    return np.array(kept, np.int64)
+
+
+def _uids(shards: Shards) -> list[str]:
+    """The `uid` in each sample's json; empty where it has none."""
+    storage = LocalStorage()
+    uids = []
+    for sample in range(shards.num_samples):
+        member = shards.member(sample, ("json",))
+        record = {} if member is None else json.loads(storage.read(member[0], member[2], member[3]))
+        uids.append(str(record.get("uid", f"none {sample}")))
+    return uids

@@ -1,0 +1,69 @@
+"""A stream of noise: what training costs without any reading and decoding."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mmpretrain.batch import Refused, Samples
+from mmpretrain.data.order import Order, SourceOrder
+from mmpretrain.data.stream import StreamItem, sorted_by_length
+from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.seeds import draws, hash64
+
+_FIRST_TOKEN = 1  # 0 is padding with some tokenizers
+
+
+class SyntheticStream:
+    """Images and token ids drawn from each sample's seed; see `mmpretrain.data.loader.Stream`.
+
+    Args:
+        name, batch_size, seed, image_size, channels: as there.
+        num_samples: an epoch.
+        text_length: the smallest and largest number of tokens of a text, drawn evenly.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        batch_size: int,
+        seed: int,
+        image_size: int,
+        channels: int = 3,
+        num_samples: int = 100_000,
+        text_length: Sequence[int] = (8, 77),
+    ) -> None:
+        if len(text_length) != 2 or not 2 <= text_length[0] <= text_length[1]:
+            raise ValueError(f"text_length is {list(text_length)}; expected two numbers with 2 <= smallest <= largest")
+        self.name = name
+        self.batch_size = batch_size
+        self.order = Order([SourceOrder(hash64(seed, name, "synthetic"), num_samples)], [1.0])
+        self.fingerprints = {"synthetic": f"{num_samples} samples, texts of {list(text_length)} tokens"}
+        self._seed = hash64(seed, name)
+        self._shape = (image_size, image_size, channels)
+        self._text_length = tuple(text_length)
+
+    def check_first_sample(self) -> None:
+        """Nothing can be wrong with it."""
+
+    def sample_key(self, position: int) -> str:
+        """A name for the sample that stands at `position`."""
+        return f"synthetic:{int(self.order(np.array([position]))[1][0])}"
+
+    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
+        """One micro-batch's part of the stream."""
+        positions, _, ids = item
+        seeds = draws(np.uint64(self._seed), positions)
+        generator = np.random.Generator(np.random.Philox(int(seeds[0])))
+        images = generator.integers(0, 256, (len(ids), *self._shape), dtype=np.uint8)
+        shortest, longest = self._text_length
+        lengths = shortest + seeds % np.uint64(longest - shortest + 1)
+        lengths = np.minimum(lengths.astype(np.int64), tokenizer.context_length)
+        text = generator.integers(_FIRST_TOKEN, tokenizer.vocab_size, (len(ids), int(lengths.max())))
+        samples = Samples(
+            positions=torch.from_numpy(positions.copy()),
+            ids=torch.from_numpy(ids.copy()),
+            seeds=torch.from_numpy(seeds.view(np.int64)),
+            images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        )
+        return sorted_by_length(samples, torch.from_numpy(text), torch.from_numpy(lengths), tokenizer, text_groups), []

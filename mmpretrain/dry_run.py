@@ -1,0 +1,132 @@
+"""What a run would cost, without training: parameters, operations, memory and time."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmpretrain import optim
+from mmpretrain.batch import Batch
+from mmpretrain.precision import PrecisionName, autocast
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Task
+
+_TIMED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The costs of a run."""
+
+    parameters: Mapping[str, int]
+    """Trained parameters by tower; `frozen` those that are not."""
+    flops_per_pair: float
+    """Forward and backward, as executed: padding that is not computed is not counted."""
+    memory_bytes: int
+    """On one device at its fullest: weights, gradients, the optimiser's state, and what is saved for the backward pass."""
+    seconds_per_micro_batch: float
+
+
+def estimate(
+    task: Task,
+    micro_batch: Batch,
+    weights: Mapping[str, float],
+    make_optimizer: Callable[[Task], torch.optim.Optimizer],
+    precision: PrecisionName,
+    num_pairs: int,
+) -> Estimate:
+    """Measure one micro-batch: forward and backward, the second and third of them timed; no weight changes.
+
+    Args:
+        task: the model and its objectives, on the device.
+        micro_batch: on the device, of the size that the run has.
+        weights: the objectives' weights.
+        make_optimizer: whose state is counted.
+        precision: of the passes.
+        num_pairs: samples of the micro-batch that count as pairs.
+    """
+    device = task.model.device
+    context = autocast(device, precision)
+
+    def once() -> None:
+        forward_backward(task, task, [micro_batch], weights, context)
+
+    saved = _Saved(task)
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+        once()
+    seconds = []
+    for _ in range(_TIMED_STEPS):
+        task.zero_grad()
+        _synchronize(device)
+        started = time.perf_counter()
+        once()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    state_bytes = _optimizer_bytes(task, make_optimizer)
+    task.zero_grad()
+    counts = dict.fromkeys((*optim.TOWERS, "frozen"), 0)
+    for name, parameter in task.named_parameters():
+        counts[optim.tower_of(name) if parameter.requires_grad else "frozen"] += parameter.numel()
+    weights_bytes = sum(tensor.nbytes for tensor in task.state_dict().values())
+    gradient_bytes = sum(parameter.nbytes for parameter in trained)
+    return Estimate(
+        parameters=counts,
+        flops_per_pair=counter.get_total_flops() / num_pairs,
+        memory_bytes=weights_bytes + gradient_bytes + state_bytes + saved.num_bytes,
+        seconds_per_micro_batch=min(seconds),
+    )
+
+
+class _Saved:
+    """Counts the bytes that autograd keeps for the backward pass, each storage once, weights left out."""
+
+    def __init__(self, task: Task) -> None:
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in task.state_dict().values()}
+        self._kept: list[Tensor] = []  # so that no storage is freed and its address counted for another
+        self.num_bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._kept.append(tensor)
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+
+def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Optimizer]) -> int:
+    """The bytes of the optimiser's state after a step, taken on one small parameter and scaled."""
+    probe = torch.nn.Parameter(torch.zeros(64, 64))
+    probe.grad = torch.zeros_like(probe)
+    optimizer = make_optimizer(task)
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "names")}
+    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
+    twin = kind([{**options, "params": [probe]}])
+    twin.step()
+    state = sum(value.nbytes for value in twin.state[probe].values() if isinstance(value, Tensor))
+    return state * sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad) // probe.numel()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def show(costs: Estimate, num_steps: int, num_micro_batches: int, device: str) -> None:
+    """The table on the console."""
+    table = Table(title="dry run: nothing was trained", title_justify="left", show_header=False)
+    for tower, count in costs.parameters.items():
+        table.add_row(f"parameters, {tower}", f"{count:,}")
+    table.add_row("operations a pair, forward and backward", f"{costs.flops_per_pair / 1e9:,.3f} GFLOP")
+    table.add_row("memory of one device", f"{costs.memory_bytes / 2**20:,.0f} MiB")
+    seconds = costs.seconds_per_micro_batch * num_micro_batches
+    table.add_row(f"a step on {device}", f"{seconds:,.3f} s")
+    hours, minutes = divmod(round(seconds * num_steps / 60), 60)
+    table.add_row(f"{num_steps:,} steps, reading and evaluation left out", f"{hours} h {minutes:02d} min")
+    Console().print(table)

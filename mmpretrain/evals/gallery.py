@@ -1,0 +1,52 @@
+"""Retrieval to look at: queries with their first answers."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmpretrain import distributed, pictures
+from mmpretrain.evals.evaluation import Context
+
+
+class Gallery:
+    """Pictures of some queries with what is found for them, from texts to images and from images to texts.
+
+    Args:
+        data: names of `data.val` to use; None takes each that has captions.
+        num_queries: spread evenly over the data set, the same every time.
+        num_answers: of each.
+    """
+
+    def __init__(self, data: Sequence[str] | None = None, num_queries: int = 8, num_answers: int = 5) -> None:
+        self.data = data
+        self.num_queries = num_queries
+        self.num_answers = num_answers
+
+    def wants(self, context: Context) -> list[str]:
+        """The data sets that it is run on."""
+        return [name for name, data in context.sets.items() if data.caption is not None]
+
+    def __call__(self, name: str, context: Context) -> dict[str, float]:
+        """No scores; `text_to_image` and `image_to_text` are shown."""
+        embedded = context.embedded(name)
+        if not distributed.is_main():
+            return {}
+        belongs = {tuple(pair) for pair in embedded.pairs.tolist()}
+        count = min(self.num_queries, len(embedded.images), len(embedded.texts))
+        by_text, by_image = [], []
+        for text in torch.linspace(0, len(embedded.texts) - 1, count).round().long().tolist():
+            found = self._best(embedded.texts[text] @ embedded.images.T)
+            images = [context.image(name, image) for image in found]
+            right = [(image, text) in belongs for image in found]
+            by_text.append(pictures.Answers(embedded.captions[text], None, images, (), right))
+        for image in torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist():
+            found = self._best(embedded.images[image] @ embedded.texts.T)
+            texts = [embedded.captions[text] for text in found]
+            right = [(image, text) in belongs for text in found]
+            by_image.append(pictures.Answers("", context.image(name, image), (), texts, right))
+        context.show(name, "text_to_image", pictures.gallery(by_text))
+        context.show(name, "image_to_text", pictures.gallery(by_image))
+        return {}
+
+    def _best(self, similarities: torch.Tensor) -> list[int]:
+        return similarities.topk(min(self.num_answers, len(similarities))).indices.tolist()

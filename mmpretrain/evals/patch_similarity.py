@@ -1,0 +1,47 @@
+"""Where in an image its caption is: the similarity of each patch's token to the text."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmpretrain import distributed, pictures
+from mmpretrain.evals.evaluation import Context
+
+
+class PatchSimilarity:
+    """Pictures of <patch, text>, the patch's last token taken through the image projection as the class token is.
+
+    Args:
+        data: names of `data.val` to use; None takes each that has captions.
+        num_images: spread evenly over the data set, the same every time.
+    """
+
+    def __init__(self, data: Sequence[str] | None = None, num_images: int = 6) -> None:
+        self.data = data
+        self.num_images = num_images
+
+    def wants(self, context: Context) -> list[str]:
+        """The data sets that it is run on; none where the image encoder is no ViT that pools one of its tokens."""
+        image = context.model.image
+        if not image.is_vit or image.num_prefix_tokens == 0:
+            return []
+        return [name for name, data in context.sets.items() if data.caption is not None]
+
+    def __call__(self, name: str, context: Context) -> dict[str, float]:
+        """No scores; `patch_similarity` is shown."""
+        model, embedded = context.model, context.embedded(name)
+        if not distributed.is_main():
+            return {}
+        text_of = dict(reversed(embedded.pairs.tolist()))
+        count = min(self.num_images, len(embedded.images))
+        rows = torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist()
+        images = torch.stack([context.image(name, row) for row in rows])
+        with context.autocast:
+            tokens = model.encode_image(images.to(model.device)).tokens[:, model.image.num_prefix_tokens :]
+            patches = model.project_image(tokens).float()
+        maps = []
+        for patch_rows, row in zip(patches, rows, strict=True):
+            maps.append((patch_rows @ embedded.texts[text_of[row]]).reshape(model.image.grid_size).cpu().numpy())
+        captions = [embedded.captions[text_of[row]] for row in rows]
+        context.show(name, "patch_similarity", pictures.heat_maps(list(images), maps, captions))
+        return {}

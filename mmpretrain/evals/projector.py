@@ -1,0 +1,45 @@
+"""The shared space to walk through: TensorBoard's embedding projector."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmpretrain import distributed
+from mmpretrain.evals.evaluation import Context
+
+
+class Projector:
+    """Some images' embeddings, each with its thumbnail and its caption or label.
+
+    Args:
+        data: names of `data.val` to use; None takes all.
+        num_images: spread evenly over the data set.
+    """
+
+    def __init__(self, data: Sequence[str] | None = None, num_images: int = 500) -> None:
+        self.data = data
+        self.num_images = num_images
+
+    def wants(self, context: Context) -> list[str]:
+        """The data sets that it is run on."""
+        return list(context.sets)
+
+    def __call__(self, name: str, context: Context) -> dict[str, float]:
+        """No scores."""
+        embedded = context.embedded(name)
+        if not distributed.is_main():
+            return {}
+        count = min(self.num_images, len(embedded.images))
+        rows = torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist()
+        first_text = dict(reversed(embedded.pairs.tolist()))
+        classes = context.sets[name].classes
+        labels = []
+        for row in rows:
+            label = int(embedded.labels[row])
+            if row in first_text:
+                labels.append(" ".join(embedded.captions[first_text[row]].split()))
+            else:
+                labels.append(classes.names[label] if classes is not None and label >= 0 else str(label))
+        images = torch.stack([context.image(name, row) for row in rows])
+        context.project(name, embedded.images[rows].cpu().numpy(), labels, images)
+        return {}

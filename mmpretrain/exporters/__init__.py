@@ -1,0 +1,1 @@
+"""Our weights under other libraries' names, and back."""

@@ -1,0 +1,194 @@
+"""open_clip's names for our parameters: one table for both ways, export and `init_from`."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.open_clip import OpenClipHFText, OpenClipText, model_config
+from mmpretrain.models.text import TextTransformer
+from mmpretrain.models.vit import TimmEncoder
+
+_TIMM_TO_OPEN_CLIP = (
+    (r"^image\.trunk\.cls_token$", "visual.class_embedding"),
+    (r"^image\.trunk\.pos_embed$", "visual.positional_embedding"),
+    (r"^image\.trunk\.patch_embed\.proj\.", "visual.conv1."),
+    (r"^image\.trunk\.norm_pre\.", "visual.ln_pre."),
+    (r"^image\.trunk\.norm\.", "visual.ln_post."),
+    (r"^image\.trunk\.blocks\.(\d+)\.norm(\d)\.", r"visual.transformer.resblocks.\1.ln_\2."),
+    (r"^image\.trunk\.blocks\.(\d+)\.attn\.qkv\.", r"visual.transformer.resblocks.\1.attn.in_proj_"),
+    (r"^image\.trunk\.blocks\.(\d+)\.attn\.proj\.", r"visual.transformer.resblocks.\1.attn.out_proj."),
+    (r"^image\.trunk\.blocks\.(\d+)\.mlp\.fc1\.", r"visual.transformer.resblocks.\1.mlp.c_fc."),
+    (r"^image\.trunk\.blocks\.(\d+)\.mlp\.fc2\.", r"visual.transformer.resblocks.\1.mlp.c_proj."),
+)
+_TRANSPOSED = {"image_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+
+
+def open_clip_names(model: ImageTextModel) -> dict[str, str]:
+    """Our parameters' and buffers' names -> open_clip's. Raises: ValueError if the model has no open_clip shape."""
+    if isinstance(model.image, TimmEncoder) and not model.image.projects and (lack := _image_lack(model.image)):
+        raise ValueError(f"model.image has no open_clip shape: {lack}")
+    if isinstance(model.text, TextTransformer) and (lack := _text_lack(model.text)):
+        raise ValueError(f"model.text has no open_clip shape: {lack}")
+    return {name: _open_clip_name(name, model) for name in model.state_dict()}
+
+
+def _image_lack(image: TimmEncoder) -> str | None:
+    """Why a ViT of timm cannot be open_clip's, if it cannot."""
+    trunk = image.trunk
+    if not image.is_vit:
+        return f"{type(trunk).__name__} of timm is none of its own image towers"
+    if trunk.global_pool != "token" or image.num_prefix_tokens != 1:
+        return f"expected global_pool token and one class token, got {trunk.global_pool} and {image.num_prefix_tokens}"
+    if not isinstance(trunk.norm_pre, nn.LayerNorm) or trunk.patch_embed.proj.bias is not None:
+        return "expected a norm before the blocks and patches without bias, as timm's vit_*_clip_* have them"
+    if not isinstance(trunk.blocks[0].mlp.act, nn.GELU):
+        return f"expected GELU, got {type(trunk.blocks[0].mlp.act).__name__}"
+    if not isinstance(trunk.blocks[0].ls1, nn.Identity) or not isinstance(trunk.blocks[0].attn.q_norm, nn.Identity):
+        return "expected blocks without layer scale and without norms of queries and keys"
+    return None
+
+
+def _text_lack(text: TextTransformer) -> str | None:
+    """Why a text encoder of ours cannot be open_clip's, if it cannot."""
+    if text.causal and text.pool == "last":
+        return None
+    return f"expected causal and pool=last, got causal={str(text.causal).lower()} and pool={text.pool}"
+
+
+def _open_clip_name(name: str, model: ImageTextModel) -> str:
+    if name in _TRANSPOSED:
+        return _TRANSPOSED[name]
+    if name.startswith("text."):
+        name = name.removeprefix("text.")
+        if isinstance(model.text, OpenClipText | OpenClipHFText):
+            return model.text.prefix + name.removeprefix("text.")
+        return name
+    if isinstance(model.image, TimmEncoder) and not model.image.projects:
+        for ours, theirs in _TIMM_TO_OPEN_CLIP:
+            if re.match(ours, name):
+                return re.sub(ours, theirs, name)
+    return "visual." + name.removeprefix("image.").removeprefix("visual.")
+
+
+def to_open_clip(
+    model: ImageTextModel, logit_scale: float | None = None, logit_bias: float | None = None
+) -> dict[str, Tensor]:
+    """The model's weights under open_clip's names and in its shapes.
+
+    Args:
+        model: with towers that open_clip has.
+        logit_scale: s as the loss sees it, 1 / temperature; None writes open_clip's initial 1 / 0.07.
+        logit_bias: b of the sigmoid loss; None where the model has none.
+
+    Raises: ValueError if the model has no open_clip shape.
+    """
+    tensors = {}
+    for name, theirs in open_clip_names(model).items():
+        tensor = model.state_dict()[name].detach()
+        if name in _TRANSPOSED:
+            tensor = tensor.T
+        elif theirs == "visual.class_embedding":
+            tensor = tensor.flatten()
+        elif theirs == "visual.positional_embedding" and tensor.ndim == 3:
+            tensor = tensor[0]
+        tensors[theirs] = tensor.contiguous()
+    tensors["logit_scale"] = torch.tensor(1 / 0.07 if logit_scale is None else logit_scale).log()
+    if logit_bias is not None:
+        tensors["logit_bias"] = torch.tensor(logit_bias)
+    return tensors
+
+
+def from_open_clip(model: ImageTextModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's tensors under our names and with our dimensions; what has no place keeps its name.
+
+    Raises: ValueError if the model has no open_clip shape.
+    """
+    own = model.state_dict()
+    # A model whose text stands in a tower of its own (`text.`) may come flat, and the other way round.
+    ours = {theirs.removeprefix("text."): name for name, theirs in open_clip_names(model).items()}
+    found = {}
+    for theirs, tensor in tensors.items():
+        name = ours.get(theirs.removeprefix("text."), theirs)
+        if name in _TRANSPOSED:
+            tensor = tensor.T
+        elif name in own and own[name].ndim == tensor.ndim + 2:  # a class token
+            tensor = tensor[None, None]
+        elif name in own and own[name].ndim == tensor.ndim + 1:  # a table of positions
+            tensor = tensor[None]
+        found[name] = tensor
+    return found
+
+
+def open_clip_config(model: ImageTextModel, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of open_clip_config.json: with it, `open_clip.create_model("local-dir:DIR")` builds the model.
+
+    Args:
+        model: with towers that open_clip has.
+        node: the configuration that it was built from.
+    """
+    of_images = ("image_mean", "image_std", "squash")
+    arguments = {key: value for key, value in node.items() if key not in ("_target_", *of_images)}
+    own = isinstance(model.text, OpenClipText | OpenClipHFText)
+    mean, std = (tensor.flatten().div(255).tolist() for tensor in (model.pixel_mean, model.pixel_std))
+    return {
+        "model_cfg": model_config(**arguments) if own else _config_of_shapes(model),
+        "preprocess_cfg": {
+            "mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "squash" if model.squash else "shortest",
+        },
+    }  # fmt: skip
+
+
+def _config_of_shapes(model: ImageTextModel) -> dict[str, Any]:
+    """open_clip's model_cfg of a ViT of timm and a text encoder of ours."""
+    image, text = model.image, model.text
+    assert isinstance(image, TimmEncoder) and isinstance(text, TextTransformer)
+    blocks = image.trunk.blocks
+    return {
+        "embed_dim": model.embed_dim,
+        "vision_cfg": {
+            "image_size": image.image_size,
+            "patch_size": image.patch_size[0],
+            "width": image.width,
+            "layers": len(blocks),
+            "head_width": image.width // blocks[0].attn.num_heads,
+            "mlp_ratio": blocks[0].mlp.fc1.out_features / image.width,
+            "norm_kwargs": {"eps": image.trunk.norm.eps},
+        },
+        "text_cfg": {
+            "context_length": text.context_length,
+            "vocab_size": text.vocab_size,
+            "width": text.width,
+            "heads": text.num_heads,
+            "layers": text.depth,
+            "mlp_ratio": text.mlp_ratio,
+        },
+    }
+
+
+def export(model: ImageTextModel, node: Mapping[str, Any], scalars: Mapping[str, float], folder: Path) -> list[Path]:
+    """Write a model where open_clip finds it: `open_clip.create_model("local-dir:FOLDER")`.
+
+    Args:
+        model: with towers that open_clip has.
+        node: the configuration that it was built from.
+        scalars: `logit_scale` and `logit_bias` as the loss sees them, where there are any.
+        folder: gets open_clip_model.safetensors and open_clip_config.json.
+
+    Returns: the files. Raises: ValueError if the model has no open_clip shape.
+    """
+    tensors = to_open_clip(model, scalars.get("logit_scale"), scalars.get("logit_bias"))
+    settings = open_clip_config(model, node)
+    if "logit_bias" in scalars:
+        settings["model_cfg"] |= {"init_logit_bias": scalars["logit_bias"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "open_clip_model.safetensors", folder / "open_clip_config.json"]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, files[0])
+    files[1].write_text(json.dumps(settings, indent=2) + "\n")
+    return files

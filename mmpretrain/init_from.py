@@ -1,0 +1,126 @@
+"""Where a run's first weights come from: another run, a file, or a name that open_clip knows."""
+
+import logging
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+from open_clip.factory import load_state_dict
+from safetensors import SafetensorError
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from mmpretrain import checkpoint
+from mmpretrain.exporters.open_clip import from_open_clip
+from mmpretrain.loading import find
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.task import Task
+
+log = logging.getLogger(__name__)
+
+_NAMED = 8
+_IMAGE_POSITIONS = ("model.image.trunk.pos_embed", "model.image.visual.positional_embedding")
+
+
+def init_from(task: Task, source: str) -> None:
+    """Fill the task with weights.
+
+    What the source has for objectives or a text encoder that this run does not have, and what this run's objectives
+    need and the source lacks, is said and left. Anything else that is missing, left over or of another shape is an
+    error. Image positions of another grid are interpolated.
+
+    Args:
+        task: the model and its objectives.
+        source: one of our runs or checkpoints; a file of ours or of open_clip's (.safetensors, .pt, .bin); or
+            `<model>/<tag>` of `open_clip.list_pretrained()`.
+
+    Raises: ValueError if there is no such source, or its weights are not those of this model.
+    """
+    tensors = _read(source, task)
+    own = task.state_dict()
+    for name in _IMAGE_POSITIONS:
+        if name in own and name in tensors and tensors[name].shape != own[name].shape:
+            tensors[name] = _resized(tensors[name], own[name], task.model)
+    missing = [name for name in own if name not in tensors]
+    left_over = [name for name in tensors if name not in own]
+    new_heads = [name for name in missing if name.startswith("objectives.")]
+    unused = [name for name in left_over if name.startswith("objectives.") or _is_text_of_none(name, task.model)]
+    problems = {
+        "are missing": sorted(set(missing) - set(new_heads)),
+        "are left over": sorted(set(left_over) - set(unused)),
+        "have another shape": [name for name in own if name in tensors and tensors[name].shape != own[name].shape],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"init_from={source} does not fit this model: {listed}; expected the weights of the same model"
+        )
+    for what, names in (("starts anew", new_heads), ("is not used", unused)):
+        if names:
+            log.info("init_from=%s: %s: %s", source, what, _listed(names))
+    task.load_state_dict({**own, **{name: tensors[name] for name in own if name in tensors}})
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _is_text_of_none(name: str, model: ImageTextModel) -> bool:
+    """Whether a parameter belongs to a text encoder that the model does not have."""
+    return model.text is None and name.startswith(("model.text.", "model.text_projection."))
+
+
+def _resized(positions: Tensor, own: Tensor, model: ImageTextModel) -> Tensor:
+    """Positions of another grid, interpolated to the model's."""
+    table = positions if positions.ndim == 3 else positions[None]
+    if table.shape[-1] != own.shape[-1]:
+        return positions
+    prefix = own.shape[-2] - model.image.num_patches
+    resized = resample_abs_pos_embed(table, list(model.image.grid_size), num_prefix_tokens=prefix)
+    return resized.reshape(own.shape)
+
+
+def _read(source: str, task: Task) -> dict[str, Tensor]:
+    """The source's tensors under our names."""
+    path = Path(source)
+    if path.is_dir():
+        return checkpoint.load_tensors(find(path)[1], "model.safetensors")
+    file = path if path.is_file() else _download(source)
+    try:
+        tensors: dict[str, Tensor] = load_state_dict(str(file))
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"init_from={source}: its weights cannot be read ({str(error).splitlines()[0]}); "
+            "expected a .safetensors, or a .pt that holds tensors alone"
+        ) from error
+    if any(name.startswith(("model.", "objectives.")) for name in tensors):
+        return tensors
+    renamed = from_open_clip(task.model, tensors)
+    scalars = {name: renamed.pop(name) for name in ("logit_scale", "logit_bias") if name in renamed}
+    ours = {f"model.{name}" if name in task.model.state_dict() else name: t for name, t in renamed.items()}
+    for leaf, tensor in scalars.items():
+        learned = [name for name in task.state_dict() if name.startswith("objectives.") and name.endswith(f".{leaf}")]
+        ours |= {name: tensor.reshape(1) for name in learned or [f"objectives.{leaf}"]}
+    return ours
+
+
+def _download(source: str) -> Path:
+    """The file of a `<model>/<tag>` that open_clip knows. Raises: ValueError if it knows none or cannot fetch it."""
+    name, _, tag = source.partition("/")
+    config = open_clip.get_pretrained_cfg(name, tag)
+    if not config:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = (
+            f"{name} has the tags {', '.join(tags)}"
+            if tags
+            else "expected a run, a file, or a <model>/<tag> of open_clip"
+        )
+        raise ValueError(f"init_from={source}: there is no such run or file, and open_clip does not know it; {known}")
+    try:
+        return Path(open_clip.download_pretrained(config))
+    except Exception as error:  # huggingface_hub, urllib and requests say it in many ways
+        raise ValueError(
+            f"init_from={source}: open_clip cannot fetch it ({str(error).splitlines()[0]}); give the file itself"
+        ) from error

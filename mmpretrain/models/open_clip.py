@@ -1,0 +1,292 @@
+"""open_clip's models by name: its own modules, wrapped as encoders that give tokens and, where they can, take masks.
+
+Parameters keep open_clip's names, projections included, so that weights go over one to one (`exporters.open_clip`).
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from torch import Tensor, nn
+
+from mmpretrain.masking import PatchMask
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.text import TextEncoding, by_length
+from mmpretrain.models.vit import ImageEncoding, TimmEncoder
+
+
+def open_clip_model(
+    name: str,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    vision: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    squash: bool | None = None,
+) -> ImageTextModel:
+    """A model of open_clip with random weights; `init_from` fills them in.
+
+    Args:
+        name: of `open_clip.list_models()`, or `local-dir:<folder with open_clip_config.json>`.
+        image_size: side of the images in pixels, if not the model's own.
+        context_length: tokens of a text, if not the model's own.
+        vision, text: what differs from the model's `vision_cfg` and `text_cfg`.
+        image_mean, image_std, squash: see `ImageTextModel`; None takes what the model's published weights expect.
+
+    Raises: ValueError if open_clip does not know the name or refuses an argument, or a tower cannot be wrapped.
+    """
+    config = model_config(name, image_size, context_length, vision, text)
+    towers = {"vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]}
+    try:
+        model = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, force_custom_text=True, **towers
+        )
+    except (TypeError, AssertionError, RuntimeError, OSError) as error:
+        raise ValueError(f"open_clip refuses model.name={name} with {towers}: {error}") from error
+    if not isinstance(model, open_clip.CustomTextCLIP):
+        raise ValueError(f"model.name={name} is a {type(model).__name__}; expected a model of two towers")
+    preprocess = {**open_clip.get_model_preprocess_cfg(model), **_published_preprocess(name)}
+    if preprocess["resize_mode"] == "longest" and squash is None:
+        raise ValueError(f"model.name={name} pads its images (resize_mode longest); choose model.squash=true or false")
+    image = _image_encoder(model.visual, name)
+    text_encoder = OpenClipHFText(model.text) if isinstance(model.text, HFTextEncoder) else OpenClipText(model.text)
+    if not config.get("custom_text") and isinstance(text_encoder, OpenClipText):
+        text_encoder.prefix = ""
+    with torch.no_grad():
+        embed_dim = image.project(torch.zeros(1, image.width)).shape[-1]
+    return ImageTextModel(
+        image=image,
+        text=text_encoder,
+        embed_dim=embed_dim,
+        image_mean=tuple(preprocess["mean"] if image_mean is None else image_mean),
+        image_std=tuple(preprocess["std"] if image_std is None else image_std),
+        squash=preprocess["resize_mode"] == "squash" if squash is None else squash,
+    )
+
+
+def _image_encoder(visual: Any, name: str) -> Any:
+    if isinstance(visual, VisionTransformer):
+        return OpenClipVision(visual)
+    if isinstance(visual, TimmModel) and "pool" not in visual.head._modules:
+        # timm's classifier is the projection where open_clip adds none of its own.
+        return TimmEncoder.around(visual.trunk, visual.image_size[0], head=visual.head)
+    if isinstance(visual, ModifiedResNet):
+        return OpenClipResNet(visual)
+    reason = "its pooling is part of its projection" if isinstance(visual, TimmModel) else "it is not known"
+    raise ValueError(f"model.name={name}: its image tower {type(visual).__name__} cannot be wrapped ({reason})")
+
+
+def _published_preprocess(name: str) -> dict[str, Any]:
+    """What a model's first published weights say of its images, where there are any; three models have tags that differ."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
+    return {key: config[key] for key in ("mean", "std", "resize_mode") if config.get(key) is not None}
+
+
+def model_config(
+    name: str,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    vision: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """open_clip's configuration of a model, with what differs; never asks for weights of a tower.
+
+    Raises: ValueError if open_clip does not know the name.
+    """
+    config = open_clip.get_model_config(name) if name in open_clip.list_models() else _config_in_folder(name)
+    if config is None:
+        near = ", ".join(difflib.get_close_matches(name, open_clip.list_models())) or "one of open_clip.list_models()"
+        raise ValueError(
+            f"model.name is {name!r}; expected a model of open_clip, such as {near}, or "
+            "local-dir:<folder with open_clip_config.json>"
+        )
+    vision_cfg = {**config["vision_cfg"], **(vision or {}), "timm_model_pretrained": False}
+    text_cfg = {**config["text_cfg"], **(text or {}), "hf_model_pretrained": False}
+    if image_size is not None:
+        vision_cfg["image_size"] = image_size
+    if context_length is not None:
+        text_cfg["context_length"] = context_length
+    return {**config, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+
+def _config_in_folder(name: str) -> dict[str, Any] | None:
+    """The model_cfg of a `local-dir:<folder>`, if there is one."""
+    file = Path(name.removeprefix("local-dir:"), "open_clip_config.json")
+    if not name.startswith("local-dir:") or not file.is_file():
+        return None
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["model_cfg"]
+    return config
+
+
+class OpenClipVision(nn.Module):
+    """open_clip's `VisionTransformer`, on all patches or on the kept ones; its own patch dropout is never used."""
+
+    is_vit = True
+    has_batch_norm = False
+    projects = True
+    num_prefix_tokens = 1
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        self.image_size: int = visual.image_size[0]
+        self.grid_size: tuple[int, int] = visual.grid_size
+        self.patch_size: tuple[int, int] = visual.patch_size
+        self.width: int = visual.ln_post.normalized_shape[0]
+
+    @property
+    def num_patches(self) -> int:
+        """N, the number of patches of an image."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def forward(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+        """Encode images [b, 3, h, w]; with a mask only the kept patches are computed, filler is never attended to.
+
+        Raises: ValueError if a varying number of patches is to be pooled by more than the class token.
+        """
+        visual = self.visual
+        patches = visual.conv1(images).flatten(2).transpose(1, 2)
+        positions = visual.positional_embedding.to(patches.dtype)
+        prefix = (visual.class_embedding.to(patches.dtype) + positions[0]).expand(len(patches), 1, -1)
+        patches = patches + positions[1:]
+        attn_mask = None
+        if mask is not None:
+            patches = patches.gather(1, mask.keep[..., None].expand(-1, -1, patches.shape[-1]))
+            if mask.num_keep is not None:
+                if visual.attn_pool is not None or visual.pool_type != "tok":
+                    raise ValueError(
+                        f"pool_type={visual.pool_type!r} of open_clip's VisionTransformer cannot pool a varying number "
+                        "of patches; use a constant mask_ratio, or pool_type tok"
+                    )
+                length = patches.shape[1] + 1
+                is_filler = torch.arange(length, device=images.device) > mask.num_keep[:, None]
+                heads = visual.transformer.resblocks[0].attn.num_heads
+                # nn.MultiheadAttention's form, added to the logits: one matrix for each head of each row.
+                added = torch.zeros_like(is_filler, dtype=patches.dtype).masked_fill_(is_filler, -torch.inf)
+                attn_mask = added[:, None, None, :].expand(-1, heads, length, -1).flatten(0, 1)
+        x = visual.transformer(visual.ln_pre(torch.cat([prefix, patches], dim=1)), attn_mask=attn_mask)
+        pooled, _ = visual._pool(x)
+        return ImageEncoding(x if visual.attn_pool is not None else visual.ln_post(x), pooled)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[b, width] -> [b, e]."""
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+
+class OpenClipResNet(nn.Module):
+    """OpenAI's `ModifiedResNet`; its attention pooling ends with the projection, so that pooled is the embedding."""
+
+    is_vit = False
+    has_batch_norm = True
+    projects = True
+
+    def __init__(self, visual: ModifiedResNet) -> None:
+        super().__init__()
+        self.visual: Any = visual
+        self.image_size: int = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
+        self.width: int = visual.output_dim
+
+    def forward(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+        """Encode images [b, 3, h, w]. Raises: ValueError if a mask is given."""
+        if mask is not None:
+            raise ValueError("open_clip's ModifiedResNet cannot drop patches; expected a ViT")
+        visual = self.visual
+        x = visual.stem(images)
+        for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
+            x = layer(x)
+        return ImageEncoding(x.flatten(2).transpose(1, 2), visual.attnpool(x))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[b, e] as it is."""
+        return pooled
+
+
+class OpenClipText(nn.Module):
+    """open_clip's `TextTransformer`, without its padding where padding cannot matter."""
+
+    projects = True
+    prefix = "text."
+    """Where open_clip keeps its parameters; empty in models whose text tower is not a part of its own."""
+
+    def __init__(self, text: TextTransformer) -> None:
+        super().__init__()
+        self.text: Any = text
+        self.vocab_size: int = text.vocab_size
+        self.context_length: int = text.context_length
+        self.width: int = text.width
+        self.causal = text.attn_mask is not None
+        # Behind a causal mask nothing after the end token matters. SigLIP's towers look at padding, and need it all.
+        self._ignores_padding = self.causal and text.cls_emb is None and text.pool_type in ("argmax", "eos", "first")
+        self.pad_id: int | None = None if self._ignores_padding else text.pad_id
+        self.adopts_padding = not self._ignores_padding and text.cls_emb is None
+        self.end_id: int | None = text.eos_id if text.pool_type == "eos" else None
+
+    def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Token embeddings [b, l, d] -> [b, l, d]."""
+        text, length = self.text, x.shape[1]
+        x = x + text.positional_embedding[:length].to(x.dtype)
+        return text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
+
+    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding:
+        """Encode token ids int64 [b, L], rows sorted by length as `cuts` says (see `models.text.by_length`)."""
+        text = self.text
+        if self._ignores_padding:
+            tokens = by_length(self._encode, text.token_embedding(ids), lengths, cuts)
+            last = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
+            return TextEncoding(tokens, tokens[torch.arange(len(ids), device=ids.device), last], lengths)
+        is_padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
+        assert self.pad_id is not None
+        ids = ids.masked_fill(is_padding, self.pad_id)
+        ids = F.pad(ids, (0, self.context_length - ids.shape[1]), value=self.pad_id)
+        x, attn_mask = text._embeds(ids)
+        x = text.transformer(x, attn_mask=attn_mask)
+        if text.cls_emb is not None:
+            return TextEncoding(x[:, :-1], text.ln_final(x[:, -1]), lengths)
+        x = text.ln_final(x)
+        return TextEncoding(x, text_global_pool(x, ids, text.pool_type, text.eos_id), lengths)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[b, width] -> [b, e]."""
+        projection = self.text.text_projection
+        if projection is None:
+            return pooled
+        return projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
+
+
+class OpenClipHFText(nn.Module):
+    """A text model of Hugging Face in open_clip's adapter."""
+
+    projects = True
+    prefix = "text."
+    causal = False
+    pad_id = end_id = None
+    adopts_padding = False
+
+    def __init__(self, text: HFTextEncoder) -> None:
+        super().__init__()
+        self.text: Any = text
+        self.vocab_size: int = text.vocab_size
+        self.context_length: int = text.context_length
+        self.width: int = text.config.hidden_size
+
+    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding:
+        """Encode token ids int64 [b, L]; padding is told from the lengths and never attended to."""
+        ids = ids[:, : cuts[-1]]
+        is_token = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        out = self.text.transformer(input_ids=ids, attention_mask=is_token)
+        return TextEncoding(out.last_hidden_state, self.text.pooler(out, is_token), lengths)
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """[b, width] -> [b, e]."""
+        return self.text.proj(pooled)

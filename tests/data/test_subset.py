@@ -1,0 +1,114 @@
+"""Training on named samples of tars."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmpretrain.data.loader import build_loader
+from mmpretrain.data.shards import Shards, concatenated
+from mmpretrain.data.stream import Source, TarStream
+from mmpretrain.data.subset import select
+from mmpretrain.data.tokenizer import ClipTokenizer
+from mmpretrain.data.transforms import CenterCrop
+from tests.tars import make_samples, write_tars
+
+NUM_SAMPLES = 60
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    samples = make_samples(NUM_SAMPLES)
+    for number, sample in enumerate(samples):
+        sample["json"] = {"uid": f"{number * 7919:016x}{number:016x}"}
+    return Shards(write_tars(tmp_path_factory.mktemp("subset"), samples, [25, 20, 15]))
+
+
+def save(path: Path, array: np.ndarray) -> str:
+    np.save(path, array)
+    return str(path)
+
+
+def test_keys_and_uids_name_the_same_samples(shards: Shards, tmp_path: Path) -> None:
+    wanted = [3, 24, 25, 44, 59]
+    keys = save(tmp_path / "keys.npy", np.array([shards.key(sample) for sample in reversed(wanted)]))
+    assert select(shards, keys).tolist() == wanted
+    pairs = [(sample * 7919, sample) for sample in wanted]
+    as_datacomp = np.array(pairs, dtype=np.dtype("u8,u8"))
+    assert select(shards, save(tmp_path / "uids.npy", as_datacomp)).tolist() == wanted
+    assert select(shards, save(tmp_path / "plain.npy", np.array(pairs, dtype=np.uint64))).tolist() == wanted
+
+
+def test_kept_samples_are_the_only_ones_there(shards: Shards) -> None:
+    wanted = np.array([3, 24, 25, 44, 59])
+    kept = Shards(shards.paths, wanted)
+    assert kept.num_samples == 5
+    assert [kept.key(i) for i in range(5)] == [shards.key(sample) for sample in wanted.tolist()]
+    assert [kept.member(i, ("txt",)) for i in range(5)] == [shards.member(s, ("txt",)) for s in wanted.tolist()]
+    for ours, theirs in zip(kept.locate(np.arange(5)), shards.locate(wanted), strict=True):
+        assert ours.tolist() == theirs.tolist()
+    for beyond in (5, 59, -1):
+        with pytest.raises(IndexError):
+            kept.key(beyond)
+    assert len({shards.fingerprint, kept.fingerprint, Shards(shards.paths, wanted[:4]).fingerprint}) == 3
+
+
+def test_sets_that_keep_some_are_joined(shards: Shards) -> None:
+    first, second = Shards(shards.paths[:1], np.array([2, 4])), Shards(shards.paths[1:])
+    joined = concatenated([first, second])
+    assert [joined.key(i) for i in range(joined.num_samples)] == [
+        *(first.key(i) for i in range(2)),
+        *(second.key(i) for i in range(second.num_samples)),
+    ]
+
+
+def epoch(shards: Shards, first_step: int, num_steps: int) -> list[list[int]]:
+    """The sample ids of each step."""
+    stream = TarStream("pairs", [Source("pairs", shards)], 4, 0, "txt", CenterCrop(), 16)
+    loader = build_loader({"pairs": stream}, ClipTokenizer(), first_step, num_steps)
+    return [sorted(batch.streams["pairs"].ids.tolist()) for batch in loader]
+
+
+def test_training_sees_exactly_those_in_an_order_that_resumes(shards: Shards) -> None:
+    wanted = np.arange(1, NUM_SAMPLES, 3)
+    kept = Shards(shards.paths, wanted)
+    steps = epoch(kept, 0, 15)
+    for start in (0, 5, 10):  # 20 samples: five steps an epoch
+        assert sorted(sample for step in steps[start : start + 5] for sample in step) == list(range(20))
+    for first_step in (1, 7, 13):
+        assert epoch(kept, first_step, 15) == steps[first_step:]
+
+
+def test_names_that_no_sample_has_are_counted(shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = save(tmp_path / "keys.npy", np.array([shards.key(7), "gone", "gone too"]))
+    assert select(shards, keys).tolist() == [7]
+    assert "2 of its 3 names are in no tar" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.array(["gone"]), "none of its 1 names is in"),
+        (np.arange(4.0), r"of float64; expected keys \(text\) or uids \(two uint64 each\)"),
+        (np.array([{}]), "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_names_no_sample_is_refused(
+    shards: Shards, tmp_path: Path, content: np.ndarray | None, message: str
+) -> None:
+    path = tmp_path / "keep.npy"
+    if content is not None:
+        np.save(path, content)
+    with pytest.raises(ValueError, match=message):
+        select(shards, str(path))
+
+
+def test_names_that_several_samples_share_are_refused(tmp_path: Path) -> None:
+    samples = make_samples(4)
+    for sample in samples:
+        sample["json"] = json.dumps({"uid": "0" * 32}).encode()
+    twice = Shards(write_tars(tmp_path, samples, [2, 2]))
+    with pytest.raises(ValueError, match="by uid, but 3 of the samples share theirs"):
+        select(twice, save(tmp_path / "keep.npy", np.zeros((1, 2), np.uint64)))

@@ -1,0 +1,179 @@
+"""What makes training comfortable, by the real command: averaged weights, fp16, best checkpoints, frozen parts."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmpretrain.ema import EMA
+from mmpretrain.loading import load_checkpoint
+from mmpretrain.precision import LossScale
+from tests import runs, tiny
+
+
+def train(folder: Path, pairs: Path, *overrides: str, code: int = 0) -> runs.Finished:
+    finished = runs.train(folder, f"data.root={pairs}", *overrides)
+    assert finished.code == code, finished.stderr
+    return finished
+
+
+def weights(folder: Path, step: int, part: str = "model") -> dict[str, Tensor]:
+    return load_file(folder / "run" / "checkpoints" / f"step_{step:08d}" / f"{part}.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------- averaged weights
+
+
+def test_average_is_that_of_every_steps_weights(pairs: Path, tmp_path: Path) -> None:
+    settings = ("trainer.duration=4steps", "checkpoint.every=1steps", "checkpoint.keep_last=0", "trainer.ema_decay=0.7")
+    train(tmp_path, pairs, *settings)
+    average = weights(tmp_path, 1, "ema")
+    for step in (2, 3, 4):
+        own = weights(tmp_path, step)
+        average = {name: value * 0.7 + own[name] * 0.3 for name, value in average.items()}
+        for name, value in weights(tmp_path, step, "ema").items():
+            torch.testing.assert_close(value, average[name], rtol=1e-5, atol=1e-7)
+    results = runs.results(tmp_path / "run")
+    assert "eval-val-ema/image_retrieval_recall@1" in results
+    raw, averaged = (load_checkpoint(tmp_path / "run", ema=ema).model.state_dict() for ema in (False, True))
+    name = "image_projection.weight"
+    assert torch.equal(raw[name], weights(tmp_path, 4)[f"model.{name}"])
+    assert torch.equal(averaged[name], weights(tmp_path, 4, "ema")[f"model.{name}"])
+
+
+def test_a_skipped_step_leaves_the_average_as_it_is() -> None:
+    model = tiny.image_text()
+    average = EMA(model, 0.9)
+    before = {name: tensor.clone() for name, tensor in average.tensors.items()}
+    with torch.no_grad():
+        model.image_projection.weight.add_(1.0)  # type: ignore[union-attr]
+    average.update(torch.tensor(1.0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in average.tensors.items())
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with average.applied():
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_without_average_refuses_to_give_one(pairs: Path, tmp_path: Path) -> None:
+    train(tmp_path, pairs, "trainer.duration=1steps")
+    with pytest.raises(ValueError, match=r"has no averaged weights; expected a run with trainer\.ema_decay"):
+        load_checkpoint(tmp_path / "run", ema=True)
+
+
+# ---------------------------------------------------------------------------------------------- fp16
+
+
+def test_fp16_trains_close_to_fp32(pairs: Path, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "fp16"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        train(folder, pairs, "trainer.duration=8steps", f"trainer.precision={precision}")
+        losses[precision] = [record["train/loss"] for record in runs.records(folder / "run")]
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["fp16"] != losses["fp32"]
+    state = json.loads((runs.checkpoints(tmp_path / "fp16" / "run")[-1] / "state.json").read_text())
+    assert state["loss_scale"] == 2.0**16
+    assert state["good_steps"] == 8
+
+
+def test_loss_scale_halves_at_a_bad_step_and_doubles_after_many_good_ones() -> None:
+    scale = LossScale("fp16", torch.device("cpu"), None, 1998)
+    gradients = [torch.full((3,), 2.0**17)]
+    scale.unscale(gradients)
+    assert gradients[0].tolist() == [2.0] * 3
+    scale.update(torch.tensor(0.0))
+    scale.update(torch.tensor(0.0))
+    assert scale.state() == (2.0**17, 0)
+    scale.update(torch.tensor(1.0))
+    assert scale.state() == (2.0**16, 0)
+    idle = LossScale("bf16", torch.device("cpu"), None, 0)
+    idle.unscale(gradients)
+    assert idle.scale is None and gradients[0].tolist() == [2.0] * 3
+
+
+# ---------------------------------------------------------------------------------------------- the best checkpoint
+
+
+def test_best_checkpoint_is_kept_and_can_be_named(pairs: Path, tmp_path: Path) -> None:
+    metric = "eval-val/contrastive_loss"
+    train(
+        tmp_path, pairs, "trainer.duration=12steps", "trainer.eval_every=2steps", "eval=[contrastive_loss]",
+        f"checkpoint.best={metric}", "checkpoint.keep_last=1", "checkpoint.every=100%", "optimizer.lr=0.05",
+    )  # fmt: skip
+    losses = {r["step"]: r[metric] for r in runs.records(tmp_path / "run") if metric in r}
+    best = min(losses, key=lambda step: losses[step])
+    assert len(losses) == 6
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "best").read_text() == f"step_{best:08d}\n"
+    assert {path.name for path in runs.checkpoints(tmp_path / "run")} == {f"step_{best:08d}", "step_00000012"}
+    assert load_checkpoint(folder / "best").state["step"] == best
+    assert load_checkpoint(folder / "best").state["best"] == losses[best]
+
+
+# ---------------------------------------------------------------------------------------------- frozen parts
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_frozen_parts_wait_for_their_turn(world_size: int, pairs: Path, tmp_path: Path) -> None:
+    finished = runs.train_group(
+        tmp_path, world_size, f"data.root={pairs}", "trainer.duration=6steps", "checkpoint.every=1steps",
+        "checkpoint.keep_last=0", "trainer.freeze={image.trunk.pos_embed: null, text: 4steps}",
+    )  # fmt: skip
+    assert [each.code for each in finished] == [0] * world_size, finished[0].stderr
+    for step in range(1, 6):
+        moved = changed(weights(tmp_path, step), weights(tmp_path, step + 1))
+        assert "model.image.trunk.pos_embed" not in moved
+        assert "model.image.trunk.patch_embed.proj.weight" in moved
+        assert ("model.text.positional_embedding" in moved) == (step >= 4), step
+
+
+def test_a_locked_tower_is_trained_against_as_it_is(pairs: Path, tmp_path: Path) -> None:
+    settings = ("trainer.duration=3steps", "checkpoint.every=1steps", "trainer.freeze={image: null}")
+    train(tmp_path, pairs, *settings)
+    moved = changed(weights(tmp_path, 1), weights(tmp_path, 3))
+    assert not any(name.startswith("model.image.") for name in moved)
+    assert {"model.image_projection.weight", "model.text.token_embedding.weight"} <= moved
+
+
+def test_a_part_that_is_not_there_is_told(pairs: Path, tmp_path: Path) -> None:
+    finished = train(tmp_path, pairs, "trainer.duration=1steps", "trainer.freeze={imag: null}", code=2)
+    assert finished.stderr == (
+        "error: trainer.freeze has 'imag', which is no part of the model; did you mean 'image'?\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- all of it, killed
+
+
+def test_everything_at_once_is_resumed_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
+    settings = (
+        "trainer.duration=10steps", "trainer.ema_decay=0.9", "trainer.precision=fp16", "checkpoint.every=2steps",
+        "trainer.freeze={text: 5steps}", "optimizer=timm", "optimizer.name=lamb",
+        "checkpoint.best=eval-val/image_retrieval_recall@5",
+        "objective.infonce.positives=group", "data.train.pairs.group=json.label", "augmentation=color_jitter",
+        "data.train.pairs.caption={txt: 1, json.caption: 3}",
+    )  # fmt: skip
+    outcomes: list[dict[str, Any]] = []
+    for name, stop in (("whole", None), ("killed", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if stop is not None:
+            command = runs.start_train(folder, f"data.root={pairs}", *settings)
+            run = folder / "run"
+            command.wait_for(lambda run=run: len(runs.checkpoints(run)) >= 2, "two checkpoints")
+            command.send(signal.SIGKILL)
+            command.wait()
+        train(folder, pairs, *settings)
+        outcomes.append({**runs.exact_outcome(folder / "run"), "ema": runs.tensors(folder / "run", "ema.safetensors")})
+    assert outcomes[0] == outcomes[1]

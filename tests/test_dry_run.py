@@ -1,0 +1,73 @@
+"""A dry run's figures against what torch counts and measures."""
+
+import copy
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmpretrain import dry_run, optim
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.text import TextTransformer
+from mmpretrain.models.vit import TimmEncoder
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Task
+from tests import tiny
+
+
+def make_task() -> Task:
+    """Large enough that activations and weights both count."""
+    shape = {"patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    text = TextTransformer(vocab_size=tiny.VOCAB_SIZE, context_length=32, width=96, depth=4, num_heads=3)
+    model = ImageTextModel(TimmEncoder("vit_base_patch16_clip_224", 32, shape), text, 64)
+    return Task(model, {"infonce": InfoNCE(model)})
+
+
+def make_optimizer(task: Task) -> torch.optim.Optimizer:
+    return optim.adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {})
+
+
+@pytest.fixture(scope="module")
+def costs() -> dry_run.Estimate:
+    batch = tiny.batch([8] * 16 + [24] * 16)
+    return dry_run.estimate(make_task(), batch, {"infonce": 1.0}, make_optimizer, "fp32", 32)
+
+
+def test_operations_are_torchs_count(costs: dry_run.Estimate) -> None:
+    task, batch = make_task(), tiny.batch([8] * 16 + [24] * 16)
+    with FlopCounterMode(display=False) as counter:
+        forward_backward(task, task, [batch], {"infonce": 1.0})
+    assert costs.flops_per_pair == pytest.approx(counter.get_total_flops() / 32, rel=0.01)
+    # By hand: 2 x weights x tokens forward, twice that backward, without attention's products.
+    blocks = 12 * 96**2 * 4
+    tokens = 32 * 17 + 16 * 8 + 16 * 24
+    assert 0.9 < costs.flops_per_pair * 32 / (6 * blocks * tokens) < 1.4
+
+
+def test_memory_is_that_of_a_measured_step(costs: dry_run.Estimate) -> None:
+    torch.manual_seed(0)
+    task, batch = make_task(), tiny.batch([8] * 16 + [24] * 16)
+    optimizer = make_optimizer(task)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(2):
+            forward_backward(task, task, [batch], {"infonce": 1.0})
+            optim.guarded_step(optimizer, torch.tensor(1.0), None)
+    peak = total = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            total += event.nbytes()
+            peak = max(peak, total)
+    measured = peak + sum(tensor.nbytes for tensor in task.state_dict().values())
+    assert costs.memory_bytes == pytest.approx(measured, rel=0.2)
+
+
+def test_nothing_is_trained(costs: dry_run.Estimate) -> None:
+    task = make_task()
+    before = copy.deepcopy(task.state_dict())
+    estimate = dry_run.estimate(task, tiny.batch([8] * 4), {"infonce": 1.0}, make_optimizer, "bf16", 4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.state_dict().items())
+    assert all(parameter.grad is None for parameter in task.parameters())
+    assert estimate.seconds_per_micro_batch > 0
+    assert sum(costs.parameters.values()) == sum(parameter.numel() for parameter in task.parameters())

@@ -1,0 +1,64 @@
+"""The export command: a run of ours, opened by open_clip."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+import mmpretrain
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    finished = runs.train(folder, f"data.root={pairs}", "trainer.duration=2steps", "objective=[sigmoid]")
+    assert finished.code == 0, finished.stderr
+    return folder / "run"
+
+
+def test_open_clip_opens_it_with_the_same_embeddings(run: Path, tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.export", [f"checkpoint={run}", f"output={tmp_path}/out"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    assert [Path(line).name for line in finished.stdout.split()] == [
+        "open_clip_model.safetensors",
+        "open_clip_config.json",
+    ]
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}/out").eval()
+    ours, _, tokenizer = mmpretrain.load(run)
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    ids, lengths = tokenizer(["a red circle", "a cross", "blue"])
+    padded = torch.nn.functional.pad(ids, (0, theirs.context_length - ids.shape[1]))
+    with torch.no_grad():
+        image, text = theirs.encode_image(ours.normalize(images), normalize=True), theirs.encode_text(padded, True)
+    torch.testing.assert_close(ours.embed_images(images), image, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.embed_texts(ids, lengths), text, rtol=0, atol=1e-5)
+    results = runs.records(run)[-1]
+    assert theirs.logit_scale.exp().item() == pytest.approx(results["train/sigmoid_logit_scale"], rel=1e-2)
+    assert theirs.logit_bias.item() == pytest.approx(results["train/sigmoid_logit_bias"], rel=1e-2)
+    assert json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["preprocess_cfg"]["mean"][0] > 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["output=out", "format=onnx"], "format is 'onnx'; expected one of: open_clip"),
+        ([], "output has no value"),
+    ],
+)
+def test_wrong_use_is_told_in_one_line(run: Path, arguments: list[str], message: str, tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.export", [f"checkpoint={run}", *arguments], tmp_path)
+    assert finished.code == 2
+    assert len(finished.stderr.splitlines()) == 1
+    assert message in finished.stderr
+
+
+def test_a_shape_that_open_clip_does_not_have_is_refused(pairs: Path, tmp_path: Path) -> None:
+    overrides = ("trainer.duration=1steps", "model.text.causal=false", "model.text.pool=mean", "eval=[]")
+    assert runs.train(tmp_path, f"data.root={pairs}", *overrides).code == 0
+    finished = runs.run("mmpretrain.export", [f"checkpoint={tmp_path}/run", "output=out"], tmp_path)
+    assert finished.code == 2
+    assert "model.text has no open_clip shape: expected causal and pool=last" in finished.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,52 @@
+"""What the commands say about themselves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import runs
+
+
+def test_help_of_train_names_groups_values_and_examples(tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.train", ["--help", "experiment=quickstart"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    for expected in (
+        "python -m mmpretrain.train experiment=quickstart",
+        "objective: infonce, mae, sigmoid",
+        "model: clip_b32, clip_mini, clip_tiny, open_clip",
+        "debug: dry_run, nan, overfit, profile, smoke",
+        "batch_size: 64",  # the experiment's
+        'eval "$(mmpretrain-train -sc install=bash)"',
+    ):
+        assert expected in finished.stdout, finished.stdout
+    assert not list(tmp_path.glob("runs"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "embed"])
+def test_other_commands_have_help(command: str, tmp_path: Path) -> None:
+    finished = runs.run(f"mmpretrain.{command}", ["--help"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    assert "checkpoint" in finished.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("objective=", {"objective=infonce", "objective=mae", "objective=sigmoid"}),
+        ("experiment=quick", {"experiment=quickstart"}),
+        ("trainer.batch_s", {"trainer.batch_size="}),
+    ],
+)
+def test_the_shell_completes_groups_and_keys(typed: str, expected: set[str], tmp_path: Path) -> None:
+    line = f"mmpretrain-train {typed}"
+    environment = {**os.environ, "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    code = "import sys; sys.argv = ['mmpretrain-train', '-sc', 'query=bash']; from mmpretrain.train import main; main()"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert expected <= set(finished.stdout.split())
