@@ -60,20 +60,25 @@ class Captioning(nn.Module):
         assert lengths is not None
         return (lengths - 1).clamp(min=0).sum()
 
-    def loss(self, encodings: Encodings) -> Terms:
-        """The sum of the cross-entropies, and of the hits as `accuracy`."""
+    def decode(self, encodings: Encodings) -> Tensor:
+        """The decoder's states [b, L, d]: at each place what is known of the token after it."""
         (stream,) = self.streams
         samples = encodings.samples(stream)
-        assert samples.text is not None and samples.lengths is not None
         image_tokens = encodings.image(stream).tokens
         states = encodings.text(stream).tokens
+        assert samples.lengths is not None
         if self.parallel > 0:
             in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < self.parallel
         else:
             in_parallel = torch.zeros(len(states), dtype=torch.bool, device=states.device)
-        decoded = by_length(self._decode, states, samples.lengths, samples.cuts, image_tokens, in_parallel)
+        return by_length(self._decode, states, samples.lengths, samples.cuts, image_tokens, in_parallel)
+
+    def loss(self, encodings: Encodings) -> Terms:
+        """The sum of the cross-entropies, and of the hits as `accuracy`."""
+        samples = encodings.samples(self.streams[0])
+        assert samples.text is not None and samples.lengths is not None
         labels, is_label = next_tokens(samples.text, samples.lengths)
-        logits = encodings.token_logits(decoded[:, : labels.shape[1]][is_label])
+        logits = encodings.token_logits(self.decode(encodings)[:, : labels.shape[1]][is_label])
         wanted = labels[is_label]
         return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}
 

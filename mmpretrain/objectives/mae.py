@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
 from mmpretrain.losses import masked_reconstruction, patchify
-from mmpretrain.masking import MaskSpec, num_kept, random_patch_mask
+from mmpretrain.masking import MaskSpec, PatchMask, num_kept, random_patch_mask
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
@@ -88,8 +88,8 @@ class MAE(nn.Module):
         seeds = batch.streams[self.streams[0]].seeds
         return random_patch_mask(seeds, self.num_patches, self.mask).hidden.sum()
 
-    def loss(self, encodings: Encodings) -> Tensor:
-        """The sum over hidden patches of `losses.masked_reconstruction`."""
+    def reconstruct(self, encodings: Encodings) -> tuple[Tensor, PatchMask]:
+        """(a prediction for each patch [b, N, p_h p_w 3], kept ones too, and which were hidden)."""
         (stream,) = self.streams
         mask = encodings.patch_mask(stream, self.mask)
         tokens = self.decoder_embed(encodings.image(stream, self.mask).tokens)
@@ -103,10 +103,13 @@ class MAE(nn.Module):
         choose_kernel(self.blocks, x.device)
         for block in self.blocks:
             x = block(x)
-        prediction = self.predict(self.norm(x))[:, self.num_prefix_tokens :]
-        pixels = encodings.pixels(stream)
+        return self.predict(self.norm(x))[:, self.num_prefix_tokens :], mask
+
+    def loss(self, encodings: Encodings) -> Tensor:
+        """The sum over hidden patches of `losses.masked_reconstruction`."""
+        prediction, mask = self.reconstruct(encodings)
         # The error is taken in float32 or wider: bf16 would round it away as the reconstruction gets good.
-        target = patchify(pixels, self.patch_size)
+        target = patchify(encodings.pixels(self.streams[0]), self.patch_size)
         return masked_reconstruction(prediction.to(target.dtype), target, mask.hidden, self.norm_pix)
 
 
