@@ -173,6 +173,8 @@ def test_grey_images_are_trained_on_and_shown(pairs: Path, tmp_path: Path) -> No
     grey = (f"+{grey[0]}", *grey[1:])
     train(tmp_path, pairs, "trainer.duration=2steps", *grey)
     assert weights(tmp_path, 2)["model.image.trunk.patch_embed.proj.weight"].shape[1] == 1
+    finished = runs.run("mmpretrain.export", [f"checkpoint={tmp_path}/run", f"output={tmp_path}/out"], tmp_path)
+    assert finished.code == 2 and "images of 1 channels" in finished.stderr
     refused = train(tmp_path, pairs, "trainer.duration=2steps", grey[0], "run.dir=other", code=2)
     assert "model.image takes 1 channels, and model.image_mean has 3 values" in refused.stderr
     refused = train(tmp_path, pairs, "augmentation=randaugment", *grey, "run.dir=other", code=2)

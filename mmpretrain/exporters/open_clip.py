@@ -191,6 +191,8 @@ def export(
 
     Returns: the files. Raises: ValueError if the model has no open_clip shape.
     """
+    if model.num_channels != 3:
+        raise ValueError(f"the model takes images of {model.num_channels} channels; open_clip's models take 3")
     tensors = to_open_clip(model, scalars.get("logit_scale"), scalars.get("logit_bias"))
     settings = open_clip_config(model, node)
     # open_clip takes the state of the largest id of a text for that of its end, unless told which it is.
