@@ -1,6 +1,7 @@
 """What finished runs left: their configuration, scores and curves."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from mmpretrain import config
 from mmpretrain.metrics import read_records
+
+log = logging.getLogger(__name__)
 
 # Which run of a repetition it is, not what was trained.
 _SEED = "run.seed"
@@ -65,13 +68,19 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def repetitions(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, by a name: that of their directories without the seed."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
+    """Runs that differ in their seed alone, by a name: that of their directories without the seed.
+
+    Of several runs of one seed the last finished one counts: the others are no further draw.
+    """
+    groups: dict[str, dict[Any, Run]] = {}
+    for run in sorted(runs, key=lambda run: bool(run.results)):
         settings = {key: value for key, value in run.settings.items() if key != _SEED}
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
+        group = groups.setdefault(json.dumps(settings, sort_keys=True), {})
+        if (seed := run.settings.get(_SEED)) in group:
+            log.warning("%s and %s are runs of one seed; the latter counts", group[seed].folder, run.folder)
+        group[seed] = run
     named: dict[str, list[Run]] = {}
-    for group in groups.values():
+    for group in ([*of_seed.values()] for of_seed in groups.values()):
         name = re.sub(rf",?{re.escape(_SEED)}=\d+", "", group[0].folder.name).strip(",") or "default"
         if name in named:
             name = f"{group[0].folder.parent.name}/{name}"

@@ -118,6 +118,12 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
 def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
     if (stream.shards is None) == (not stream.sources):
         raise ValueError(f"data.train.{name} needs either shards or sources; give one of them")
+    for key in ("subset", "max_samples"):
+        if stream.sources and getattr(stream, key) is not None:
+            raise ValueError(
+                f"data.train.{name}.{key} is {getattr(stream, key)!r} beside sources; expected it where the shards are"
+                + (f": data.train.{name}.sources.<source>.subset" if key == "subset" else "")
+            )
     if not stream.sources:
         shards = _shards(f"data.train.{name}", stream.shards, root, stream.subset)
         if stream.max_samples is not None:

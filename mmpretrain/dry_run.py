@@ -39,8 +39,12 @@ def estimate(
     make_optimizer: Callable[[Task], torch.optim.Optimizer],
     precision: PrecisionName,
     num_pairs: int,
+    num_micro_batches: int = 1,
+    has_average: bool = False,
 ) -> Estimate:
     """Measure one micro-batch: forward and backward, the second and third of them timed; no weight changes.
+
+    With several micro-batches two are measured, and half of it counts: coupled objectives then take two passes.
 
     Args:
         task: the model and its objectives, on the device.
@@ -49,15 +53,22 @@ def estimate(
         make_optimizer: whose state is counted.
         precision: of the passes.
         num_pairs: samples of the micro-batch that count as pairs.
+        num_micro_batches: how many a step takes on one device.
+        has_average: whether a moving average of the weights is kept.
     """
     device = task.model.device
     context = autocast(device, precision)
 
+    repeated = [micro_batch] * min(num_micro_batches, 2)
+
     def once() -> None:
-        forward_backward(task, task, [micro_batch], weights, context)
+        forward_backward(task, task, repeated, weights, context)
 
     saved = _Saved(task)
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda x: x):
+        forward_backward(task, task, [micro_batch], weights, context)
+    task.zero_grad()
+    with FlopCounterMode(display=False) as counter:
         once()
     seconds = []
     for _ in range(_TIMED_STEPS):
@@ -66,18 +77,18 @@ def estimate(
         started = time.perf_counter()
         once()
         _synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started) / len(repeated))
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     state_bytes = _optimizer_bytes(task, make_optimizer)
     task.zero_grad()
     counts = dict.fromkeys((*optim.TOWERS, "frozen"), 0)
     for name, parameter in task.named_parameters():
         counts[optim.tower_of(name) if parameter.requires_grad else "frozen"] += parameter.numel()
-    weights_bytes = sum(tensor.nbytes for tensor in task.state_dict().values())
+    weights_bytes = sum(tensor.nbytes for tensor in task.state_dict().values()) * (2 if has_average else 1)
     gradient_bytes = sum(parameter.nbytes for parameter in trained)
     return Estimate(
         parameters=counts,
-        flops_per_pair=counter.get_total_flops() / num_pairs,
+        flops_per_pair=counter.get_total_flops() / len(repeated) / num_pairs,
         memory_bytes=weights_bytes + gradient_bytes + state_bytes + saved.num_bytes,
         seconds_per_micro_batch=min(seconds),
     )

@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -56,21 +57,44 @@ def run(cfg: EmbedConfig) -> list[Path]:
     precision: PrecisionName = (
         cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
     )
+    usage.check_number("batch_size", cfg.batch_size, at_least=1)
+    usage.check_number("workers", cfg.workers, at_least=0)
     folder = Path(cfg.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is {cfg.output!r}, a file; expected a folder, new or an earlier one's")
     folder.mkdir(parents=True, exist_ok=True)
+    # What the rows depend on: another answer to any of it is another work, and begins anew.
+    work = {
+        "checkpoint": hashlib.sha256((loaded.path / "manifest.json").read_bytes()).hexdigest(),
+        "ema": cfg.ema,
+        "precision": precision,
+    }
     written = []
     with autocast(device, precision):
         if cfg.images is not None:
             images = _Images(cfg.images, loaded.preprocess)
             written += _write(
-                folder / "images", images.keys, loaded, lambda start: _of_images(images, loaded, cfg, start)
-            )
+                folder / "images", images.keys, loaded, {**work, "images": images.fingerprint},
+                lambda start: _of_images(images, loaded, cfg, start),
+            )  # fmt: skip
         if cfg.texts is not None:
-            texts = [line for line in Path(cfg.texts).read_text(encoding="utf-8").splitlines() if line.strip()]
-            written += _write(folder / "texts", texts, loaded, lambda start: _of_texts(texts, loaded, cfg, start))
+            texts = _texts(Path(cfg.texts))
+            written += _write(folder / "texts", texts, loaded, work, lambda start: _of_texts(texts, loaded, cfg, start))
     for path in written:
         Console().print(str(path), soft_wrap=True)
     return written
+
+
+def _texts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises: ValueError if there are none, or it is not UTF-8."""
+    try:
+        texts = [line.rstrip("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"texts={path} is not UTF-8 ({error.reason} at byte {error.start}); convert it") from error
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"texts={path} is empty; expected one text a line")
+    return texts
 
 
 class _Images(Dataset[Tensor | None]):
@@ -87,9 +111,13 @@ class _Images(Dataset[Tensor | None]):
             if not self._files:
                 raise ValueError(f"images={source}: no image in it; expected {', '.join(sorted(kinds))}, or tars")
             self.keys = [str(path.relative_to(source)) for path in self._files]
+            stats = [path.stat() for path in self._files]
+            lines = "".join(f"{stat.st_size} {stat.st_mtime_ns}\n" for stat in stats)
+            self.fingerprint = hashlib.sha256(f"{Path(source).resolve()}\n{lines}".encode()).hexdigest()
         else:
             self._shards = Shards(expand_shards(source))
             self.keys = [self._shards.key(sample) for sample in range(self._shards.num_samples)]
+            self.fingerprint = self._shards.fingerprint
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -129,14 +157,21 @@ def _of_texts(texts: Sequence[str], loaded: Loaded, cfg: EmbedConfig, start: int
         yield loaded.model.embed_texts(*loaded.tokenizer(texts[first : first + cfg.batch_size])).float().cpu()
 
 
-def _write(path: Path, keys: Sequence[str], loaded: Loaded, rows_from: Callable[[int], Iterator[Tensor]]) -> list[Path]:
+def _write(
+    path: Path,
+    keys: Sequence[str],
+    loaded: Loaded,
+    inputs: Mapping[str, Any],
+    rows_from: Callable[[int], Iterator[Tensor]],
+) -> list[Path]:
     """`PATH.npy`, float32 [n, e] of unit length, and `PATH.keys.txt`, a line for each row.
 
-    Rows are written as they come, beside a note of how many there are, so that the same command goes on after a kill.
+    What the rows are computed from stands in `PATH.json`. Rows are written as they come, beside a note of how many
+    there are, so that the same command goes on after a kill.
     """
     array, key_file = path.with_name(f"{path.name}.npy"), path.with_name(f"{path.name}.keys.txt")
     partial, note = path.with_name(f".partial-{path.name}.npy"), path.with_name(f".progress-{path.name}.json")
-    work = {"checkpoint": str(loaded.path.resolve()), "digest": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
+    work = {**inputs, "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
     done = path.with_name(f"{path.name}.json")
     if done.exists() and json.loads(done.read_text()) == work:
         log.info("%s is there already", array)

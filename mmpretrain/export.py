@@ -32,7 +32,9 @@ def run(cfg: ExportConfig) -> list[Path]:
     if cfg.format not in _FORMATS:
         raise ValueError(f"format is {cfg.format!r}; {usage.nearest(cfg.format, list(_FORMATS))}")
     loaded = load_checkpoint(cfg.checkpoint, trust=cfg.trust, ema=cfg.ema)
-    files = _FORMATS[cfg.format](loaded.model, loaded.config["model"], loaded.scalars, Path(cfg.output))
+    files = _FORMATS[cfg.format](
+        loaded.model, loaded.config["model"], loaded.scalars, Path(cfg.output), loaded.tokenizer
+    )
     for file in files:
         Console().print(str(file), soft_wrap=True)
     return files

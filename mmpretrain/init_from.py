@@ -92,7 +92,7 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_state_dict(str(file))
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
         raise ValueError(
-            f"init_from={source}: its weights cannot be read ({str(error).splitlines()[0]}); "
+            f"init_from={source}: its weights cannot be read ({type(error).__name__}); "
             "expected a .safetensors, or a .pt that holds tensors alone"
         ) from error
     if any(name.startswith(("model.", "objectives.")) for name in tensors):

@@ -13,6 +13,9 @@ from mmpretrain.usage import check_number, nearest
 TOWERS = ("image", "text", "heads")
 _OF_A_TOWER = ("lr", "weight_decay")
 
+# adahessian wants a second backward pass, kron keeps state that no checkpoint can hold, lookahead wraps another.
+_UNSUITABLE = ("adahessian", "kron", "lookahead")
+
 
 def tower_of(parameter_name: str) -> str:
     """`image`, `text`, or `heads` for projections and what belongs to objectives."""
@@ -119,7 +122,8 @@ def torch_optimizer(
     """
     kinds = {key: kind for key, kind in vars(torch.optim).items() if isinstance(kind, type)}
     kinds = {key: kind for key, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
-    del kinds["Optimizer"], kinds["LBFGS"]  # which wants to compute the loss again
+    # The loss is not computed again, and gradients are dense.
+    del kinds["Optimizer"], kinds["LBFGS"], kinds["SparseAdam"]
     if name not in kinds:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, list(kinds))}")
     return _built(
@@ -144,7 +148,7 @@ def timm_optimizer(
 
     Raises: ValueError if timm has none of that name or it refuses an argument, and what `parameter_groups` does.
     """
-    known = [str(each) for each in timm.optim.list_optimizers() if not str(each).startswith("lookahead")]
+    known = [str(each) for each in timm.optim.list_optimizers() if not str(each).startswith(_UNSUITABLE)]
     if name not in known:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, known)}")
     kind: Callable[..., torch.optim.Optimizer] = timm.optim.get_optimizer_class(name, bind_defaults=True)
@@ -163,7 +167,7 @@ def _built(
     groups = parameter_groups(parameters, lr, weight_decay, towers)
     try:
         return make(groups)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ImportError) as error:
         raise ValueError(f"optimizer.name={name} refuses optimizer.args {dict(args or {})}: {error}") from error
 
 

@@ -19,7 +19,7 @@ _RIGHT, _WRONG = (26, 140, 60), (200, 40, 40)
 
 
 def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: int = 200) -> np.ndarray:
-    """Training pairs as the model sees them: images uint8 [n, 3, h, w], each above its caption -> uint8 [H, W, 3]."""
+    """Training pairs as the model sees them: images uint8 [n, c, h, w], each above its caption -> uint8 [H, W, 3]."""
     num_lines, line_height, line_characters = 4, 20, 24
     font = ImageFont.load_default(size=16)
     row_height = cell + num_lines * line_height
@@ -27,8 +27,7 @@ def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: i
     canvas = ImageDraw.Draw(grid)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = (i % columns) * cell, (i // columns) * row_height
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        grid.paste(picture.resize((cell - 8, cell - 8), Image.Resampling.NEAREST), (left + 4, top + 4))
+        grid.paste(_thumbnail(image, cell - 8), (left + 4, top + 4))
         lines = textwrap.wrap(caption, line_characters, max_lines=num_lines, placeholder=" …")
         canvas.multiline_text((left + 4, top + cell - 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return np.asarray(grid)

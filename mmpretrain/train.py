@@ -13,11 +13,12 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import build, checkpoint, command, config, distributed, dry_run, report, targets, usage
+from mmpretrain import build, checkpoint, command, config, distributed, dry_run, parallel, report, targets, usage
 from mmpretrain.config import TrainConfig
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
+from mmpretrain.freeze import Freeze
 from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
@@ -31,6 +32,7 @@ from mmpretrain.trainer import (
     check_fingerprint,
     clock_of,
     count_micro_batches,
+    example_batch,
     first_micro_batch,
 )
 
@@ -146,11 +148,14 @@ def _dry_run(
     options: TrainerOptions,
 ) -> Mapping[str, float]:
     """Say what the run would cost, and leave nothing behind."""
+    parallel.freeze_unreached(task, example_batch(streams, tokenizer, options.text_groups).to(task.model.device))
+    Freeze(task, options.freeze).apply(0, clock_of(streams, options.duration))
     num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
     batch = first_micro_batch(streams, tokenizer, options.text_groups, num_micro_batches).to(task.model.device)
     costs = dry_run.estimate(
-        task, batch, weights, _make_optimizer(cfg), options.precision, len(next(iter(batch.streams.values())))
-    )
+        task, batch, weights, _make_optimizer(cfg), options.precision, len(next(iter(batch.streams.values()))),
+        num_micro_batches, has_average=options.ema_decay is not None,
+    )  # fmt: skip
     clock = clock_of(streams, options.duration)
     dry_run.show(costs, clock.total_samples // clock.batch_size, num_micro_batches, str(task.model.device))
     return {"flops_per_pair": costs.flops_per_pair, "memory_bytes": costs.memory_bytes}

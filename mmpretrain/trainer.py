@@ -132,10 +132,11 @@ class Trainer:
         self.clock = clock_of(streams, options.duration)
         self.num_steps = self.clock.total_samples // self.batch_size
         self.num_micro_batches = count_micro_batches(self.batch_size, options.micro_batch_size, task)
-        self.freeze = Freeze(task, options.freeze)
-        dataset = MicroBatches(streams, tokenizer, options.text_groups)
-        if frozen := parallel.freeze_unreached(task, _example(dataset, streams).to(device)):
+        example = example_batch(streams, tokenizer, options.text_groups).to(device)
+        if frozen := parallel.freeze_unreached(task, example):
             log.info("frozen, since no objective reaches them: %s", ", ".join(frozen))
+        # Only now: what thaws later is what some objective reaches.
+        self.freeze = Freeze(task, options.freeze)
         self.optimizer = make_optimizer(task)
         self.ema = None if options.ema_decay is None else EMA(task, options.ema_decay)
         self.state = self._resume(initialize)
@@ -335,17 +336,20 @@ class Trainer:
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
             self.state.results.update(scores)
-            self.is_best = self._is_best(scores)
+            self.is_best = self._is_best(scores, is_last)
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores
 
-    def _is_best(self, scores: Mapping[str, float]) -> bool:
+    def _is_best(self, scores: Mapping[str, float], is_last: bool) -> bool:
         """Whether the metric of `checkpoint.best` is better than ever before; losses and perplexities fall."""
         name = self.options.best
-        if name is None or name not in scores:
+        if name is None:
             return False
-        sign = -1 if name.endswith(("loss", "perplexity")) else 1
-        if self.state.best is not None and not sign * scores[name] > sign * self.state.best:
+        if name not in scores:
+            if is_last and self.state.best is None:
+                log.warning("checkpoint.best is %r, which no evaluation gave; they gave: %s", name, ", ".join(scores))
+            return False
+        if not is_better(name, scores[name], self.state.best):
             return False
         self.state.best = scores[name]
         return True
@@ -408,6 +412,12 @@ def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:
     return Clock(first.batch_size, first.order.num_samples, num_steps * first.batch_size)
 
 
+def is_better(metric: str, score: float, best: float | None) -> bool:
+    """Whether a score goes before the best so far; losses and perplexities fall, and what is no number never does."""
+    sign = -1 if metric.endswith(("loss", "perplexity")) else 1
+    return math.isfinite(score) and (best is None or sign * score > sign * best)
+
+
 def results_of(state: TrainState) -> dict[str, float]:
     """The content of results.json."""
     speed = state.samples / state.train_seconds if state.train_seconds else 0.0
@@ -447,6 +457,7 @@ def first_micro_batch(
     return MicroBatches(streams, tokenizer, text_groups)[item]
 
 
-def _example(dataset: MicroBatches, streams: Mapping[str, Stream]) -> Batch:
-    """Two samples of each stream."""
-    return dataset[{name: step_positions(stream.order, 0, 2, 0, 1, 1)[0] for name, stream in streams.items()}]
+def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int) -> Batch:
+    """Two samples of each stream, the same on every rank."""
+    item = {name: step_positions(stream.order, 0, 2, 0, 1, 1)[0] for name, stream in streams.items()}
+    return MicroBatches(streams, tokenizer, text_groups)[item]

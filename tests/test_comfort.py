@@ -13,6 +13,7 @@ from torch import Tensor
 from mmpretrain.ema import EMA
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.precision import LossScale
+from mmpretrain.trainer import is_better
 from tests import runs, tiny
 
 
@@ -117,6 +118,19 @@ def test_best_checkpoint_is_kept_and_can_be_named(pairs: Path, tmp_path: Path) -
     assert load_checkpoint(folder / "best").state["best"] == losses[best]
 
 
+def test_a_best_metric_that_nothing_gives_is_told(pairs: Path, tmp_path: Path) -> None:
+    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=2steps", "checkpoint.best=eval-val/acc1")
+    assert finished.code == 0
+    assert "checkpoint.best is 'eval-val/acc1', which no evaluation gave; they gave: eval-val/" in finished.stderr
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    nan = float("nan")
+    assert is_better("eval-val/acc1", 0.1, None) and not is_better("eval-val/acc1", nan, None)
+    assert is_better("eval-val/acc1", 0.2, 0.1) and not is_better("eval-val/acc1", 0.1, 0.1)
+    assert is_better("eval-val/contrastive_loss", 1.0, 2.0) and not is_better("eval-val/contrastive_loss", nan, 2.0)
+
+
 # ---------------------------------------------------------------------------------------------- frozen parts
 
 
@@ -144,6 +158,27 @@ def test_a_locked_tower_is_trained_against_as_it_is(pairs: Path, tmp_path: Path)
     moved = changed(weights(tmp_path, 1), weights(tmp_path, 3))
     assert not any(name.startswith("model.image.") for name in moved)
     assert {"model.image_projection.weight", "model.text.token_embedding.weight"} <= moved
+
+
+def test_what_thaws_is_what_an_objective_reaches(pairs: Path, tmp_path: Path) -> None:
+    settings = ("trainer.freeze={image: 1steps, text: 1steps}", "objective=[mae]", *runs.TINY_MAE, "eval=[]")
+    train(tmp_path, pairs, "trainer.duration=3steps", "checkpoint.every=1steps", *settings)
+    moved = changed(weights(tmp_path, 1), weights(tmp_path, 3))
+    assert any(name.startswith("model.image.") for name in moved)
+    assert not any(name.startswith("model.text.") for name in moved)
+
+
+def test_grey_images_are_trained_on_and_shown(pairs: Path, tmp_path: Path) -> None:
+    grey = ("model.image.args.in_chans=1", "+model.image_mean=[0.5]", "+model.image_std=[0.25]")
+    grey = (f"+{grey[0]}", *grey[1:])
+    train(tmp_path, pairs, "trainer.duration=2steps", *grey)
+    assert weights(tmp_path, 2)["model.image.trunk.patch_embed.proj.weight"].shape[1] == 1
+    finished = runs.run("mmpretrain.export", [f"checkpoint={tmp_path}/run", f"output={tmp_path}/out"], tmp_path)
+    assert finished.code == 2 and "images of 1 channels" in finished.stderr
+    refused = train(tmp_path, pairs, "trainer.duration=2steps", grey[0], "run.dir=other", code=2)
+    assert "model.image takes 1 channels, and model.image_mean has 3 values" in refused.stderr
+    refused = train(tmp_path, pairs, "augmentation=randaugment", *grey, "run.dir=other", code=2)
+    assert "images of 1 channels; expected 3" in refused.stderr
 
 
 def test_a_part_that_is_not_there_is_told(pairs: Path, tmp_path: Path) -> None:

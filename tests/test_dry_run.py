@@ -71,3 +71,26 @@ def test_nothing_is_trained(costs: dry_run.Estimate) -> None:
     assert all(parameter.grad is None for parameter in task.parameters())
     assert estimate.seconds_per_micro_batch > 0
     assert sum(costs.parameters.values()) == sum(parameter.numel() for parameter in task.parameters())
+
+
+def measured(num_micro_batches: int = 1, frozen: str | None = None, has_average: bool = False) -> dry_run.Estimate:
+    task = make_task()
+    for name, parameter in task.named_parameters():
+        parameter.requires_grad_(frozen is None or not name.startswith(frozen))
+    batch = tiny.batch([8] * 4 + [24] * 4)
+    return dry_run.estimate(
+        task, batch, {"infonce": 1.0}, make_optimizer, "fp32", 8, num_micro_batches, has_average=has_average
+    )
+
+
+def test_micro_batches_of_a_coupled_objective_cost_a_pass_more() -> None:
+    # A forward pass is a third of forward and backward.
+    assert measured(4).flops_per_pair == pytest.approx(measured().flops_per_pair * 4 / 3, rel=0.03)
+
+
+def test_what_is_frozen_and_what_is_averaged_counts() -> None:
+    whole, locked = measured(), measured(frozen="model.image.")
+    assert locked.parameters["frozen"] > 0 == whole.parameters["frozen"]
+    assert locked.flops_per_pair < 0.85 * whole.flops_per_pair and locked.memory_bytes < whole.memory_bytes
+    weights = sum(tensor.nbytes for tensor in make_task().state_dict().values())
+    assert measured(has_average=True).memory_bytes == whole.memory_bytes + weights

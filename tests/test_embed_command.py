@@ -42,6 +42,27 @@ def test_images_of_tars_and_texts_of_a_file(run: Path, pairs: Path, tmp_path: Pa
     assert again.stderr.count("is there already") == 2
 
 
+def test_rows_of_other_weights_precision_or_images_are_computed_anew(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "0.png").write_bytes(runs.png(0, "red"))
+    rows = []
+    for argument in ("precision=fp32", "precision=bf16", "precision=fp32"):
+        finished = embed(tmp_path, run, "images=images", argument)
+        assert finished.code == 0 and "is there already" not in finished.stderr
+        rows.append(np.load(tmp_path / "out" / "images.npy"))
+    assert (rows[0] == rows[2]).all() and not (rows[0] == rows[1]).all()
+    (folder / "0.png").write_bytes(runs.png(1, "blue"))
+    assert "is there already" not in embed(tmp_path, run, "images=images", "precision=fp32").stderr
+    assert not (np.load(tmp_path / "out" / "images.npy") == rows[0]).all()
+
+
+def test_only_line_ends_end_a_text(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_bytes("a red\u2028circle\r\n\na cross\x0cof blue".encode())
+    assert embed(tmp_path, run, "texts=texts.txt").code == 0
+    assert np.load(tmp_path / "out" / "texts.npy").shape == (2, 16)
+
+
 def test_a_folder_of_images_and_what_it_refuses(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images" / "deep"
     folder.mkdir(parents=True)

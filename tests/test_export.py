@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import mmpretrain
+from data_tools.__main__ import main as data_tools
 from tests import runs
+
+OPEN_CLIP_SHAPE = (
+    "model.vision={layers: 1, width: 32, head_width: 16, image_size: 32, patch_size: 8}",
+    "model.text={width: 32, heads: 2, layers: 1, vocab_size: 400, context_length: 16}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +45,28 @@ def test_open_clip_opens_it_with_the_same_embeddings(run: Path, tmp_path: Path) 
     assert theirs.logit_scale.exp().item() == pytest.approx(results["train/sigmoid_logit_scale"], rel=1e-2)
     assert theirs.logit_bias.item() == pytest.approx(results["train/sigmoid_logit_bias"], rel=1e-2)
     assert json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["preprocess_cfg"]["mean"][0] > 0.4
+
+
+@pytest.mark.parametrize(
+    "model", [(), ("model=open_clip", "model.name=ViT-B-32", *OPEN_CLIP_SHAPE)], ids=["ours", "open_clip"]
+)
+def test_the_end_of_a_text_is_that_of_its_tokenizer(model: tuple[str, ...], pairs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    arguments = ["tokenizer", f"{pairs}/train", "--caption", "txt", "--vocab-size", "300", "--output", str(path)]
+    assert data_tools(arguments) == 0
+    settings = ["trainer.duration=2steps", f"data.tokenizer.path={path}", f"data.root={pairs}", "eval=[]"]
+    kept = [o for o in runs.TINY_RUN if not (model and o.startswith("model"))]
+    vocabulary = [] if model else ["model.text.vocab_size=400"]
+    finished = runs.run("mmpretrain.train", [*kept, *model, *vocabulary, *settings], tmp_path)
+    assert finished.code == 0, finished.stderr
+    finished = runs.run("mmpretrain.export", [f"checkpoint={tmp_path}/run", f"output={tmp_path}/out"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}/out").eval()
+    ours, _, tokenizer = mmpretrain.load(tmp_path / "run")
+    ids, lengths = tokenizer(["a red circle", "a cross", "blue"])
+    padded = torch.nn.functional.pad(ids, (0, theirs.context_length - ids.shape[1]))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.embed_texts(ids, lengths), theirs.encode_text(padded, True), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

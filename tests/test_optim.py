@@ -266,6 +266,9 @@ def test_any_optimiser_by_name_skips_bad_steps_and_goes_on_from_its_saved_state(
         (optim.torch_optimizer, "AdamWW", {}, r"^optimizer\.name is 'AdamWW'; did you mean 'AdamW'\?"),
         (optim.torch_optimizer, "LBFGS", {}, r"^optimizer\.name is 'LBFGS'"),
         (optim.torch_optimizer, "SGD", {"momentun": 1}, r"^optimizer\.name=SGD refuses optimizer\.args .*'momentun'"),
+        (optim.torch_optimizer, "SparseAdam", {}, r"^optimizer\.name is 'SparseAdam'"),
+        (optim.timm_optimizer, "adahessian", {}, r"^optimizer\.name is 'adahessian'"),
+        (optim.timm_optimizer, "kron", {}, r"^optimizer\.name is 'kron'"),
         (optim.timm_optimizer, "lionn", {}, r"^optimizer\.name is 'lionn'; did you mean 'lion'\?"),
     ],
 )

@@ -98,6 +98,13 @@ WRONG_OVERRIDES = {
         "<= 1",
     ),
     "a stream that is not there": ("data.train.imgs.shards=train", "'data.train.imgs'", "+data.train.imgs.shards=..."),
+    "no such group": ("data.train.pairs.group=json.kind", "'kind'", "set data.train.pairs.group to caption, id, cls"),
+    "a group that is nothing": ("data.train.pairs.group=foo", "no member foo", "set data.train.pairs.group to caption"),
+    "a caption that only some draws need": (
+        "data.train.pairs.caption={txt: 1, json.title: 1}",
+        "'title'",
+        "set data.train.pairs.caption",
+    ),
     "micro-batch does not divide": ("trainer.micro_batch_size=5", "trainer.micro_batch_size is 5", "divisor of the 16"),
     "directory that cannot be written": ("run.dir=/proc/run", "run.dir is '/proc/run'", "choose another folder"),
 }
@@ -181,6 +188,19 @@ def test_a_damaged_tar_is_named_at_the_start(pairs: Path, tmp_path: Path) -> Non
     finished = runs.train(tmp_path, f"data.root={pairs}", *settings)
     assert finished.code == 0, finished.stderr
     assert "damaged.tar: truncated" in finished.stderr
+
+
+def test_a_subset_beside_sources_is_refused(pairs: Path, tmp_path: Path) -> None:
+    sources = ("data.train.pairs.shards=null", "+data.train.pairs.sources={a: {shards: train}}")
+    finished = runs.train(tmp_path, f"data.root={pairs}", *sources, "data.train.pairs.subset=keep.npy")
+    assert_refused(finished, "data.train.pairs.subset is 'keep.npy' beside sources", "sources.<source>.subset")
+
+
+def test_another_optimiser_replaces_that_of_an_experiment(pairs: Path, tmp_path: Path) -> None:
+    own = [override for override in runs.TINY_RUN if not override.startswith("experiment=")]
+    settings = [*own, f"data.root={pairs}", "experiment=emoji_clip", "optimizer=timm", "optimizer.name=lion"]
+    finished = runs.run("mmpretrain.train", [*settings, "trainer.duration=1steps", "eval=[]"], tmp_path)
+    assert finished.code == 0, finished.stderr
 
 
 def test_empty_shard_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ class TimmAugment:
             raise ValueError(f"policy is {policy!r}; expected one of timm's, such as rand-m9-mstd0.5-inc1") from error
 
     def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [3, h, w] -> the same."""
+        """uint8 [3, h, w] -> the same. Raises: ValueError for another number of channels."""
+        if len(image) != 3:
+            raise ValueError(f"TimmAugment got images of {len(image)} channels; expected 3, or augmentation=none")
         picture = self._apply(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -1,6 +1,6 @@
 """One stream of samples: where they lie, their order, what is read of each, and captions sorted into length groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -64,13 +64,13 @@ class CaptionFields:
             raise ValueError(f"{key} is {fields!r}; expected a field, a list of them, or fields with positive weights")
         for name in weights:
             check_caption_field(name, key)
-        self._names = list(weights)
+        self.names = list(weights)
         self._bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
     def draw(self, seed: int) -> str:
         """The field that the sample with this seed takes."""
         u = uniform(hash64(seed, "caption-field"), 0)
-        return self._names[min(int(np.searchsorted(self._bounds, u, side="right")), len(self._names) - 1)]
+        return self.names[min(int(np.searchsorted(self._bounds, u, side="right")), len(self.names) - 1)]
 
 
 def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
@@ -170,28 +170,41 @@ class TarStream:
         self._storage: Storage = LocalStorage()
 
     def check_first_sample(self) -> None:
-        """Decode one sample of each source, so that a wrong field ends the run at its start.
+        """Read one sample of each source by every field, so that a wrong one ends the run at its start.
 
         A bad first sample proves nothing, so as many are tried as would be in training.
         Raises: ValueError naming what is wrong with the first one, and how to mend it.
         """
-        fix = "mend the shards"
+        wanted: list[tuple[str, Callable[[int, int], object]]] = []
         if self._captions is not None:
-            fix = f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or {fix}"
-        for i, source in enumerate(self.sources):
-            shards = source.shards
-            reasons: list[str] = []
-            for sample in range(min(_MAX_REPLACEMENTS, shards.num_samples)):
-                try:
-                    self._decode(i, sample, seed=0)
-                    break
-                except BadSample as error:
-                    reasons.append(str(error))
-            else:
-                raise ValueError(
-                    f"data.train.{self.name}: none of the first {len(reasons)} samples of {shards.path(0)} can be used; "
-                    f"of the first (key {shards.key(0)!r}): {reasons[0]}; {fix}"
+            wanted += [
+                (
+                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or mend the shards",
+                    partial(self._read_captions, field=field),
                 )
+                for field in self._captions.names
+            ]
+        if self._group is not None:
+            fix = f"set data.train.{self.name}.group to caption, id, cls or a field `json.<name>` that it has"
+            wanted.append((fix, partial(self._read_group, caption="")))
+        if self._transform is not None:
+            wanted.append(("mend the shards", partial(self._read_images, seed=0)))
+        for i, source in enumerate(self.sources):
+            for fix, read in wanted:
+                self._check_readable(i, source.shards, read, fix)
+
+    def _check_readable(self, i: int, shards: Shards, read: Callable[[int, int], object], fix: str) -> None:
+        reasons: list[str] = []
+        for sample in range(min(_MAX_REPLACEMENTS, shards.num_samples)):
+            try:
+                read(i, sample)
+                return
+            except BadSample as error:
+                reasons.append(str(error))
+        raise ValueError(
+            f"data.train.{self.name}: none of the first {len(reasons)} samples of {shards.path(0)} can be used; "
+            f"of the first (key {shards.key(0)!r}): {reasons[0]}; {fix}"
+        )
 
     def sample_key(self, position: int) -> str:
         """The shard and key of the sample that stands at `position`."""
@@ -199,26 +212,38 @@ class TarStream:
         shards = self.sources[int(sources[0])].shards
         return f"{shards.path(int(shards.locate(samples)[0][0]))}:{shards.key(int(samples[0]))}"
 
+    def _read_captions(self, source: int, sample: int, field: str) -> list[str]:
+        return read_captions(self.sources[source].shards, self._storage, sample, field)
+
+    def _read_images(self, source: int, sample: int, seed: int) -> list[Tensor]:
+        """The image, and the stream's further views of it."""
+        data = read_member(self.sources[source].shards, self._storage, sample, IMAGE_EXTENSIONS)
+        assert self._transform is not None
+        seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
+        images = []
+        for own, (transform, augment) in zip(seeds, [(self._transform, self._augment), *self._views], strict=True):
+            crop = partial(transform, seed=own)
+            images.append(augmented(decode_image(data, crop, self._image_size, self._channels), augment, own))
+        return images
+
+    def _read_group(self, source: int, sample: int, caption: str | None) -> int:
+        if self._group is None or self._group == "id":
+            return int(self._first_id[source]) + sample
+        if self._group == "caption":
+            return hash64(caption or "")
+        member = read_member(self.sources[source].shards, self._storage, sample, (self._group.split(".")[0],))
+        return hash64(read_label(member, self._group))
+
     def _decode(self, source: int, sample: int, seed: int) -> tuple[list[Tensor], str | None, int]:
         """(the image and its further views, caption, group) of one sample. Raises: BadSample."""
-        shards = self.sources[source].shards
         images: list[Tensor] = []
         caption = None
         if self._captions is not None:
-            captions = read_captions(shards, self._storage, sample, self._captions.draw(seed))
+            captions = self._read_captions(source, sample, self._captions.draw(seed))
             caption = captions[draw(hash64(seed, "caption"), 0) % len(captions)]
         if self._transform is not None:
-            data = read_member(shards, self._storage, sample, IMAGE_EXTENSIONS)
-            seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
-            for own, (transform, augment) in zip(seeds, [(self._transform, self._augment), *self._views], strict=True):
-                crop = partial(transform, seed=own)
-                images.append(augmented(decode_image(data, crop, self._image_size, self._channels), augment, own))
-        if self._group is None or self._group == "id":
-            return images, caption, int(self._first_id[source]) + sample
-        if self._group == "caption":
-            return images, caption, hash64(caption or "")
-        member = read_member(shards, self._storage, sample, (self._group.split(".")[0],))
-        return images, caption, hash64(read_label(member, self._group))
+            images = self._read_images(source, sample, seed)
+        return images, caption, self._read_group(source, sample, caption)
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.

@@ -29,10 +29,12 @@ def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
         raise ValueError(
             f"subset is {path!r}, which cannot be read ({error}); expected a .npy of keys or uids"
         ) from error
+    if not isinstance(wanted, np.ndarray):
+        raise ValueError(f"subset is {path!r}, several arrays; expected one .npy of keys or uids")
     if wanted.dtype.kind in "US":
         names = [str(name, "utf-8") if isinstance(name, bytes) else str(name) for name in wanted.ravel().tolist()]
         have = [key for index in shards.indexes for key in index.keys]
-    elif wanted.dtype.names is not None or wanted.dtype == np.uint64:
+    elif wanted.dtype == np.uint64 or (wanted.dtype.names is not None and wanted.dtype.itemsize == 16):
         pairs = wanted.view(np.uint64).reshape(-1, 2).tolist()
         names = [f"{high:016x}{low:016x}" for high, low in pairs]
         have = _uids(shards)

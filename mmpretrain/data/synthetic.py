@@ -1,5 +1,6 @@
 """A stream of noise: what training costs without any reading and decoding."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,16 +55,19 @@ class SyntheticStream:
         """One micro-batch's part of the stream."""
         positions, _, ids = item
         seeds = draws(np.uint64(self._seed), positions)
-        generator = np.random.Generator(np.random.Philox(int(seeds[0])))
-        images = generator.integers(0, 256, (len(ids), *self._shape), dtype=np.uint8)
+        num_bytes = math.prod(self._shape)
+        words = draws(seeds[:, None], np.arange(-(-num_bytes // 8)))
+        images = words.view(np.uint8)[:, :num_bytes].reshape(len(ids), *self._shape)
         shortest, longest = self._text_length
         lengths = shortest + seeds % np.uint64(longest - shortest + 1)
         lengths = np.minimum(lengths.astype(np.int64), tokenizer.context_length)
-        text = generator.integers(_FIRST_TOKEN, tokenizer.vocab_size, (len(ids), int(lengths.max())))
+        salted = draws(seeds, hash64("text"))
+        tokens = draws(salted[:, None], np.arange(int(lengths.max()))) % np.uint64(tokenizer.vocab_size - _FIRST_TOKEN)
+        text = tokens.astype(np.int64) + _FIRST_TOKEN
         samples = Samples(
             positions=torch.from_numpy(positions.copy()),
             ids=torch.from_numpy(ids.copy()),
             seeds=torch.from_numpy(seeds.view(np.int64)),
-            images=torch.from_numpy(images).permute(0, 3, 1, 2),
+            images=torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2),
         )
         return sorted_by_length(samples, torch.from_numpy(text), torch.from_numpy(lengths), tokenizer, text_groups), []

@@ -23,7 +23,7 @@ class PatchSimilarity:
     def wants(self, context: Context) -> list[str]:
         """The data sets that it is run on; none where the image encoder is no ViT that pools one of its tokens."""
         image = context.model.image
-        if not image.is_vit or image.num_prefix_tokens == 0:
+        if not image.is_vit or image.num_prefix_tokens == 0 or not getattr(image, "pools_token", True):
             return []
         return [name for name, data in context.sets.items() if data.caption is not None]
 

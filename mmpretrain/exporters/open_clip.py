@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import OpenClipHFText, OpenClipText, model_config
 from mmpretrain.models.text import TextTransformer
@@ -172,7 +173,13 @@ def _config_of_shapes(model: ImageTextModel) -> dict[str, Any]:
     }
 
 
-def export(model: ImageTextModel, node: Mapping[str, Any], scalars: Mapping[str, float], folder: Path) -> list[Path]:
+def export(
+    model: ImageTextModel,
+    node: Mapping[str, Any],
+    scalars: Mapping[str, float],
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+) -> list[Path]:
     """Write a model where open_clip finds it: `open_clip.create_model("local-dir:FOLDER")`.
 
     Args:
@@ -180,11 +187,21 @@ def export(model: ImageTextModel, node: Mapping[str, Any], scalars: Mapping[str,
         node: the configuration that it was built from.
         scalars: `logit_scale` and `logit_bias` as the loss sees them, where there are any.
         folder: gets open_clip_model.safetensors and open_clip_config.json.
+        tokenizer: whose end token the texts' states are taken from; None: CLIP's.
 
     Returns: the files. Raises: ValueError if the model has no open_clip shape.
     """
+    if model.num_channels != 3:
+        raise ValueError(f"the model takes images of {model.num_channels} channels; open_clip's models take 3")
     tensors = to_open_clip(model, scalars.get("logit_scale"), scalars.get("logit_bias"))
     settings = open_clip_config(model, node)
+    # open_clip takes the state of the largest id of a text for that of its end, unless told which it is.
+    text = model.text
+    pools_end = isinstance(text, TextTransformer) or (
+        isinstance(text, OpenClipText) and text.text.pool_type == "argmax"
+    )
+    if tokenizer is not None and pools_end and tokenizer.end_id != tokenizer.vocab_size - 1:
+        settings["model_cfg"]["text_cfg"] |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
     if "logit_bias" in scalars:
         settings["model_cfg"] |= {"init_logit_bias": scalars["logit_bias"]}
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,12 @@ class ImageTextModel(nn.Module):
                 "expected one for each channel in both"
             )
         self.num_channels = len(image_mean)
+        convolutions = [module for module in image.modules() if isinstance(module, nn.Conv2d)]
+        if convolutions and convolutions[0].in_channels != self.num_channels:
+            raise ValueError(
+                f"model.image takes {convolutions[0].in_channels} channels, and model.image_mean has {self.num_channels} "
+                "values; expected as many: model.image.args={in_chans: N} with N values in image_mean and image_std"
+            )
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(image_mean)[:, None, None] * 255, persistent=False)

@@ -144,6 +144,7 @@ class OpenClipVision(nn.Module):
         self.grid_size: tuple[int, int] = visual.grid_size
         self.patch_size: tuple[int, int] = visual.patch_size
         self.width: int = visual.ln_post.normalized_shape[0]
+        self.pools_token = visual.attn_pool is None and visual.pool_type == "tok"
 
     @property
     def num_patches(self) -> int:

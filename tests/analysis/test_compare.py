@@ -60,6 +60,14 @@ def test_table_is_the_mean_and_sample_deviation_over_seeds_best_first(runs: Path
     assert [row.num_unfinished for row in rows] == [0, 1]
 
 
+def test_a_seed_counts_once(runs: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"objective": {"sigmoid": {"_target_": "x.sigmoid", "weight": 1.0}}}
+    write_run(runs / "again", 2, settings, {METRIC: 0.9})
+    row = next(row for row in table(find_runs([runs]), None)[2] if "sigmoid" in row.name)
+    assert row.num_seeds == 3
+    assert "are runs of one seed" in caplog.text
+
+
 def test_less_of_a_loss_is_better(runs: Path) -> None:
     _, metrics, rows = table(find_runs([runs]), "eval-val/contrastive_loss")
     assert metrics[0] == "eval-val/contrastive_loss"

@@ -112,3 +112,9 @@ def test_names_that_several_samples_share_are_refused(tmp_path: Path) -> None:
     twice = Shards(write_tars(tmp_path, samples, [2, 2]))
     with pytest.raises(ValueError, match="by uid, but 3 of the samples share theirs"):
         select(twice, save(tmp_path / "keep.npy", np.zeros((1, 2), np.uint64)))
+
+
+def test_several_arrays_are_no_subset(shards: Shards, tmp_path: Path) -> None:
+    np.savez(tmp_path / "keep.npz", a=np.array(["000001"]))
+    with pytest.raises(ValueError, match=r"keep\.npz', several arrays; expected one \.npy"):
+        select(shards, str(tmp_path / "keep.npz"))

@@ -1,6 +1,7 @@
 """What evaluators give to be looked at."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mmpretrain.evals.patch_similarity import PatchSimilarity
 from mmpretrain.evals.projector import Projector
 from mmpretrain.evals.zero_shot import ZeroShot, read_classes
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.open_clip import open_clip_model
 from mmpretrain.models.vit import TimmEncoder
 from tests.evals.held_out import LABELS, NUM_SAMPLES, make_context, make_model, make_set, pixels
 
@@ -83,6 +85,17 @@ def test_patch_similarity_is_shown_where_the_model_has_patches(tmp_path: Path) -
     assert context.shown.pictures["eval-val/patch_similarity"].std() > 1
     without = ImageTextModel(TimmEncoder("test_resnet", 32), make_model().text, 12)
     assert PatchSimilarity().wants(make_context(model=without, data=make_set(tmp_path))) == []
+
+
+@pytest.mark.parametrize("pooling", [{"pool_type": "avg"}, {"attentional_pool": True, "attn_pooler_heads": 2}])
+def test_patch_similarity_is_not_shown_where_no_token_is_pooled(pooling: dict[str, Any], tmp_path: Path) -> None:
+    vision = {"layers": 1, "width": 32, "head_width": 16, "image_size": 32, "patch_size": 8}
+    text = {"width": 32, "heads": 2, "layers": 1, "context_length": 16}
+    data = make_set(tmp_path)
+    pooled = open_clip_model("ViT-B-32", vision={**vision, **pooling}, text=text)
+    assert PatchSimilarity().wants(make_context(model=pooled, data=data)) == []
+    token = open_clip_model("ViT-B-32", vision=vision, text=text)
+    assert PatchSimilarity().wants(make_context(model=token, data=data)) == ["val"]
 
 
 def test_grey_and_transparent_images_can_be_drawn() -> None:
