@@ -329,6 +329,6 @@ def sorted_by_length(
         images=None if samples.images is None else _select(samples.images, by_length),
         text=padded,
         lengths=lengths,
-        word_starts=tokenizer.word_starts(padded),
+        word_starts=tokenizer.word_starts(padded) if hasattr(tokenizer, "word_starts") else None,
         cuts=cuts,
     )

@@ -15,7 +15,9 @@ from torch import Tensor
 class Tokenizer(Protocol):
     """What the data path and the evaluators ask of a tokenizer.
 
-    `pad_id`, `end_id` and `mask_id` are None where it has no such token. A text's last token is the end token.
+    `pad_id`, `end_id` and `mask_id` are None where it has no such token. A text's last token is the end token. One that
+    knows where words begin also has `word_starts`: token ids int64 [n, L] -> bool [n, L], special tokens words of their
+    own; whole words are masked by it.
     """
 
     context_length: int
@@ -32,10 +34,6 @@ class Tokenizer(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); ids beyond a text's length are padding."""
-        ...
-
-    def word_starts(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [n, L] -> where a word begins, bool [n, L]; special tokens are words of their own."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:

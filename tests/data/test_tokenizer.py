@@ -1,6 +1,7 @@
 """CLIP's tokens and those of Hugging Face, against open_clip's own tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +82,23 @@ def test_a_tokenizer_of_hugging_face_that_is_not_there_is_told(tmp_path: Path) -
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match=r"cannot be loaded .*; expected a local folder or a name"):
         HuggingFaceTokenizer(str(tmp_path))
+
+
+def words(tokenizer: Any, text: str) -> list[str]:
+    """The text cut where the tokenizer says that words begin."""
+    ids, lengths = tokenizer([text])
+    starts = tokenizer.word_starts(ids)[0, : lengths[0]].tolist()
+    pieces: list[list[int]] = []
+    for number, is_start in zip(ids[0, : lengths[0]].tolist(), starts, strict=True):
+        if is_start:
+            pieces.append([])
+        pieces[-1].append(number)
+    return [piece for piece in (tokenizer.decode(part) for part in pieces) if piece]
+
+
+def test_words_begin_where_they_do(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    text = "internationalization of a sesquipedalian circle"
+    assert words(ClipTokenizer(), text) == text.split()
+    folder = tokenizers.hugging_face_tokenizer(tmp_path, ["a red circle"])
+    assert words(HuggingFaceTokenizer(str(folder)), text) == text.split()
