@@ -112,7 +112,7 @@ def job() -> Iterator[None]:
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line as Hydra reads it, from what people write.
 
-    Options may stand anywhere, `debug=nan` names a preset and no number, a path may hold `=` and `,` as the names of
+    `-m` may stand anywhere, `debug=nan` names a preset and no number, a path may hold `=` and `,` as the names of
     our runs do, and a stream or a held-out data set is added by `+data.train.NAME...=`: Hydra can add a whole
     dictionary to a typed one, and no part of it.
     """
@@ -132,7 +132,8 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
                 value = f"{{{name}: {value}}}"
             argument = f"{added['sets']}={value}"
         changed.append(argument)
-    return sorted(changed, key=lambda argument: not argument.startswith("-"))
+    # Other options stay where they are: some are followed by their value.
+    return sorted(changed, key=lambda argument: argument not in _MULTIRUN)
 
 
 def entry(run: Callable[[], Any]) -> None:

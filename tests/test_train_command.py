@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mmpretrain.command import hydra_arguments
 from tests import runs
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -171,6 +172,13 @@ def test_streams_and_held_out_sets_are_added_on_the_command_line(pairs: Path, tm
     results = runs.results(tmp_path / "run")
     assert results["samples"] == 16
     assert results["eval-again/image_retrieval_recall@1"] == results["eval-val/image_retrieval_recall@1"]
+
+
+def test_multirun_may_stand_behind_an_option_with_a_value() -> None:
+    given = ["--config-dir", "conf", "experiment=mine", "-m", "checkpoint='a'", "+data.val.mine.shards=x"]
+    assert hydra_arguments(given) == [
+        "-m", "--config-dir", "conf", "experiment=mine", "checkpoint='a'", "+data.val={mine: {shards: x}}",
+    ]  # fmt: skip
 
 
 def test_options_may_stand_anywhere(pairs: Path, tmp_path: Path) -> None:
