@@ -20,7 +20,7 @@ from mmpretrain.evals.embed import EvalSet, check_readable
 from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.loading import fit_tokenizer, preprocess_of
-from mmpretrain.models.image_text import ImageTextModel, TextEncoder
+from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.schedules import Duration
 from mmpretrain.targets import accepts
 from mmpretrain.task import Task
@@ -159,11 +159,14 @@ def _shards(key: str, shards: str | list[str], root: str | None, subset: str | N
     return kept
 
 
-def build_tokenizer(node: targets.Node, text: TextEncoder | None) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder cannot take."""
+def build_tokenizer(node: targets.Node, task: Task) -> Tokenizer:
+    """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder or an objective cannot take."""
     tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
-    if text is not None:
-        fit_tokenizer(tokenizer, text)
+    if task.model.text is not None:
+        fit_tokenizer(tokenizer, task.model.text)
+    for objective in task.objectives.values():
+        if hasattr(objective, "fit"):
+            objective.fit(tokenizer)
     return tokenizer
 
 

@@ -142,6 +142,7 @@ class TrainConfig:
     schedule: dict[str, Any] = MISSING
     eval: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    if_present: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -219,6 +220,7 @@ _FREE = re.compile(
 
 def resolve(cfg: DictConfig) -> TrainConfig:
     """The composed configuration as plain objects, every `_target_` checked. Raises: UsageError."""
+    _take_what_is_present(cfg)
     config: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     check_known(config)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -255,6 +257,21 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
     return config
+
+
+def _take_what_is_present(cfg: DictConfig) -> None:
+    """Put the values of `if_present` in their places, where the part that has such a value is there.
+
+    `size=tiny` and presets hold values for parts that an experiment may or may not have; a defaults list has no such
+    condition. What the command line says goes before them.
+    """
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    given = {o.key_or_group.lstrip("+") for o in OverridesParser.create().parse_overrides(list(overrides))}
+    for path, value in _flat(OmegaConf.to_container(cfg.if_present, resolve=False)).items():
+        part = OmegaConf.select(cfg, path.rpartition(".")[0])
+        if path and isinstance(part, DictConfig) and path not in given:
+            OmegaConf.update(cfg, path, value, force_add=True)
+    cfg.if_present = {}
 
 
 def check_known(node: Any, path: str = "") -> None:

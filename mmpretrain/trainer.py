@@ -312,7 +312,8 @@ class Trainer:
             if getattr(self.task.objectives[name], "perplexity", False)
         }
         for name, shared in losses.shared.items():
-            values |= {f"train/{name}_{key}": float(value) for key, value in shared.items()}
+            scalars = {key: value for key, value in shared.items() if value.numel() == 1}  # the rest are a head's weights
+            values |= {f"train/{name}_{key}": float(value) for key, value in scalars.items()}
         values["train/lr"] = self.optimizer.defaults["lr"] * lr_factor
         values["train/grad_norm"] = float(norms["all"])
         values |= {f"train/grad_norm_{tower}": float(norm) for tower, norm in norms.items() if tower != "all"}

@@ -2,6 +2,8 @@
 
 An objective's `__init__` takes the model first, for its shapes alone, then the arguments of its YAML. It holds
 the heads that it alone uses. No objective knows of ranks, micro-batches or other objectives.
+
+It may have, beside them: `constrain()`, called after each step; `fit(tokenizer: TokenIds)`, called before the first.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +19,15 @@ from mmpretrain.models.vit import ImageEncoding
 
 Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
+
+
+class TokenIds(Protocol):
+    """What an objective may know of the tokenizer: the ids that it gives, and the mask token's, if it has one."""
+
+    vocab_size: int
+
+    @property
+    def mask_id(self) -> int | None: ...
 
 
 class Encodings(Protocol):

@@ -1,5 +1,7 @@
 """Masked language modelling: BERT (Devlin et al. 2019), drawn anew at every visit as in RoBERTa (Liu et al. 2019)."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.masking import TokenMaskSpec, mask_tokens
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings, Terms
+from mmpretrain.objectives import Encodings, Terms, TokenIds
 
 
 class MLM(nn.Module):
@@ -20,8 +22,8 @@ class MLM(nn.Module):
         mask_ratio: the part of the tokens that is chosen.
         replaced, randomised: of the chosen ones, the part that becomes the mask token, and any token; the rest stays.
         whole_words: choose words, not tokens.
-        mask_id: the mask token; None takes one more id than the vocabulary's last, for which the encoder has a row
-            where its `vocab_size` is larger than the tokenizer's.
+        mask_id: the mask token; None takes the tokenizer's or, where it has none, the encoder's last row, which lies
+            beyond the tokenizer's vocabulary where `model.text.vocab_size` is larger.
         stream: where the texts come from.
 
     Raises: ValueError if the text encoder is causal or missing, or the parts are not inside [0, 1].
@@ -49,6 +51,7 @@ class MLM(nn.Module):
             )
         self.streams = (stream,)
         vocab_size = model.text.vocab_size
+        self._mask_id = mask_id
         self.spec = TokenMaskSpec(
             "mlm",
             mask_ratio,
@@ -64,6 +67,26 @@ class MLM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         nn.init.normal_(self.dense.weight, std=0.02)
         nn.init.zeros_(self.dense.bias)
+
+    def fit(self, tokenizer: TokenIds) -> None:
+        """Take the tokenizer's mask token, and draw random tokens from its vocabulary.
+
+        Raises: ValueError if the mask token would be a word of the text, or has no row in the encoder.
+        """
+        rows = self.bias.numel()
+        mask_id = self._mask_id
+        if mask_id is None:
+            mask_id = rows - 1 if tokenizer.mask_id is None else tokenizer.mask_id
+        if not 0 <= mask_id < rows:
+            raise ValueError(
+                f"objective.mlm.mask_id is {mask_id}; expected one of the {rows} rows of model.text.vocab_size"
+            )
+        if mask_id < tokenizer.vocab_size and mask_id != tokenizer.mask_id:
+            raise ValueError(
+                f"objective.mlm would hide tokens behind id {mask_id}, which is a token of the text; "
+                f"expected a row of its own: model.text.vocab_size={tokenizer.vocab_size + 1}"
+            )
+        self.spec = replace(self.spec, mask_id=mask_id, vocab_size=min(rows, tokenizer.vocab_size))
 
     def count(self, batch: Batch) -> Tensor:
         """The number of chosen tokens of a micro-batch."""
