@@ -5,11 +5,13 @@ K kept image tokens, d encoder width, e embedding width, h x w pixels.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmpretrain.schedules import Now
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Samples:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def grid_size(self, patch_size: tuple[int, int]) -> tuple[int, int]:
+        """The rows and columns of patches that the images are cut into; what fills no patch is left out."""
+        assert self.images is not None
+        return self.images.shape[2] // patch_size[0], self.images.shape[3] // patch_size[1]
+
     def to(self, device: torch.device) -> "Samples":
         """The same samples on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -73,6 +80,8 @@ class Batch:
     streams: Mapping[str, Samples]
     seed: int = 0
     """Seeds dropout, where a model has it: drawn from the micro-batch's first sample; known on the host."""
+    now: Now = field(default_factory=Now)
+    """When in the run the step stands: what scheduled values are functions of."""
     refused: tuple[Refused, ...] = ()
     """What was replaced while this batch was read."""
 

@@ -21,7 +21,7 @@ from mmpretrain.evals.evaluation import Evaluator
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.loading import fit_tokenizer, preprocess_of
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.schedules import Duration
+from mmpretrain.schedules import Duration, Value
 from mmpretrain.targets import accepts
 from mmpretrain.task import Task
 
@@ -48,14 +48,17 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, float]]:
-    """The model with its objectives, and the objectives' weights; an objective of weight 0 is not built.
+def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, Value]]:
+    """The model with its objectives, and the objectives' weights; one that never has a weight above 0 is not built.
 
     Raises: ValueError if no objective is left.
     """
     model = targets.instantiate(cfg.model, cfg.run.seed, "model")
-    weights = {name: float(node.get("weight", 1.0)) for name, node in cfg.objective.items()}
-    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    weights = {
+        name: Value(node.get("weight", 1.0), f"objective.{name}.weight", at_least=0)
+        for name, node in cfg.objective.items()
+    }
+    weights = {name: weight for name, weight in weights.items() if max(weight.values) > 0}
     if not weights:
         raise ValueError("no objective has a weight above 0; name at least one: objective=[infonce]")
     objectives = {}
@@ -83,7 +86,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
     streams: dict[str, Stream] = {}
     for name in names:
         stream = cfg.data.train[name]
-        batch_size = stream.batch_size or cfg.trainer.batch_size
+        batch_size = cfg.trainer.batch_size if stream.batch_size is None else stream.batch_size
         if name == names[0] and batch_size != cfg.trainer.batch_size:
             raise ValueError(
                 f"data.train.{name}.batch_size is {batch_size}, but trainer.batch_size = {cfg.trainer.batch_size} is that "
@@ -101,7 +104,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
             seed=cfg.run.seed,
             caption=stream.caption,
             transform=targets.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
-            image_size=model.image.image_size,
+            image_size=model.image.image_size if stream.image_size is None else stream.image_size,
             channels=model.num_channels,
             augment=targets.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
             group=stream.group,
@@ -110,6 +113,8 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
                 for view in targets.instantiate(stream.views, cfg.run.seed, f"data.train.{name}.views")
             ],
             repeat_batches=stream.repeat_batches,
+            text_length=stream.text_length,
+            shorten=stream.shorten.value,
         )
         streams[name].check_first_sample()
     return streams

@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
 from yaml import YAMLError
 
+from mmpretrain.schedules import Value
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
 
@@ -34,6 +35,14 @@ class Precision(Enum):
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
+
+
+class Shorten(Enum):
+    """What of a text that is too long is kept: see `data.shorten`."""
+
+    truncate = "truncate"
+    random = "random"
+    block = "block"
 
 
 @dataclass
@@ -54,7 +63,7 @@ class TrainerConfig:
     micro_batch_size: int | None = MISSING
     precision: Precision = MISSING
     clip_grad_norm: float | None = MISSING
-    ema_decay: float | None = MISSING
+    ema_decay: Any = MISSING
     freeze: Any = None
     log_every: str = MISSING
     eval_every: str = MISSING
@@ -92,7 +101,10 @@ class StreamConfig:
     max_samples: int | None = None
     repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    batch_size: int | None = None
+    batch_size: Any = None
+    image_size: Any = None
+    text_length: Any = None
+    shorten: Shorten = Shorten.truncate
     caption: Any = None
     group: str | None = None
     transform: dict[str, Any] | None = None
@@ -249,9 +261,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
                 f"unknown objective {name!r} below `objective`: it has no _target_; "
                 "choose objectives with objective=[...], then override their arguments"
             )
-        weight = node.get("weight", 1.0)
-        if not accepts(weight, float) or not 0 <= weight < float("inf"):
-            raise UsageError(f"objective.{name}.weight is {weight!r}; expected a number that is not negative")
+        check_value(f"objective.{name}.weight", node.get("weight", 1.0), at_least=0)
         check_targets(node, f"objective.{name}", ("model",), ("weight",))
     check_targets(config.optimizer, "optimizer", ("parameters",))
     check_targets(config.schedule, "schedule")
@@ -299,7 +309,7 @@ def _check_ranges(config: TrainConfig) -> None:
             "trainer.freeze={image: null, text: 10%}"
         )
     if trainer.ema_decay is not None:
-        check_number("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
+        check_value("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
     check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)
     check_number("checkpoint.keep_last", config.checkpoint.keep_last, at_least=0)
     check_number("data.workers", data.workers, at_least=0)
@@ -311,8 +321,16 @@ def _check_ranges(config: TrainConfig) -> None:
             check_number(f"data.train.{name}.max_samples", stream.max_samples, at_least=1)
         if stream.repeat_batches is not None:
             check_number(f"data.train.{name}.repeat_batches", stream.repeat_batches, at_least=1)
-        if stream.batch_size is not None:
-            check_number(f"data.train.{name}.batch_size", stream.batch_size, at_least=1)
+        for key, least in (("batch_size", 1), ("image_size", 1), ("text_length", 3)):
+            if (value := getattr(stream, key)) is not None:
+                check_value(f"data.train.{name}.{key}", value, is_whole=True, at_least=least)
+
+
+def check_value(key: str, value: Any, is_whole: bool = False, **bounds: float) -> None:
+    """Raises: UsageError for what is no number, nor a schedule of numbers, or lies out of bounds."""
+    numbers = Value(value, key, in_stages=is_whole, **bounds).values
+    if is_whole and not all(isinstance(number, int) for number in numbers):
+        raise UsageError(f"{key} is {value!r}; expected whole numbers")
 
 
 def check_evaluate_ranges(config: EvaluateConfig) -> None:
@@ -356,7 +374,7 @@ def hparams(config: TrainConfig) -> dict[str, str | float | bool]:
     return {
         "name": str(config.run.name),
         "seed": config.run.seed,
-        "objective": "+".join(f"{node.get('weight', 1.0):g} {name}" for name, node in config.objective.items()),
+        "objective": "+".join(f"{_shown(node.get('weight', 1.0))} {name}" for name, node in config.objective.items()),
         "model": str(config.model.get("name") or config.model["_target_"].rpartition(".")[2]),
         "batch_size": trainer.batch_size,
         "duration": trainer.duration,
@@ -365,10 +383,15 @@ def hparams(config: TrainConfig) -> dict[str, str | float | bool]:
         "lr": float(config.optimizer.get("lr", 0.0)),
         "weight_decay": float(config.optimizer.get("weight_decay", 0.0)),
         "schedule": config.schedule["_target_"].rpartition(".")[2],
-        "ema_decay": trainer.ema_decay or 0.0,
+        "ema_decay": _shown(trainer.ema_decay or 0.0),
         "init_from": config.init_from or "",
         "data": config.data.root,
     }
+
+
+def _shown(value: Any) -> str:
+    """A scheduled value in a word."""
+    return f"{value:g}" if isinstance(value, int | float) else next(iter(value))
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:

@@ -12,18 +12,19 @@ class EMA:
 
     Args:
         module: whose parameters and buffers are averaged; whole numbers are taken over as they are.
-        decay: between 0 and 1.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
         self.tensors = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, skipped: Tensor) -> None:
-        """After a step that was `skipped` (a float32 scalar of 0 or 1) or not; nothing leaves the device."""
-        weight = (1 - self.decay) * (1 - skipped)
+    def update(self, skipped: Tensor, decay: float) -> None:
+        """After a step that was `skipped` (a float32 scalar of 0 or 1) or not; nothing leaves the device.
+
+        `decay` lies between 0 and 1.
+        """
+        weight = (1 - decay) * (1 - skipped)
         for name, tensor in self._module.state_dict().items():
             average = self.tensors[name]
             if average.is_floating_point():

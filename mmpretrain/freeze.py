@@ -1,43 +1,63 @@
-"""Parts of the model that are not trained, for ever or until some samples have been seen (LiT, Zhai et al. 2022)."""
+"""Which parameters are trained, as a function of the samples seen: what some objective reaches and nothing freezes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from torch import nn
 
-from mmpretrain.schedules import Clock, Duration
+from mmpretrain.schedules import Duration, Now
 from mmpretrain.task import Task
 from mmpretrain.usage import nearest
 
 
 class Freeze:
-    """Which parameters are frozen, as a function of the samples seen.
+    """Freezes what no objective reaches, and parts of the model for ever or for a time (LiT, Zhai et al. 2022).
+
+    What will be trained at some time is trainable after `__init__`, so that an optimiser made then holds it.
 
     Args:
-        task: whose model it is; what is frozen already stays so.
+        task: whose parameters are frozen.
         until: by the part's name inside the model (`image`, `text.transformer.resblocks.0`), how long it is frozen;
             None is for ever.
+        reached: the parameters that each objective's gradient reaches (see `parallel.reached_parameters`).
 
     Raises: ValueError if the model has no such part.
     """
 
-    def __init__(self, task: Task, until: Mapping[str, Duration | None]) -> None:
-        self._until: list[tuple[nn.Parameter, Duration | None]] = []
+    def __init__(self, task: Task, until: Mapping[str, Duration | None], reached: Mapping[str, Set[str]]) -> None:
+        self._reached = reached
+        self._until: dict[str, Duration] = {}
+        unreached = [
+            name for name, _ in task.named_parameters() if not any(name in names for names in reached.values())
+        ]
+        frozen = set(unreached)
         for part, duration in until.items():
             prefix = f"model.{part}"
-            members = [(n, p) for n, p in task.named_parameters() if n == prefix or n.startswith(f"{prefix}.")]
+            members = [name for name, _ in task.named_parameters() if f"{name}.".startswith(f"{prefix}.")]
             if not members:
                 parts = [name.removeprefix("model.") for name, _ in task.named_modules() if name.startswith("model.")]
                 raise ValueError(f"trainer.freeze has {part!r}, which is no part of the model; {nearest(part, parts)}")
-            self._until += [(parameter, duration) for _, parameter in members if parameter.requires_grad]
-        for parameter, duration in self._until:
             if duration is None:
-                parameter.requires_grad_(False)
+                frozen.update(members)
+            else:
+                self._until.update(dict.fromkeys(members, duration))
+        self.unreached = [name for name, p in task.named_parameters() if p.requires_grad and name in unreached]
+        """What no objective reaches, though the model would train it."""
+        self._parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in task.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in frozen)
+            if parameter.requires_grad:
+                self._parameters[name] = parameter
 
-    def apply(self, samples: int, clock: Clock) -> bool:
-        """Freeze and thaw for the step that starts after `samples`; returns whether anything changed."""
+    def apply(self, now: Now, weights: Mapping[str, float]) -> bool:
+        """Freeze and thaw for the step that starts at `now`, an objective of weight 0 reaching nothing.
+
+        Returns: whether anything changed.
+        """
         changed = False
-        for parameter, duration in self._until:
-            trained = duration is not None and samples >= clock.samples(duration)
+        for name, parameter in self._parameters.items():
+            is_reached = any(weights[objective] and name in names for objective, names in self._reached.items())
+            until = self._until.get(name)
+            trained = is_reached and (until is None or now.samples >= now.clock.samples(until))
             changed |= parameter.requires_grad != trained
             parameter.requires_grad_(trained)
         return changed

@@ -11,8 +11,10 @@ from types import FrameType, TracebackType
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.checkpoint import write_text
+from mmpretrain.data.order import step_range
 from mmpretrain.data.stream import Stream
 from mmpretrain.metrics import read_records
+from mmpretrain.schedules import Clock
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +107,16 @@ class Quarantine:
             file.write(json.dumps(asdict(refusal)) + "\n")
 
 
-def check_bad_step(flags: Mapping[str, float], step: int, streams: Mapping[str, Stream], limit: int) -> None:
+def check_bad_step(
+    flags: Mapping[str, float], step: int, streams: Mapping[str, Stream], clock: Clock, limit: int
+) -> None:
     """Say which samples a skipped step saw, and end a run that has too many of them in a row.
 
     Args:
         flags: `skipped` and `bad_steps` (in a row, this one included) of the step.
         step: its number, from 1.
         streams: what it read.
+        clock: the run's.
         limit: the first number of steps in a row that ends the run.
 
     Raises: TrainingError at the limit.
@@ -120,7 +125,7 @@ def check_bad_step(flags: Mapping[str, float], step: int, streams: Mapping[str, 
         return
     if distributed.is_main():
         for name, stream in streams.items():
-            positions = range((step - 1) * stream.batch_size, step * stream.batch_size)
+            positions = step_range(stream.batch_size, step - 1, clock)
             keys = ", ".join(stream.sample_key(position) for position in positions)
             log.warning("step %d skipped, its gradient is not finite; samples of %s: %s", step, name, keys)
     if flags["bad_steps"] >= limit:

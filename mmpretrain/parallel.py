@@ -20,21 +20,22 @@ _SYNC_BUFFERS = (
 )
 
 
-def freeze_unreached(task: Task, example: Batch) -> list[str]:
-    """Freeze the parameters that no objective's gradient reaches, and name them.
+def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
+    """The names of the parameters that each objective's gradient reaches.
 
     A tower that no objective asks for, or a pooling head that none looks at, would otherwise be decayed by the
-    optimiser and be waited for by DDP. Found out by one backward pass over a small example.
+    optimiser and be waited for by DDP. Found out by a backward pass of each over a small example.
     """
     task.eval()
-    forward_backward(task, task, [example], dict.fromkeys(task.objectives, 1.0))
+    reached = {}
+    for objective in task.objectives:
+        forward_backward(task, task, [example], {name: float(name == objective) for name in task.objectives})
+        reached[objective] = frozenset(
+            name for name, parameter in task.named_parameters() if parameter.grad is not None
+        )
+        task.zero_grad()
     task.train()
-    frozen = [name for name, parameter in task.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    for parameter in task.parameters():
-        if parameter.grad is None:
-            parameter.requires_grad_(False)
-        parameter.grad = None
-    return frozen
+    return reached
 
 
 def wrap(task: Task, device: torch.device) -> nn.Module:
@@ -51,7 +52,7 @@ def wrap(task: Task, device: torch.device) -> nn.Module:
                 "run one process, or choose an encoder without it"
             )
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
-    # Every parameter is reached in every step (`freeze_unreached`), so nothing has to be searched for.
+    # Every trained parameter is reached in every step (`freeze.Freeze`), so nothing has to be searched for.
     device_ids = [device.index] if device.type == "cuda" else None
     sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
     return DistributedDataParallel(task, device_ids=device_ids, **sync_buffers)

@@ -1,12 +1,14 @@
-"""Everything that changes over a run is f(samples seen): durations, and the learning rate's schedules."""
+"""Everything that changes over a run is f(samples seen): durations, scheduled values, and the learning rate's schedules."""
 
 import math
 import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from mmpretrain.usage import check_number
+from mmpretrain.usage import UsageError, check_number
 
 Unit = Literal["epochs", "samples", "steps", "%", "min"]
 
@@ -77,6 +79,103 @@ class Clock:
         """Whether a multiple of `every` lies in (before, after], in samples seen; never if it is zero."""
         period = self.samples(every)
         return period > 0 and after // period > before // period
+
+
+@dataclass(frozen=True)
+class Now:
+    """A moment of a run: the samples seen before a step, and what durations are measured against."""
+
+    samples: int = 0
+    clock: Clock = Clock(1, 1)
+
+
+Scheduled = float | Mapping[str, Mapping[str, float]]
+"""A number, or how it changes: {piecewise: {0%: .5, 90%: 0}}, {linear: {...}} or {cosine: {...}}."""
+_KINDS = ("piecewise", "linear", "cosine")
+
+
+class Value:
+    """A number that may change over a run, as a function of the samples seen.
+
+    Between the knots (s_0, v_0), (s_1, v_1), ... at durations from the run's start, with p = (s - s_i) / (s_{i+1} - s_i):
+
+        piecewise   v_i
+        linear      v_i + (v_{i+1} - v_i) p
+        cosine      v_i + (v_{i+1} - v_i) (1 - cos(pi p)) / 2
+
+    Before the first knot it is v_0, after the last one v_n.
+
+    Args:
+        value: a number, or `{piecewise: {0%: .5, 90%: 0}}` with one of the three kinds.
+        name: the configuration key it stands under, for messages.
+        bounds: what each of its values has to keep to (see `usage.check_number`).
+        in_stages: it stays the same between knots (the data path's values do): linear and cosine are refused.
+
+    Raises: UsageError if it is neither, for knots that are no durations, and for values out of bounds.
+    """
+
+    def __init__(self, value: Scheduled, name: str, in_stages: bool = False, **bounds: float) -> None:
+        self.kind = "constant"
+        knots: Mapping[str, float] = (
+            {"0%": value} if isinstance(value, int | float) and not isinstance(value, bool) else {}
+        )
+        if isinstance(value, Mapping) and len(value) == 1:
+            ((self.kind, knots),) = value.items()
+        kinds = _KINDS[:1] if in_stages else _KINDS
+        if not knots or not isinstance(knots, Mapping) or self.kind not in ("constant", *kinds):
+            raise UsageError(
+                f"{name} is {value!r}; expected a number, or how it changes ({', '.join(kinds)}), such as "
+                "{piecewise: {0%: 1, 90%: 0}}"
+            )
+        self.name = name
+        self.knots = [(Duration.parse(at, f"a knot of {name}"), number) for at, number in knots.items()]
+        for _, number in self.knots:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise UsageError(f"{name} is {value!r}; expected finite numbers")
+            check_number(name, number, **bounds)
+
+    @property
+    def values(self) -> list[float]:
+        """What it is at its knots: its extremes are among them."""
+        return [number for _, number in self.knots]
+
+    @property
+    def is_constant(self) -> bool:
+        return len(set(self.values)) == 1
+
+    def __call__(self, now: Now) -> float:
+        """Its value for the step that starts at `now`. Raises: UsageError if the knots are not in order."""
+        places = self.places(now.clock)
+        i = bisect_right(places, now.samples) - 1
+        if i < 0 or i == len(places) - 1 or self.kind == "piecewise":
+            return self.knots[max(i, 0)][1]
+        part = float((now.samples - places[i]) / (places[i + 1] - places[i]))
+        if self.kind == "cosine":
+            part = (1 - math.cos(math.pi * part)) / 2
+        return self.knots[i][1] + (self.knots[i + 1][1] - self.knots[i][1]) * part
+
+    def places(self, clock: Clock) -> list[Fraction]:
+        """Where its knots lie, in samples. Raises: UsageError if they are not in order."""
+        places = [clock.samples(duration) for duration, _ in self.knots]
+        if places != sorted(set(places)):
+            raise UsageError(
+                f"{self.name} has knots at {', '.join(f'{float(place):g}' for place in places)} samples; "
+                "expected each after the one before"
+            )
+        return places
+
+    def depends_on_total(self) -> bool:
+        """Whether a longer run would have had other values so far."""
+        return not self.is_constant and any(at.unit == "%" and at.value > 0 for at, _ in self.knots)
+
+
+def scheduled_values(node: Any, path: str = "") -> Iterator[Value]:
+    """The values below a part of the configuration that change over the run."""
+    if isinstance(node, Mapping):
+        if len(node) == 1 and next(iter(node)) in _KINDS:
+            yield Value(node, path)
+        for key, child in node.items():
+            yield from scheduled_values(child, f"{path}.{key}" if path else str(key))
 
 
 class Schedule(Protocol):

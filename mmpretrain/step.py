@@ -121,18 +121,19 @@ def forward_backward(
         wrapped: `task`, or what DDP makes of it (it averages over ranks).
         task: the model and its objectives.
         micro_batches: this rank's part of the batch; the same number on every rank.
-        weights: the weight of each objective's loss.
+        weights: the weight of each objective's loss; one of weight 0 is not computed.
         autocast: the precision of the forward passes; entered once a pass.
         loss_scale: what the gradients come multiplied by, a scalar; None: nothing.
     """
     autocast = autocast or nullcontext()
     counts: Tensors = {}
     for batch in micro_batches:
-        for name, count in task.counts(batch).items():
+        for name, count in task.counts(batch, weights).items():
             counts[name] = counts.get(name, 0) + count
     counts = {name: distributed.all_reduce_sum(count).clamp(min=1) for name, count in counts.items()}
     coupling = _Coupling(task)
-    if len(micro_batches) > 1 and len(counts) < len(task.objectives):
+    has_coupled = len(counts) < sum(weight != 0 for weight in weights.values())
+    if len(micro_batches) > 1 and has_coupled:
         with torch.no_grad():
             for batch in micro_batches:
                 with autocast:

@@ -45,8 +45,9 @@ class Encodings:
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask:
         """The mask that `spec` draws for each sample of the stream."""
         if (stream, spec) not in self._masks:
-            seeds = self.samples(stream).seeds
-            self._masks[stream, spec] = patch_mask(seeds, self._model.image.grid_size, spec)
+            samples = self.samples(stream)
+            grid_size = samples.grid_size(self._model.image.patch_size)
+            self._masks[stream, spec] = patch_mask(samples.seeds, grid_size, spec)
         return self._masks[stream, spec]
 
     def image(self, stream: str, mask: MaskSpec | None = None) -> ImageEncoding:
@@ -97,9 +98,9 @@ class Encodings:
             )
         return samples.text, samples.lengths
 
-    def image_embedding(self, stream: str) -> Tensor:
-        """The images in the shared space, [b, e] of unit length."""
-        return self._model.project_image(self.image(stream).pooled)
+    def image_embedding(self, stream: str, mask: MaskSpec | None = None) -> Tensor:
+        """The images, or what `mask` keeps of them, in the shared space, [b, e] of unit length."""
+        return self._model.project_image(self.image(stream, mask).pooled)
 
     def text_embedding(self, stream: str) -> Tensor:
         """The texts in the shared space, [b, e] of unit length."""
@@ -133,12 +134,12 @@ class Task(nn.Module):
                 return float(objective.logit_scale.detach().exp())
         return None
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """The number of terms that a micro-batch holds of each independent objective, float64 scalars."""
+    def counts(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """The number of terms that a micro-batch holds of each independent objective with a weight, float64 scalars."""
         return {
             name: objective.count(batch).double()
             for name, objective in self.objectives.items()
-            if isinstance(objective, IndependentObjective)
+            if weights[name] and isinstance(objective, IndependentObjective)
         }
 
     def forward(
@@ -151,7 +152,7 @@ class Task(nn.Module):
 
         Args:
             batch: the micro-batch.
-            weights: w_k, by objective.
+            weights: w_k, by objective; one of weight 0 is not computed.
             counts: the number of terms in the whole batch, by independent objective.
             couple: gives the gradients that reach a coupled objective's rows and scalars.
 
@@ -163,6 +164,8 @@ class Task(nn.Module):
         total = torch.zeros((), device=next(self.parameters()).device)
         sums: dict[str, dict[str, Tensor]] = {}
         for name, objective in self.objectives.items():
+            if not weights[name]:
+                continue
             if isinstance(objective, IndependentObjective):
                 terms = objective.loss(encodings)
                 loss, others = terms if isinstance(terms, tuple) else (terms, {})

@@ -24,7 +24,7 @@ from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results
 from mmpretrain.precision import autocast
-from mmpretrain.schedules import Duration, Schedule
+from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
 from mmpretrain.task import Task
 from mmpretrain.trainer import (
     Trainer,
@@ -34,6 +34,7 @@ from mmpretrain.trainer import (
     count_micro_batches,
     example_batch,
     first_micro_batch,
+    weights_at,
 )
 
 log = logging.getLogger(__name__)
@@ -144,19 +145,20 @@ def _dry_run(
     task: Task,
     streams: Mapping[str, Stream],
     tokenizer: Tokenizer,
-    weights: Mapping[str, float],
+    weights: Mapping[str, Value],
     options: TrainerOptions,
 ) -> Mapping[str, float]:
     """Say what the run would cost, and leave nothing behind."""
-    parallel.freeze_unreached(task, example_batch(streams, tokenizer, options.text_groups).to(task.model.device))
-    Freeze(task, options.freeze).apply(0, clock_of(streams, options.duration))
+    clock = clock_of(streams, options.duration)
+    example = example_batch(streams, tokenizer, options.text_groups, clock).to(task.model.device)
+    first_weights = weights_at(weights, Now(0, clock))
+    Freeze(task, options.freeze, parallel.reached_parameters(task, example)).apply(Now(0, clock), first_weights)
     num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
-    batch = first_micro_batch(streams, tokenizer, options.text_groups, num_micro_batches).to(task.model.device)
+    batch = first_micro_batch(streams, tokenizer, options.text_groups, clock, num_micro_batches).to(task.model.device)
     costs = dry_run.estimate(
-        task, batch, weights, _make_optimizer(cfg), options.precision, len(next(iter(batch.streams.values()))),
+        task, batch, first_weights, _make_optimizer(cfg), options.precision, len(next(iter(batch.streams.values()))),
         num_micro_batches, has_average=options.ema_decay is not None,
     )  # fmt: skip
-    clock = clock_of(streams, options.duration)
     dry_run.show(costs, clock.total_samples // clock.batch_size, num_micro_batches, str(task.model.device))
     return {"flops_per_pair": costs.flops_per_pair, "memory_bytes": costs.memory_bytes}
 
@@ -193,7 +195,7 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         micro_batch_size=cfg.trainer.micro_batch_size,
         precision=cfg.trainer.precision.value,
         clip_grad_norm=cfg.trainer.clip_grad_norm,
-        ema_decay=cfg.trainer.ema_decay,
+        ema_decay=None if cfg.trainer.ema_decay is None else Value(cfg.trainer.ema_decay, "trainer.ema_decay"),
         freeze={
             part: None if until is None else Duration.parse(until, f"trainer.freeze.{part}")
             for part, until in (cfg.trainer.freeze or {}).items()
@@ -236,8 +238,15 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    free = () if schedule.depends_on_total() else ("trainer.duration",)
-    changed = config.differences(config.from_yaml(path.read_text(), str(path)), config.to_plain(cfg), free)
+    now = config.to_plain(cfg)
+    depends = (
+        schedule.depends_on_total()
+        or any(value.depends_on_total() for value in scheduled_values(now))
+        or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
+    )
+    changed = config.differences(
+        config.from_yaml(path.read_text(), str(path)), now, () if depends else ("trainer.duration",)
+    )
     if not changed:
         return None
     return (

@@ -26,7 +26,7 @@ from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, Train
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
 from mmpretrain.precision import LossScale, PrecisionName, autocast
 from mmpretrain.profiling import profiled
-from mmpretrain.schedules import Clock, Duration, Schedule
+from mmpretrain.schedules import Clock, Duration, Now, Schedule, Value
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
 
@@ -47,7 +47,7 @@ class TrainerOptions:
     micro_batch_size: int | None
     precision: PrecisionName
     clip_grad_norm: float | None
-    ema_decay: float | None
+    ema_decay: Value | None
     freeze: Mapping[str, Duration | None]
     log_every: Duration
     checkpoint_every: Duration
@@ -94,7 +94,7 @@ class Trainer:
         tokenizer: makes the streams' text.
         make_optimizer: the optimiser of a task whose unreached parameters are frozen.
         schedule: the learning rate's factor.
-        weights: the objectives' weights.
+        weights: the objectives' weights, as functions of the samples seen.
         evaluate: runs the evaluations that are due.
         options: lengths, precision and limits.
         fingerprint: of the data; a checkpoint made on other data is refused.
@@ -113,7 +113,7 @@ class Trainer:
         tokenizer: Tokenizer,
         make_optimizer: Callable[[Task], torch.optim.Optimizer],
         schedule: Schedule,
-        weights: Mapping[str, float],
+        weights: Mapping[str, Value],
         evaluate: Evaluate,
         options: TrainerOptions,
         fingerprint: Mapping[str, Any],
@@ -128,24 +128,24 @@ class Trainer:
         self.schedule, self.weights, self.evaluate = schedule, weights, evaluate
         self.options, self.fingerprint, self.folder, self.device = options, fingerprint, folder, device
 
-        self.batch_size = next(iter(streams.values())).batch_size
         self.clock = clock_of(streams, options.duration)
+        self.batch_size = self.clock.batch_size
         self.num_steps = self.clock.total_samples // self.batch_size
         self.num_micro_batches = count_micro_batches(self.batch_size, options.micro_batch_size, task)
-        example = example_batch(streams, tokenizer, options.text_groups).to(device)
-        if frozen := parallel.freeze_unreached(task, example):
-            log.info("frozen, since no objective reaches them: %s", ", ".join(frozen))
-        # Only now: what thaws later is what some objective reaches.
-        self.freeze = Freeze(task, options.freeze)
+        example = example_batch(streams, tokenizer, options.text_groups, self.clock).to(device)
+        self.freeze = Freeze(task, options.freeze, parallel.reached_parameters(task, example))
+        if self.freeze.unreached:
+            log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
         self.optimizer = make_optimizer(task)
-        self.ema = None if options.ema_decay is None else EMA(task, options.ema_decay)
+        self.ema = None if options.ema_decay is None else EMA(task)
         self.state = self._resume(initialize)
         self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
         self.loss_scale = LossScale(options.precision, device, self.state.loss_scale, self.state.good_steps)
-        self.freeze.apply(self.state.samples, self.clock)
+        now = Now(self.state.samples, self.clock)
+        self.freeze.apply(now, weights_at(weights, now))
         self.wrapped = parallel.wrap(task, device)
         self.loader = build_loader(
-            streams, tokenizer, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
+            streams, tokenizer, self.clock, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
             self.num_micro_batches, options.workers, options.text_groups, pin_memory=device.type == "cuda",
         )  # fmt: skip
         self.flags = distributed.LateFlags()
@@ -185,21 +185,23 @@ class Trainer:
                 if state.step == 0 and self.writer is not None:
                     self.writer.pairs(micro_batches[0], self.tokenizer)
                 micro_batches = [batch.to(device) for batch in micro_batches]
-                if self.freeze.apply(state.samples, self.clock):
+                now = Now(state.samples, self.clock)
+                weights = weights_at(self.weights, now)
+                if self.freeze.apply(now, weights):
                     self.wrapped = parallel.wrap(self.task, device)
 
                 lr_factor = self.schedule(state.samples, self.clock)
                 optim.set_lr(self.optimizer, lr_factor)
                 passes = autocast(device, options.precision)
                 scale = self.loss_scale.scale
-                losses = self._forward_backward(micro_batches, passes, scale)
+                losses = self._forward_backward(micro_batches, weights, passes, scale)
                 self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
                 skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
                 self.task.constrain()
                 self.loss_scale.update(skipped)
-                if self.ema is not None:
-                    self.ema.update(skipped)
+                if self.ema is not None and options.ema_decay is not None:
+                    self.ema.update(skipped, options.ema_decay(now))
                 self.bad_steps = (self.bad_steps + 1) * skipped
 
                 before = state.samples
@@ -207,12 +209,12 @@ class Trainer:
                 self.window.samples += self.batch_size
                 is_last = state.step == self.num_steps
                 known = self.flags.read()
-                check_bad_step(known, state.step - 1, self.streams, options.max_bad_steps)
+                check_bad_step(known, state.step - 1, self.streams, self.clock, options.max_bad_steps)
                 self._post_flags(skipped, stop)
 
                 values: dict[str, float] = {}
                 if self.clock.is_due(options.log_every, before, state.samples) or is_last:
-                    values = self._measure(losses, norms, lr_factor, progress)
+                    values = self._measure(losses, weights, norms, lr_factor, progress)
                 progress.advance(state.step)
                 profile_step()
                 paused = time.perf_counter()
@@ -220,21 +222,23 @@ class Trainer:
                 if values and self.writer is not None:
                     self.writer.scalars(state.step, state.samples, values)
                 if is_last:
-                    check_bad_step(self.flags.read(), state.step, self.streams, options.max_bad_steps)
+                    check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
                     self._write_results()
                 if is_last or self.is_best or self._is_save_due(before) or known.get("save") or known.get("stop"):
                     self._save()
                 self.window.start += time.perf_counter() - paused
                 if known.get("stop") and not is_last:
-                    check_bad_step(self.flags.read(), state.step, self.streams, options.max_bad_steps)
+                    check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
                     log.warning("stopped by a signal at step %d; the same command goes on from there", state.step)
                     self._close()
                     sys.exit(PREEMPTED_EXIT_CODE)
 
-    def _forward_backward(self, micro_batches: list[Batch], passes: torch.autocast, scale: Tensor | None) -> StepLosses:
+    def _forward_backward(
+        self, micro_batches: list[Batch], weights: Mapping[str, float], passes: torch.autocast, scale: Tensor | None
+    ) -> StepLosses:
         """The step's gradients. Raises: TrainingError where `trainer.detect_anomaly` found an operation at fault."""
         try:
-            return forward_backward(self.wrapped, self.task, micro_batches, self.weights, passes, scale)
+            return forward_backward(self.wrapped, self.task, micro_batches, weights, passes, scale)
         except RuntimeError as error:
             if not (torch.is_anomaly_enabled() and "returned nan values" in str(error)):
                 raise
@@ -296,7 +300,12 @@ class Trainer:
         return every.unit != "min" and self.clock.is_due(every, before, self.state.samples)
 
     def _measure(
-        self, losses: StepLosses, norms: Mapping[str, Tensor], lr_factor: float, progress: ProgressBar
+        self,
+        losses: StepLosses,
+        weights: Mapping[str, float],
+        norms: Mapping[str, Tensor],
+        lr_factor: float,
+        progress: ProgressBar,
     ) -> dict[str, float]:
         """This step's values; begins a new window. A collective."""
         self.quarantine.flush(self.state.samples)
@@ -304,7 +313,7 @@ class Trainer:
         means = {name: {key: float(mean) for key, mean in each.items()} for name, each in losses.reduced().items()}
         seconds = time.perf_counter() - window.start
         speed = window.samples / seconds
-        values = {"train/loss": sum(self.weights[name] * each["loss"] for name, each in means.items())}
+        values = {"train/loss": sum(weights[name] * each["loss"] for name, each in means.items())}
         values |= {f"train/{name}_{key}": mean for name, each in means.items() for key, mean in each.items()}
         values |= {
             f"train/{name}_perplexity": math.exp(min(each["loss"], _LARGEST_EXPONENT))
@@ -312,8 +321,13 @@ class Trainer:
             if getattr(self.task.objectives[name], "perplexity", False)
         }
         for name, shared in losses.shared.items():
-            scalars = {key: value for key, value in shared.items() if value.numel() == 1}  # the rest are a head's weights
+            scalars = {
+                key: value for key, value in shared.items() if value.numel() == 1
+            }  # the rest are a head's weights
             values |= {f"train/{name}_{key}": float(value) for key, value in scalars.items()}
+        values |= {
+            f"train/{name}_weight": weights[name] for name, value in self.weights.items() if not value.is_constant
+        }
         values["train/lr"] = self.optimizer.defaults["lr"] * lr_factor
         values["train/grad_norm"] = float(norms["all"])
         values |= {f"train/grad_norm_{tower}": float(norm) for tower, norm in norms.items() if tower != "all"}
@@ -405,12 +419,17 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
         )
 
 
+def weights_at(weights: Mapping[str, Value], now: Now) -> dict[str, float]:
+    """The objectives' weights for the step that starts at `now`."""
+    return {name: weight(now) for name, weight in weights.items()}
+
+
 def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:
     """What durations are measured against; the run's length is whole steps, rounded up."""
     first = next(iter(streams.values()))
-    clock = Clock(first.batch_size, first.order.num_samples)
-    num_steps = -(-round(clock.samples(duration)) // first.batch_size)
-    return Clock(first.batch_size, first.order.num_samples, num_steps * first.batch_size)
+    batch_size, epoch_samples = int(first.batch_size.values[0]), first.order.num_samples
+    num_steps = -(-round(Clock(batch_size, epoch_samples).samples(duration)) // batch_size)
+    return Clock(batch_size, epoch_samples, num_steps * batch_size)
 
 
 def is_better(metric: str, score: float, best: float | None) -> bool:
@@ -450,15 +469,15 @@ def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Tas
 
 
 def first_micro_batch(
-    streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, num_micro_batches: int
+    streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock, num_micro_batches: int
 ) -> Batch:
     """What this rank sees first."""
     place = distributed.rank(), distributed.world_size(), num_micro_batches
-    item = next(iter(StepSampler(streams, 0, 1, *place)))
-    return MicroBatches(streams, tokenizer, text_groups)[item]
+    item = next(iter(StepSampler(streams, clock, 0, 1, *place)))
+    return MicroBatches(streams, tokenizer, text_groups, clock)[item]
 
 
-def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int) -> Batch:
+def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock) -> Batch:
     """Two samples of each stream, the same on every rank."""
-    item = {name: step_positions(stream.order, 0, 2, 0, 1, 1)[0] for name, stream in streams.items()}
-    return MicroBatches(streams, tokenizer, text_groups)[item]
+    item = {name: step_positions(stream.order, range(2), 0, 1, 1)[0] for name, stream in streams.items()}
+    return MicroBatches(streams, tokenizer, text_groups, clock)[0, item]

@@ -49,6 +49,7 @@ from mmpretrain.data.shards import Shards
 from mmpretrain.data.stream import Source, TarStream
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop
+from mmpretrain.schedules import Clock
 
 NAMES = ("open_clip", "mmpretrain", "normalised", "bare")
 IMAGE_SIZE = 224
@@ -170,7 +171,7 @@ def measure(photographs: list[Path], side: int, num_images: int, rounds: int) ->
         theirs, stream, tokenizer = open_clip_pipeline(tar), mmpretrain_stream(tar), ClipTokenizer()
 
         def ours() -> Iterable[Batch]:
-            return build_loader({"pairs": stream}, tokenizer, 0, num_images // BATCH_SIZE)
+            return build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, num_images // BATCH_SIZE)
 
         passes: dict[str, Callable[[], Iterable[object]]] = {
             "open_clip": lambda: theirs,

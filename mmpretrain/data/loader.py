@@ -12,36 +12,43 @@ from collections.abc import Iterator, Mapping
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmpretrain.batch import Batch
-from mmpretrain.data.order import step_positions
+from mmpretrain.data.order import step_positions, step_range
 from mmpretrain.data.stream import Stream, StreamItem
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.schedules import Clock, Now
+
+MicroBatchItem = tuple[int, Mapping[str, StreamItem]]
+"""(samples seen before the step, what of each stream)."""
 
 
 class MicroBatches(Dataset[Batch]):
-    """The map-style data set: {stream: (positions, sources, ids)} -> Batch."""
+    """The map-style data set: (samples seen, {stream: (positions, sources, ids)}) -> Batch."""
 
-    def __init__(self, streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int) -> None:
+    def __init__(self, streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock) -> None:
         self._streams = streams
         self._tokenizer = tokenizer
         self._text_groups = text_groups
+        self._clock = clock
 
-    def __getitem__(self, item: Mapping[str, StreamItem]) -> Batch:
+    def __getitem__(self, item: MicroBatchItem) -> Batch:
+        now = Now(item[0], self._clock)
         parts = {
-            name: self._streams[name].read(stream_item, self._tokenizer, self._text_groups)
-            for name, stream_item in item.items()
+            name: self._streams[name].read(stream_item, self._tokenizer, self._text_groups, now)
+            for name, stream_item in item[1].items()
         }
         first_stream = next(iter(parts.values()))[0]
         seed = int(first_stream.seeds[first_stream.positions.argmin()])
         refused = tuple(refusal for _, refusals in parts.values() for refusal in refusals)
-        return Batch({name: samples for name, (samples, _) in parts.items()}, seed, refused)
+        return Batch({name: samples for name, (samples, _) in parts.items()}, seed, now, refused)
 
 
-class StepSampler(Sampler[dict[str, StreamItem]]):
+class StepSampler(Sampler[MicroBatchItem]):
     """Every micro-batch of one rank, step after step, from step `first_step` to `num_steps`."""
 
     def __init__(
         self,
         streams: Mapping[str, Stream],
+        clock: Clock,
         first_step: int,
         num_steps: int,
         rank: int,
@@ -49,22 +56,24 @@ class StepSampler(Sampler[dict[str, StreamItem]]):
         num_micro_batches: int,
     ) -> None:
         self._streams = streams
+        self._clock = clock
         self._steps = range(first_step, num_steps)
         self._place = (rank, world_size, num_micro_batches)
 
-    def __iter__(self) -> Iterator[dict[str, StreamItem]]:
+    def __iter__(self) -> Iterator[MicroBatchItem]:
         for step in self._steps:
             parts = {
-                name: step_positions(stream.order, step * stream.batch_size, stream.batch_size, *self._place)
+                name: step_positions(stream.order, step_range(stream.batch_size, step, self._clock), *self._place)
                 for name, stream in self._streams.items()
             }
             for i in range(self._place[2]):
-                yield {name: part[i] for name, part in parts.items()}
+                yield step * self._clock.batch_size, {name: part[i] for name, part in parts.items()}
 
 
 def build_loader(
     streams: Mapping[str, Stream],
     tokenizer: Tokenizer,
+    clock: Clock,
     first_step: int,
     num_steps: int,
     rank: int = 0,
@@ -79,14 +88,15 @@ def build_loader(
     Raises: ValueError if a stream's batch size does not divide over the ranks and micro-batches.
     """
     for name, stream in streams.items():
-        if stream.batch_size % (world_size * num_micro_batches):
-            raise ValueError(
-                f"data.train.{name}.batch_size is {stream.batch_size}; expected a multiple of {world_size} processes "
-                f"x {num_micro_batches} micro-batches: change it, the number of processes, or trainer.micro_batch_size"
-            )
+        for size in stream.batch_size.values:
+            if size % (world_size * num_micro_batches):
+                raise ValueError(
+                    f"data.train.{name}.batch_size is {size}; expected a multiple of {world_size} processes x "
+                    f"{num_micro_batches} micro-batches: change it, the number of processes, or trainer.micro_batch_size"
+                )
     return DataLoader(
-        MicroBatches(streams, tokenizer, text_groups),
-        sampler=StepSampler(streams, first_step, num_steps, rank, world_size, num_micro_batches),
+        MicroBatches(streams, tokenizer, text_groups, clock),
+        sampler=StepSampler(streams, clock, first_step, num_steps, rank, world_size, num_micro_batches),
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # others would import torch in every worker

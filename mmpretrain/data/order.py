@@ -13,6 +13,7 @@ from math import lcm
 
 import numpy as np
 
+from mmpretrain.schedules import Clock, Value
 from mmpretrain.seeds import hash64, permutation
 
 BLOCK_SIZE = 256
@@ -149,16 +150,35 @@ class Order:
         return sources, samples
 
 
+def step_range(batch_size: Value, step: int, clock: Clock) -> range:
+    """The positions of a stream that a step takes: they follow those of the steps before it, whatever its stages' sizes.
+
+    Args:
+        batch_size: samples of a step, which changes in stages.
+        step: its number, from 0.
+        clock: what the stages are measured against.
+    """
+    # A stage begins with the first step that starts at its knot or behind it; the first one with the run.
+    first_steps = [0, *(-(-place // clock.batch_size) for place in batch_size.places(clock)[1:])]
+    sizes = [int(size) for size in batch_size.values]
+    start = 0
+    for first, end, size in zip(first_steps, [*first_steps[1:], step + 1], sizes, strict=True):
+        if step < end:
+            return range(start + (step - first) * size, start + (step - first + 1) * size)
+        start += (end - first) * size
+    raise AssertionError(f"step {step}")
+
+
 def step_positions(
-    order: Order, start: int, batch_size: int, rank: int, world_size: int, num_micro_batches: int
+    order: Order, taken: range, rank: int, world_size: int, num_micro_batches: int
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """One rank's micro-batches of the step that takes positions [start, start + batch_size).
+    """One rank's micro-batches of the step that takes positions `taken`.
 
     The batch is sorted by where its samples lie, cut into ranks, then into micro-batches.
 
     Returns: for each micro-batch (positions, sources, sample ids), int64 [b] each.
     """
-    positions = order.wrapped(np.arange(start, start + batch_size))
+    positions = order.wrapped(np.arange(taken.start, taken.stop))
     sources, samples = order(positions)
     by_place = np.lexsort((positions, samples, sources))
     mine = np.split(by_place, world_size)[rank]

@@ -14,10 +14,12 @@ from mmpretrain.data.augment import Augmentation, augmented
 from mmpretrain.data.decode import BadSample, check_caption_field, decode_captions, decode_image, read_label
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.shards import Shards, concatenated
+from mmpretrain.data.shorten import Shorten, shortened
 from mmpretrain.data.storage import LocalStorage, Storage
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
+from mmpretrain.schedules import Now, Scheduled, Value
 from mmpretrain.seeds import draw, draws, hash64, uniform
 
 _MAX_REPLACEMENTS = 20
@@ -86,7 +88,8 @@ class Stream(Protocol):
     """What the loader and the trainer ask of a stream."""
 
     name: str
-    batch_size: int
+    batch_size: Value
+    """Samples of a step, over all ranks."""
     order: Order
     fingerprints: dict[str, str]
     """By source: changes with the data."""
@@ -99,7 +102,7 @@ class Stream(Protocol):
         """A name for the sample that stands at `position`."""
         ...
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int, now: Now) -> tuple[Samples, list[Refused]]:
         """One micro-batch's part of the stream, and what was refused."""
         ...
 
@@ -110,12 +113,14 @@ class TarStream:
     Args:
         name: the stream's name, part of every seed.
         sources: where the samples lie.
-        batch_size: samples of a step, over all ranks.
+        batch_size: samples of a step, over all ranks; may change in stages, as image_size and text_length may.
         seed: the run's seed.
         caption: the caption's field, `txt` or `json.<path>`, several of them, or each with the weight it is drawn
             with; None for a stream without text.
         transform: which part of the image is seen; None for a stream without images.
         image_size: the side of the images, in pixels.
+        text_length: the most tokens of a text, start and end among them; None leaves it to the tokenizer.
+        shorten: what of a longer text is kept (see `data.shorten`).
         channels: of the images: 3, or 1 (grey) or 4 (with transparency).
         augment: what is done to the cropped image, in this order.
         group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
@@ -127,16 +132,18 @@ class TarStream:
         self,
         name: str,
         sources: Sequence[Source],
-        batch_size: int,
+        batch_size: Scheduled,
         seed: int,
         caption: str | Sequence[str] | Mapping[str, float] | None,
         transform: Transform | None,
-        image_size: int,
+        image_size: Scheduled,
         channels: int = 3,
         augment: Sequence[Augmentation] = (),
         group: str | None = None,
         views: Sequence[tuple[Transform, Sequence[Augmentation]]] = (),
         repeat_batches: int | None = None,
+        text_length: Scheduled | None = None,
+        shorten: Shorten = "truncate",
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -144,7 +151,7 @@ class TarStream:
         if transform is None and caption is None:
             raise ValueError(f"data.train.{name} has neither a caption nor a transform; name at least one")
         self.name = name
-        self.batch_size = batch_size
+        self.batch_size = Value(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
         self.sources = list(sources)
         if None in weights and len(sources) > 1:
             # Sources without weights are one data set: each sample is seen once an epoch.
@@ -154,13 +161,19 @@ class TarStream:
         self.order = Order(
             [SourceOrder(hash64(seed, name, source.name), source.shards.num_samples) for source in self.sources],
             [1.0 if source.weight is None else source.weight for source in self.sources],
-            None if repeat_batches is None else repeat_batches * batch_size,
+            None if repeat_batches is None else repeat_batches * int(self.batch_size.values[0]),
         )
         self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
         self._seed = hash64(seed, name)
         self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
         self._transform = transform
-        self._image_size = image_size
+        self._image_size = Value(image_size, f"data.train.{name}.image_size", in_stages=True, at_least=1)
+        self._text_length = (
+            None
+            if text_length is None
+            else Value(text_length, f"data.train.{name}.text_length", in_stages=True, at_least=3)
+        )
+        self._shorten = shorten
         self._channels = channels
         self._augment = augment
         self._group = group
@@ -188,7 +201,8 @@ class TarStream:
             fix = f"set data.train.{self.name}.group to caption, id, cls or a field `json.<name>` that it has"
             wanted.append((fix, partial(self._read_group, caption="")))
         if self._transform is not None:
-            wanted.append(("mend the shards", partial(self._read_images, seed=0)))
+            size = int(self._image_size.values[0])
+            wanted.append(("mend the shards", partial(self._read_images, seed=0, size=size)))
         for i, source in enumerate(self.sources):
             for fix, read in wanted:
                 self._check_readable(i, source.shards, read, fix)
@@ -215,15 +229,15 @@ class TarStream:
     def _read_captions(self, source: int, sample: int, field: str) -> list[str]:
         return read_captions(self.sources[source].shards, self._storage, sample, field)
 
-    def _read_images(self, source: int, sample: int, seed: int) -> list[Tensor]:
-        """The image, and the stream's further views of it."""
+    def _read_images(self, source: int, sample: int, seed: int, size: int) -> list[Tensor]:
+        """The image, and the stream's further views of it, `size` pixels wide and high."""
         data = read_member(self.sources[source].shards, self._storage, sample, IMAGE_EXTENSIONS)
         assert self._transform is not None
         seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
         images = []
         for own, (transform, augment) in zip(seeds, [(self._transform, self._augment), *self._views], strict=True):
             crop = partial(transform, seed=own)
-            images.append(augmented(decode_image(data, crop, self._image_size, self._channels), augment, own))
+            images.append(augmented(decode_image(data, crop, size, self._channels), augment, own))
         return images
 
     def _read_group(self, source: int, sample: int, caption: str | None) -> int:
@@ -234,7 +248,7 @@ class TarStream:
         member = read_member(self.sources[source].shards, self._storage, sample, (self._group.split(".")[0],))
         return hash64(read_label(member, self._group))
 
-    def _decode(self, source: int, sample: int, seed: int) -> tuple[list[Tensor], str | None, int]:
+    def _decode(self, source: int, sample: int, seed: int, size: int) -> tuple[list[Tensor], str | None, int]:
         """(the image and its further views, caption, group) of one sample. Raises: BadSample."""
         images: list[Tensor] = []
         caption = None
@@ -242,16 +256,17 @@ class TarStream:
             captions = self._read_captions(source, sample, self._captions.draw(seed))
             caption = captions[draw(hash64(seed, "caption"), 0) % len(captions)]
         if self._transform is not None:
-            images = self._read_images(source, sample, seed)
+            images = self._read_images(source, sample, seed, size)
         return images, caption, self._read_group(source, sample, caption)
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int, now: Now) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
 
         Raises: OSError for an I/O error; ValueError if some position finds no usable sample.
         """
         positions, sources, ids = item
         seeds = draws(np.uint64(self._seed), positions)
+        size = int(self._image_size(now))
         refused: list[Refused] = []
         images: list[list[Tensor]] = []
         captions: list[str] = []
@@ -261,7 +276,7 @@ class TarStream:
             shards, sample = self.sources[source].shards, first
             for attempt in range(_MAX_REPLACEMENTS):
                 try:
-                    views, caption, groups[row] = self._decode(source, sample, seed)
+                    views, caption, groups[row] = self._decode(source, sample, seed, size)
                     break
                 except BadSample as error:
                     shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
@@ -290,7 +305,10 @@ class TarStream:
         )
         if not captions:
             return samples, refused
-        return sorted_by_length(samples, *tokenizer(captions), tokenizer, text_groups), refused
+        text, lengths = tokenizer(captions)
+        if self._text_length is not None:
+            text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(now)), self._shorten)
+        return sorted_by_length(samples, text, lengths, tokenizer, text_groups), refused
 
 
 def length_cuts(lengths: Tensor, text_groups: int, longest: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import Format, PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -80,6 +80,11 @@ class TimmEncoder(nn.Module):
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
             self.grid_size: tuple[int, int] = self.trunk.patch_embed.grid_size
             self.patch_size: tuple[int, int] = self.trunk.patch_embed.patch_size
+            # Images of another size than the table of positions was made for have it interpolated, by timm.
+            self.trunk.dynamic_img_size = True
+            self.trunk.patch_embed.strict_img_size = False
+            self.trunk.patch_embed.flatten = False
+            self.trunk.patch_embed.output_fmt = Format.NHWC
             if not self.num_patches:
                 raise ValueError(
                     f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"

@@ -7,15 +7,17 @@ It may have, beside them: `constrain()`, called after each step; `fit(tokenizer:
 """
 
 from collections.abc import Callable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec
+from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextEncoding
 from mmpretrain.models.vit import ImageEncoding
+from mmpretrain.schedules import Now, Scheduled, Value
 
 Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
@@ -43,7 +45,7 @@ class Encodings(Protocol):
     def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask: ...
     def text(self, stream: str, mask: TokenMaskSpec | None = None) -> TextEncoding: ...
     def token_logits(self, states: Tensor) -> Tensor: ...
-    def image_embedding(self, stream: str) -> Tensor: ...
+    def image_embedding(self, stream: str, mask: MaskSpec | None = None) -> Tensor: ...
     def text_embedding(self, stream: str) -> Tensor: ...
 
 
@@ -79,6 +81,34 @@ class CoupledObjective(Protocol):
 Objective = IndependentObjective | CoupledObjective
 Couple = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
 """(objective, rows of this micro-batch, shared) -> (d loss / d rows, d loss / d shared)."""
+
+
+class DroppedPatches:
+    """Which patches a contrastive objective drops at some moment (FLIP, Li et al. 2023).
+
+    All objectives that drop the same part of a stream's patches share one pass of the encoder.
+
+    Args:
+        model: its image encoder must be a plain ViT where any are dropped.
+        ratio: the part that is dropped, 0 for none.
+        kind: see `masking.MaskSpec`.
+        key: the configuration key of the ratio, for messages.
+
+    Raises: ValueError if the encoder cannot drop patches, or the ratio leaves [0, 1).
+    """
+
+    def __init__(self, model: ImageTextModel, ratio: Scheduled, kind: Literal["random", "block"], key: str) -> None:
+        self._ratio = Value(ratio, key, at_least=0, below=1)
+        self._kind: Literal["random", "block"] = kind
+        if max(self._ratio.values) > 0 and not model.image.is_vit:
+            raise ValueError(
+                f"{key} is {ratio}, but model.image cannot drop patches; expected a plain ViT (vit_*), or 0"
+            )
+
+    def __call__(self, now: Now) -> MaskSpec | None:
+        """The mask at `now`; None where nothing is dropped."""
+        ratio = self._ratio(now)
+        return MaskSpec("contrast", (ratio, ratio), self._kind) if ratio else None
 
 
 def next_tokens(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mmpretrain.losses import info_nce, multi_positive_info_nce
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings
+from mmpretrain.objectives import DroppedPatches, Encodings
+from mmpretrain.schedules import Scheduled
 from mmpretrain.usage import check_number
 
 
@@ -17,9 +18,12 @@ class InfoNCE(nn.Module):
     """The symmetric contrastive loss with a learned temperature.
 
     Args:
-        model: unused; every objective gets it.
+        model: its image encoder must be a plain ViT where patches are dropped.
         init_logit_scale: s at the start; the loss sees exp of the parameter.
         max_logit_scale: s never leaves [1, this].
+        mask_ratio: the part of the patches that is dropped (FLIP, Li et al. 2023), 0 for none; a schedule with 0 at its
+            end has FLIP's unmasked stage.
+        mask_kind: `random` patches, or `block`: all but one rectangle of them.
         stream: where the pairs come from.
         positives: `pair`, or `group`: all pairs of one group are right answers (see `data.train.<stream>.group`).
     """
@@ -29,11 +33,14 @@ class InfoNCE(nn.Module):
         model: ImageTextModel,
         init_logit_scale: float = 1 / 0.07,
         max_logit_scale: float = 100.0,
+        mask_ratio: Scheduled = 0.0,
+        mask_kind: Literal["random", "block"] = "random",
         stream: str = "pairs",
         positives: Literal["pair", "group"] = "pair",
     ) -> None:
         super().__init__()
         self.streams = (stream,)
+        self.patches = DroppedPatches(model, mask_ratio, mask_kind, "objective.infonce.mask_ratio")
         self.positives = positives
         check_number("objective.infonce.max_logit_scale", max_logit_scale, above=1)
         check_number("objective.infonce.init_logit_scale", init_logit_scale, at_least=1, at_most=max_logit_scale)
@@ -44,7 +51,10 @@ class InfoNCE(nn.Module):
         """Rows: image [b, e], text [b, e], ids or groups int64 [b]; shared: logit_scale [1]."""
         (stream,) = self.streams
         samples = encodings.samples(stream)
-        rows = {"image": encodings.image_embedding(stream), "text": encodings.text_embedding(stream)}
+        rows = {
+            "image": encodings.image_embedding(stream, self.patches(encodings.batch.now)),
+            "text": encodings.text_embedding(stream),
+        }
         if self.positives == "pair":
             rows["ids"] = samples.ids
         elif samples.groups is not None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
 from mmpretrain.losses import masked_reconstruction, patchify
-from mmpretrain.masking import MaskSpec, PatchMask, num_kept, random_patch_mask
+from mmpretrain.masking import MaskSpec, PatchMask, num_kept, patch_mask
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
+from mmpretrain.schedules import Now, Scheduled, Value
 
 
 class MAE(nn.Module):
@@ -21,7 +22,8 @@ class MAE(nn.Module):
 
     Args:
         model: its image encoder must be a plain ViT.
-        mask_ratio: the part of the patches that is hidden, or [smallest, largest], from which each sample draws.
+        mask_ratio: the part of the patches that is hidden, or a schedule of it, or [smallest, largest], from which each
+            sample draws.
         decoder_width, decoder_depth, decoder_heads: the decoder's shape.
         norm_pix: the target is each patch normalised by its own mean and deviation.
         stream: where the images come from.
@@ -33,7 +35,7 @@ class MAE(nn.Module):
     def __init__(
         self,
         model: ImageTextModel,
-        mask_ratio: float | Sequence[float] = 0.75,
+        mask_ratio: Scheduled | Sequence[float] = 0.75,
         decoder_width: int = 512,
         decoder_depth: int = 8,
         decoder_heads: int = 16,
@@ -46,12 +48,13 @@ class MAE(nn.Module):
             raise ValueError(
                 "objective.mae needs a plain ViT of timm (vit_*) as model.image; this one cannot drop patches"
             )
-        ratios = [mask_ratio, mask_ratio] if isinstance(mask_ratio, float | int) else list(mask_ratio)
-        if len(ratios) != 2 or not 0 < ratios[0] <= ratios[1] < 1:
-            raise ValueError(
-                f"objective.mae.mask_ratio is {mask_ratio}; expected a number, or two in order, inside (0, 1)"
-            )
-        if num_kept(encoder.num_patches, ratios[0]) == encoder.num_patches:
+        ends = mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio, mask_ratio)
+        if len(ends) != 2:
+            raise ValueError(f"objective.mae.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order")
+        self._least, self._most = (Value(end, "objective.mae.mask_ratio", above=0, below=1) for end in ends)
+        if min(self._least.values) > min(self._most.values):
+            raise ValueError(f"objective.mae.mask_ratio is {mask_ratio}; expected two in order, the smallest first")
+        if num_kept(encoder.num_patches, min(self._least.values)) == encoder.num_patches:
             raise ValueError(
                 f"objective.mae.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "
                 f"expected at least {1 / encoder.num_patches:.3g}"
@@ -63,8 +66,6 @@ class MAE(nn.Module):
             )
         self.streams = (stream,)
         self.norm_pix = norm_pix
-        self.mask = MaskSpec("mae", (ratios[0], ratios[1]))
-        self.num_patches = encoder.num_patches
         self.num_prefix_tokens = encoder.num_prefix_tokens
         self.patch_size = encoder.patch_size
         self.decoder_embed = nn.Linear(encoder.width, decoder_width)
@@ -75,8 +76,9 @@ class MAE(nn.Module):
         )
         self.norm = norm_layer(decoder_width)
         self.predict = nn.Linear(decoder_width, self.patch_size[0] * self.patch_size[1] * 3)
+        self.grid_size = encoder.grid_size
         self.positions: Tensor
-        self.register_buffer("positions", _sincos_positions(encoder.grid_size, decoder_width), persistent=False)
+        self.register_buffer("positions", sincos_positions(self.grid_size, decoder_width), persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -85,20 +87,33 @@ class MAE(nn.Module):
 
     def count(self, batch: Batch) -> Tensor:
         """The number of hidden patches of a micro-batch."""
-        seeds = batch.streams[self.streams[0]].seeds
-        return random_patch_mask(seeds, self.num_patches, self.mask).hidden.sum()
+        samples = batch.streams[self.streams[0]]
+        return patch_mask(samples.seeds, samples.grid_size(self.patch_size), self.mask(batch.now)).hidden.sum()
+
+    def mask(self, now: Now) -> MaskSpec:
+        """What is hidden at a moment of the run."""
+        return MaskSpec("mae", (self._least(now), self._most(now)))
+
+    def _positions(self, grid_size: tuple[int, int]) -> Tensor:
+        """[1, N, width]; those of a smaller or larger grid stand in the same picture, as the encoder's interpolated do."""
+        if grid_size == self.grid_size:
+            return self.positions
+        steps = [own / other for own, other in zip(self.grid_size, grid_size, strict=True)]
+        return sincos_positions(grid_size, self.positions.shape[-1], (steps[0], steps[1])).to(self.positions)
 
     def reconstruct(self, encodings: Encodings) -> tuple[Tensor, PatchMask]:
         """(a prediction for each patch [b, N, p_h p_w 3], kept ones too, and which were hidden)."""
         (stream,) = self.streams
-        mask = encodings.patch_mask(stream, self.mask)
-        tokens = self.decoder_embed(encodings.image(stream, self.mask).tokens)
+        spec = self.mask(encodings.batch.now)
+        mask = encodings.patch_mask(stream, spec)
+        tokens = self.decoder_embed(encodings.image(stream, spec).tokens)
         prefix, kept = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         width = kept.shape[-1]
         # Put kept tokens back in their places; what is hidden, filler's places included, gets the mask token.
         places = mask.keep[..., None].expand(-1, -1, width)
-        patches = kept.new_zeros(len(kept), self.num_patches, width).scatter(1, places, kept)
-        patches = torch.where(mask.hidden[..., None], self.mask_token.to(patches.dtype), patches) + self.positions
+        patches = kept.new_zeros(*mask.hidden.shape, width).scatter(1, places, kept)
+        positions = self._positions(encodings.samples(stream).grid_size(self.patch_size))
+        patches = torch.where(mask.hidden[..., None], self.mask_token.to(patches.dtype), patches) + positions
         x = torch.cat([prefix.to(patches.dtype), patches], dim=1)
         choose_kernel(self.blocks, x.device)
         for block in self.blocks:
@@ -113,9 +128,19 @@ class MAE(nn.Module):
         return masked_reconstruction(prediction.to(target.dtype), target, mask.hidden, self.norm_pix)
 
 
-def _sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
-    """MAE's fixed positions [1, N, width]: sines and cosines of the column, then of the row, a quarter each."""
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid_size), indexing="ij")
+def sincos_positions(grid_size: tuple[int, int], width: int, steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """MAE's fixed positions [1, N, width]: sines and cosines of the column, then of the row, a quarter each.
+
+    Args:
+        grid_size: rows and columns.
+        width: a multiple of 4.
+        steps: from one row to the next, from one column to the next; the first stands half a step from the edge,
+            as it does with steps of 1.
+    """
+    places = [
+        (torch.arange(n, dtype=torch.float64) + 0.5) * step - 0.5 for n, step in zip(grid_size, steps, strict=True)
+    ]
+    rows, columns = torch.meshgrid(*places, indexing="ij")
     bands = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = [place.flatten()[:, None] * bands for place in (columns, rows)]
     return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()

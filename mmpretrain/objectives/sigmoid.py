@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmpretrain.losses import sigmoid_loss
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings
+from mmpretrain.objectives import DroppedPatches, Encodings
+from mmpretrain.schedules import Scheduled
 from mmpretrain.usage import check_number
 
 
@@ -16,9 +18,12 @@ class Sigmoid(nn.Module):
     """Every image-text pair of the batch is its own binary question; temperature and bias are learned.
 
     Args:
-        model: unused; every objective gets it.
+        model: its image encoder must be a plain ViT where patches are dropped.
         init_logit_scale: t at the start; it is not bounded, released models exceed 100.
         init_logit_bias: b at the start, about the log-odds of a pair among so many non-pairs.
+        mask_ratio: the part of the patches that is dropped (FLIP, Li et al. 2023), 0 for none; a schedule with 0 at its
+            end has FLIP's unmasked stage.
+        mask_kind: `random` patches, or `block`: all but one rectangle of them.
         stream: where the pairs come from.
     """
 
@@ -27,10 +32,13 @@ class Sigmoid(nn.Module):
         model: ImageTextModel,
         init_logit_scale: float = 10.0,
         init_logit_bias: float = -10.0,
+        mask_ratio: Scheduled = 0.0,
+        mask_kind: Literal["random", "block"] = "random",
         stream: str = "pairs",
     ) -> None:
         super().__init__()
         self.streams = (stream,)
+        self.patches = DroppedPatches(model, mask_ratio, mask_kind, "objective.sigmoid.mask_ratio")
         check_number("objective.sigmoid.init_logit_scale", init_logit_scale, above=0)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
         self.logit_bias = nn.Parameter(torch.tensor([float(init_logit_bias)]))
@@ -39,7 +47,7 @@ class Sigmoid(nn.Module):
         """Rows: image [b, e], text [b, e], ids int64 [b]; shared: logit_scale [1], logit_bias [1]."""
         (stream,) = self.streams
         rows = {
-            "image": encodings.image_embedding(stream),
+            "image": encodings.image_embedding(stream, self.patches(encodings.batch.now)),
             "text": encodings.text_embedding(stream),
             "ids": encodings.samples(stream).ids,
         }

@@ -22,6 +22,7 @@ from mmpretrain.data.storage import LocalStorage
 from mmpretrain.data.stream import Source, TarStream, length_cuts, read_captions, sorted_by_length
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
+from mmpretrain.schedules import Clock
 from mmpretrain.seeds import draw, hash64
 from tests.tars import Sample, encode, make_samples, smooth_pixels, write_tar, write_tars
 
@@ -88,9 +89,9 @@ def read_steps(
 ) -> Iterator[dict[str, dict[int, Row]]]:
     """The steps from `first_step` to before `stop` of all ranks together; what is prefetched beyond is dropped."""
     world, workers, micro_batch = layout
-    num_micro = next(iter(streams.values())).batch_size // world // micro_batch
+    num_micro = int(next(iter(streams.values())).batch_size.values[0]) // world // micro_batch
     loaders = [
-        iter(build_loader(streams, tokenizer, first_step, num_steps, rank, world, num_micro, workers))
+        iter(build_loader(streams, tokenizer, Clock(1, 1), first_step, num_steps, rank, world, num_micro, workers))
         for rank in range(world)
     ]
     for _ in range(first_step, num_steps if stop is None else stop):
@@ -98,7 +99,7 @@ def read_steps(
         for loader in loaders:
             for _ in range(num_micro):
                 for name, samples in next(loader).streams.items():
-                    assert len(samples) == streams[name].batch_size // world // num_micro
+                    assert len(samples) == int(streams[name].batch_size.values[0]) // world // num_micro
                     rows = rows_of(samples)
                     assert not rows.keys() & step[name].keys()
                     step[name] |= rows
@@ -108,7 +109,7 @@ def read_steps(
 
 
 def read_batches(stream: TarStream, tokenizer: ClipTokenizer, num_steps: int, workers: int = 0) -> list[Batch]:
-    batches = iter(build_loader({stream.name: stream}, tokenizer, 0, num_steps, workers=workers))
+    batches = iter(build_loader({stream.name: stream}, tokenizer, Clock(1, 1), 0, num_steps, workers=workers))
     try:
         return list(batches)
     finally:
@@ -191,10 +192,14 @@ def test_a_sample_is_seen_differently_in_every_epoch(tmp_path: Path, tokenizer: 
 
 def test_micro_batches_lie_together_on_disk(tars: list[str], tokenizer: ClipTokenizer) -> None:
     stream = make_stream(tars, caption=None)
-    batches = list(build_loader({"pairs": stream}, tokenizer, 0, 1, rank=1, world_size=2, num_micro_batches=2))
+    batches = list(
+        build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 1, rank=1, world_size=2, num_micro_batches=2)
+    )
     ids = torch.cat([batch.streams["pairs"].ids for batch in batches]).tolist()
     assert ids == sorted(ids)
-    whole = torch.cat([b.streams["pairs"].ids for b in build_loader({"pairs": stream}, tokenizer, 0, 1)]).tolist()
+    whole = torch.cat(
+        [b.streams["pairs"].ids for b in build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 1)]
+    ).tolist()
     assert ids == sorted(whole)[BATCH_SIZE // 2 :]
 
 
@@ -259,7 +264,7 @@ def test_a_batch_of_several_streams(tmp_path: Path, tokenizer: ClipTokenizer, la
             "texts": make_stream([texts_only], "texts", 4, images=False),
         }
 
-    batch = next(iter(build_loader(streams(), tokenizer, 0, 1)))
+    batch = next(iter(build_loader(streams(), tokenizer, Clock(1, 1), 0, 1)))
     pairs, images, texts = (batch.streams[name] for name in ("pairs", "images", "texts"))
     assert pairs.images is not None and pairs.images.shape == (16, 3, 16, 16) and pairs.text is not None
     assert images.images is not None and images.images.shape == (8, 3, 24, 24)
@@ -281,12 +286,12 @@ def test_a_batch_that_does_not_divide_is_named(
     with pytest.raises(
         ValueError, match=rf"data\.train\.images\.batch_size is 20; expected a multiple of {world} proc"
     ):
-        build_loader(streams, tokenizer, 0, 1, 0, world, num_micro)
+        build_loader(streams, tokenizer, Clock(1, 1), 0, 1, 0, world, num_micro)
 
 
 def test_the_batchs_seed_is_that_of_its_first_position(tars: list[str], tokenizer: ClipTokenizer) -> None:
     stream = make_stream(tars)
-    batches = list(build_loader({"pairs": stream}, tokenizer, 3, 5, num_micro_batches=4))
+    batches = list(build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 3, 5, num_micro_batches=4))
     assert len(batches) == 8 and len({batch.seed for batch in batches}) == 8
     for batch in batches:
         pairs = batch.streams["pairs"]
@@ -353,7 +358,7 @@ def test_loaded_text_is_open_clips_tokens_and_every_rank_has_as_many_groups(
 ) -> None:
     stream = make_stream(tars, batch_size=64)
     for rank in range(4):
-        batch = next(iter(build_loader({"pairs": stream}, tokenizer, 0, 1, rank, 4, text_groups=3)))
+        batch = next(iter(build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 1, rank, 4, text_groups=3)))
         pairs = batch.streams["pairs"]
         assert pairs.lengths is not None and pairs.text is not None
         assert len(pairs.cuts) == 3 and pairs.text.shape == (16, pairs.cuts[-1])
@@ -368,7 +373,7 @@ def test_one_of_several_captions_is_drawn_for_every_position(tmp_path: Path, tok
     texts = [tokenizer.decode(row[-1]) for row in whole.values()]  # type: ignore[arg-type]
     counts = [texts.count(caption) for caption in ("one", "two", "three")]
     assert sum(counts) == 600 and max(abs(count - 200) for count in counts) < 4 * np.sqrt(600 * 2 / 9)
-    halves = build_loader({"pairs": stream}, tokenizer, 0, 1, num_micro_batches=2)
+    halves = build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 1, num_micro_batches=2)
     assert {p: row for half in halves for p, row in rows_of(half.streams["pairs"]).items()} == whole
 
 
@@ -516,7 +521,7 @@ def loader_and_workers(
 ) -> tuple[Iterator[Batch], list[multiprocessing.process.BaseProcess]]:
     """A loader of 40 batches that has handed out the first, and its two workers."""
     before = multiprocessing.active_children()
-    loader = iter(build_loader({"pairs": make_stream(tars, batch_size=16)}, tokenizer, 0, 40, workers=2))
+    loader = iter(build_loader({"pairs": make_stream(tars, batch_size=16)}, tokenizer, Clock(1, 1), 0, 40, workers=2))
     next(loader)
     workers = [worker for worker in multiprocessing.active_children() if worker not in before]
     assert len(workers) == 2

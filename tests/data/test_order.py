@@ -158,7 +158,7 @@ def test_a_step_is_the_same_set_however_it_is_cut(start: int) -> None:
     order = Order([SourceOrder(0, 60), SourceOrder(1, 40)], [3, 2])
     sources, samples = order(np.arange(start, start + 48))
     for world, micro in [(1, 1), (2, 3), (4, 2), (1, 48), (48, 1)]:
-        parts = [step_positions(order, start, 48, rank, world, micro) for rank in range(world)]
+        parts = [step_positions(order, range(start, start + 48), rank, world, micro) for rank in range(world)]
         assert [[len(part[0]) for part in rank] for rank in parts] == [[48 // world // micro] * micro] * world
         rows = [tuple(row) for rank in parts for part in rank for row in np.stack(part, axis=1).tolist()]
         assert sorted(rows) == list(zip(range(start, start + 48), sources.tolist(), samples.tolist(), strict=True))
@@ -168,6 +168,6 @@ def test_a_step_is_the_same_set_however_it_is_cut(start: int) -> None:
 
 def test_batches_cross_an_epochs_end_without_padding_or_dropping() -> None:
     order = Order([SourceOrder(0, 10)], [1])
-    batches = [step_positions(order, step * 4, 4, 0, 1, 1)[0][2] for step in range(5)]
+    batches = [step_positions(order, range(step * 4, step * 4 + 4), 0, 1, 1)[0][2] for step in range(5)]
     assert [len(batch) for batch in batches] == [4] * 5
     assert Counter(np.concatenate(batches).tolist()) == Counter(list(range(10)) * 2)

@@ -12,6 +12,7 @@ from mmpretrain.data.stream import Source, TarStream
 from mmpretrain.data.subset import select
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop
+from mmpretrain.schedules import Clock
 from tests.tars import make_samples, write_tars
 
 NUM_SAMPLES = 60
@@ -66,7 +67,7 @@ def test_sets_that_keep_some_are_joined(shards: Shards) -> None:
 def epoch(shards: Shards, first_step: int, num_steps: int) -> list[list[int]]:
     """The sample ids of each step."""
     stream = TarStream("pairs", [Source("pairs", shards)], 4, 0, "txt", CenterCrop(), 16)
-    loader = build_loader({"pairs": stream}, ClipTokenizer(), first_step, num_steps)
+    loader = build_loader({"pairs": stream}, ClipTokenizer(), Clock(1, 1), first_step, num_steps)
     return [sorted(batch.streams["pairs"].ids.tolist()) for batch in loader]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmpretrain import distributed, parallel
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.stream import length_cuts
+from mmpretrain.freeze import Freeze
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
@@ -92,12 +93,12 @@ def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str,
     """One step's losses and gradients; on several ranks through DDP."""
     task = make_task(objectives)
     batches = make_batches(num_micro_batches)
-    frozen = parallel.freeze_unreached(task, batches[0])
+    freeze = Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
     wrapped = parallel.wrap(task, torch.device("cpu"))
     losses = forward_backward(wrapped, task, batches, weights)
     reduced = {name: float(means["loss"]) for name, means in losses.reduced().items()}
     gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
-    assert set(frozen).isdisjoint(gradients)
+    assert set(freeze.unreached).isdisjoint(gradients)
     return reduced, gradients
 
 
