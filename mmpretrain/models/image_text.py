@@ -60,11 +60,30 @@ class TextEncoder(Protocol):
         ...
 
 
+class NoImages(nn.Module):
+    """Stands for the image encoder of a model of texts alone."""
+
+    image_size = 1  # which no image will have
+    width = 0
+    is_vit = has_batch_norm = False
+    projects = True
+    num_prefix_tokens = num_patches = 0
+    grid_size = patch_size = (0, 0)
+
+    def forward(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+        """Raises: ValueError."""
+        raise ValueError("the model has no image encoder (model.image is null); an objective or evaluator asks for one")
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Never called: nothing is encoded."""
+        raise AssertionError
+
+
 class ImageTextModel(nn.Module):
     """Two towers and their projections into a space of `embed_dim` dimensions (CLIP, Radford et al. 2021).
 
     Args:
-        image: an `ImageEncoder`.
+        image: an `ImageEncoder`; None for an experiment on texts alone.
         text: a `TextEncoder`; None for an experiment on images alone.
         embed_dim: e, the width of the shared space; encoders that bring projections along have it already.
         image_mean, image_std: what pixels in [0, 1] are normalised with, per channel: 3 of them, or 1 (grey images) or 4
@@ -83,6 +102,7 @@ class ImageTextModel(nn.Module):
     ) -> None:
         super().__init__()
         check_number("model.embed_dim", embed_dim, at_least=1)
+        image = NoImages() if image is None else image
         self.image: ImageEncoder = image
         self.text: TextEncoder | None = text
         self.embed_dim = embed_dim
