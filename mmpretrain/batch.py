@@ -57,6 +57,11 @@ class Samples:
         assert self.images is not None
         return self.images.shape[2] // patch_size[0], self.images.shape[3] // patch_size[1]
 
+    def rows(self, rows: Tensor) -> "Samples":
+        """Some of the samples, by their rows in ascending order; their texts are one length group."""
+        some = self._map(lambda tensor: tensor[rows.to(tensor.device)])
+        return replace(some, cuts=() if some.text is None else (some.text.shape[1],))
+
     def to(self, device: torch.device) -> "Samples":
         """The same samples on another device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))

@@ -66,6 +66,7 @@ class TrainerConfig:
     ema_decay: Any = MISSING
     freeze: Any = None
     log_every: str = MISSING
+    diagnose_every: str | None = MISSING
     eval_every: str = MISSING
     max_bad_steps: int = MISSING
     device: str = MISSING
@@ -225,7 +226,7 @@ _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[
 # What may differ between a run and its resumption: nothing here touches the mathematics beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)"
-    r"|trainer\.(micro_batch_size|log_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?"
+    r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?"
     r"|data\.(workers|max_bad_fraction|text_groups|val_batch_size|val(\..*)?)|" + _PLACES
 )
 

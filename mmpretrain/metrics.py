@@ -22,7 +22,8 @@ from torch.utils.tensorboard.summary import hparams
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoint import write_text
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.pictures import pair_grid
+from mmpretrain.objectives import Example
+from mmpretrain.pictures import example_page, pair_grid
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,15 @@ class MetricsWriter:
         path = self._folder / "pictures" / f"{name.replace('/', '.')}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
+
+    def examples(self, name: str, samples: int, examples: Sequence[Example]) -> None:
+        """Log what an objective made of some samples: pictures on one page, texts as one."""
+        if examples and examples[0].images:
+            self.image(name, samples, example_page(examples))
+        if any(example.text for example in examples):
+            # Four spaces: Markdown then shows each text as it is.
+            lines = [line for example in examples for line in (*example.text.splitlines(), "")]
+            self._tensorboard.add_text(name, "\n".join(f"    {line}" for line in lines), samples)
 
     def embeddings(self, name: str, samples: int, rows: np.ndarray, labels: Sequence[str], images: Tensor) -> None:
         """Log rows [n, e] for TensorBoard's projector, each with a label and a thumbnail uint8 [n, 3, h, w]."""

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mmpretrain.objectives import Example
+
 matplotlib.use("Agg")  # draws without a screen
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -31,6 +33,22 @@ def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: i
         lines = textwrap.wrap(caption, line_characters, max_lines=num_lines, placeholder=" …")
         canvas.multiline_text((left + 4, top + cell - 2), "\n".join(lines), fill="black", font=font, spacing=2)
     return np.asarray(grid)
+
+
+def example_page(examples: Sequence[Example], cell: int = 160) -> np.ndarray:
+    """What an objective made of samples: a row for each, its pictures beside each other and its text -> uint8 [H, W, 3]."""
+    num_images, text_width = max(len(example.images) for example in examples), 460
+    has_text = any(example.text for example in examples)
+    page = Image.new("RGB", (num_images * cell + has_text * text_width, len(examples) * cell), "white")
+    canvas = ImageDraw.Draw(page)
+    font = ImageFont.load_default(size=16)
+    for i, example in enumerate(examples):
+        for j, image in enumerate(example.images):
+            page.paste(_thumbnail(image, cell - 8), (j * cell + 4, i * cell + 4))
+        lines = [part for line in example.text.splitlines() for part in textwrap.wrap(line, 52)]
+        place = (num_images * cell + 8, i * cell + 6)
+        canvas.multiline_text(place, "\n".join(lines[: cell // 20]), fill="black", font=font, spacing=3)
+    return np.asarray(page)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Encodings and Task: the model and its objectives as one module, with one forward pass for all of a step's losses."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,17 @@ class Encodings:
                 f"expected a field: data.train.{stream}.caption=txt"
             )
         return samples.text, samples.lengths
+
+    def with_text(self, stream: str, text: Tensor, lengths: Tensor) -> "Encodings":
+        """The same micro-batch with other texts beside the stream's images, whose passes are not run again."""
+        samples = replace(self.samples(stream), text=text, lengths=lengths, cuts=(text.shape[1],))
+        other = Encodings(self._model, replace(self.batch, streams={**self.batch.streams, stream: samples}))
+        other._pixels, other._masks, other._images = self._pixels, self._masks, self._images
+        return other
+
+    def to_images(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [b, 3, h, w] -> uint8 images."""
+        return self._model.denormalize(pixels)
 
     def image_embedding(self, stream: str, mask: MaskSpec | None = None) -> Tensor:
         """The images, or what `mask` keeps of them, in the shared space, [b, e] of unit length."""

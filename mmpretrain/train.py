@@ -201,6 +201,9 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
             for part, until in (cfg.trainer.freeze or {}).items()
         },
         log_every=Duration.parse(cfg.trainer.log_every, "trainer.log_every"),
+        diagnose_every=None
+        if cfg.trainer.diagnose_every is None
+        else Duration.parse(cfg.trainer.diagnose_every, "trainer.diagnose_every"),
         checkpoint_every=Duration.parse(cfg.checkpoint.every, "checkpoint.every", wall_time=True),
         keep_last=cfg.checkpoint.keep_last,
         best=cfg.checkpoint.best,

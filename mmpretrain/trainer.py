@@ -20,6 +20,7 @@ from mmpretrain.data.loader import MicroBatches, StepSampler, build_loader
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.diagnose import diagnose, show_examples
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
@@ -50,6 +51,7 @@ class TrainerOptions:
     ema_decay: Value | None
     freeze: Mapping[str, Duration | None]
     log_every: Duration
+    diagnose_every: Duration | None
     checkpoint_every: Duration
     keep_last: int
     best: str | None
@@ -190,10 +192,13 @@ class Trainer:
                 if self.freeze.apply(now, weights):
                     self.wrapped = parallel.wrap(self.task, device)
 
-                lr_factor = self.schedule(state.samples, self.clock)
-                optim.set_lr(self.optimizer, lr_factor)
                 passes = autocast(device, options.precision)
                 scale = self.loss_scale.scale
+                diagnosis: dict[str, float] = {}
+                if self._is_diagnosis_due():
+                    diagnosis = self._diagnose(micro_batches, weights, passes, scale)
+                lr_factor = self.schedule(state.samples, self.clock)
+                optim.set_lr(self.optimizer, lr_factor)
                 losses = self._forward_backward(micro_batches, weights, passes, scale)
                 self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
@@ -212,9 +217,9 @@ class Trainer:
                 check_bad_step(known, state.step - 1, self.streams, self.clock, options.max_bad_steps)
                 self._post_flags(skipped, stop)
 
-                values: dict[str, float] = {}
+                values = diagnosis
                 if self.clock.is_due(options.log_every, before, state.samples) or is_last:
-                    values = self._measure(losses, weights, norms, lr_factor, progress)
+                    values |= self._measure(losses, weights, norms, lr_factor, progress)
                 progress.advance(state.step)
                 profile_step()
                 paused = time.perf_counter()
@@ -232,6 +237,23 @@ class Trainer:
                     log.warning("stopped by a signal at step %d; the same command goes on from there", state.step)
                     self._close()
                     sys.exit(PREEMPTED_EXIT_CODE)
+
+    def _is_diagnosis_due(self) -> bool:
+        """Before the first step, and whenever one begins at a multiple of `trainer.diagnose_every` or just behind it."""
+        every, begins = self.options.diagnose_every, self.state.samples
+        return every is not None and self.clock.is_due(every, begins - self.batch_size, begins)
+
+    def _diagnose(
+        self, micro_batches: list[Batch], weights: Mapping[str, float], passes: torch.autocast, scale: Tensor | None
+    ) -> dict[str, float]:
+        """What each objective costs, and pictures of what it does. A collective."""
+        paused = time.perf_counter()
+        values = diagnose(self.task, micro_batches, weights, passes, scale)
+        if self.writer is not None:
+            for name, examples in show_examples(self.task, micro_batches[0], weights, passes, self.tokenizer.decode):
+                self.writer.examples(f"objectives/{name}", self.state.samples, examples)
+        self.window.start += time.perf_counter() - paused
+        return values
 
     def _forward_backward(
         self, micro_batches: list[Batch], weights: Mapping[str, float], passes: torch.autocast, scale: Tensor | None

@@ -136,6 +136,10 @@ class ImageTextModel(nn.Module):
         """uint8 [b, 3, h, w] -> the parameters' dtype, zero mean and unit deviation over the training pixels."""
         return (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
 
+    def denormalize(self, pixels: Tensor) -> Tensor:
+        """What `normalize` made [b, 3, h, w] -> uint8 images."""
+        return (pixels * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
+
     def encode_image(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
         """uint8 [b, 3, h, w] -> tokens and the pooled state of the image encoder."""
         return self.image(self.normalize(images), mask)

@@ -3,10 +3,12 @@
 An objective's `__init__` takes the model first, for its shapes alone, then the arguments of its YAML. It holds
 the heads that it alone uses. No objective knows of ranks, micro-batches or other objectives.
 
-It may have, beside them: `constrain()`, called after each step; `fit(tokenizer: TokenIds)`, called before the first.
+It may have, beside them: `constrain()`, called after each step; `fit(tokenizer: TokenIds)`, called before the first;
+`examples(encodings, decode) -> list[Example]`, something to look at of each sample of a few.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +23,19 @@ from mmpretrain.schedules import Now, Scheduled, Value
 
 Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
+
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids -> text, special tokens left out."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What an objective made of one sample, to be looked at."""
+
+    images: Sequence[Tensor]
+    """Pictures beside each other, uint8 [3, h, w] each."""
+    text: str
 
 
 class TokenIds(Protocol):
@@ -45,6 +60,8 @@ class Encodings(Protocol):
     def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask: ...
     def text(self, stream: str, mask: TokenMaskSpec | None = None) -> TextEncoding: ...
     def token_logits(self, states: Tensor) -> Tensor: ...
+    def with_text(self, stream: str, text: Tensor, lengths: Tensor) -> "Encodings": ...
+    def to_images(self, pixels: Tensor) -> Tensor: ...
     def image_embedding(self, stream: str, mask: MaskSpec | None = None) -> Tensor: ...
     def text_embedding(self, stream: str) -> Tensor: ...
 

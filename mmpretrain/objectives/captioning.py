@@ -8,7 +8,7 @@ from mmpretrain.batch import Batch
 from mmpretrain.models.fusion import FusionDecoder
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import by_length
-from mmpretrain.objectives import Encodings, Terms, next_tokens
+from mmpretrain.objectives import Decode, Encodings, Example, Terms, next_tokens
 from mmpretrain.seeds import hash64, torch_uniform
 
 
@@ -60,15 +60,43 @@ class Captioning(nn.Module):
         assert lengths is not None
         return (lengths - 1).clamp(min=0).sum()
 
-    def decode(self, encodings: Encodings) -> Tensor:
-        """The decoder's states [b, L, d]: at each place what is known of the token after it."""
+    def generate(self, encodings: Encodings, longest: int = 32) -> Tensor:
+        """The likeliest next token, again and again: int64 [b, longest], from each text's first token (the start) on."""
         (stream,) = self.streams
+        text = encodings.samples(stream).text
+        assert text is not None
+        ids = text[:, :1]
+        for length in range(1, longest):
+            lengths = torch.full((len(ids),), length, device=ids.device)
+            states = self.decode(encodings.with_text(stream, ids, lengths), parallel=0.0)
+            ids = torch.cat([ids, encodings.token_logits(states[:, -1]).argmax(-1, keepdim=True)], dim=1)
+        return ids
+
+    def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
+        """Each image over the caption that was generated for it, and its own."""
+        samples = encodings.samples(self.streams[0])
+        assert samples.text is not None and samples.lengths is not None and samples.images is not None
+        examples = []
+        for row, caption in enumerate(self.generate(encodings).tolist()):
+            own = samples.text[row, : samples.lengths[row]].tolist()
+            end = caption.index(own[-1]) if own[-1] in caption else len(caption)
+            text = f"{decode(caption[:end])}\n({decode(own)})"
+            examples.append(Example([samples.images[row].cpu()], text))
+        return examples
+
+    def decode(self, encodings: Encodings, parallel: float | None = None) -> Tensor:
+        """The decoder's states [b, L, d]: at each place what is known of the token after it.
+
+        `parallel`: the part that is predicted in parallel, if not the objective's own.
+        """
+        (stream,) = self.streams
+        parallel = self.parallel if parallel is None else parallel
         samples = encodings.samples(stream)
         image_tokens = encodings.image(stream).tokens
         states = encodings.text(stream).tokens
         assert samples.lengths is not None
         if self.parallel > 0:
-            in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < self.parallel
+            in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < parallel
         else:
             in_parallel = torch.zeros(len(states), dtype=torch.bool, device=states.device)
         return by_length(self._decode, states, samples.lengths, samples.cuts, image_tokens, in_parallel)

@@ -9,11 +9,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
-from mmpretrain.losses import masked_reconstruction, patchify
+from mmpretrain.losses import masked_reconstruction, patch_statistics, patchify, unpatchify
 from mmpretrain.masking import MaskSpec, PatchMask, num_kept, patch_mask
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings
+from mmpretrain.objectives import Decode, Encodings, Example
 from mmpretrain.schedules import Now, Scheduled, Value
 
 
@@ -121,6 +121,21 @@ class MAE(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.predict(self.norm(x))[:, self.num_prefix_tokens :], mask
+
+    def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
+        """The image, what the encoder saw of it, and that with what was predicted in the hidden places."""
+        (stream,) = self.streams
+        prediction, mask = self.reconstruct(encodings)
+        patches = patchify(encodings.pixels(stream), self.patch_size)
+        prediction = prediction.to(patches.dtype)
+        if self.norm_pix:  # what was predicted are patches without their own mean and deviation
+            mean, deviation = patch_statistics(patches)
+            prediction = prediction * deviation + mean
+        grid_size = encodings.samples(stream).grid_size(self.patch_size)
+        hidden = mask.hidden[..., None]
+        pages = [patches, torch.where(hidden, 0.0, patches), torch.where(hidden, prediction, patches)]
+        columns = [encodings.to_images(unpatchify(page, grid_size, self.patch_size)).cpu() for page in pages]
+        return [Example(images, "") for images in zip(*columns, strict=True)]
 
     def loss(self, encodings: Encodings) -> Tensor:
         """The sum over hidden patches of `losses.masked_reconstruction`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.masking import TokenMaskSpec, mask_tokens
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings, Terms, TokenIds
+from mmpretrain.objectives import Decode, Encodings, Example, Terms, TokenIds
 
 
 class MLM(nn.Module):
@@ -94,14 +94,34 @@ class MLM(nn.Module):
         assert samples.text is not None and samples.lengths is not None
         return mask_tokens(samples.text, samples.lengths, samples.seeds, self.spec, samples.word_starts).chosen.sum()
 
-    def loss(self, encodings: Encodings) -> Terms:
-        """The sum of the chosen tokens' cross-entropies, and of the hits as `accuracy`."""
+    def predict(self, encodings: Encodings) -> tuple[Tensor, Tensor]:
+        """(logits of the chosen tokens [n, vocabulary], which were chosen, bool [b, L])."""
         (stream,) = self.streams
-        samples = encodings.samples(stream)
-        assert samples.text is not None
         chosen = encodings.token_mask(stream, self.spec).chosen
         # The vocabulary's product is the dearest of all: only for tokens that are predicted.
         states = encodings.text(stream, self.spec).tokens[:, : chosen.shape[1]][chosen]
-        logits = encodings.token_logits(self.norm(F.gelu(self.dense(states)))) + self.bias
-        wanted = samples.text[chosen]
+        return encodings.token_logits(self.norm(F.gelu(self.dense(states)))) + self.bias, chosen
+
+    def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
+        """Each text with its chosen tokens in brackets: what was predicted, and behind an arrow what stood there."""
+        samples = encodings.samples(self.streams[0])
+        assert samples.text is not None and samples.lengths is not None
+        logits, chosen = self.predict(encodings)
+        predicted = samples.text.masked_scatter(chosen, logits.argmax(-1)).tolist()
+        examples = []
+        for row, length in enumerate(samples.lengths.tolist()):
+            own, hidden = samples.text[row, :length].tolist(), chosen[row].tolist()
+            words = [
+                f"[{decode([predicted[row][i]])} → {decode([token])}]" if hidden[i] else decode([token])
+                for i, token in enumerate(own)
+            ]
+            examples.append(Example([], " ".join(word for word in words if word)))
+        return examples
+
+    def loss(self, encodings: Encodings) -> Terms:
+        """The sum of the chosen tokens' cross-entropies, and of the hits as `accuracy`."""
+        logits, chosen = self.predict(encodings)
+        text = encodings.samples(self.streams[0]).text
+        assert text is not None
+        wanted = text[chosen]
         return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}

@@ -1,0 +1,119 @@
+"""What mixing costs: each objective's share of a step's time, its gradient on the shared encoders, and its angle to the
+others'."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from mmpretrain import distributed
+from mmpretrain.batch import Batch
+from mmpretrain.objectives import Decode, Example
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Encodings, Task
+
+_ENCODERS = ("image", "text")
+
+
+def diagnose(
+    task: Task,
+    micro_batches: Sequence[Batch],
+    weights: Mapping[str, float],
+    autocast: torch.autocast,
+    scale: Tensor | None,
+) -> dict[str, float]:
+    """Measure one step objective by objective, and leave the task as it was. A collective.
+
+    `objectives/<k>_loss`
+    `objectives/<k>_time_share`: of the time of forward and backward, what the step would save without objective k.
+    `objectives/<k>_grad_norm_<encoder>`: |g_k|, of w_k loss_k on the encoder's parameters, over all ranks.
+    `objectives/<k>_<l>_cosine_<encoder>`: <g_k, g_l> / |g_k| |g_l|; below 0 they fight. Left out where one is 0.
+
+    Args:
+        task: the model and its objectives, not wrapped; its gradients are cleared.
+        micro_batches: this rank's part of the step's batch.
+        weights: of the objectives; one of weight 0 is left out.
+        autocast: the precision of the passes.
+        scale: fp16's loss scale, or None.
+    """
+    active = [name for name in task.objectives if weights[name]]
+
+    def measure(names: Sequence[str]) -> tuple[float, dict[str, float], dict[str, Tensor]]:
+        """(seconds, losses, gradients by encoder) of a step with these objectives alone."""
+        some = {name: weights[name] if name in names else 0.0 for name in weights}
+        _synchronize(task.model.device)
+        started = time.perf_counter()
+        losses = forward_backward(task, task, micro_batches, some, autocast, scale)
+        _synchronize(task.model.device)
+        seconds = time.perf_counter() - started
+        gradients = {encoder: _gradient(task, encoder, scale) for encoder in _ENCODERS} if len(names) == 1 else {}
+        task.zero_grad()
+        return seconds, {name: float(means["loss"]) for name, means in losses.reduced().items()}, gradients
+
+    with _unchanged_buffers(task):
+        # The slowest of all is the first pass of a kind: it is not counted.
+        whole = min(measure(active)[0] for _ in range(2))
+        alone = {name: measure([name]) for name in active}
+        rest = {name: [other for other in active if other != name] for name in active}
+        without = {
+            name: 0.0 if not rest[name] else alone[rest[name][0]][0] if len(rest[name]) == 1 else measure(rest[name])[0]
+            for name in active
+        }
+    values = {f"objectives/{name}_loss": alone[name][1][name] for name in active}
+    values |= {f"objectives/{name}_time_share": (whole - without[name]) / whole for name in active}
+    for encoder in _ENCODERS:
+        gradients = {name: alone[name][2][encoder] for name in active}
+        norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
+        values |= {f"objectives/{name}_grad_norm_{encoder}": norm for name, norm in norms.items() if norm}
+        for first, second in combinations([name for name in active if norms[name]], 2):
+            cosine = float(gradients[first] @ gradients[second]) / (norms[first] * norms[second])
+            values[f"objectives/{first}_{second}_cosine_{encoder}"] = cosine
+    return values
+
+
+@torch.no_grad()
+def show_examples(
+    task: Task, batch: Batch, weights: Mapping[str, float], autocast: torch.autocast, decode: Decode, count: int = 6
+) -> Iterator[tuple[str, list[Example]]]:
+    """What each objective that has something to show makes of a few samples of a micro-batch."""
+    streams = {
+        # Rows are sorted by length: from all over the micro-batch.
+        name: samples.rows(torch.linspace(0, len(samples) - 1, min(count, len(samples))).long())
+        for name, samples in batch.streams.items()
+    }
+    task.eval()
+    for name, objective in task.objectives.items():
+        if weights[name] and hasattr(objective, "examples"):
+            with autocast:
+                yield name, objective.examples(Encodings(task.model, replace(batch, streams=streams)), decode)
+    task.train()
+
+
+def _gradient(task: Task, encoder: str, scale: Tensor | None) -> Tensor:
+    """The gradient of the whole batch on one encoder, float32 or wider, as one vector; zero where nothing reaches it."""
+    parameters = [p for name, p in task.named_parameters() if name.startswith(f"model.{encoder}.")]
+    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    total = torch.cat(parts) if parts else torch.zeros(1, device=task.model.device)
+    # Not wrapped, nobody takes the mean over ranks for which the step's loss is made.
+    total = distributed.all_reduce_sum(total) / distributed.world_size()
+    return total if scale is None else total / scale
+
+
+@contextmanager
+def _unchanged_buffers(task: Task) -> Iterator[None]:
+    """Inside the block passes may move buffers, such as BatchNorm's means: afterwards they are as before."""
+    kept = [(buffer, buffer.clone()) for buffer in task.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
