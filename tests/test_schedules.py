@@ -7,7 +7,7 @@ import pytest
 import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
-from mmpretrain.schedules import Clock, Duration, WarmupConstant, WarmupCosine
+from mmpretrain.schedules import Clock, Duration, Now, Scheduled, Value, WarmupConstant, WarmupCosine, scheduled_values
 
 
 @pytest.mark.parametrize(
@@ -148,3 +148,80 @@ def test_a_schedule_names_its_key_in_an_error() -> None:
         WarmupCosine("5")
     with pytest.raises(ValueError, match=r"schedule\.cooldown is '1min'"):
         WarmupConstant(cooldown="1min")
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.5, [0.5] * 6),
+        ({"piecewise": {"0%": 0.5, "40%": 1, "800samples": 0}}, [0.5, 0.5, 1, 1, 0, 0]),
+        ({"piecewise": {"2steps": 3, "3steps": 4}}, [3, 3, 4, 4, 4, 4]),
+        ({"linear": {"20%": 1.0, "60%": 0.0}}, [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]),
+        ({"linear": {"0%": 0.0, "400samples": 4.0, "100%": 1.0}}, [0.0, 2.0, 4.0, 3.0, 2.0, 1.0]),
+        ({"cosine": {"0%": 1.0, "80%": 0.0}}, [1.0, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0.0, 0.0]),
+    ],
+)
+def test_a_value_is_a_function_of_the_samples_seen(value: Scheduled, expected: list[float]) -> None:
+    clock = Clock(100, 250, 1000)
+    scheduled = Value(value, "x")
+    assert [scheduled(Now(samples, clock)) for samples in range(0, 1001, 200)] == pytest.approx(expected)
+
+
+def test_a_value_does_not_change_inside_a_stage() -> None:
+    scheduled = Value({"piecewise": {"0%": 64, "150samples": 128}}, "x", in_stages=True)
+    clock = Clock(100, 250, 1000)
+    assert [scheduled(Now(samples, clock)) for samples in (0, 100, 149, 150, 200)] == [64, 64, 64, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("x", "x is 'x'; expected a number, or how it changes"),
+        (True, "expected a number, or how it changes"),
+        ({}, "expected a number, or how it changes"),
+        ({"piecewise": {}}, "expected a number, or how it changes"),
+        ({"steps": {"0%": 1}}, "expected a number, or how it changes (piecewise, linear, cosine)"),
+        ({"linear": {"0%": "a"}}, "expected finite numbers"),
+        (float("nan"), "expected finite numbers"),
+        ({"linear": {"soon": 1.0}}, "a knot of x is 'soon'; expected a number with a unit"),
+        ({"linear": {"0%": 0.5, "10%": 1.5}}, "x is 1.5; expected a number at most 1"),
+    ],
+)
+def test_what_is_no_value_is_refused_in_one_line(value: Scheduled, message: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        Value(value, "x", at_most=1)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_what_changes_in_stages_takes_no_slope() -> None:
+    with pytest.raises(ValueError, match=r"how it changes \(piecewise\)"):
+        Value({"linear": {"0%": 1, "100%": 2}}, "x", in_stages=True)
+
+
+def test_knots_out_of_order_are_refused() -> None:
+    scheduled = Value({"linear": {"50%": 1.0, "2steps": 2.0}}, "x")
+    with pytest.raises(ValueError, match="x has knots at 500, 200 samples; expected each after the one before"):
+        scheduled(Now(0, Clock(100, 100, 1000)))
+
+
+@pytest.mark.parametrize(
+    ("value", "depends"),
+    [
+        (1.0, False),
+        ({"linear": {"0%": 0.0, "10steps": 1.0}}, False),
+        ({"linear": {"0%": 0.0, "10%": 1.0}}, True),
+        ({"piecewise": {"0%": 1.0, "10%": 1.0}}, False),
+    ],
+)
+def test_a_value_says_whether_a_longer_run_would_have_had_others(value: Scheduled, depends: bool) -> None:
+    assert Value(value, "x").depends_on_total() == depends
+
+
+def test_scheduled_values_are_found_wherever_they_stand() -> None:
+    ramp = {"linear": {"0%": 0.0, "10%": 1.0}}
+    node = {"objective": {"mae": {"weight": ramp, "mask_ratio": 0.75}}, "trainer": {"ema_decay": ramp}}
+    assert [value.name for value in scheduled_values(node)] == ["objective.mae.weight", "trainer.ema_decay"]

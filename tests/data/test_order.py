@@ -7,7 +7,16 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmpretrain.data.order import BLOCK_SIZE, WINDOW_BLOCKS, Order, SourceOrder, quota_pattern, step_positions
+from mmpretrain.data.order import (
+    BLOCK_SIZE,
+    WINDOW_BLOCKS,
+    Order,
+    SourceOrder,
+    quota_pattern,
+    step_positions,
+    step_range,
+)
+from mmpretrain.schedules import Clock, Now, Scheduled, Value
 from mmpretrain.seeds import draw, hash64
 
 
@@ -171,3 +180,17 @@ def test_batches_cross_an_epochs_end_without_padding_or_dropping() -> None:
     batches = [step_positions(order, range(step * 4, step * 4 + 4), 0, 1, 1)[0][2] for step in range(5)]
     assert [len(batch) for batch in batches] == [4] * 5
     assert Counter(np.concatenate(batches).tolist()) == Counter(list(range(10)) * 2)
+
+
+@pytest.mark.parametrize(
+    "sizes", [4, {"piecewise": {"0%": 4, "30samples": 8, "50%": 2}}, {"piecewise": {"2steps": 6, "3steps": 4}}]
+)
+def test_steps_take_positions_one_after_the_other_whatever_the_stages_sizes(sizes: Scheduled) -> None:
+    batch_size, clock = Value(sizes, "x", in_stages=True), Clock(10, 100, 200)
+    taken, seen = [], []
+    for step in range(20):
+        positions = step_range(batch_size, step, clock)
+        taken += list(positions)
+        seen.append(len(positions))
+    assert taken == list(range(len(taken)))
+    assert seen == [batch_size(Now(10 * step, clock)) for step in range(20)]

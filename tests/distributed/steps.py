@@ -31,7 +31,7 @@ CONTEXT = 20
 Result = tuple[dict[str, float], dict[str, Tensor]]
 
 
-BIDIRECTIONAL = ("mlm", "mlm_words")
+BIDIRECTIONAL = ("mlm", "mlm_words", "mlm_texts")
 
 
 def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
@@ -50,7 +50,13 @@ def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
         "mae_fixed": lambda: MAE(model, mask_ratio=0.75, decoder_width=16, decoder_depth=1, decoder_heads=2),
     }
     makers |= {
+        "mae_images": lambda: MAE(
+            model, mask_ratio=(0.3, 0.8), decoder_width=16, decoder_depth=1, decoder_heads=2, stream="images"
+        ),
+        "flip": lambda: InfoNCE(model, mask_ratio=0.5),
+        "flip_block": lambda: Sigmoid(model, mask_ratio=0.4, mask_kind="block"),
         "mlm": lambda: MLM(model, mask_ratio=0.3),
+        "mlm_texts": lambda: MLM(model, mask_ratio=0.3, stream="texts"),
         "mlm_words": lambda: MLM(model, mask_ratio=0.3, whole_words=True),
         "causal_lm": lambda: CausalLM(model),
         "captioning": lambda: Captioning(model, decoder_depth=2, decoder_heads=2, num_queries=0),
@@ -85,8 +91,15 @@ def make_samples(rows: Tensor, text_groups: int) -> Samples:
 
 def make_batches(num_micro_batches: int, text_groups: int = 3, seed: int = 7) -> list[Batch]:
     """This rank's micro-batches of the fixed batch."""
-    rows = torch.arange(BATCH_SIZE).chunk(distributed.world_size())[distributed.rank()]
-    return [Batch({"pairs": make_samples(part, text_groups)}, seed) for part in rows.chunk(num_micro_batches)]
+
+    def parts(num_samples: int) -> list[Samples]:
+        rows = torch.arange(num_samples) % BATCH_SIZE
+        mine = rows.chunk(distributed.world_size())[distributed.rank()]
+        return [make_samples(part, text_groups) for part in mine.chunk(num_micro_batches)]
+
+    # Each stream has a batch size of its own.
+    streams = {"pairs": parts(BATCH_SIZE), "images": parts(2 * BATCH_SIZE), "texts": parts(3 * BATCH_SIZE)}
+    return [Batch({name: samples[i] for name, samples in streams.items()}, seed) for i in range(num_micro_batches)]
 
 
 def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str, float]) -> Result:

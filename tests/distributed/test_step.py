@@ -41,14 +41,17 @@ MIXES = [
     ("cappa",),
     ("simclr",),
     ("simclr_layer",),
+    ("flip",),
+    ("flip_block",),
     ("infonce", "mae"),
+    ("flip", "mae_images", "mlm_texts"),
     ("infonce", "mae", "mlm"),
     ("infonce", "simclr"),
     ("infonce", "coca", "causal_lm"),
     ("infonce", "sigmoid", "mae"),
 ]
 WEIGHTS = dict.fromkeys((name for mix in MIXES for name in mix), 1.0) | {"sigmoid": 0.3, "mae": 0.7, "coca": 2.0}
-COUPLED = ("infonce", "sigmoid", "multi_positive", "simclr", "simclr_layer")
+COUPLED = ("infonce", "sigmoid", "multi_positive", "simclr", "simclr_layer", "flip", "flip_block")
 
 
 def whole_batch_gradients(objectives: tuple[str, ...]) -> Result:
@@ -107,6 +110,27 @@ def test_the_coupled_losses_are_open_clips(pool: Pools, kind: str) -> None:
             ours, theirs = pool(world_size).run(our_step, kind), pool(world_size).run(open_clip_step, kind)
             for mine, reference in zip(ours, theirs, strict=True):
                 assert_same(mine, reference)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 4])
+def test_an_objective_of_weight_0_is_not_computed(num_micro_batches: int) -> None:
+    weights = {"infonce": 1.0, "mae": 0.0, "sigmoid": 0.0}
+    task = make_task(("infonce", "mae", "sigmoid"))
+
+    def fail(*_: object) -> None:
+        raise AssertionError("it was asked")
+
+    for name in ("mae", "sigmoid"):
+        for method in ("count", "embed", "loss"):
+            setattr(task.objectives[name], method, fail)
+    losses = forward_backward(task, task, make_batches(num_micro_batches), weights)
+    assert list(losses.reduced()) == ["infonce"]
+    alone = make_task(("infonce",))
+    forward_backward(alone, alone, make_batches(num_micro_batches), {"infonce": 1.0})
+    expected = {name: parameter.grad for name, parameter in alone.named_parameters() if parameter.grad is not None}
+    gradients = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
+    assert set(gradients) == set(expected)
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
 def dropout_step(num_micro_batches: int) -> Result:

@@ -195,3 +195,18 @@ def test_clip_initialisation_has_the_deviations_of_open_clips_tower() -> None:
 def test_clip_initialisation_is_refused_by_other_models() -> None:
     with pytest.raises(ValueError, match=r"^model.image.init is 'clip' for 'test_resnet'; expected a plain ViT"):
         TimmEncoder("test_resnet", 32, init="clip")
+
+
+@pytest.mark.parametrize("args", POOLS)
+@pytest.mark.parametrize("size", [16, 48])
+def test_other_image_sizes_are_timms_with_its_positions_interpolated(args: dict[str, object], size: int) -> None:
+    encoder = tiny.vit(**args).double()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+    reference = tiny.vit(dynamic_img_size=True, **args).trunk.double()
+    reference.load_state_dict(encoder.trunk.state_dict())
+    torch.testing.assert_close(encoder(x).pooled, reference(x), rtol=0, atol=0)
+    spread = encoder.trunk.pos_embed.detach()[:, -tiny.NUM_PATCHES :]
+    assert spread.std(dim=1).mean() > 0.05, "positions that matter"
+    everything = torch.arange((size // 8) ** 2).expand(2, -1)
+    mask = PatchMask(everything, None, torch.zeros_like(everything, dtype=torch.bool))
+    torch.testing.assert_close(encoder(x, mask).pooled, encoder(x).pooled)
