@@ -1,10 +1,12 @@
 """Pictures of data and predictions, uint8 [h, w, 3], for TensorBoard and the report."""
 
-import io
+import itertools
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -13,17 +15,34 @@ from torch import Tensor
 
 from mmpretrain.objectives import Example
 
-matplotlib.use("Agg")  # draws without a screen
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-
 _RIGHT, _WRONG = (26, 140, 60), (200, 40, 40)
+_LINES = (224, 224, 224)
+_MOST_NAMED, _MOST_PIXELS, _LONGEST_NAME = 120, 1000, 40
+
+
+def _ramp(colours: Sequence[tuple[int, int, int]], length: int) -> np.ndarray:
+    """Colours evenly apart and what lies between them, uint8 [length, 3]."""
+    places = np.linspace(0, len(colours) - 1, length)
+    channels = [np.interp(places, range(len(colours)), channel) for channel in zip(*colours)]
+    return np.stack(channels, axis=1).round().astype(np.uint8)
+
+
+# Both grow steadily darker or lighter, so that they can be read without seeing colours, too.
+_BLUES = _ramp([(199, 233, 180), (127, 205, 187), (65, 182, 196), (29, 145, 192), (34, 94, 168), (8, 29, 88)], 255)
+_PARTS = np.concatenate([np.full((1, 3), 255, np.uint8), _BLUES])  # white is kept for what never happens
+_INFERNO = _ramp([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], 256)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along: Pillow's own font has no ô, Ж or λ."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: int = 200) -> np.ndarray:
     """Training pairs as the model sees them: images uint8 [n, c, h, w], each above its caption -> uint8 [H, W, 3]."""
     num_lines, line_height, line_characters = 4, 20, 24
-    font = ImageFont.load_default(size=16)
+    font = _font(14)
     row_height = cell + num_lines * line_height
     grid = Image.new("RGB", (columns * cell, math.ceil(len(images) / columns) * row_height), "white")
     canvas = ImageDraw.Draw(grid)
@@ -41,7 +60,7 @@ def example_page(examples: Sequence[Example], cell: int = 160) -> np.ndarray:
     has_text = any(example.text for example in examples)
     page = Image.new("RGB", (num_images * cell + has_text * text_width, len(examples) * cell), "white")
     canvas = ImageDraw.Draw(page)
-    font = ImageFont.load_default(size=16)
+    font = _font(14)
     for i, example in enumerate(examples):
         for j, image in enumerate(example.images):
             page.paste(_thumbnail(image, cell - 8), (j * cell + 4, i * cell + 4))
@@ -74,7 +93,7 @@ def _thumbnail(image: Tensor, side: int) -> Image.Image:
 
 def gallery(queries: Sequence[Answers], side: int = 120) -> np.ndarray:
     """Queries with their answers, a row each: right ones in green, wrong ones in red."""
-    font = ImageFont.load_default(size=15)
+    font = _font(13)
     num_answers = max(len(query.is_right) for query in queries)
     left, row_height = 280, side + 12
     answer_width = side + 12 if queries[0].images else 230
@@ -99,42 +118,122 @@ def gallery(queries: Sequence[Answers], side: int = 120) -> np.ndarray:
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """How often each class (rows) is taken for each other (columns): counts [C, C], shown as parts of their row."""
-    parts = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = min(4 + 0.16 * len(names), 18)
-    figure, axes = plt.subplots(figsize=(side + 1, side), constrained_layout=True)
-    shown = axes.imshow(parts, vmin=0, vmax=1, cmap="viridis")
-    if len(names) <= 120:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(names)), names, fontsize=6)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    figure.colorbar(shown, shrink=0.6, label="part of the true class")
-    return rendered(figure)
+    """How often each class (rows) is taken for each other (columns): counts [C, C], shown as parts of their row.
+
+    White is never; the rarest confusion has a colour. Numbers stand for the names of more than 120 classes, and with
+    more than 1000 a pixel shows the largest part of those that fall on it, so that none is lost.
+    """
+    is_named = len(names) <= _MOST_NAMED
+    side = min(max(720 // len(names), 12), 120) if is_named else max(_MOST_PIXELS // len(names), 1)
+    cells = _cells(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1), side, has_lines=is_named)
+    length, size = len(cells), min(side - 2, 13) if is_named else 13
+    labels = {i: _shortened(name) for i, name in enumerate(names)} if is_named else _numbers(len(names))
+    rows = _beside({(i + 0.5) * length / len(names): label for i, label in labels.items()}, length, size)
+    columns = rows.transpose(Image.Transpose.ROTATE_90)
+
+    font, legend, gap = _font(13), _legend("part of the true class"), 10
+    left, top = 2 * gap + max(rows.width, math.ceil(font.getlength("predicted"))), legend.height + 2 * gap
+    width = left + max(length, legend.width) + gap
+    page = Image.new("RGB", (width, top + length + columns.height + 2 * gap), "white")
+    page.paste(legend, (left, gap))
+    page.paste(rows, (left - gap // 2 - rows.width, top - size))
+    page.paste(columns, (left - size, top + length + gap // 2))
+    page.paste(Image.fromarray(cells), (left, top))
+    canvas = ImageDraw.Draw(page)
+    canvas.rectangle((left - 1, top - 1, left + length, top + length), outline=_LINES)
+    canvas.text((left - gap, top - gap), "true", fill="black", font=font, anchor="rd")
+    canvas.text((left - gap, top + length + gap), "predicted", fill="black", font=font, anchor="ra")
+    return np.asarray(page)
 
 
-def heat_maps(images: Sequence[Tensor], maps: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+def _cells(parts: np.ndarray, side: int, has_lines: bool) -> np.ndarray:
+    """Parts [C, C] of 0 to 1 as squares, or the largest part of each square of them: uint8 [h, h, 3]."""
+    shown = min(len(parts), _MOST_PIXELS)
+    starts = np.arange(shown) * len(parts) // shown
+    largest = np.maximum.reduceat(np.maximum.reduceat(parts, starts, axis=0), starts, axis=1)
+    shades = np.ceil(largest * (len(_PARTS) - 1)).astype(np.uint8)  # rounded up: only nothing is 0
+    cells = _PARTS[shades.repeat(side, axis=0).repeat(side, axis=1)]
+    if has_lines:
+        cells[side::side] = cells[:, side::side] = _LINES
+    return cells
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _numbers(count: int) -> dict[int, str]:
+    """At most ten round numbers below `count`, evenly apart."""
+    steps = (digit * 10**zeros for zeros in itertools.count() for digit in (1, 2, 5))
+    return {i: str(i) for i in range(0, count, next(step for step in steps if 10 * step >= count))}
+
+
+def _beside(labels: Mapping[float, str], length: int, size: int) -> Image.Image:
+    """Labels at their heights, aligned to the right; `size` pixels more than `length` at both ends."""
+    font = _font(size)
+    width = math.ceil(max(font.getlength(label) for label in labels.values()))
+    strip = Image.new("RGB", (width, length + 2 * size), "white")
+    canvas = ImageDraw.Draw(strip)
+    for height, label in labels.items():
+        canvas.text((width, size + height), label, fill="black", font=font, anchor="rm")
+    return strip
+
+
+def _legend(text: str) -> Image.Image:
+    """The colours of 0 to 1 with their numbers and what they are."""
+    font, width, thickness, margin = _font(13), len(_PARTS), 12, 16
+    strip = Image.new("RGB", (margin + width + math.ceil(font.getlength(text)), 2 * thickness + 6), "white")
+    canvas = ImageDraw.Draw(strip)
+    strip.paste(_scale(_PARTS, width, thickness), (0, 0))
+    canvas.text((width + margin, thickness // 2), text, fill="black", font=font, anchor="lm")
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        anchor = "la" if part == 0 else "ma"
+        canvas.text((part * width, thickness + 3), f"{part:g}", fill="black", font=_font(11), anchor=anchor)
+    return strip
+
+
+def _scale(colours: np.ndarray, width: int, height: int) -> Image.Image:
+    """Colours uint8 [n, 3] from left to right."""
+    return Image.fromarray(colours[None]).resize((width, height), Image.Resampling.NEAREST)
+
+
+def heat_maps(
+    images: Sequence[Tensor], maps: Sequence[np.ndarray], captions: Sequence[str], side: int = 288
+) -> np.ndarray:
     """Images beside their patches' similarity to their captions: uint8 [3, h, w] and float [rows, columns] each."""
-    figure, axes = plt.subplots(len(images), 2, figsize=(7, 2.6 * len(images)), squeeze=False, constrained_layout=True)
-    for (left, right), image, values, caption in zip(axes, images, maps, captions, strict=True):
-        picture = np.asarray(_thumbnail(image, 224))
-        left.imshow(picture)
-        left.set_title(textwrap.shorten(caption, 44, placeholder=" …"), fontsize=8)
-        right.imshow(picture, alpha=0.4)
-        extent = (0, picture.shape[1], picture.shape[0], 0)
-        right.imshow(values, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
-        right.set_title(f"similarity {values.min():.2f} to {values.max():.2f}", fontsize=8)
-        for place in (left, right):
-            place.axis("off")
-    return rendered(figure)
+    font, margin, title = _font(12), 8, 24
+    page = Image.new("RGB", (2 * side + 3 * margin, len(images) * (side + title) + margin), "white")
+    canvas = ImageDraw.Draw(page)
+    left, right = margin, 2 * margin + side
+    for i, (image, values, caption) in enumerate(zip(images, maps, captions, strict=True)):
+        top = i * (side + title) + title
+        picture = _thumbnail(image, side)
+        page.paste(picture, (left, top))
+        faded = Image.blend(Image.new("RGB", picture.size, "white"), picture, 0.4)
+        page.paste(Image.blend(faded, _heat(values, side), 0.6), (right, top))
+        middle = top - title // 2
+        canvas.text((left, middle), textwrap.shorten(caption, 44, placeholder=" …"), "black", font, anchor="lm")
+        canvas.text((right, middle), f"similarity {values.min():.2f}", "black", font, anchor="lm")
+        page.paste(_scale(_INFERNO, 100, 10), (right + 112, middle - 5))
+        canvas.text((right + 220, middle), f"{values.max():.2f}", "black", font, anchor="lm")
+    return np.asarray(page)
+
+
+def _heat(values: np.ndarray, side: int) -> Image.Image:
+    """Values [rows, columns] from their lowest (dark) to their highest (light), smooth between them."""
+    scaled = (values - values.min()) / max(np.ptp(values), np.finfo(np.float32).tiny)
+    smooth = Image.fromarray(scaled.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)
+    return Image.fromarray(_INFERNO[np.rint(np.asarray(smooth) * (len(_INFERNO) - 1)).astype(np.uint8)])
 
 
 def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], columns: int = 3) -> np.ndarray:
     """Small plots of (name, samples seen, values), one each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which only reports need
+    from matplotlib.figure import Figure
+
     rows = math.ceil(len(lines) / columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 2.6 * rows), squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for place in axes.flat[len(lines) :]:
         place.axis("off")
     for place, (name, xs, ys) in zip(axes.flat, lines):
@@ -142,13 +241,6 @@ def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], column
         place.set_title(name, fontsize=9)
         place.set_xlabel("samples seen", fontsize=8)
         place.grid(alpha=0.3)
-    return rendered(figure)
-
-
-def rendered(figure: Figure, dpi: int = 110) -> np.ndarray:
-    """A figure's pixels; the figure is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    plt.close(figure)
-    with Image.open(buffer) as image:
-        return np.asarray(image.convert("RGB"))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

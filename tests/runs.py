@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -297,12 +298,16 @@ def tensors(folder: Path, name: str) -> bytes:
 def exact_outcome(folder: Path) -> dict[str, Any]:
     """What two runs must share bit for bit: weights, moments, and every metric that is no timing."""
     metrics = [
-        {name: value for name, value in record.items() if not name.startswith("system/")} for record in records(folder)
+        {name: value for name, value in record.items() if not re.match(r"system/|objectives/\w+_time_share", name)}
+        for record in records(folder)
     ]
     timings = ("wall_seconds", "pairs_per_second")
     return {
         "model": tensors(folder, "model.safetensors"),
         "optimizer": tensors(folder, "optimizer.safetensors"),
         "metrics": metrics,
+        "average": tensors(folder, "ema.safetensors")
+        if (checkpoints(folder)[-1] / "ema.safetensors").exists()
+        else None,
         "results": {name: value for name, value in results(folder).items() if name not in timings},
     }

@@ -59,6 +59,18 @@ def num_records(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+# Each of the steps 4, 6, 9, 10, 12 and 15 begins a stage; the checkpoint that is gone on from lies at step 5.
+STAGES = (
+    "objective=[infonce,mae,mlm]", *runs.TINY_MAE, "objective.mae.stream=images", "objective.mlm.stream=texts",
+    "data.train.images.shards=train", "data.train.texts.shards=train", "data.train.texts.batch_size=8",
+    "data.train.images.batch_size={piecewise: {0%: 16, 50%: 32}}", "trainer.freeze={text: 20%}",
+    "objective.mae.weight={piecewise: {0%: 0, 30%: 0.5, 75%: 0}}", "objective.mlm.weight={linear: {0%: 1, 100%: 0.1}}",
+    "objective.mae.mask_ratio={cosine: {0%: 0.5, 100%: 0.8}}", "objective.infonce.mask_ratio={piecewise: {0%: 0.5, 60%: 0}}",
+    "data.train.pairs.image_size={piecewise: {0%: 16, 45%: 32}}", "trainer.diagnose_every=4steps",
+    "data.train.pairs.text_length={piecewise: {0%: 8, 50%: 16}}", "data.train.pairs.shorten=block",
+    "trainer.ema_decay={linear: {0%: 0.5, 100%: 0.99}}", "data.workers=2",
+)  # fmt: skip
+
 VARIANTS = {
     "one process": (1, ()),
     "one process, workers, micro-batches, bf16, ragged masks": (
@@ -66,6 +78,8 @@ VARIANTS = {
         ("data.workers=2", "trainer.micro_batch_size=4", "trainer.precision=bf16", "objective=[infonce,mae]",
          *runs.TINY_MAE),
     ),
+    "one process, three streams and six stages, an average": (1, STAGES),
+    "two processes, three streams and six stages, an average": (2, STAGES),
     "two processes, bf16": (2, ("trainer.precision=bf16", "objective=[sigmoid]")),
     "two processes, workers, micro-batches, ragged masks": (
         2,

@@ -10,6 +10,7 @@ from torch import Tensor
 from mmpretrain import distributed, parallel
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.stream import length_cuts
+from mmpretrain.diagnose import diagnose
 from mmpretrain.freeze import Freeze
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
@@ -113,6 +114,15 @@ def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str,
     gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
     assert set(freeze.unreached).isdisjoint(gradients)
     return reduced, gradients
+
+
+DIAGNOSED = {"infonce": 1.0, "mae": 0.5, "mlm": 2.0}
+
+
+def diagnosed(num_micro_batches: int) -> dict[str, float]:
+    """The diagnosis of the fixed batch."""
+    task = make_task(tuple(DIAGNOSED))
+    return diagnose(task, make_batches(num_micro_batches), DIAGNOSED, torch.autocast("cpu", enabled=False), None)
 
 
 def open_clip_step(kind: str) -> Result:
