@@ -50,7 +50,9 @@ class MAE(nn.Module):
             )
         ends = mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio, mask_ratio)
         if len(ends) != 2:
-            raise ValueError(f"objective.mae.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order")
+            raise ValueError(
+                f"objective.mae.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order"
+            )
         self._least, self._most = (Value(end, "objective.mae.mask_ratio", above=0, below=1) for end in ends)
         if min(self._least.values) > min(self._most.values):
             raise ValueError(f"objective.mae.mask_ratio is {mask_ratio}; expected two in order, the smallest first")
