@@ -87,13 +87,69 @@ def build(
 
 
 @app.command()
+def build_text(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help=".txt or .jsonl files, also .gz; folders of them, or globs.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
+    field: Annotated[str, typer.Option(help="Of JSON lines: the text's field, a.b for one inside another.")] = "text",
+    document: Annotated[
+        str, typer.Option(help="What of a .txt is one: paragraph (between blank lines), line or file.")
+    ] = "paragraph",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Training's data.tokenizer.path.", show_default="CLIP's tokenizer")
+    ] = None,
+    context_length: Annotated[
+        int, typer.Option(min=3, help="Tokens of a sample at most, start and end included.")
+    ] = 77,
+    pack: Annotated[bool, typer.Option(help="Join short documents, a line each, until a sample is full.")] = True,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    *,
+    workers: Workers,
+) -> None:
+    """Make shuffled, equal-sized WebDataset shards of text alone, in samples that training need not cut.
+
+    Documents longer than a sample are cut, at a sentence's end where that wastes little, else between words. Runs of
+    whitespace become one space; nothing else is lost. A sample's key says where it begins: file (manifest.json lists
+    them), line, piece of the document.
+
+    Examples:
+
+      python -m data_tools build-text books/ --output data/mine/books
+
+      python -m data_tools build-text 'crawl/*.jsonl.gz' --field content.text --output data/mine/crawl
+
+      python -m mmpretrain.train 'objective=\\[infonce,mlm]' objective.mlm.stream=texts data.root=data/mine
+          +data.train.texts.shards=books +data.train.texts.batch_size=64 +data.train.texts.caption=txt
+    """
+    from data_tools.build_text import TextOptions
+    from data_tools.build_text import build_text as build_text_shards
+    from data_tools.documents import DOCUMENTS
+
+    if document not in DOCUMENTS:
+        raise ValueError(f"--document {document!r}: expected one of {', '.join(DOCUMENTS)}")
+    started = time.monotonic()
+    options = TextOptions(field, document, tokenizer, context_length, pack, samples_per_shard, seed)
+    result = build_text_shards(inputs, output, options, workers)
+    seconds = time.monotonic() - started
+    print(
+        f"{output}: {result.num_documents} documents in {result.num_samples} samples of "
+        f"{result.num_tokens / result.num_samples:.1f} tokens, {len(result.shards)} shards, {seconds:.1f} s"
+    )
+    if result.num_refused:
+        print(f"{result.num_refused} documents refused: {output / 'refused.jsonl'}")
+
+
+@app.command()
 def index(
     tars: Annotated[list[str], typer.Argument(help="Tars, folders of tars, globs or brace patterns.")],
     workers: Workers,
 ) -> None:
     """Make or refresh the offset index of any tars that WebDataset or img2dataset wrote.
 
-    Names truncated tars, duplicate keys, and samples without image or caption; exit code 1 if there are any.
+    Names truncated tars, duplicate keys, and samples without caption or (but in tars of text alone) image; exit code 1
+    if there are any.
 
     Examples:
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from data_tools.classes import Classes, classes_of, read_classes, write_classes
@@ -14,11 +13,11 @@ from data_tools.samples import Refusal, Sample, accept_rows, key_problem
 from data_tools.shard_writer import (
     WrittenShard,
     close_output,
-    describe_shard,
+    finish_shard,
     open_output,
+    shard_bounds,
     shard_path,
-    write_atomically,
-    write_shard,
+    write_refusals,
 )
 from data_tools.tables import read_pairs
 from mmpretrain.data.decode import BadSample
@@ -90,16 +89,13 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
         write_classes(output / "classes.tsv", classes, labels, [sample.caption for sample in samples])
     else:
         (output / "classes.tsv").unlink(missing_ok=True)  # an earlier build's
-    lines = [json.dumps(asdict(refusal), ensure_ascii=False) + "\n" for refusal in refused]
-    write_atomically(output / "refused.jsonl", "".join(lines))
+    write_refusals(output, (json.dumps(asdict(refusal), ensure_ascii=False) for refusal in refused))
 
     order = permutation(hash64("build", options.seed), len(samples))
-    num_shards = -(-len(samples) // options.samples_per_shard)
-    bounds = [len(samples) * shard // num_shards for shard in range(num_shards + 1)]
     class_ids = {label: index for index, label in enumerate(classes.labels)} if classes else {}
     tasks = [
         ShardTask(shard_path(output, shard), [samples[i] for i in order[low:high]], class_ids, options.image)
-        for shard, (low, high) in enumerate(pairwise(bounds))
+        for shard, (low, high) in enumerate(shard_bounds(len(samples), options.samples_per_shard))
     ]
     result = BuildResult(
         shards=list(run_tasks(_finish_shard, tasks, workers, "writing shards")),
@@ -165,10 +161,7 @@ class ShardTask:
 
 
 def _finish_shard(task: ShardTask) -> WrittenShard:
-    """Writes a shard, unless a killed build with the same plan has."""
-    if task.path.exists():
-        return describe_shard(task.path)
-    return write_shard(task.path, _members(task))
+    return finish_shard(task.path, _members(task))
 
 
 def _members(task: ShardTask) -> Iterator[dict[str, str | bytes]]:

@@ -3,12 +3,16 @@
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+TASKS_AHEAD = 4  # for each worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -20,21 +24,35 @@ def num_cpus() -> int:
 
 
 def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, description: str
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, description: str
 ) -> Iterator[Result]:
-    """Yields function(task) in the tasks' order; one worker is this process."""
-    if workers <= 1 or len(tasks) <= 1:
-        yield from _progress(map(function, tasks), len(tasks), description)
+    """Yields function(task) in the tasks' order; one worker is this process.
+
+    Of an iterator, tasks are drawn a few ahead of the results: neither need fit into memory.
+    """
+    total = len(tasks) if isinstance(tasks, Sized) else None
+    if workers <= 1 or (total is not None and total <= 1):
+        yield from _progress(map(function, tasks), total, description)
         return
-    with ProcessPoolExecutor(min(workers, len(tasks)), initializer=_end_with_parent) as pool:
+    remaining = iter(tasks)
+    with ProcessPoolExecutor(min(workers, total or workers), initializer=_end_with_parent) as pool:
         try:
             # The processes start here, before the progress bar's thread: a fork copies no half-held lock.
-            yield from _progress(pool.map(function, tasks), len(tasks), description)
+            ahead = deque(pool.submit(function, task) for task in islice(remaining, TASKS_AHEAD * workers))
+            more = (pool.submit(function, task) for task in remaining)
+            yield from _progress(_results(ahead, more), total, description)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _progress(results: Iterator[Result], total: int, description: str) -> Iterator[Result]:
+def _results(ahead: deque[Future[Result]], more: Iterator[Future[Result]]) -> Iterator[Result]:
+    while ahead:
+        result = ahead.popleft().result()
+        ahead.extend(islice(more, 1))
+        yield result
+
+
+def _progress(results: Iterator[Result], total: int | None, description: str) -> Iterator[Result]:
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

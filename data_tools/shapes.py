@@ -5,7 +5,6 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from data_tools.drawing import draw_scene
@@ -14,11 +13,11 @@ from data_tools.scenes import CLASSES, HELD_OUT, TRAINED, Scene, make_scene
 from data_tools.shard_writer import (
     WrittenShard,
     close_output,
-    describe_shard,
+    finish_shard,
     open_output,
+    shard_bounds,
     shard_path,
     write_atomically,
-    write_shard,
 )
 from mmpretrain.seeds import hash64, permutation
 
@@ -62,9 +61,7 @@ def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str
     for split, num_samples in sizes.items():
         plan = json.dumps([DRAWING_VERSION, split, num_samples, options.image_size, options.seed])
         open_output(output / split, hashlib.sha256(plan.encode()).hexdigest())
-        num_shards = max(1, -(-num_samples // SAMPLES_PER_SHARD))
-        bounds = [num_samples * shard // num_shards for shard in range(num_shards + 1)]
-        for shard, (low, high) in enumerate(pairwise(bounds)):
+        for shard, (low, high) in enumerate(shard_bounds(num_samples, SAMPLES_PER_SHARD)):
             path = shard_path(output / split, shard)
             tasks.append(_Task(path, split, num_samples, low, high, options.image_size, options.seed))
     lines = [f"{i}\t{' '.join(pair)}\t{int(pair in HELD_OUT)}\n" for i, pair in enumerate(CLASSES)]
@@ -85,9 +82,7 @@ def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str
 
 
 def _finish_shard(task: _Task) -> WrittenShard:
-    if task.path.exists():  # of a killed build with the same options
-        return describe_shard(task.path)
-    return write_shard(task.path, _members(task))
+    return finish_shard(task.path, _members(task))
 
 
 def _members(task: _Task) -> Iterator[dict[str, str | bytes]]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from webdataset import TarWriter
@@ -30,6 +31,17 @@ class WrittenShard:
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard:06d}.tar"
+
+
+def shard_bounds(num_samples: int, samples_per_shard: int) -> list[tuple[int, int]]:
+    """First sample of each shard and the one after its last: shards of equal size, give or take one."""
+    num_shards = max(1, -(-num_samples // samples_per_shard))
+    return list(pairwise(num_samples * shard // num_shards for shard in range(num_shards + 1)))
+
+
+def finish_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
+    """Writes a shard, unless a killed build with the same plan has; then no sample is asked for."""
+    return describe_shard(path) if path.exists() else write_shard(path, samples)
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
@@ -65,22 +77,27 @@ def describe_shard(path: Path) -> WrittenShard:
     return WrittenShard(path.name, index.num_samples, index.tar_bytes, index.digest, sha256.hexdigest())
 
 
+def check_output(output: Path) -> None:
+    """Raises ValueError for a file, or a folder that holds tars that no build wrote."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {str(output)!r}: is a file; expected a folder, new or an earlier build's")
+    tars = sorted(output.glob("*.tar"))
+    if tars and not (output / JOURNAL).exists() and not (output / MANIFEST).exists():
+        raise ValueError(f"--output {str(output)!r}: holds {tars[0].name}, which no build wrote; name another folder")
+
+
 def open_output(output: Path, plan: str) -> None:
     """Readies a folder: shards of a killed build with the same plan stay, those of other builds go.
 
-    Raises ValueError where it holds tars that no build wrote.
+    Raises what `check_output` does.
     """
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {str(output)!r}: is a file; expected a folder, new or an earlier build's")
+    check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     journal = output / JOURNAL
-    tars = sorted(output.glob("*.tar"))
-    if tars and not journal.exists() and not (output / MANIFEST).exists():
-        raise ValueError(f"--output {str(output)!r}: holds {tars[0].name}, which no build wrote; name another folder")
     if not journal.exists() or journal.read_text() != plan:
         write_atomically(journal, "")  # from here on the folder is an unfinished build, whose shards are not to be kept
         (output / MANIFEST).unlink(missing_ok=True)
-        for tar in tars:
+        for tar in output.glob("*.tar"):
             if _SHARD_NAME.fullmatch(tar.name):
                 tar.unlink()
                 index_path(tar).unlink(missing_ok=True)
@@ -95,8 +112,14 @@ def close_output(output: Path, manifest: Mapping[str, object]) -> None:
     (output / JOURNAL).unlink()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file beside itself and renames it into place."""
+def write_refusals(output: Path, refusals: Iterable[str]) -> None:
+    """Writes `refused.jsonl`: one JSON object for each row or document that was refused, in the input's order."""
+    write_atomically(output / "refused.jsonl", (refusal + "\n" for refusal in refusals))
+
+
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a UTF-8 text file, whole or in parts, beside itself and renames it into place."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
     os.replace(temporary, path)

@@ -146,7 +146,7 @@ def _sample_problems(
     starts: list[int],
     members: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
 ) -> list[str]:
-    """Names repeated keys, and samples without an image or a caption."""
+    """Names repeated keys, and samples without an image or a caption; a tar of texts alone needs no image."""
 
     def named(rows: Sequence[int] | npt.NDArray[np.int64]) -> str:
         shown = ", ".join(f"{as_text(keys[row])!r} at byte {starts[row]}" for row in rows[:_NAMED_PER_PROBLEM])
@@ -165,6 +165,8 @@ def _sample_problems(
         # A json may hold the caption, but says nothing in a tar that has captions of their own.
         "a caption": captions or [extension for extension, suffix in suffixes.items() if suffix == "json"],
     }
+    if captions and all(suffix in (*CAPTION_EXTENSIONS, "json") for suffix in suffixes.values()):
+        del wanted["an image"]  # had images been meant, there would be some member for them, if one that is not read
     for what, extensions in wanted.items():
         present = np.zeros(len(keys), bool)
         for extension in extensions:

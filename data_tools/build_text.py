@@ -1,0 +1,183 @@
+"""`build-text`: plain text and JSONL -> shuffled, equal-sized WebDataset shards of packed documents.
+
+Two passes: documents are packed in the input's order into an unnamed file in the output's folder, then shards take
+their samples from it in the shuffled one. Memory holds some documents at a time (a whole file where one is a
+document), and some 40 bytes a sample for the shuffle: a billion tokens are 14 million samples, 0.6 GB. Tokenizers
+keep the words that they met.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from data_tools.documents import Document, RefusedDocument, read_documents, text_files
+from data_tools.packing import CountTokens, PackedText, pack
+from data_tools.pool import run_tasks
+from data_tools.shard_writer import (
+    WrittenShard,
+    check_output,
+    close_output,
+    finish_shard,
+    open_output,
+    shard_bounds,
+    shard_path,
+    write_refusals,
+)
+from data_tools.spool import Spool
+from mmpretrain.data.tokenizer import tokenizer_of
+from mmpretrain.seeds import hash64, permutation
+
+CHARACTERS_PER_TASK = 1 << 16
+"""Documents are packed in groups of this size, whatever the workers; only a group's last sample is not filled up."""
+_COUNTED_TOKENS = 1 << 20  # no text that is counted is longer
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What, the text aside, decides the bytes of the shards; `tokenizer` None is CLIP's."""
+
+    field: str = "text"
+    document: str = "paragraph"
+    tokenizer: Path | None = None
+    context_length: int = 77
+    pack: bool = True
+    samples_per_shard: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What a build made; tokens count the special ones."""
+
+    shards: list[WrittenShard]
+    num_documents: int
+    num_refused: int
+    num_tokens: int
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+
+def build_text(inputs: Sequence[str], output: Path, options: TextOptions, workers: int) -> TextResult:
+    """Builds shards of the documents in `output`; an earlier build there is replaced, a killed one is finished.
+
+    Raises ValueError for input, a tokenizer or a folder that does not serve, and where no document is accepted.
+    """
+    files = text_files(inputs, output)
+    check_output(output)
+    _token_counter(options.tokenizer)  # a wrong one is named before anything is read
+    output.mkdir(parents=True, exist_ok=True)
+    num_documents = num_tokens = 0
+    with Spool(output) as packed, Spool(output) as refused:
+        tasks = _groups(files, options, refused)
+        for documents, samples in run_tasks(partial(_pack_group, options), tasks, workers, "packing documents"):
+            num_documents += documents
+            for sample in samples:
+                num_tokens += sample.num_tokens
+                packed.append(f"{sample.key}\n{sample.text}".encode())
+        if not len(packed):
+            first = f"the first is refused because: {json.loads(refused[0])['reason']}; " if len(refused) else ""
+            raise ValueError(
+                f"INPUT {' '.join(inputs)}: no document in {len(files)} files; {first}expected at least one"
+            )
+        open_output(output, _plan(packed, options))
+        (output / "classes.tsv").unlink(missing_ok=True)  # an earlier build's of pairs
+        write_refusals(output, (record.decode() for record in refused))
+        order = permutation(hash64("build-text", options.seed), len(packed))
+        bounds = shard_bounds(len(packed), options.samples_per_shard)
+        shards = (
+            ShardTask(shard_path(output, shard), [packed[i] for i in order[low:high]])
+            for shard, (low, high) in enumerate(bounds)
+        )
+        result = TextResult(
+            shards=list(run_tasks(_finish_shard, shards, workers, "writing shards")),
+            num_documents=num_documents,
+            num_refused=len(refused),
+            num_tokens=num_tokens,
+        )
+    close_output(
+        output,
+        {
+            "files": [str(file) for file in files],
+            "num_samples": result.num_samples,
+            "num_documents": result.num_documents,
+            "num_refused": result.num_refused,
+            "num_tokens": result.num_tokens,
+            "options": _options_json(options),
+            "shards": [asdict(shard) for shard in result.shards],
+        },
+    )
+    return result
+
+
+def _options_json(options: TextOptions) -> dict[str, object]:
+    return asdict(options) | {"tokenizer": options.tokenizer.name if options.tokenizer else None}
+
+
+def _plan(packed: Spool, options: TextOptions) -> str:
+    """A hash (hex) of all that decides the shards' bytes."""
+    plan = hashlib.sha256(json.dumps(_options_json(options)).encode())
+    for record in packed:
+        plan.update(len(record).to_bytes(8, "little") + record)
+    return plan.hexdigest()
+
+
+# ---------------------------------------------------------------- packing
+
+
+def _groups(files: Sequence[Path], options: TextOptions, refused: Spool) -> Iterator[list[Document]]:
+    """Consecutive documents of `CHARACTERS_PER_TASK` or more together; what is refused goes to `refused`."""
+    group: list[Document] = []
+    num_characters = 0
+    for document in read_documents(files, options.field, options.document):
+        if isinstance(document, RefusedDocument):
+            refused.append(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8", "replace"))
+            continue
+        group.append(document)
+        num_characters += len(document.text)
+        if num_characters >= CHARACTERS_PER_TASK:
+            yield group
+            group, num_characters = [], 0
+    if group:
+        yield group
+
+
+def _pack_group(options: TextOptions, documents: Sequence[Document]) -> tuple[int, list[PackedText]]:
+    """How many documents they are, and their samples."""
+    count_tokens = _token_counter(options.tokenizer)
+    return len(documents), list(pack(documents, count_tokens, options.context_length, options.pack))
+
+
+@lru_cache(maxsize=1)
+def _token_counter(path: Path | None) -> CountTokens:
+    """Text -> its tokens, special ones too, as training counts them. Raises ValueError."""
+    try:
+        tokenizer = tokenizer_of(path=None if path is None else str(path), context_length=_COUNTED_TOKENS)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
+        raise ValueError(f"--tokenizer {str(path)!r}: {error}") from error
+    return lambda text: int(tokenizer([text])[1])
+
+
+# ---------------------------------------------------------------- shards
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard's samples: key, line end, text."""
+
+    path: Path
+    records: list[bytes]
+
+
+def _finish_shard(task: ShardTask) -> WrittenShard:
+    return finish_shard(task.path, _members(task))
+
+
+def _members(task: ShardTask) -> Iterator[dict[str, str | bytes]]:
+    for record in task.records:
+        key, _, text = record.partition(b"\n")
+        yield {"__key__": key.decode(), "txt": text}
