@@ -117,7 +117,24 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
             shorten=stream.shorten.value,
         )
         streams[name].check_first_sample()
+        if stream.transform is not None and stream.image_size is not None:
+            _check_image_sizes(model, Value(stream.image_size, f"data.train.{name}.image_size"))
     return streams
+
+
+@torch.no_grad()
+def _check_image_sizes(model: ImageTextModel, sizes: Value) -> None:
+    """Try each size before the run comes to it. Raises: ValueError for one that the image encoder cannot take."""
+    model.eval()
+    for size in {int(value) for value in sizes.values}:
+        try:
+            model.image(torch.zeros(1, model.num_channels, size, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{sizes.name} has {size}, which model.image cannot take ({str(error).splitlines()[0]}); expected sizes "
+                f"that it can, such as its own {model.image.image_size}; plain ViTs of timm take any from one patch on"
+            ) from error
+    model.train()
 
 
 def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:

@@ -120,6 +120,8 @@ def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:
         ("pad_id", text.pad_id, tokenizer.pad_id),
         ("eos_id", text.end_id, tokenizer.end_id),
     ):
+        if key == "pad_id" and given is None and text.adopts_padding:
+            continue  # a tokenizer without padding leaves it to the encoder
         if wanted is not None and given != wanted:
             raise ValueError(
                 f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "

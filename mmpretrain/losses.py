@@ -1,5 +1,7 @@
 """Pure tensor functions, float32 or wider: each is its paper's equation and nothing else."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,6 +91,77 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | Non
         left_out |= both[:, None] == both[None, :]
         left_out[torch.arange(2 * b, device=rows.device), partner] = False
     return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
+
+
+def token_cross_entropy(
+    states: Tensor, embeddings: Tensor, labels: Tensor, bias: Tensor | None = None, chunk_bytes: int = 1 << 26
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over a vocabulary, computed in chunks of tokens: the logits never stand in memory all at once.
+
+    L = -sum_i log softmax_v(<h_i, e_v> + b_v)_{y_i}
+
+    The gradients are computed with each chunk, while its logits are there.
+
+    Args:
+        states: h, [n, d].
+        embeddings: e, [vocabulary, d].
+        labels: y, int64 [n].
+        bias: b, [vocabulary].
+        chunk_bytes: of a chunk's logits.
+
+    Returns: (L, a scalar, float32 or wider; how many labels have the largest logit, int64, a scalar).
+    """
+    device_type = states.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states.dtype
+    chunk_size = max(1, chunk_bytes // (len(embeddings) * 4))
+    loss, hits = _TokenCrossEntropy.apply(states, embeddings, bias, labels, dtype, chunk_size, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return loss, hits
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        states: Tensor,
+        embeddings: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        dtype: torch.dtype,
+        chunk_size: int,
+        has_backward: bool,
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=wide, device=states.device)
+        hits = torch.zeros((), dtype=torch.int64, device=states.device)
+        gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in (states, embeddings, bias)]
+        d_states, d_embeddings, d_bias = gradients
+        table = embeddings.to(dtype)
+        with torch.autocast(states.device.type, enabled=False):
+            for start in range(0, len(states), chunk_size):
+                h, y = states[start : start + chunk_size].to(dtype), labels[start : start + chunk_size, None]
+                logits = (h @ table.T).to(wide)
+                if bias is not None:
+                    logits += bias
+                log_z = logits.logsumexp(dim=1, keepdim=True)
+                loss += (log_z - logits.gather(1, y)).sum()
+                hits += (logits.argmax(dim=1) == y[:, 0]).sum()
+                if not has_backward:
+                    continue
+                d_logits = logits.sub_(log_z).exp_()
+                d_logits.scatter_add_(1, y, -torch.ones_like(log_z))
+                narrow = d_logits.to(dtype)
+                d_states[start : start + chunk_size] = narrow @ table  # type: ignore[index]
+                d_embeddings += narrow.T @ h
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = (None if tensor is None else tensor * d_loss for tensor in ctx.saved_tensors)
+        return (*gradients, None, None, None, None)
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

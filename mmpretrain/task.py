@@ -64,8 +64,8 @@ class Encodings:
             views = self.samples(stream).views
             if views is None or number >= views.shape[1]:
                 raise ValueError(
-                    f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; "
-                    "expected a list of transforms"
+                    f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; expected as "
+                    "many {transform: ...} as it reads, such as those that conf/objective/simclr.yaml gives to pairs"
                 )
             self._views[stream, number] = self._model.image(self._model.normalize(views[:, number]))
         return self._views[stream, number]
@@ -86,9 +86,11 @@ class Encodings:
             self._texts[stream, mask] = self._model.encode_text(ids, lengths, self.samples(stream).cuts)
         return self._texts[stream, mask]
 
-    def token_logits(self, states: Tensor) -> Tensor:
-        """States [n, d] -> [n, vocabulary]: their products with the text encoder's token embeddings."""
-        return self._model.token_logits(states)
+    @property
+    def token_embeddings(self) -> Tensor:
+        """[vocabulary, d], the matrix that the text encoder looks tokens up in; heads predict by it (Press and Wolf 2017)."""
+        assert self._model.text is not None
+        return self._model.text.token_embeddings
 
     def _text_of(self, stream: str) -> tuple[Tensor, Tensor]:
         samples = self.samples(stream)

@@ -15,6 +15,7 @@ from mmpretrain.losses import (
     multi_positive_info_nce,
     patchify,
     sigmoid_loss,
+    token_cross_entropy,
 )
 
 
@@ -161,3 +162,41 @@ def test_multi_positive_info_nce_of_groups_of_one_is_info_nce() -> None:
     scale = torch.tensor(9.0, dtype=torch.float64)
     alone = multi_positive_info_nce(image, text, scale, torch.arange(6))
     torch.testing.assert_close(alone, info_nce(image, text, scale), rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- vocabularies
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 32])
+def test_token_cross_entropy_is_torchs_whatever_the_chunks(num_tokens: int, has_bias: bool) -> None:
+    states = torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True)
+    embeddings = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True) if has_bias else None
+    labels = torch.randint(0, 11, (num_tokens,))
+    inputs = [tensor for tensor in (states, embeddings, bias) if tensor is not None]
+    logits = F.linear(states, embeddings, bias)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    gradients = torch.autograd.grad(3 * expected, inputs)
+    for chunk_bytes in (1, 5 * 11 * 4, 1 << 26):  # one token at a time, five, all
+        loss, hits = token_cross_entropy(states, embeddings, labels, bias, chunk_bytes)
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+        assert int(hits) == int((logits.argmax(-1) == labels).sum())
+        for ours, theirs in zip(torch.autograd.grad(3 * loss, inputs), gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(token_cross_entropy(states, embeddings, labels, bias)[0], loss.detach())
+
+
+def test_token_cross_entropy_under_autocast_sums_in_float32() -> None:
+    states, embeddings = torch.randn(300, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    labels = torch.randint(0, 50, (300,))
+    exact = F.cross_entropy(F.linear(states, embeddings), labels, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = token_cross_entropy(states, embeddings, labels)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(float(exact), rel=2e-3)
+    loss.backward()
+    assert states.grad is not None and states.grad.dtype == torch.float32
+    (expected,) = torch.autograd.grad(exact, states)
+    assert float((states.grad - expected).norm() / expected.norm()) < 0.02

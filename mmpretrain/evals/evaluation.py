@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import Embedded, EvalSet, embed, embed_texts, read_image
-from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.image_text import ImageTextModel, NoImages
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,13 @@ def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str,
 
 
 def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
-    """The data sets that the evaluator `name` is run on. Raises: ValueError for one that it cannot be run on."""
+    """The data sets that the evaluator `name` is run on.
+
+    Raises: ValueError for one that it cannot be run on, and for a model of one tower.
+    """
+    for tower, module in (("image", context.model.image), ("text", context.model.text)):
+        if module is None or isinstance(module, NoImages):
+            raise ValueError(f"eval.{name} embeds images and texts, but model.{tower} is null; leave it out: eval=[]")
     possible = evaluator.wants(context)
     if evaluator.data is None:
         if not possible:

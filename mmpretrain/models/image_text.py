@@ -171,11 +171,6 @@ class ImageTextModel(nn.Module):
         projection = self.image.project if self.image_projection is None else self.image_projection
         return _unit(projection(pooled))
 
-    def token_logits(self, states: Tensor) -> Tensor:
-        """[n, d] -> [n, vocabulary]: products with the text encoder's token embeddings (Press and Wolf 2017)."""
-        assert self.text is not None
-        return F.linear(states, self.text.token_embeddings)
-
     def project_text(self, pooled: Tensor) -> Tensor:
         """[b, d] -> [b, e] of unit length, float32 or wider."""
         assert self.text is not None

@@ -40,7 +40,7 @@ def open_clip_model(
         name: of `open_clip.list_models()`, or `local-dir:<folder with open_clip_config.json>`.
         image_size: side of the images in pixels, if not the model's own.
         context_length: tokens of a text, if not the model's own.
-        vision, text: what differs from the model's `vision_cfg` and `text_cfg`.
+        vision, text: what differs from the model's `vision_cfg` and `text_cfg`; `text.causal` is `not no_causal_mask`.
         image_mean, image_std, squash: see `ImageTextModel`; None takes what the model's published weights expect.
 
     Raises: ValueError if open_clip does not know the name or refuses an argument, or a tower cannot be wrapped.
@@ -111,8 +111,11 @@ def model_config(
             f"model.name is {name!r}; expected a model of open_clip, such as {near}, or "
             "local-dir:<folder with open_clip_config.json>"
         )
+    text = dict(text or {})
+    if "causal" in text:  # as our own text encoders call it, and objectives ask for it
+        text["no_causal_mask"] = not text.pop("causal")
     vision_cfg = {**config["vision_cfg"], **(vision or {}), "timm_model_pretrained": False}
-    text_cfg = {**config["text_cfg"], **(text or {}), "hf_model_pretrained": False}
+    text_cfg = {**config["text_cfg"], **text, "hf_model_pretrained": False}
     if image_size is not None:
         vision_cfg["image_size"] = image_size
     if context_length is not None:

@@ -1,10 +1,10 @@
 """Captions from images: CoCa's decoder (Yu et al. 2022), and CapPa's parallel prediction (Tschannen et al. 2023)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
+from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.fusion import FusionDecoder
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import by_length
@@ -69,7 +69,7 @@ class Captioning(nn.Module):
         for length in range(1, longest):
             lengths = torch.full((len(ids),), length, device=ids.device)
             states = self.decode(encodings.with_text(stream, ids, lengths), parallel=0.0)
-            ids = torch.cat([ids, encodings.token_logits(states[:, -1]).argmax(-1, keepdim=True)], dim=1)
+            ids = torch.cat([ids, (states[:, -1] @ encodings.token_embeddings.T).argmax(-1, keepdim=True)], dim=1)
         return ids
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
@@ -106,9 +106,9 @@ class Captioning(nn.Module):
         samples = encodings.samples(self.streams[0])
         assert samples.text is not None and samples.lengths is not None
         labels, is_label = next_tokens(samples.text, samples.lengths)
-        logits = encodings.token_logits(self.decode(encodings)[:, : labels.shape[1]][is_label])
-        wanted = labels[is_label]
-        return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}
+        states = self.decode(encodings)[:, : labels.shape[1]][is_label]
+        loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[is_label])
+        return loss, {"accuracy": hits}
 
     def _decode(self, states: Tensor, lengths: Tensor, image_tokens: Tensor, in_parallel: Tensor) -> Tensor:
         """Text states [b, l, d] of one length group -> decoded states [b, l, d]."""

@@ -1,9 +1,9 @@
 """Next-token prediction on the text encoder: GPT (Radford et al. 2018)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
+from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings, Terms, next_tokens
 
@@ -41,6 +41,5 @@ class CausalLM(nn.Module):
         assert samples.text is not None and samples.lengths is not None
         labels, is_label = next_tokens(samples.text, samples.lengths)
         states = encodings.text(stream).tokens[:, : labels.shape[1]][is_label]
-        logits = encodings.token_logits(states)
-        wanted = labels[is_label]
-        return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}
+        loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[is_label])
+        return loss, {"accuracy": hits}

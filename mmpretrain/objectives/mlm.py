@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
+from mmpretrain.losses import token_cross_entropy
 from mmpretrain.masking import TokenMaskSpec, mask_tokens
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Decode, Encodings, Example, Terms, TokenIds
@@ -95,18 +96,19 @@ class MLM(nn.Module):
         return mask_tokens(samples.text, samples.lengths, samples.seeds, self.spec, samples.word_starts).chosen.sum()
 
     def predict(self, encodings: Encodings) -> tuple[Tensor, Tensor]:
-        """(logits of the chosen tokens [n, vocabulary], which were chosen, bool [b, L])."""
+        """(states of the chosen tokens [n, d], to be held against the vocabulary; which were chosen, bool [b, L])."""
         (stream,) = self.streams
         chosen = encodings.token_mask(stream, self.spec).chosen
         # The vocabulary's product is the dearest of all: only for tokens that are predicted.
         states = encodings.text(stream, self.spec).tokens[:, : chosen.shape[1]][chosen]
-        return encodings.token_logits(self.norm(F.gelu(self.dense(states)))) + self.bias, chosen
+        return self.norm(F.gelu(self.dense(states))), chosen
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
         """Each text with its chosen tokens in brackets: what was predicted, and behind an arrow what stood there."""
         samples = encodings.samples(self.streams[0])
         assert samples.text is not None and samples.lengths is not None
-        logits, chosen = self.predict(encodings)
+        states, chosen = self.predict(encodings)
+        logits = F.linear(states, encodings.token_embeddings, self.bias)
         predicted = samples.text.masked_scatter(chosen, logits.argmax(-1)).tolist()
         examples = []
         for row, length in enumerate(samples.lengths.tolist()):
@@ -120,8 +122,8 @@ class MLM(nn.Module):
 
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the chosen tokens' cross-entropies, and of the hits as `accuracy`."""
-        logits, chosen = self.predict(encodings)
+        states, chosen = self.predict(encodings)
         text = encodings.samples(self.streams[0]).text
         assert text is not None
-        wanted = text[chosen]
-        return F.cross_entropy(logits, wanted, reduction="sum"), {"accuracy": (logits.argmax(-1) == wanted).sum()}
+        loss, hits = token_cross_entropy(states, encodings.token_embeddings, text[chosen], self.bias)
+        return loss, {"accuracy": hits}
