@@ -114,13 +114,15 @@ def token_cross_entropy(
     device_type = states.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states.dtype
     chunk_size = max(1, chunk_bytes // (len(embeddings) * 4))
-    loss, hits = _TokenCrossEntropy.apply(states, embeddings, bias, labels, dtype, chunk_size, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    loss, hits = _TokenCrossEntropy.apply(states, embeddings, bias, labels, dtype, chunk_size, torch.is_grad_enabled())
     return loss, hits
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
+    """`token_cross_entropy` and its gradients; without `has_backward` only the sums."""
+
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         states: Tensor,
         embeddings: Tensor,
@@ -133,7 +135,10 @@ class _TokenCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if states.dtype == torch.float64 else torch.float32
         loss = torch.zeros((), dtype=wide, device=states.device)
         hits = torch.zeros((), dtype=torch.int64, device=states.device)
-        gradients = [None if tensor is None else torch.zeros_like(tensor) for tensor in (states, embeddings, bias)]
+        gradients = [
+            None if tensor is None or not has_backward else torch.zeros_like(tensor)
+            for tensor in (states, embeddings, bias)
+        ]
         d_states, d_embeddings, d_bias = gradients
         table = embeddings.to(dtype)
         with torch.autocast(states.device.type, enabled=False):
@@ -145,12 +150,12 @@ class _TokenCrossEntropy(torch.autograd.Function):
                 log_z = logits.logsumexp(dim=1, keepdim=True)
                 loss += (log_z - logits.gather(1, y)).sum()
                 hits += (logits.argmax(dim=1) == y[:, 0]).sum()
-                if not has_backward:
+                if d_states is None or d_embeddings is None:
                     continue
                 d_logits = logits.sub_(log_z).exp_()
                 d_logits.scatter_add_(1, y, -torch.ones_like(log_z))
                 narrow = d_logits.to(dtype)
-                d_states[start : start + chunk_size] = narrow @ table  # type: ignore[index]
+                d_states[start : start + chunk_size] = narrow @ table
                 d_embeddings += narrow.T @ h
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
@@ -159,7 +164,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if tensor is None else tensor * d_loss for tensor in ctx.saved_tensors)
         return (*gradients, None, None, None, None)
 

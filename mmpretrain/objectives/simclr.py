@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -10,6 +11,22 @@ from torch.func import functional_call
 from mmpretrain.losses import nt_xent
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
+
+
+class BatchStandardization(nn.Module):
+    """BatchNorm (Ioffe and Szegedy 2015, algorithm 1) of the batch at hand: the head is never used for evaluation, so
+    that no running means are kept, and a batch of one, which torch refuses, gives the shift."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, d] -> [b, d]."""
+        variance, mean = torch.var_mean(x, dim=0, unbiased=False)
+        return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 
 class SimCLR(nn.Module):
@@ -40,17 +57,10 @@ class SimCLR(nn.Module):
         self.streams = (stream,)
         self.temperature = temperature
 
-        def normalised() -> nn.Module:
-            # Without running means: the head is never used for evaluation.
-            return (
-                nn.BatchNorm1d(hidden_width, track_running_stats=False)
-                if norm == "batch"
-                else nn.LayerNorm(hidden_width)
-            )
-
+        layer = BatchStandardization if norm == "batch" else nn.LayerNorm
         self.head = nn.Sequential(
-            nn.Linear(model.image.width, hidden_width), normalised(), nn.ReLU(),
-            nn.Linear(hidden_width, hidden_width), normalised(), nn.ReLU(),
+            nn.Linear(model.image.width, hidden_width), layer(hidden_width), nn.ReLU(),
+            nn.Linear(hidden_width, hidden_width), layer(hidden_width), nn.ReLU(),
             nn.Linear(hidden_width, embed_dim),
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from mmpretrain.objectives import IndependentObjective
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
+from mmpretrain.objectives.simclr import BatchStandardization
 from mmpretrain.task import Encodings
 from tests import tiny
 
@@ -75,3 +76,18 @@ def test_logit_scale_is_brought_back_into_its_bounds_after_a_step_and_not_before
         objective.logit_scale.fill_(-1)
     objective.constrain()
     assert objective.logit_scale.exp().item() == 1
+
+
+def test_simclrs_normalisation_is_batch_norm() -> None:
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    ours = BatchStandardization(5).double()
+    theirs = torch.nn.BatchNorm1d(5, track_running_stats=False).double()
+    with torch.no_grad():
+        ours.weight.copy_(torch.randn(5))
+        ours.bias.copy_(torch.randn(5))
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    weights = torch.randn(7, 5, dtype=torch.float64)
+    gradients = [torch.autograd.grad((module(x) * weights).sum(), x)[0] for module in (ours, theirs)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert torch.equal(ours(x[:1]), ours.bias[None])

@@ -114,3 +114,23 @@ def test_a_parallel_prediction_sees_no_word_at_all() -> None:
     assert images is not None
     third = cappa.decode(Encodings(task.model, changed(batch, images=255 - images)))
     assert not torch.equal(first[is_token], third[is_token])
+
+
+@pytest.mark.parametrize("name", ["flip", "flip_block"])
+def test_a_dropped_patch_reaches_no_embedding(name: str) -> None:
+    task = make_task((name,))
+    objective = task.objectives[name]
+    (batch,) = make_batches(1)
+    images = batch.streams["pairs"].images
+    assert images is not None
+    spec = objective.patches(batch.now)  # type: ignore[union-attr]
+    hidden = Encodings(task.model, batch).patch_mask("pairs", spec).hidden
+    assert hidden.sum(1).tolist() == [int(hidden[0].sum())] * len(images)
+    pixels = hidden.reshape(-1, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    noise = torch.randint_like(images, 256)
+    first, unseen, seen = (
+        objective.embed(Encodings(task.model, changed(batch, images=each)))[0]["image"]  # type: ignore[union-attr]
+        for each in (images, torch.where(pixels, noise, images), torch.where(~pixels, noise, images))
+    )
+    assert torch.equal(first, unseen)
+    assert not torch.equal(first, seen)
