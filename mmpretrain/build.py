@@ -68,21 +68,22 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, Value]]:
     return Task(model, objectives), weights
 
 
-def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel) -> dict[str, Stream]:
+def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
     """The streams that the objectives read, `pairs` first, then in the order of `data.train`.
 
     The first one's batch is `trainer.batch_size`, and durations are measured against it.
 
     Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
     """
-    for name in names:
+    model = task.model
+    for name in task.streams:
         if name not in cfg.data.train:
             known = ", ".join(cfg.data.train) or "none"
             raise ValueError(
                 f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known}): "
                 f"+data.train.{name}.shards=..."
             )
-    names = sorted((name for name in cfg.data.train if name in names), key=lambda name: name != "pairs")
+    names = sorted((name for name in cfg.data.train if name in task.streams), key=lambda name: name != "pairs")
     streams: dict[str, Stream] = {}
     for name in names:
         stream = cfg.data.train[name]
@@ -111,7 +112,7 @@ def build_streams(cfg: TrainConfig, names: Sequence[str], model: ImageTextModel)
             views=[
                 (view["transform"], view.get("augment") or ())
                 for view in targets.instantiate(stream.views, cfg.run.seed, f"data.train.{name}.views")
-            ],
+            ][: task.num_views(name)],
             repeat_batches=stream.repeat_batches,
             text_length=stream.text_length,
             shorten=stream.shorten.value,

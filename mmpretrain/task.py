@@ -65,7 +65,7 @@ class Encodings:
             if views is None or number >= views.shape[1]:
                 raise ValueError(
                     f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; expected as "
-                    "many {transform: ...} as it reads, such as those that conf/objective/simclr.yaml gives to pairs"
+                    "many {transform: ...} as its num_views, such as those that conf/objective/simclr.yaml gives to pairs"
                 )
             self._views[stream, number] = self._model.image(self._model.normalize(views[:, number]))
         return self._views[stream, number]
@@ -133,6 +133,11 @@ class Task(nn.Module):
     def streams(self) -> tuple[str, ...]:
         """The streams that some objective reads, in the objectives' order."""
         return tuple(dict.fromkeys(stream for objective in self.objectives.values() for stream in objective.streams))
+
+    def num_views(self, stream: str) -> int:
+        """How many of a stream's own views some objective reads: no other is decoded."""
+        readers = (objective for objective in self.objectives.values() if stream in objective.streams)
+        return max((getattr(objective, "num_views", 0) for objective in readers), default=0)
 
     def coupled(self, name: str) -> CoupledObjective:
         """The coupled objective `name`."""

@@ -69,7 +69,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         folder = Path(str(cfg.run.dir))
         options = _options(cfg)
         task, weights = build.build_task(cfg)
-        streams = build.build_streams(cfg, task.streams, task.model)
+        streams = build.build_streams(cfg, task)
         tokenizer = build.build_tokenizer(cfg.data.tokenizer, task)
         sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)

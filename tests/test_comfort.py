@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mmpretrain.build import build_streams, build_task, build_tokenizer
+from mmpretrain.config import register_schemas, resolve
+from mmpretrain.data.order import step_positions
 from mmpretrain.ema import EMA
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.precision import LossScale
+from mmpretrain.schedules import Now
 from mmpretrain.trainer import is_better
 from tests import runs, tiny
 
@@ -179,6 +184,33 @@ def test_grey_images_are_trained_on_and_shown(pairs: Path, tmp_path: Path) -> No
     assert "model.image takes 1 channels, and model.image_mean has 3 values" in refused.stderr
     refused = train(tmp_path, pairs, "augmentation=randaugment", *grey, "run.dir=other", code=2)
     assert "images of 1 channels; expected 3" in refused.stderr
+
+
+def test_an_objective_of_weight_0_leaves_no_trace(pairs: Path, tmp_path: Path) -> None:
+    outcomes = []
+    for name, overrides in (
+        ("without", ("objective=[infonce]",)),
+        ("with", ("objective=[infonce,mae,simclr]", *runs.TINY_MAE, "objective.mae.weight=0", "objective.simclr.weight=0",
+                  "objective.mae.stream=images", "data.train.images.shards=nowhere")),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        train(tmp_path / name, pairs, "trainer.duration=3steps", *overrides)
+        outcomes.append(runs.exact_outcome(tmp_path / name / "run"))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_views_are_read_for_an_objective_alone(pairs: Path) -> None:
+    """Those that objective=simclr adds to the stream cost nothing where its weight is 0."""
+    register_schemas()
+    for weight, num_views in ((1.0, 2), (0.0, 0)):
+        with initialize_config_module("mmpretrain.conf", version_base="1.3"):
+            cfg = resolve(compose("train", [*runs.TINY_RUN, f"data.root={pairs}", "objective=[infonce,simclr]",
+                                            f"objective.simclr.weight={weight}"]))  # fmt: skip
+        task, _ = build_task(cfg)
+        stream = build_streams(cfg, task)["pairs"]
+        item = step_positions(stream.order, range(2), 0, 1, 1)[0]
+        views = stream.read(item, build_tokenizer(cfg.data.tokenizer, task), 1, Now())[0].views
+        assert (0 if views is None else views.shape[1]) == num_views
 
 
 def test_a_part_that_is_not_there_is_told(pairs: Path, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 An objective's `__init__` takes the model first, for its shapes alone, then the arguments of its YAML. It holds
 the heads that it alone uses. No objective knows of ranks, micro-batches or other objectives.
 
-It may have, beside them: `constrain()`, called after each step; `fit(tokenizer: TokenIds)`, called before the first;
-`examples(encodings, decode) -> list[Example]`, something to look at of each sample of a few.
+It may have, beside them: `num_views`, how many further views of its streams' images it reads; `constrain()`, called
+after each step; `fit(tokenizer: TokenIds)`, called before the first; `examples(encodings, decode) -> list[Example]`,
+something to look at of each sample of a few.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -44,6 +44,8 @@ class SimCLR(nn.Module):
         stream: where the images come from.
     """
 
+    num_views = 2
+
     def __init__(
         self,
         model: ImageTextModel,

@@ -22,7 +22,7 @@ from mmpretrain.data.storage import LocalStorage
 from mmpretrain.data.stream import Source, TarStream, length_cuts, read_captions, sorted_by_length
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
-from mmpretrain.schedules import Clock
+from mmpretrain.schedules import Clock, Now
 from mmpretrain.seeds import draw, hash64
 from tests.tars import Sample, encode, make_samples, smooth_pixels, write_tar, write_tars
 
@@ -172,6 +172,52 @@ def test_a_row_is_the_sample_that_its_id_names(
         assert (image.shape, image.numpy().tobytes()) == (shape, pixels)
         assert tokens == tokens_of(tokenizer, shards, sample)
         assert stream.sample_key(position) == f"{member[0]}:{shards.key(sample)}"
+
+
+def test_further_views_are_crops_of_their_own_and_change_nothing_else(
+    tars: list[str], tokenizer: ClipTokenizer
+) -> None:
+    crop = RandomResizedCrop((0.2, 0.6))
+
+    def stream(batch_size: int, num_views: int) -> TarStream:
+        source, views = Source("pairs", Shards(tars)), [(crop, ())] * num_views
+        return TarStream("pairs", [source], batch_size, 0, "txt", RandomResizedCrop(), 16, views=views)
+
+    (batch,) = read_batches(stream(24, 2), tokenizer, 1)
+    (without,) = read_batches(stream(24, 0), tokenizer, 1)
+    samples = batch.streams["pairs"]
+    assert rows_of(samples) == rows_of(without.streams["pairs"]) and without.streams["pairs"].views is None
+    assert samples.views is not None and samples.images is not None
+    assert samples.views.shape == (24, 2, 3, 16, 16) and samples.views.dtype == torch.uint8
+    shards, storage = Shards(tars), LocalStorage()
+    for row in range(24):
+        member = shards.member(int(samples.ids[row]), ["jpg"])
+        assert member is not None
+        data = storage.read(member[0], *member[2:])
+        for number in range(2):
+            seed = hash64(int(samples.seeds[row]) % 2**64, "view", number)
+            expected = decode_image(data, functools.partial(crop, seed=seed), 16)
+            assert torch.equal(samples.views[row, number], expected)
+        assert not torch.equal(samples.views[row, 0], samples.views[row, 1])
+
+
+def test_a_stage_has_its_own_image_size_and_text_length(tars: list[str], tokenizer: ClipTokenizer) -> None:
+    """What the samples are stays the same: ids, seeds, and of the texts what is kept."""
+    source, stages = Source("pairs", Shards(tars)), {"piecewise": {"0%": 16, "20samples": 24}}
+    lengths = {"piecewise": {"0%": 4, "20samples": 77}}
+    staged = TarStream("pairs", [source], 10, 0, "txt", RandomResizedCrop(), stages, text_length=lengths)
+    clock = Clock(10, 700, 100)
+    batches = list(build_loader({"pairs": staged}, tokenizer, clock, 0, 4, workers=2))
+    plain = list(build_loader({"pairs": make_stream(tars, batch_size=10)}, tokenizer, clock, 0, 4))
+    for step, (batch, other) in enumerate(zip(batches, plain, strict=True)):
+        samples, reference = batch.streams["pairs"], rows_of(other.streams["pairs"])
+        assert samples.images is not None and samples.lengths is not None
+        assert samples.images.shape[2:] == ((16, 16) if step < 2 else (24, 24))
+        assert batch.now == Now(10 * step, clock)
+        for position, row in rows_of(samples).items():
+            whole = reference[position][-1]
+            assert row[:2] == reference[position][:2]
+            assert row[-1] == (whole if step >= 2 else (*whole[:3], whole[-1]))  # type: ignore[index, misc]
 
 
 def test_another_seed_or_stream_name_is_another_stream(tars: list[str], tokenizer: ClipTokenizer) -> None:
