@@ -12,6 +12,8 @@ from tests import runs
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# grocery_clip evaluates on labels that only its data have.
+ON_SHAPES = [name for name in EXPERIMENTS if name != "grocery_clip"]
 # On two processes in every run of the suite; the rest with -m slow.
 ON_TWO = ("clip_mae_mlm", "coca_b32", "slip_b16")
 
@@ -72,8 +74,8 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(1, name) for name in EXPERIMENTS]
-    + [(2, name) if name in ON_TWO else pytest.param(2, name, marks=pytest.mark.slow) for name in EXPERIMENTS],
+    [(1, name) for name in ON_SHAPES]
+    + [(2, name) if name in ON_TWO else pytest.param(2, name, marks=pytest.mark.slow) for name in ON_SHAPES],
 )
 def test_an_experiment_runs_at_its_tiny_size(world_size: int, name: str, shapes: Path, tmp_path: Path) -> None:
     overrides = (f"experiment={name}", "size=tiny", "debug=smoke", f"run.dir={tmp_path}/run", "trainer.device=cpu")
