@@ -5,6 +5,7 @@
 ENV    := .venv
 PYTHON ?= python3
 ARGS   ?=
+WORKERS ?= 2
 BENCH  ?= data
 
 INSTALLED := $(ENV)/.installed
@@ -23,10 +24,10 @@ train: data/shapes  ## Pre-train on the embedded data set and evaluate (ARGS="ov
 	$(RUN) -m mmpretrain.train experiment=quickstart $(ARGS)
 
 test: $(INSTALLED)  ## Run the test suite (ARGS="pytest's arguments")
-	@$(RUN) -m pytest -q $(ARGS)
+	@$(RUN) -m pytest -q -n $(WORKERS) $(ARGS)
 
 test-all: $(INSTALLED)  ## Run the test suite with what takes minutes
-	@$(RUN) -m pytest -q -m "" $(ARGS)
+	@$(RUN) -m pytest -q -n $(WORKERS) -m "" $(ARGS)
 
 lint: $(INSTALLED)  ## Check style and layout
 	$(RUN) -m ruff check

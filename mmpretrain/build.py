@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from mmpretrain import distributed, targets
-from mmpretrain.config import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.decode import check_caption_field
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stream import Source, Stream, TarStream
@@ -22,6 +21,7 @@ from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.loading import fit_tokenizer, preprocess_of
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.schedules import Duration, Value
+from mmpretrain.schema import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.targets import accepts
 from mmpretrain.task import Task
 

@@ -22,7 +22,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from mmpretrain import distributed
-from mmpretrain.config import register_schemas
+from mmpretrain.schema import register_schemas
 from mmpretrain.usage import UsageError, nearest
 
 USAGE_EXIT_CODE = 2

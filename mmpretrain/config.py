@@ -1,224 +1,24 @@
-"""The configuration: its schema, its checks, and what tells one run from another.
-
-The schema stands first in the defaults list of conf/train.yaml, so that a typo fails in an experiment's YAML as
-it does on the command line. What hangs below a `_target_` is checked against that callable's signature (targets.py).
-"""
+"""The configuration: its checks, and what tells one run from another. Its schema is in schema.py."""
 
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from mmpretrain.schedules import Value
+from mmpretrain.schema import EvaluateConfig, TrainConfig
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
 
 _MAX_NAME_LENGTH = 80
-
-
-# ---------------------------------------------------------------------------------------------- schema
-
-
-class Precision(Enum):
-    """The arithmetic of the forward and backward passes; losses and parameters are float32 in both."""
-
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class Shorten(Enum):
-    """What of a text that is too long is kept: see `data.shorten`."""
-
-    truncate = "truncate"
-    random = "random"
-    block = "block"
-
-
-@dataclass
-class RunConfig:
-    """Where a run lies and what it is seeded with."""
-
-    name: str | None = None
-    dir: str | None = None
-    seed: int = 0
-
-
-@dataclass
-class TrainerConfig:
-    """The loop; defaults stand in conf/train.yaml."""
-
-    duration: str = MISSING
-    batch_size: int = MISSING
-    micro_batch_size: int | None = MISSING
-    precision: Precision = MISSING
-    clip_grad_norm: float | None = MISSING
-    ema_decay: Any = MISSING
-    freeze: Any = None
-    log_every: str = MISSING
-    diagnose_every: str | None = MISSING
-    eval_every: str = MISSING
-    max_bad_steps: int = MISSING
-    device: str = MISSING
-    dry_run: bool = MISSING
-    profile_steps: int = MISSING
-    detect_anomaly: bool = MISSING
-
-
-@dataclass
-class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
-
-    every: str = MISSING
-    keep_last: int = MISSING
-    best: str | None = MISSING
-
-
-@dataclass
-class SourceConfig:
-    """One set of tars of a stream."""
-
-    shards: Any = MISSING
-    subset: str | None = None
-    weight: float | None = None
-
-
-@dataclass
-class StreamConfig:
-    """One stream of training samples."""
-
-    shards: Any = None
-    subset: str | None = None
-    max_samples: int | None = None
-    repeat_batches: int | None = None
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-    batch_size: Any = None
-    image_size: Any = None
-    text_length: Any = None
-    shorten: Shorten = Shorten.truncate
-    caption: Any = None
-    group: str | None = None
-    transform: dict[str, Any] | None = None
-    synthetic: dict[str, Any] | None = None
-    augment: list[Any] = field(default_factory=list)
-    views: list[Any] = field(default_factory=list)
-
-
-@dataclass
-class EvalSetConfig:
-    """One held-out data set."""
-
-    shards: Any = MISSING
-    caption: str | None = None
-    label: str | None = None
-    classes: str | None = None
-    class_column: str = "label"
-    text_column: str | None = None
-    templates: Any = "openai"
-
-
-@dataclass
-class DataConfig:
-    """What is read, and how."""
-
-    root: str = MISSING
-    workers: int = MISSING
-    max_bad_fraction: float = MISSING
-    text_groups: int = MISSING
-    tokenizer: dict[str, Any] = MISSING
-    train: dict[str, StreamConfig] = field(default_factory=dict)
-    val: dict[str, EvalSetConfig] = field(default_factory=dict)
-    val_batch_size: int = MISSING
-
-
-@dataclass
-class TrainConfig:
-    """Everything that `python -m mmpretrain.train` takes."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: dict[str, Any] = MISSING
-    objective: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = MISSING
-    schedule: dict[str, Any] = MISSING
-    eval: dict[str, Any] = field(default_factory=dict)
-    init_from: str | None = None
-    if_present: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class EvalDataConfig:
-    """The data sets of an evaluation; what is left out comes from the run."""
-
-    root: str | None = None
-    workers: int = MISSING
-    val: dict[str, EvalSetConfig] = field(default_factory=dict)
-    val_batch_size: int | None = MISSING
-
-
-@dataclass
-class EvaluateConfig:
-    """Everything that `python -m mmpretrain.evaluate` takes."""
-
-    checkpoint: str = MISSING
-    output: str | None = None
-    trust: list[str] = field(default_factory=list)
-    ema: bool = MISSING
-    device: str = MISSING
-    precision: Precision | None = MISSING
-    data: EvalDataConfig = field(default_factory=EvalDataConfig)
-    eval: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class ExportConfig:
-    """Everything that `python -m mmpretrain.export` takes."""
-
-    checkpoint: str = MISSING
-    format: str = MISSING
-    output: str = MISSING
-    ema: bool = MISSING
-    trust: list[str] = field(default_factory=list)
-
-
-@dataclass
-class EmbedConfig:
-    """Everything that `python -m mmpretrain.embed` takes."""
-
-    checkpoint: str = MISSING
-    images: Any = None
-    texts: str | None = None
-    output: str = MISSING
-    batch_size: int = MISSING
-    workers: int = MISSING
-    device: str = MISSING
-    precision: Precision | None = MISSING
-    ema: bool = MISSING
-    trust: list[str] = field(default_factory=list)
-
-
-def register_schemas() -> None:
-    """Make the schemas known to Hydra under the names that the defaults lists use."""
-    store = ConfigStore.instance()
-    store.store("train_schema", TrainConfig)
-    store.store("evaluate_schema", EvaluateConfig)
-    store.store("export_schema", ExportConfig)
-    store.store("embed_schema", EmbedConfig)
-
-
-# ---------------------------------------------------------------------------------------------- identity
 
 # Where the data lie may change between a run and its resumption (which data they are is in the checkpoint), but what
 # was named on the command line tells runs apart: a sweep over data.root has a run for each.

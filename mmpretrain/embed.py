@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain import build, command, config, usage
 from mmpretrain.checkpoint import write_text
-from mmpretrain.config import EmbedConfig
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.loader import ignore_signals
 from mmpretrain.data.preprocess import Preprocess
@@ -30,6 +29,7 @@ from mmpretrain.data.stream import read_member
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.loading import Loaded, load_checkpoint
 from mmpretrain.precision import PrecisionName, autocast
+from mmpretrain.schema import EmbedConfig
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain import build, command, config, distributed, usage
 from mmpretrain.checkpoint import write_text
-from mmpretrain.config import EvalSetConfig, EvaluateConfig
 from mmpretrain.evals.evaluation import Context, evaluate
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.metrics import print_results
 from mmpretrain.precision import PrecisionName, autocast
+from mmpretrain.schema import EvalSetConfig, EvaluateConfig
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from mmpretrain import command, config, usage
-from mmpretrain.config import ExportConfig
 from mmpretrain.exporters import open_clip
 from mmpretrain.loading import load_checkpoint
+from mmpretrain.schema import ExportConfig
 
 _FORMATS = {"open_clip": open_clip.export}
 

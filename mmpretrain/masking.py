@@ -112,8 +112,8 @@ def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) 
     Args:
         seeds: int64 [b].
         grid_size: rows and columns.
-        spec: its smallest ratio counts; the rectangle has the grid's proportions, and random patches of its border
-            row make its number of patches exact.
+        spec: its smallest ratio counts; the rectangle has about the grid's proportions, and where its number of patches
+            is not that which is to stay, the end of its last row is hidden, too.
     """
     rows, columns = grid_size
     kept = num_kept(rows * columns, spec.ratio[0])

@@ -14,7 +14,6 @@ import torch
 from omegaconf import DictConfig
 
 from mmpretrain import build, checkpoint, command, config, distributed, dry_run, parallel, report, targets, usage
-from mmpretrain.config import TrainConfig
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
@@ -23,19 +22,12 @@ from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results
+from mmpretrain.plan import clock_of, count_micro_batches, example_batch, first_micro_batch, weights_at
 from mmpretrain.precision import autocast
 from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
+from mmpretrain.schema import TrainConfig
 from mmpretrain.task import Task
-from mmpretrain.trainer import (
-    Trainer,
-    TrainerOptions,
-    check_fingerprint,
-    clock_of,
-    count_micro_batches,
-    example_batch,
-    first_micro_batch,
-    weights_at,
-)
+from mmpretrain.trainer import Trainer, TrainerOptions, check_fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from mmpretrain import checkpoint, distributed, optim, parallel
 from mmpretrain.batch import Batch
-from mmpretrain.data.loader import MicroBatches, StepSampler, build_loader
-from mmpretrain.data.order import step_positions
+from mmpretrain.data.loader import build_loader
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.diagnose import diagnose, show_examples
@@ -25,9 +24,10 @@ from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
+from mmpretrain.plan import clock_of, count_micro_batches, example_batch, weights_at
 from mmpretrain.precision import LossScale, PrecisionName, autocast
 from mmpretrain.profiling import profiled
-from mmpretrain.schedules import Clock, Duration, Now, Schedule, Value
+from mmpretrain.schedules import Duration, Now, Schedule, Value
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
 
@@ -441,19 +441,6 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
         )
 
 
-def weights_at(weights: Mapping[str, Value], now: Now) -> dict[str, float]:
-    """The objectives' weights for the step that starts at `now`."""
-    return {name: weight(now) for name, weight in weights.items()}
-
-
-def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:
-    """What durations are measured against; the run's length is whole steps, rounded up."""
-    first = next(iter(streams.values()))
-    batch_size, epoch_samples = int(first.batch_size.values[0]), first.order.num_samples
-    num_steps = -(-round(Clock(batch_size, epoch_samples).samples(duration)) // batch_size)
-    return Clock(batch_size, epoch_samples, num_steps * batch_size)
-
-
 def is_better(metric: str, score: float, best: float | None) -> bool:
     """Whether a score goes before the best so far; losses and perplexities fall, and what is no number never does."""
     sign = -1 if metric.endswith(("loss", "perplexity")) else 1
@@ -465,41 +452,3 @@ def results_of(state: TrainState) -> dict[str, float]:
     speed = state.samples / state.train_seconds if state.train_seconds else 0.0
     length = {"steps": state.step, "samples": state.samples}
     return {**state.results, **length, "wall_seconds": state.wall_seconds, "pairs_per_second": speed}
-
-
-def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Task) -> int:
-    """How many micro-batches a rank's share of a batch is cut into. Raises: ValueError if it does not divide."""
-    world = distributed.world_size()
-    if batch_size % world:
-        raise ValueError(
-            f"trainer.batch_size is {batch_size}; expected a multiple of the {world} processes: "
-            f"{batch_size // world * world or world} would do"
-        )
-    share = batch_size // world
-    size = min(micro_batch_size or share, share)
-    if share % size:
-        raise ValueError(
-            f"trainer.micro_batch_size is {micro_batch_size}; expected a divisor of the {share} samples that each of "
-            f"{world} processes takes of trainer.batch_size = {batch_size}"
-        )
-    if size < share and task.model.image.has_batch_norm:
-        raise ValueError(
-            f"trainer.micro_batch_size is {micro_batch_size}, but model.image has BatchNorm, whose mathematics depends on "
-            "it; leave it null or choose an encoder without BatchNorm"
-        )
-    return share // size
-
-
-def first_micro_batch(
-    streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock, num_micro_batches: int
-) -> Batch:
-    """What this rank sees first."""
-    place = distributed.rank(), distributed.world_size(), num_micro_batches
-    item = next(iter(StepSampler(streams, clock, 0, 1, *place)))
-    return MicroBatches(streams, tokenizer, text_groups, clock)[item]
-
-
-def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock) -> Batch:
-    """Two samples of each stream, the same on every rank."""
-    item = {name: step_positions(stream.order, range(2), 0, 1, 1)[0] for name, stream in streams.items()}
-    return MicroBatches(streams, tokenizer, text_groups, clock)[0, item]

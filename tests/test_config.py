@@ -17,6 +17,7 @@ from torch import nn
 from mmpretrain import config
 from mmpretrain.command import one_line
 from mmpretrain.config import differences
+from mmpretrain.schema import register_schemas
 from mmpretrain.targets import check_targets, instantiate
 from mmpretrain.usage import UsageError
 
@@ -211,7 +212,7 @@ def test_duration_is_a_difference_unless_it_is_free() -> None:
 
 @pytest.mark.parametrize("experiment", ["quickstart", "emoji_clip", "grocery_clip"])
 def test_configuration_comes_back_from_its_file_unchanged(experiment: str) -> None:
-    config.register_schemas()
+    register_schemas()
     with initialize_config_module("mmpretrain.conf", version_base="1.3"):
         cfg = compose("train", [f"experiment={experiment}", "objective=[infonce,sigmoid,mae]", "optimizer.lr=1e-3"])
     plain = config.to_plain(config.resolve(cfg))
@@ -237,7 +238,7 @@ def test_file_of_others_is_read_without_following_it() -> None:
     ],
 )
 def test_errors_of_composition_become_one_line(overrides: list[str], line: str) -> None:
-    config.register_schemas()
+    register_schemas()
     with (
         initialize_config_module("mmpretrain.conf", version_base="1.3"),
         pytest.raises(Exception, match=r".") as raised,

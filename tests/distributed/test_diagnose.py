@@ -57,7 +57,7 @@ def test_norms_and_cosines_are_those_of_each_objective_alone() -> None:
         assert math.isfinite(values[f"objectives/{name}_loss"])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_they_are_the_same_on_any_number_of_processes(pool: Pools, world_size: int) -> None:
     for values in pool(world_size).run(diagnosed, 2):
         assert_right(values)
