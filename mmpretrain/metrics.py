@@ -78,16 +78,17 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, samples)
 
     def pairs(self, batch: Batch, tokenizer: Tokenizer, count: int = 16) -> None:
-        """Log each stream's first samples as the model sees them: a grid of images with their captions."""
+        """Log each stream's first samples as the model sees them: a grid of images with their captions, or texts."""
         for name, samples in batch.streams.items():
-            if samples.images is None:
-                continue
             # Rows are sorted by length: take them from all over the micro-batch.
             rows = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int).tolist()
             captions = [""] * len(rows)
             if samples.text is not None and samples.lengths is not None:
                 captions = [tokenizer.decode(samples.text[row, : samples.lengths[row]].tolist()) for row in rows]
-            self.image(f"train/{name}", 0, pair_grid(samples.images[rows], captions))
+            if samples.images is None:
+                self.examples(f"train/{name}", 0, [Example([], caption) for caption in captions])
+            else:
+                self.image(f"train/{name}", 0, pair_grid(samples.images[rows], captions))
 
     def image(self, name: str, samples: int, image: np.ndarray) -> None:
         """Log a picture, uint8 [h, w, 3]; its last state stands as a file in `pictures/`, too."""

@@ -6,9 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmpretrain.batch import Batch, Samples
+from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.metrics import MetricsWriter, ProgressBar, pair_grid, print_results, read_records
+from mmpretrain.objectives import Example
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -102,6 +106,28 @@ def test_grid_shows_every_pair_as_the_model_sees_it() -> None:
         top, left = (number // 4) * 112, (number % 4) * 32
         assert (grid[top + 10 : top + 20, left + 10 : left + 20] == 40 * number).all()
         assert (grid[top + 32 : top + 112, left : left + 32] < 128).any(), "its caption stands below it"
+
+
+def test_texts_and_pictures_of_objectives_are_logged_at_their_moment(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    picture = torch.full((3, 8, 8), 77, dtype=torch.uint8)
+    writer.examples("objectives/both", 64, [Example([picture, picture], "a text\n(another)")] * 2)
+    writer.examples("objectives/text", 64, [Example([], "only words")])
+    text = torch.tensor([[49406, 320, 49407]])
+    samples = Samples(torch.arange(1), torch.arange(1), torch.arange(1), None, text, torch.tensor([3]), (3,))
+    writer.pairs(Batch({"texts": samples}), ClipTokenizer())
+    writer.close()
+    logged = events(tmp_path)
+    assert logged.Images("objectives/both")[0].step == 64
+    page = np.asarray(Image.open(tmp_path / "pictures" / "objectives.both.png"))
+    assert page.shape == (2 * 160, 2 * 160 + 460, 3)
+    assert (page[40:120, 40:120] == 77).all() and (page[40:120, 200:280] == 77).all()
+    assert (page[:160, 320:] < 128).any(), "the text stands beside them"
+    shown = {tag: logged.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in logged.Tags()["tensors"]}
+    assert "a text" in shown["objectives/both/text_summary"] and "(another)" in shown["objectives/both/text_summary"]
+    assert "only words" in shown["objectives/text/text_summary"]
+    assert shown["train/texts/text_summary"].strip() == "a"
+    assert not (tmp_path / "pictures" / "objectives.text.png").exists()
 
 
 def test_progress_without_a_terminal_is_a_line_a_logged_step(caplog: pytest.LogCaptureFixture) -> None:
