@@ -1,13 +1,17 @@
 """Pure tensor functions, float32 or wider: each is its paper's equation and nothing else."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK_BYTES = 1 << 26
 
-def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None) -> Tensor:
+
+def info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
     """The symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3).
 
     L = -1/2B sum_i [log softmax_j(s <x_i, y_j>)_i + log softmax_j(s <x_j, y_i>)_i]
@@ -16,18 +20,17 @@ def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | Non
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale: s, one number.
         ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
+        chunk_bytes: of the similarities that stand in memory at once; never all of them do.
 
     Returns: a scalar.
     """
-    logits = logit_scale * image @ text.T
-    if ids is not None:
-        copies = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
-        logits = logits.masked_fill(copies, -torch.inf)
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    chunk_size = _chunk_size(text, chunk_bytes)
+    return cast(Tensor, _Contrast.apply(image, text, logit_scale, ids, None, chunk_size, torch.is_grad_enabled()))
 
 
-def multi_positive_info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, groups: Tensor) -> Tensor:
+def multi_positive_info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor, groups: Tensor, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
     """The contrastive loss in which all pairs of a group are right answers (UniCL, Yang et al. 2022, equations 3 to 5).
 
     L = -1/2B sum_i 1/|P(i)| sum_{k in P(i)} [log softmax_j(s <x_i, y_j>)_k + log softmax_j(s <x_j, y_i>)_k]
@@ -36,18 +39,21 @@ def multi_positive_info_nce(image: Tensor, text: Tensor, logit_scale: Tensor, gr
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale: s, one number.
         groups: int64 [B]; P(i) is the rows whose number is that of row i, itself among them.
+        chunk_bytes: as in `info_nce`.
 
     Returns: a scalar.
     """
-    logits = logit_scale * image @ text.T
-    targets = (groups[:, None] == groups[None, :]).to(logits.dtype)
-    targets = targets / targets.sum(dim=1, keepdim=True)
-    # With probabilities as targets this is -sum_k t_ik log softmax_k, averaged over rows.
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    chunk_size = _chunk_size(text, chunk_bytes)
+    return cast(Tensor, _Contrast.apply(image, text, logit_scale, None, groups, chunk_size, torch.is_grad_enabled()))
 
 
 def sigmoid_loss(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, ids: Tensor | None = None
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    ids: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, equation 1).
 
@@ -57,16 +63,138 @@ def sigmoid_loss(
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale, logit_bias: t and b, one number each.
         ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
+        chunk_bytes: as in `info_nce`.
 
     Returns: a scalar.
     """
-    logits = logit_scale * image @ text.T + logit_bias
-    signs = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1
-    terms = F.logsigmoid(signs * logits)
-    if ids is not None:
-        copies = (ids[:, None] == ids[None, :]).fill_diagonal_(False)
-        terms = terms.masked_fill(copies, 0.0)
-    return -terms.sum() / len(logits)
+    chunk_size = _chunk_size(text, chunk_bytes)
+    return cast(
+        Tensor, _PairwiseSigmoid.apply(image, text, logit_scale, logit_bias, ids, chunk_size, torch.is_grad_enabled())
+    )
+
+
+def _chunk_size(columns: Tensor, chunk_bytes: int) -> int:
+    """How many rows of similarities to all `columns` are computed at once."""
+    return max(1, chunk_bytes // (len(columns) * columns.element_size()))
+
+
+def _copies(ids: Tensor, rows: slice) -> Tensor:
+    """Of some rows, which columns are other copies of the same sample, bool [c, B]."""
+    copies = ids[rows, None] == ids[None, :]
+    copies.diagonal(rows.start).fill_(False)
+    return copies
+
+
+class _Contrast(torch.autograd.Function):
+    """Both softmaxes over the similarities l_ij = s <x_i, y_j>, a chunk of rows at a time, and their gradients.
+
+    A first pass finds the normalisers a_i of rows and b_j of columns, a second one computes each chunk again:
+
+        L = 1/2B [sum_i a_i + sum_j b_j - sum_ij t_ij l_ij],     t_ij = 1/|P(i)| + 1/|P(j)| for j in P(i), else 0
+        d L / d l_ij = 1/2B [exp(l_ij - a_i) + exp(l_ij - b_j) - t_ij]
+
+    Without groups P(i) is i alone. Other copies of a sample have l = -inf.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        s: Tensor,
+        ids: Tensor | None,
+        groups: Tensor | None,
+        chunk_size: int,
+        has_backward: bool,
+    ) -> Tensor:
+        chunks = [slice(start, start + chunk_size) for start in range(0, len(x), chunk_size)]
+
+        def similarities(rows: slice) -> Tensor:
+            logits = (s * x[rows]) @ y.T
+            return logits if ids is None else logits.masked_fill_(_copies(ids, rows), -torch.inf)
+
+        a, most, total = x.new_empty(len(x)), x.new_full((len(x),), -torch.inf), x.new_zeros(len(x))
+        # Of each row and column, the sum of the similarities to its right answers, and their number.
+        right_rows, right_columns, num_right = x.new_empty(len(x)), x.new_zeros(len(x)), x.new_ones(len(x))
+        for rows in chunks:
+            logits = similarities(rows)
+            a[rows] = logits.logsumexp(dim=1)
+            # A running maximum: with a fixed one exp would underflow at a scale of 100.
+            higher = torch.maximum(most, logits.amax(dim=0))
+            total = total * (most - higher).exp() + (logits - higher).exp_().sum(dim=0)
+            most = higher
+            if groups is None:
+                right_rows[rows] = right_columns[rows] = logits.diagonal(rows.start)
+            else:
+                is_right = groups[rows, None] == groups[None, :]
+                right = logits * is_right
+                right_rows[rows], num_right[rows] = right.sum(dim=1), is_right.sum(dim=1).to(x.dtype)
+                right_columns += right.sum(dim=0)
+        b = most + total.log()
+        loss = (a + b - (right_rows + right_columns) / num_right).sum() / (2 * len(x))
+        if not has_backward:
+            return loss
+        d_x, d_y, d_s = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(s)
+        for rows in chunks:
+            if len(chunks) > 1:
+                logits = similarities(rows)
+            d_logits = (logits - a[rows, None]).exp_().add_(logits.sub_(b).exp_())
+            if groups is None:
+                d_logits.diagonal(rows.start).sub_(2.0)
+            else:
+                share = 1 / num_right
+                d_logits.sub_((share[rows, None] + share) * (groups[rows, None] == groups[None, :]))
+            d_logits /= 2 * len(x)
+            to_rows = d_logits @ y
+            d_s += (to_rows * x[rows]).sum()
+            d_x[rows] = s * to_rows
+            d_y.addmm_(d_logits.T, s * x[rows])
+        ctx.save_for_backward(d_x, d_y, d_s)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient * d_loss for gradient in ctx.saved_tensors), None, None, None, None
+
+
+class _PairwiseSigmoid(torch.autograd.Function):
+    """`sigmoid_loss` a chunk of rows at a time, and its gradients: d L / d l_ij = -z_ij sigma(-z_ij l_ij) / B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor,
+        t: Tensor,
+        b: Tensor,
+        ids: Tensor | None,
+        chunk_size: int,
+        has_backward: bool,
+    ) -> Tensor:
+        loss = x.new_zeros(())
+        d_x, d_y, d_t, d_b = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(t), torch.zeros_like(b)
+        for start in range(0, len(x), chunk_size):
+            rows = slice(start, start + chunk_size)
+            signed = ((t * x[rows]) @ y.T + b).neg_()  # z l, with z = -1 but on the diagonal
+            signed.diagonal(start).neg_()
+            if ids is not None:
+                signed.masked_fill_(_copies(ids, rows), torch.inf)  # no question: log sigma is 0
+            loss -= F.logsigmoid(signed).sum() / len(x)
+            if not has_backward:
+                continue
+            d_logits = signed.neg_().sigmoid_().div_(len(x))
+            d_logits.diagonal(start).neg_()
+            to_rows = d_logits @ y
+            d_t += (to_rows * x[rows]).sum()
+            d_b += d_logits.sum()
+            d_x[rows] = t * to_rows
+            d_y.addmm_(d_logits.T, t * x[rows])
+        ctx.save_for_backward(d_x, d_y, d_t, d_b)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient * d_loss for gradient in ctx.saved_tensors), None, None, None
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | None = None) -> Tensor:
@@ -94,7 +222,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | Non
 
 
 def token_cross_entropy(
-    states: Tensor, embeddings: Tensor, labels: Tensor, bias: Tensor | None = None, chunk_bytes: int = 1 << 26
+    states: Tensor, embeddings: Tensor, labels: Tensor, bias: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over a vocabulary, computed in chunks of tokens: the logits never stand in memory all at once.
 

@@ -46,6 +46,45 @@ def test_sigmoid_loss_is_open_clips(scale: float, bias: float) -> None:
     assert_same_gradients(sigmoid_loss(*inputs), SigLipLoss()(*inputs), inputs)
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("scale", [1.0, 13.0, 100.0])
+def test_chunks_of_any_size_give_the_same_loss_and_gradients(num_rows: int, scale: float) -> None:
+    """Held against the plain graph of all similarities at once, copies and groups among them."""
+    image, text, logit_scale, bias = leaves(scale=scale)
+    ids, groups = torch.tensor([4, 9, 4, 2, 9, 9, 7]), torch.tensor([0, 0, 1, 2, 1, 3, 0])
+    chunk_bytes = num_rows * len(image) * image.element_size()
+    logits = logit_scale * image @ text.T
+    own = torch.eye(len(image), dtype=torch.bool)
+    copies = (ids[:, None] == ids) & ~own
+    labels = torch.arange(len(image))
+    masked = logits.masked_fill(copies, -torch.inf)
+    plain = (F.cross_entropy(masked, labels) + F.cross_entropy(masked.T, labels)) / 2
+    assert_same_gradients(info_nce(image, text, logit_scale, ids, chunk_bytes), plain, [image, text, logit_scale])
+    targets = (groups[:, None] == groups).double()
+    targets = targets / targets.sum(1, keepdim=True)
+    plain = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    assert_same_gradients(
+        multi_positive_info_nce(image, text, logit_scale, groups, chunk_bytes), plain, [image, text, logit_scale]
+    )
+    signs = 2 * own.double() - 1
+    plain = -F.logsigmoid(signs * (logits + bias)).masked_fill(copies, 0.0).sum() / len(image)
+    inputs = [image, text, logit_scale, bias]
+    assert_same_gradients(sigmoid_loss(*inputs, ids, chunk_bytes), plain, inputs)
+
+
+def test_losses_without_gradients_are_the_same() -> None:
+    image, text, logit_scale, bias = leaves()
+    groups = torch.tensor([0, 0, 1, 2, 1, 3, 0])
+    for loss in (
+        lambda: info_nce(image, text, logit_scale),
+        lambda: multi_positive_info_nce(image, text, logit_scale, groups),
+        lambda: sigmoid_loss(image, text, logit_scale, bias),
+    ):
+        with torch.no_grad():
+            without = loss()
+        assert not without.requires_grad and torch.equal(without, loss().detach())
+
+
 def test_info_nce_takes_no_copy_for_a_negative() -> None:
     image, text, logit_scale, _ = leaves()
     ids = [4, 9, 4, 2, 9, 9, 7]
