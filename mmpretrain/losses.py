@@ -113,7 +113,8 @@ class _Contrast(torch.autograd.Function):
             logits = (s * x[rows]) @ y.T
             return logits if ids is None else logits.masked_fill_(_copies(ids, rows), -torch.inf)
 
-        a, most, total = x.new_empty(len(x)), x.new_full((len(x),), -torch.inf), x.new_zeros(len(x))
+        # Finite: a column may have nothing but copies in the first chunks, and inf - inf is no number.
+        a, most, total = x.new_empty(len(x)), x.new_full((len(x),), torch.finfo(x.dtype).min / 2), x.new_zeros(len(x))
         # Of each row and column, the sum of the similarities to its right answers, and their number.
         right_rows, right_columns, num_right = x.new_empty(len(x)), x.new_zeros(len(x)), x.new_ones(len(x))
         for rows in chunks:
