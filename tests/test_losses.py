@@ -53,21 +53,24 @@ def test_chunks_of_any_size_give_the_same_loss_and_gradients(num_rows: int, scal
     image, text, logit_scale, bias = leaves(scale=scale)
     ids, groups = torch.tensor([4, 9, 4, 2, 9, 9, 7]), torch.tensor([0, 0, 1, 2, 1, 3, 0])
     chunk_bytes = num_rows * len(image) * image.element_size()
-    logits = logit_scale * image @ text.T
+
+    def logits() -> Tensor:
+        return logit_scale * image @ text.T
+
     own = torch.eye(len(image), dtype=torch.bool)
     copies = (ids[:, None] == ids) & ~own
     labels = torch.arange(len(image))
-    masked = logits.masked_fill(copies, -torch.inf)
+    masked = logits().masked_fill(copies, -torch.inf)
     plain = (F.cross_entropy(masked, labels) + F.cross_entropy(masked.T, labels)) / 2
     assert_same_gradients(info_nce(image, text, logit_scale, ids, chunk_bytes), plain, [image, text, logit_scale])
     targets = (groups[:, None] == groups).double()
     targets = targets / targets.sum(1, keepdim=True)
-    plain = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    plain = (F.cross_entropy(logits(), targets) + F.cross_entropy(logits().T, targets)) / 2
     assert_same_gradients(
         multi_positive_info_nce(image, text, logit_scale, groups, chunk_bytes), plain, [image, text, logit_scale]
     )
     signs = 2 * own.double() - 1
-    plain = -F.logsigmoid(signs * (logits + bias)).masked_fill(copies, 0.0).sum() / len(image)
+    plain = -F.logsigmoid(signs * (logits() + bias)).masked_fill(copies, 0.0).sum() / len(image)
     inputs = [image, text, logit_scale, bias]
     assert_same_gradients(sigmoid_loss(*inputs, ids, chunk_bytes), plain, inputs)
 
