@@ -109,8 +109,12 @@ class _Contrast(torch.autograd.Function):
     ) -> Tensor:
         chunks = [slice(start, start + chunk_size) for start in range(0, len(x), chunk_size)]
 
+        # The only two blocks of similarities that ever stand in memory.
+        blocks = [x.new_empty(min(chunk_size, len(x)), len(y)) for _ in range(2)]
+
         def similarities(rows: slice) -> Tensor:
-            logits = (s * x[rows]) @ y.T
+            scaled = s * x[rows]
+            logits = torch.mm(scaled, y.T, out=blocks[0][: len(scaled)])
             return logits if ids is None else logits.masked_fill_(_copies(ids, rows), -torch.inf)
 
         # Finite: a column may have nothing but copies in the first chunks, and inf - inf is no number.
@@ -119,10 +123,13 @@ class _Contrast(torch.autograd.Function):
         right_rows, right_columns, num_right = x.new_empty(len(x)), x.new_zeros(len(x)), x.new_ones(len(x))
         for rows in chunks:
             logits = similarities(rows)
-            a[rows] = logits.logsumexp(dim=1)
+            # logsumexp, written out: it would need a third chunk of memory.
+            highest = logits.amax(dim=1)
+            exponentials = torch.sub(logits, highest[:, None], out=blocks[1][: len(logits)]).exp_()
+            a[rows] = highest + exponentials.sum(dim=1).log()
             # A running maximum: with a fixed one exp would underflow at a scale of 100.
             higher = torch.maximum(most, logits.amax(dim=0))
-            total = total * (most - higher).exp() + (logits - higher).exp_().sum(dim=0)
+            total = total * (most - higher).exp() + torch.sub(logits, higher, out=exponentials).exp_().sum(dim=0)
             most = higher
             if groups is None:
                 right_rows[rows] = right_columns[rows] = logits.diagonal(rows.start)
@@ -137,9 +144,10 @@ class _Contrast(torch.autograd.Function):
             return loss
         d_x, d_y, d_s = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(s)
         for rows in chunks:
-            if len(chunks) > 1:
+            if len(chunks) > 1:  # the only one is still there
                 logits = similarities(rows)
-            d_logits = (logits - a[rows, None]).exp_().add_(logits.sub_(b).exp_())
+            d_logits = torch.sub(logits, a[rows, None], out=blocks[1][: len(logits)]).exp_()
+            d_logits += logits.sub_(b).exp_()
             if groups is None:
                 d_logits.diagonal(rows.start).sub_(2.0)
             else:
