@@ -55,6 +55,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The elementwise maximum of every process's tensor, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """[b, ...] of each process, all of one shape -> [world * b, ...] in the order of ranks, without gradients."""
     rows = rows.detach().contiguous()

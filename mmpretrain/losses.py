@@ -1,16 +1,24 @@
 """Pure tensor functions, float32 or wider: each is its paper's equation and nothing else."""
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmpretrain import distributed
+
 CHUNK_BYTES = 1 << 26
 
 
 def info_nce(
-    image: Tensor, text: Tensor, logit_scale: Tensor, ids: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    split: bool = False,
 ) -> Tensor:
     """The symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3).
 
@@ -21,15 +29,22 @@ def info_nce(
         logit_scale: s, one number.
         ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
         chunk_bytes: of the similarities that stand in memory at once; never all of them do.
+        split: each process takes its part of the rows, in the order of ranks. The loss is then whole on all of them, and
+            so are the gradients of text and scale; that of image is there for the process's own rows. A collective.
 
     Returns: a scalar.
     """
-    chunk_size = _chunk_size(text, chunk_bytes)
-    return cast(Tensor, _Contrast.apply(image, text, logit_scale, ids, None, chunk_size, torch.is_grad_enabled()))
+    chunks = _chunks(text, chunk_bytes, split)
+    return cast(Tensor, _Contrast.apply(image, text, logit_scale, ids, None, chunks, torch.is_grad_enabled()))
 
 
 def multi_positive_info_nce(
-    image: Tensor, text: Tensor, logit_scale: Tensor, groups: Tensor, chunk_bytes: int = CHUNK_BYTES
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    groups: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+    split: bool = False,
 ) -> Tensor:
     """The contrastive loss in which all pairs of a group are right answers (UniCL, Yang et al. 2022, equations 3 to 5).
 
@@ -39,12 +54,12 @@ def multi_positive_info_nce(
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale: s, one number.
         groups: int64 [B]; P(i) is the rows whose number is that of row i, itself among them.
-        chunk_bytes: as in `info_nce`.
+        chunk_bytes, split: as in `info_nce`.
 
     Returns: a scalar.
     """
-    chunk_size = _chunk_size(text, chunk_bytes)
-    return cast(Tensor, _Contrast.apply(image, text, logit_scale, None, groups, chunk_size, torch.is_grad_enabled()))
+    chunks = _chunks(text, chunk_bytes, split)
+    return cast(Tensor, _Contrast.apply(image, text, logit_scale, None, groups, chunks, torch.is_grad_enabled()))
 
 
 def sigmoid_loss(
@@ -54,6 +69,7 @@ def sigmoid_loss(
     logit_bias: Tensor,
     ids: Tensor | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    split: bool = False,
 ) -> Tensor:
     """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, equation 1).
 
@@ -63,19 +79,35 @@ def sigmoid_loss(
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale, logit_bias: t and b, one number each.
         ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
-        chunk_bytes: as in `info_nce`.
+        chunk_bytes, split: as in `info_nce`.
 
     Returns: a scalar.
     """
-    chunk_size = _chunk_size(text, chunk_bytes)
-    return cast(
-        Tensor, _PairwiseSigmoid.apply(image, text, logit_scale, logit_bias, ids, chunk_size, torch.is_grad_enabled())
-    )
+    chunks = _chunks(text, chunk_bytes, split)
+    has_backward = torch.is_grad_enabled()
+    return cast(Tensor, _PairwiseSigmoid.apply(image, text, logit_scale, logit_bias, ids, chunks, has_backward))
 
 
-def _chunk_size(columns: Tensor, chunk_bytes: int) -> int:
-    """How many rows of similarities to all `columns` are computed at once."""
-    return max(1, chunk_bytes // (len(columns) * columns.element_size()))
+@dataclass(frozen=True)
+class _Chunks:
+    """The rows of similarities that this process computes, a chunk at a time."""
+
+    rows: list[slice]
+    split: bool
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Add up in place what each process's rows gave."""
+        for tensor in tensors if self.split else ():
+            distributed.all_reduce_sum(tensor)
+
+
+def _chunks(columns: Tensor, chunk_bytes: int, split: bool) -> _Chunks:
+    """Chunks of rows whose similarities to all `columns` take so many bytes; of this process's part, if split."""
+    size = max(1, chunk_bytes // (len(columns) * columns.element_size()))
+    share = len(columns) // (distributed.world_size() if split else 1)
+    first = distributed.rank() * share if split else 0
+    starts = range(first, first + share, size)
+    return _Chunks([slice(start, min(start + size, first + share)) for start in starts], split)
 
 
 def _copies(ids: Tensor, rows: slice) -> Tensor:
@@ -104,13 +136,12 @@ class _Contrast(torch.autograd.Function):
         s: Tensor,
         ids: Tensor | None,
         groups: Tensor | None,
-        chunk_size: int,
+        chunks: _Chunks,
         has_backward: bool,
     ) -> Tensor:
-        chunks = [slice(start, start + chunk_size) for start in range(0, len(x), chunk_size)]
-
         # The only two blocks of similarities that ever stand in memory.
-        blocks = [x.new_empty(min(chunk_size, len(x)), len(y)) for _ in range(2)]
+        longest = chunks.rows[0].stop - chunks.rows[0].start
+        blocks = [x.new_empty(longest, len(y)) for _ in range(2)]
 
         def similarities(rows: slice) -> Tensor:
             scaled = s * x[rows]
@@ -118,10 +149,10 @@ class _Contrast(torch.autograd.Function):
             return logits if ids is None else logits.masked_fill_(_copies(ids, rows), -torch.inf)
 
         # Finite: a column may have nothing but copies in the first chunks, and inf - inf is no number.
-        a, most, total = x.new_empty(len(x)), x.new_full((len(x),), torch.finfo(x.dtype).min / 2), x.new_zeros(len(x))
+        a, most, total = x.new_zeros(len(x)), x.new_full((len(x),), torch.finfo(x.dtype).min / 2), x.new_zeros(len(x))
         # Of each row and column, the sum of the similarities to its right answers, and their number.
-        right_rows, right_columns, num_right = x.new_empty(len(x)), x.new_zeros(len(x)), x.new_ones(len(x))
-        for rows in chunks:
+        right_rows, right_columns, num_right = (x.new_zeros(len(x)) for _ in range(3))
+        for rows in chunks.rows:
             logits = similarities(rows)
             # logsumexp, written out: it would need a third chunk of memory.
             highest = logits.amax(dim=1)
@@ -133,18 +164,23 @@ class _Contrast(torch.autograd.Function):
             most = higher
             if groups is None:
                 right_rows[rows] = right_columns[rows] = logits.diagonal(rows.start)
+                num_right[rows] = 1
             else:
                 is_right = groups[rows, None] == groups[None, :]
                 right = logits * is_right
                 right_rows[rows], num_right[rows] = right.sum(dim=1), is_right.sum(dim=1).to(x.dtype)
                 right_columns += right.sum(dim=0)
+        if chunks.split:
+            highest = distributed.all_reduce_max(most.clone())
+            total, most = total * (most - highest).exp(), highest
+        chunks.sum(total, a, right_rows, right_columns, num_right)
         b = most + total.log()
         loss = (a + b - (right_rows + right_columns) / num_right).sum() / (2 * len(x))
         if not has_backward:
             return loss
-        d_x, d_y, d_s = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(s)
-        for rows in chunks:
-            if len(chunks) > 1:  # the only one is still there
+        d_x, d_y, d_s = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(s)
+        for rows in chunks.rows:
+            if len(chunks.rows) > 1:  # the only one is still there
                 logits = similarities(rows)
             d_logits = torch.sub(logits, a[rows, None], out=blocks[1][: len(logits)]).exp_()
             d_logits += logits.sub_(b).exp_()
@@ -158,6 +194,7 @@ class _Contrast(torch.autograd.Function):
             d_s += (to_rows * x[rows]).sum()
             d_x[rows] = s * to_rows
             d_y.addmm_(d_logits.T, s * x[rows])
+        chunks.sum(d_y, d_s)
         ctx.save_for_backward(d_x, d_y, d_s)
         return loss
 
@@ -177,27 +214,27 @@ class _PairwiseSigmoid(torch.autograd.Function):
         t: Tensor,
         b: Tensor,
         ids: Tensor | None,
-        chunk_size: int,
+        chunks: _Chunks,
         has_backward: bool,
     ) -> Tensor:
         loss = x.new_zeros(())
-        d_x, d_y, d_t, d_b = torch.empty_like(x), torch.zeros_like(y), torch.zeros_like(t), torch.zeros_like(b)
-        for start in range(0, len(x), chunk_size):
-            rows = slice(start, start + chunk_size)
+        d_x, d_y, d_t, d_b = (torch.zeros_like(tensor) for tensor in (x, y, t, b))
+        for rows in chunks.rows:
             signed = ((t * x[rows]) @ y.T + b).neg_()  # z l, with z = -1 but on the diagonal
-            signed.diagonal(start).neg_()
+            signed.diagonal(rows.start).neg_()
             if ids is not None:
                 signed.masked_fill_(_copies(ids, rows), torch.inf)  # no question: log sigma is 0
             loss -= F.logsigmoid(signed).sum() / len(x)
             if not has_backward:
                 continue
             d_logits = signed.neg_().sigmoid_().div_(len(x))
-            d_logits.diagonal(start).neg_()
+            d_logits.diagonal(rows.start).neg_()
             to_rows = d_logits @ y
             d_t += (to_rows * x[rows]).sum()
             d_b += d_logits.sum()
             d_x[rows] = t * to_rows
             d_y.addmm_(d_logits.T, t * x[rows])
+        chunks.sum(loss, d_y, d_t, d_b)
         ctx.save_for_backward(d_x, d_y, d_t, d_b)
         return loss
 

@@ -69,8 +69,10 @@ class InfoNCE(nn.Module):
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
         """`losses.info_nce` or `losses.multi_positive_info_nce` over the whole batch."""
         if self.positives == "group":
-            return multi_positive_info_nce(rows["image"], rows["text"], shared["logit_scale"], rows["groups"])
-        return info_nce(rows["image"], rows["text"], shared["logit_scale"], rows["ids"])
+            return multi_positive_info_nce(
+                rows["image"], rows["text"], shared["logit_scale"], rows["groups"], split=True
+            )
+        return info_nce(rows["image"], rows["text"], shared["logit_scale"], rows["ids"], split=True)
 
     @torch.no_grad()
     def constrain(self) -> None:

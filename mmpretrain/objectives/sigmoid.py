@@ -56,4 +56,6 @@ class Sigmoid(nn.Module):
 
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
         """`losses.sigmoid_loss` over the whole batch."""
-        return sigmoid_loss(rows["image"], rows["text"], shared["logit_scale"], shared["logit_bias"], rows["ids"])
+        return sigmoid_loss(
+            rows["image"], rows["text"], shared["logit_scale"], shared["logit_bias"], rows["ids"], split=True
+        )
