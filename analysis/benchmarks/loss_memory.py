@@ -1,0 +1,121 @@
+r"""Memory and time of the contrastive loss with its gradients, beside open_clip's ClipLoss.
+
+    python -m analysis.benchmarks.loss_memory [--batch 16384] [--width 512] [--output loss_memory.json]
+
+Both get the same unit rows and the same scale, and give the loss and the gradients of both towers' rows and of the
+scale. Each runs in a process of its own, in turn; the table has medians over the rounds. Memory is the process's peak
+beyond what it held before (Linux's VmHWM, or the CUDA allocator's peak), the gradients of the rows taken away, which
+both have to give. Equality is checked once in float64 and once in float32 on a batch of 2,048: the largest relative
+error of a gradient is printed.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+from torch import Tensor
+
+from analysis.benchmarks.machine import describe, one_line
+from mmpretrain.losses import info_nce
+
+NAMES = ("open_clip", "mmpretrain")
+SCALE = 100 / 7
+
+
+def inputs(batch: int, width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Image rows, text rows [batch, width] and the scale, gradients wanted."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [F.normalize(torch.randn(batch, width, generator=generator, dtype=dtype), dim=-1) for _ in range(2)]
+    return [tensor.to(device).requires_grad_() for tensor in (*rows, torch.tensor(SCALE, dtype=dtype))]
+
+
+def gradients(name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of one side's loss."""
+    image, text, scale = tensors
+    loss = ClipLoss()(image, text, scale) if name == "open_clip" else info_nce(image, text, scale)
+    return torch.autograd.grad(loss, tensors)
+
+
+def error(dtype: torch.dtype, width: int) -> float:
+    """The largest relative error of a gradient."""
+    tensors = inputs(2048, width, dtype, "cpu")
+    theirs, ours = (gradients(name, tensors) for name in NAMES)
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(theirs, ours, strict=True))
+
+
+def held_bytes(field: str) -> int:
+    """A line of this process's status: VmRSS now, VmHWM at its highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def measure(name: str, batch: int, width: int, device: str) -> dict[str, float]:
+    """In a process of its own: peak bytes, and the seconds of a second pass."""
+    tensors = inputs(batch, width, torch.float32, device)
+    gradients(name, inputs(64, width, torch.float32, device))  # what libraries load is not the loss's
+    gradient_bytes = sum(tensor.nbytes for tensor in tensors)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = held_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    gradients(name, tensors)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else held_bytes("VmHWM")
+    started = time.perf_counter()
+    gradients(name, tensors)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return {"bytes": peak - before - gradient_bytes, "seconds": time.perf_counter() - started}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16384)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", choices=NAMES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.batch, args.width, args.device)))
+        return
+    errors = {str(dtype).removeprefix("torch."): error(dtype, args.width) for dtype in (torch.float64, torch.float32)}
+    values: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+    own = [sys.executable, "-m", "analysis.benchmarks.loss_memory", "--device", args.device]
+    for _ in range(args.rounds):
+        for name in NAMES:
+            command = [*own, "--batch", str(args.batch), "--width", str(args.width), "--measure", name]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            values[name].append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {
+        name: {key: statistics.median(value[key] for value in values[name]) for key in ("bytes", "seconds")}
+        for name in NAMES
+    }
+    ratios = {key: medians["mmpretrain"][key] / medians["open_clip"][key] for key in ("bytes", "seconds")}
+    print(one_line())
+    print(f"batch {args.batch}, width {args.width}, {args.device}, medians of {args.rounds}")
+    for name in NAMES:
+        print(f"{name:>12}  {medians[name]['bytes'] / 2**20:10,.0f} MiB  {medians[name]['seconds']:8.2f} s")
+    print(f"{'ratio':>12}  {ratios['bytes']:10.3f}      {ratios['seconds']:8.2f}")
+    print("largest relative error of a gradient: " + ", ".join(f"{key} {value:.1e}" for key, value in errors.items()))
+    if args.output:
+        record = {"machine": describe(), "arguments": vars(args) | {"output": str(args.output)}}
+        args.output.write_text(
+            json.dumps({**record, "medians": medians, "ratios": ratios, "errors": errors, "all": values}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()
