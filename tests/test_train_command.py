@@ -202,7 +202,7 @@ def test_captions_are_generated_within_a_short_context(pairs: Path, tmp_path: Pa
         (["objective.infonce.weight={linear: {0%: 0, 100%: 1}}"], ("nothing would be trained at sample 0", "weight 0")),
         (["objective.infonce.weight={piecewise: {0%: 1, 20steps: 0}}"], ("nothing would be trained at sample 320",)),
         (
-            ["trainer.freeze={image: 2steps, text: 2steps}", "objective=[mae]"],
+            ["trainer.freeze={text: 2steps}", "objective=[causal_lm]"],
             ("nothing would be trained at sample 0",),
         ),
         (["objective=[simclr]", "objective.simclr.temperature=0"], ("objective.simclr.temperature is 0", "above 0")),
