@@ -22,13 +22,13 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from mmpretrain import distributed
+from mmpretrain.schedules import SCHEDULE_TEXT
 from mmpretrain.schema import register_schemas
 from mmpretrain.usage import UsageError, nearest
 
 USAGE_EXIT_CODE = 2
 _MULTIRUN = ("-m", "--multirun")
 _PATHS = ("checkpoint", "data.root", "init_from", "output", "run.dir")
-_SCHEDULE = re.compile(r"\{\s*(piecewise|linear|cosine)\s*:")
 _ADDED = re.compile(r"(?P<sets>\+\+?data\.(train|val))\.(?P<inside>\w+(\.\w+)*)")
 
 
@@ -124,7 +124,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
         is_plain = bool(value) and value[0] not in "'\"[{"
         if argument == "debug=nan":
             argument = "debug='nan'"
-        elif _SCHEDULE.match(value):
+        elif SCHEDULE_TEXT.match(value):
             # As a text, which `config.resolve` reads: a mapping would be merged with the knots that are there.
             argument = f"{key}='{value}'"
         elif is_plain and "," in value and is_sweep:

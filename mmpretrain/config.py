@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from mmpretrain.schedules import Value
+from mmpretrain.schedules import SCHEDULE_TEXT, Value
 from mmpretrain.schema import EvaluateConfig, TrainConfig
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
@@ -74,7 +74,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
 def _read_schedules(cfg: DictConfig) -> None:
     """Schedules that the command line gave as texts, in whose place no knot of a YAML is left."""
     for path, value in _flat(OmegaConf.to_container(cfg, resolve=False)).items():
-        if isinstance(value, str) and re.match(r"\{\s*(piecewise|linear|cosine)\s*:", value):
+        if isinstance(value, str) and SCHEDULE_TEXT.match(value):
             schedule = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[call-overload, index]
             OmegaConf.update(cfg, path, schedule, merge=False)
 
