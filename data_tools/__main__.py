@@ -121,7 +121,7 @@ def build_text(
       python -m data_tools build-text 'crawl/*.jsonl.gz' --field content.text --output data/mine/crawl
 
       python -m mmpretrain.train 'objective=\\[infonce,mlm]' objective.mlm.stream=texts data.root=data/mine
-          +data.train.texts.shards=books +data.train.texts.batch_size=64 +data.train.texts.caption=txt
+          data.train.texts.shards=books
     """
     from data_tools.build_text import TextOptions
     from data_tools.build_text import build_text as build_text_shards

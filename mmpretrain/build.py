@@ -94,6 +94,12 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         if stream.synthetic is not None:
+            for key in ("image_size", "text_length", "repeat_batches", "group", "views"):
+                if getattr(stream, key):
+                    raise ValueError(
+                        f"data.train.{name}.{key} is {getattr(stream, key)!r}, but noise has none; expected it left out, or "
+                        "data=pairs"
+                    )
             streams[name] = SyntheticStream(
                 name, batch_size, cfg.run.seed, model.image.image_size, model.num_channels, **stream.synthetic
             )

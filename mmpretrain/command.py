@@ -22,6 +22,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from mmpretrain import distributed
+from mmpretrain.schedules import SCHEDULE_TEXT
 from mmpretrain.schema import register_schemas
 from mmpretrain.usage import UsageError, nearest
 
@@ -123,6 +124,9 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
         is_plain = bool(value) and value[0] not in "'\"[{"
         if argument == "debug=nan":
             argument = "debug='nan'"
+        elif SCHEDULE_TEXT.match(value):
+            # As a text, which `config.resolve` reads: a mapping would be merged with the knots that are there.
+            argument = f"{key}='{value}'"
         elif is_plain and "," in value and is_sweep:
             pass  # several values: each a job
         elif is_plain and key.lstrip("+") in _PATHS and re.search("[=,]", value):

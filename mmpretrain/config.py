@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from mmpretrain.schedules import Value
+from mmpretrain.schedules import SCHEDULE_TEXT, Value
 from mmpretrain.schema import EvaluateConfig, TrainConfig
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
@@ -33,6 +33,7 @@ _FREE = re.compile(
 
 def resolve(cfg: DictConfig) -> TrainConfig:
     """The composed configuration as plain objects, every `_target_` checked. Raises: UsageError."""
+    _read_schedules(cfg)
     _take_what_is_present(cfg)
     config: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     check_known(config)
@@ -70,6 +71,14 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     return config
 
 
+def _read_schedules(cfg: DictConfig) -> None:
+    """Schedules that the command line gave as texts, in whose place no knot of a YAML is left."""
+    for path, value in _flat(OmegaConf.to_container(cfg, resolve=False)).items():
+        if isinstance(value, str) and SCHEDULE_TEXT.match(value):
+            schedule = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[call-overload, index]
+            OmegaConf.update(cfg, path, schedule, merge=False)
+
+
 def _take_what_is_present(cfg: DictConfig) -> None:
     """Put the values of `if_present` in their places, where the part that has such a value is there.
 
@@ -77,7 +86,10 @@ def _take_what_is_present(cfg: DictConfig) -> None:
     condition. What the command line says goes before them.
     """
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    given = {o.key_or_group.lstrip("+") for o in OverridesParser.create().parse_overrides(list(overrides))}
+    given: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group.lstrip("+"), override.value()
+        given |= {f"{key}.{leaf}" for leaf in _flat(value)} if isinstance(value, dict) and value else {key}
     for path, value in _flat(OmegaConf.to_container(cfg.if_present, resolve=False)).items():
         part = OmegaConf.select(cfg, path.rpartition(".")[0])
         if path and isinstance(part, DictConfig) and path not in given:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
 from mmpretrain.objectives import Decode, Example
+from mmpretrain.profiling import synchronize
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Encodings, Task
 
@@ -45,10 +46,10 @@ def diagnose(
     def measure(names: Sequence[str]) -> tuple[float, dict[str, float], dict[str, Tensor]]:
         """(seconds, losses, gradients by encoder) of a step with these objectives alone."""
         some = {name: weights[name] if name in names else 0.0 for name in weights}
-        _synchronize(task.model.device)
+        synchronize(task.model.device)
         started = time.perf_counter()
         losses = forward_backward(task, task, micro_batches, some, autocast, scale)
-        _synchronize(task.model.device)
+        synchronize(task.model.device)
         seconds = time.perf_counter() - started
         gradients = {encoder: _gradient(task, encoder, scale) for encoder in _ENCODERS} if len(names) == 1 else {}
         task.zero_grad()
@@ -112,8 +113,3 @@ def _unchanged_buffers(task: Task) -> Iterator[None]:
     finally:
         for buffer, before in kept:
             buffer.copy_(before)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

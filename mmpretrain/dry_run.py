@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmpretrain import optim
 from mmpretrain.batch import Batch
 from mmpretrain.precision import PrecisionName, autocast
+from mmpretrain.profiling import synchronize
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
 
@@ -73,10 +74,10 @@ def estimate(
     seconds = []
     for _ in range(_TIMED_STEPS):
         task.zero_grad()
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         once()
-        _synchronize(device)
+        synchronize(device)
         seconds.append((time.perf_counter() - started) / len(repeated))
     trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
     state_bytes = _optimizer_bytes(task, make_optimizer)
@@ -122,11 +123,6 @@ def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Op
     twin.step()
     state = sum(value.nbytes for value in twin.state[probe].values() if isinstance(value, Tensor))
     return state * sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad) // probe.numel()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def show(costs: Estimate, num_steps: int, num_micro_batches: int, device: str) -> None:

@@ -1,10 +1,11 @@
 """Which parameters are trained, as a function of the samples seen: what some objective reaches and nothing freezes."""
 
 from collections.abc import Mapping, Set
+from fractions import Fraction
 
 from torch import nn
 
-from mmpretrain.schedules import Duration, Now
+from mmpretrain.schedules import Clock, Duration, Now, Value
 from mmpretrain.task import Task
 from mmpretrain.usage import nearest
 
@@ -48,6 +49,28 @@ class Freeze:
             if parameter.requires_grad:
                 self._parameters[name] = parameter
 
+    def check_trains(self, weights: Mapping[str, Value], clock: Clock) -> None:
+        """Raises: ValueError if at some step of the run nothing would be trained."""
+        knots = [place for weight in weights.values() for place in weight.places(clock)]
+        thaws = [clock.samples(until) for until in self._until.values()]
+        # Between knots no weight comes to 0: a step that begins at one or just behind it tells.
+        begins = {-(-place // clock.batch_size) * clock.batch_size for place in [Fraction(0), *knots, *thaws]}
+        for samples in sorted(int(place) for place in begins if place < clock.total_samples):
+            now = Now(samples, clock)
+            at = {name: weight(now) for name, weight in weights.items()}
+            if not any(self._is_trained(name, now, at) for name in self._parameters):
+                shown = ", ".join(f"objective.{name}.weight {value:g}" for name, value in at.items())
+                frozen = f", trainer.freeze of {len(self._until)} parameters" if self._until else ""
+                raise ValueError(
+                    f"nothing would be trained at sample {samples} ({shown}{frozen}); expected an objective with a weight "
+                    "above 0 that reaches what is not frozen: change that schedule, or trainer.freeze"
+                )
+
+    def _is_trained(self, name: str, now: Now, weights: Mapping[str, float]) -> bool:
+        is_reached = any(weights[objective] and name in names for objective, names in self._reached.items())
+        until = self._until.get(name)
+        return is_reached and (until is None or now.samples >= now.clock.samples(until))
+
     def apply(self, now: Now, weights: Mapping[str, float]) -> bool:
         """Freeze and thaw for the step that starts at `now`, an objective of weight 0 reaching nothing.
 
@@ -55,9 +78,7 @@ class Freeze:
         """
         changed = False
         for name, parameter in self._parameters.items():
-            is_reached = any(weights[objective] and name in names for objective, names in self._reached.items())
-            until = self._until.get(name)
-            trained = is_reached and (until is None or now.samples >= now.clock.samples(until))
+            trained = self._is_trained(name, now, weights)
             changed |= parameter.requires_grad != trained
             parameter.requires_grad_(trained)
         return changed

@@ -36,3 +36,9 @@ def profiled(folder: Path, num_steps: int) -> Iterator[Callable[[], None]]:
     steps = schedule(wait=1, warmup=_WARM_UP_STEPS - 1, active=num_steps, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=write, with_stack=False) as profiler:
         yield profiler.step
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked for, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

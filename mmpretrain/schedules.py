@@ -92,6 +92,8 @@ class Now:
 Scheduled = float | Mapping[str, Mapping[str, float]]
 """A number, or how it changes: {piecewise: {0%: .5, 90%: 0}}, {linear: {...}} or {cosine: {...}}."""
 _KINDS = ("piecewise", "linear", "cosine")
+SCHEDULE_TEXT = re.compile(rf"\{{\s*({'|'.join(_KINDS)})\s*:")
+"""How a schedule begins where it is written on a command line."""
 
 
 class Value:

@@ -144,7 +144,9 @@ def _dry_run(
     clock = clock_of(streams, options.duration)
     example = example_batch(streams, tokenizer, options.text_groups, clock).to(task.model.device)
     first_weights = weights_at(weights, Now(0, clock))
-    Freeze(task, options.freeze, parallel.reached_parameters(task, example)).apply(Now(0, clock), first_weights)
+    freeze = Freeze(task, options.freeze, parallel.reached_parameters(task, example))
+    freeze.check_trains(weights, clock)
+    freeze.apply(Now(0, clock), first_weights)
     num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
     batch = first_micro_batch(streams, tokenizer, options.text_groups, clock, num_micro_batches).to(task.model.device)
     costs = dry_run.estimate(

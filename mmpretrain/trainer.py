@@ -136,6 +136,7 @@ class Trainer:
         self.num_micro_batches = count_micro_batches(self.batch_size, options.micro_batch_size, task)
         example = example_batch(streams, tokenizer, options.text_groups, self.clock).to(device)
         self.freeze = Freeze(task, options.freeze, parallel.reached_parameters(task, example))
+        self.freeze.check_trains(weights, self.clock)
         if self.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
         self.optimizer = make_optimizer(task)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mmpretrain import config
 from mmpretrain.command import hydra_arguments
 from tests import runs
 
@@ -172,6 +173,51 @@ def test_streams_and_held_out_sets_are_added_on_the_command_line(pairs: Path, tm
     results = runs.results(tmp_path / "run")
     assert results["samples"] == 16
     assert results["eval-again/image_retrieval_recall@1"] == results["eval-val/image_retrieval_recall@1"]
+
+
+def test_the_command_line_goes_before_schedules_and_sizes_of_yamls(pairs: Path, tmp_path: Path) -> None:
+    """A schedule is replaced, not merged with the knots that are there; a part's values go before those of a size."""
+    given = (
+        "objective=[flip,mae]", "size=tiny_heads", "trainer.duration=1steps", "eval=[]",
+        "objective.infonce.mask_ratio={linear: {0%: 0.25, 50%: 0}}", "objective.mae={decoder_width: 64, decoder_heads: 2}",
+    )  # fmt: skip
+    finished = runs.train(tmp_path, f"data.root={pairs}", *given)
+    assert finished.code == 0, finished.stderr
+    objective = config.from_yaml((tmp_path / "run" / "config.yaml").read_text())["objective"]
+    assert objective["infonce"]["mask_ratio"] == {"linear": {"0%": 0.25, "50%": 0}}
+    assert [objective["mae"][key] for key in ("decoder_width", "decoder_depth", "decoder_heads")] == [64, 2, 2]
+
+
+def test_captions_are_generated_within_a_short_context(pairs: Path, tmp_path: Path) -> None:
+    small = ("objective.captioning.decoder_depth=1", "objective.captioning.decoder_heads=2")
+    settings = ("objective=[coca]", *small, "trainer.duration=1steps", "trainer.diagnose_every=1steps", "eval=[]")
+    finished = runs.train(tmp_path, f"data.root={pairs}", *settings)  # of 16 tokens
+    assert finished.code == 0, finished.stderr
+    assert (tmp_path / "run" / "pictures" / "objectives.captioning.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.infonce.weight={linear: {0%: 0, 100%: 1}}"], ("nothing would be trained at sample 0", "weight 0")),
+        (["objective.infonce.weight={piecewise: {0%: 1, 20steps: 0}}"], ("nothing would be trained at sample 320",)),
+        (
+            ["trainer.freeze={text: 2steps}", "objective=[causal_lm]"],
+            ("nothing would be trained at sample 0",),
+        ),
+        (["objective=[simclr]", "objective.simclr.temperature=0"], ("objective.simclr.temperature is 0", "above 0")),
+        (["objective=[coca]", "objective.captioning.decoder_heads=5"], ("decoder_heads is 5", "model.text.width = 32")),
+        (["objective=[coca]", "objective.captioning.num_queries=-1"], ("num_queries is -1", "at least 0")),
+        (["objective=[mae]", "objective.mae.decoder_heads=0"], ("decoder_heads is 0", "at least 1")),
+        (["objective=[mlm,captioning]", "objective.captioning.decoder_heads=2"], ("needs a causal", "leave out mlm")),
+        (["data=synthetic", "data.train.pairs.image_size=16"], ("image_size is 16", "noise has none")),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    overrides: list[str], expected: tuple[str, ...], pairs: Path, tmp_path: Path
+) -> None:
+    settings = ("trainer.duration=40steps", "eval=[]")
+    assert_refused(runs.train(tmp_path, f"data.root={pairs}", *settings, *overrides), *expected)
 
 
 def test_multirun_may_stand_behind_an_option_with_a_value() -> None:

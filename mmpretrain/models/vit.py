@@ -30,7 +30,8 @@ class TimmEncoder(nn.Module):
         name: timm's name of it.
         image_size: side of the images, in pixels.
         args: further arguments of timm's model (`embed_dim`, `depth`, `patch_size`, `global_pool`, ...).
-        init: `timm` as the model comes, or `clip` for open_clip's initialisation of a plain ViT.
+        init: `timm` as the model comes; for a plain ViT also `clip`, open_clip's initialisation, or `mae`, that of MAE with
+            its fixed positions.
 
     Raises: ValueError if timm does not know the name or an argument, or the model has no such initialisation.
     """
@@ -43,7 +44,7 @@ class TimmEncoder(nn.Module):
         name: str,
         image_size: int = 224,
         args: Mapping[str, Any] | None = None,
-        init: Literal["timm", "clip"] = "timm",
+        init: Literal["timm", "clip", "mae"] = "timm",
     ) -> None:
         super().__init__()
         if not timm.is_model(name):
@@ -55,10 +56,12 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"timm refuses model.image.args {dict(args or {})} for {name!r}: {error}") from error
         self.head = None
         self._describe(image_size)
-        if init == "clip":
+        if init != "timm":
             if not self.is_vit:
-                raise ValueError(f"model.image.init is 'clip' for {name!r}; expected a plain ViT (vit_*), or init=timm")
-            self._init_like_clip()
+                raise ValueError(
+                    f"model.image.init is {init!r} for {name!r}; expected a plain ViT (vit_*), or init=timm"
+                )
+            self._init_like_clip() if init == "clip" else self._init_like_mae()
 
     @classmethod
     def around(cls, trunk: nn.Module, image_size: int, head: nn.Module) -> "TimmEncoder":
@@ -104,6 +107,24 @@ class TimmEncoder(nn.Module):
         for token in (self.trunk.cls_token, self.trunk.reg_token, self.trunk.pos_embed):
             if token is not None:
                 nn.init.normal_(token, std=self.trunk.embed_dim**-0.5)
+
+    def _init_like_mae(self) -> None:
+        """MAE's encoder at its start (He et al. 2022, models_mae.py): Xavier weights, sine-cosine positions that stay."""
+        for module in self.trunk.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        projection = self.trunk.patch_embed.proj.weight
+        nn.init.xavier_uniform_(projection.view(len(projection), -1))
+        for token in (self.trunk.cls_token, self.trunk.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        positions = self.trunk.pos_embed
+        with torch.no_grad():
+            positions.zero_()
+            positions[:, -self.num_patches :] = sincos_positions(self.grid_size, self.trunk.embed_dim)
+        positions.requires_grad_(False)
 
     @staticmethod
     def _create(name: str, image_size: int, args: Mapping[str, Any]) -> nn.Module:
@@ -176,3 +197,21 @@ class TimmEncoder(nn.Module):
         for block in trunk.blocks:
             x = block(x, attn_mask=attn_mask)
         return trunk.norm(x)
+
+
+def sincos_positions(grid_size: tuple[int, int], width: int, steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """MAE's fixed positions [1, N, width]: sines and cosines of the column, then of the row, a quarter each.
+
+    Args:
+        grid_size: rows and columns.
+        width: a multiple of 4.
+        steps: from one row to the next, from one column to the next; the first stands half a step from the edge,
+            as it does with steps of 1.
+    """
+    places = [
+        (torch.arange(n, dtype=torch.float64) + 0.5) * step - 0.5 for n, step in zip(grid_size, steps, strict=True)
+    ]
+    rows, columns = torch.meshgrid(*places, indexing="ij")
+    bands = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = [place.flatten()[:, None] * bands for place in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()

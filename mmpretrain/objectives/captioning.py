@@ -10,6 +10,7 @@ from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import by_length
 from mmpretrain.objectives import Decode, Encodings, Example, Terms, next_tokens
 from mmpretrain.seeds import hash64, torch_uniform
+from mmpretrain.usage import check_number
 
 
 class Captioning(nn.Module):
@@ -43,9 +44,21 @@ class Captioning(nn.Module):
     ) -> None:
         super().__init__()
         if model.text is None or not model.text.causal:
-            raise ValueError("objective.captioning needs a causal text encoder; set model.text.causal=true")
+            raise ValueError(
+                "objective.captioning needs a causal text encoder; set model.text.causal=true, and leave out mlm, which "
+                "needs one that sees both ways"
+            )
         if not 0 <= parallel <= 1:
             raise ValueError(f"objective.captioning.parallel is {parallel}; expected a part of the captions, 0 to 1")
+        check_number("objective.captioning.decoder_depth", decoder_depth, at_least=1)
+        check_number("objective.captioning.decoder_heads", decoder_heads, at_least=1)
+        check_number("objective.captioning.num_queries", num_queries, at_least=0)
+        if model.text.width % decoder_heads:
+            raise ValueError(
+                f"objective.captioning.decoder_heads is {decoder_heads}; expected a divisor of model.text.width = "
+                f"{model.text.width}"
+            )
+        self.context_length = model.text.context_length
         self.streams = (stream,)
         self.parallel = parallel
         width = model.text.width
@@ -61,12 +74,12 @@ class Captioning(nn.Module):
         return (lengths - 1).clamp(min=0).sum()
 
     def generate(self, encodings: Encodings, longest: int = 32) -> Tensor:
-        """The likeliest next token, again and again: int64 [b, longest], from each text's first token (the start) on."""
+        """The likeliest next token, again and again, from each text's first (the start) on: int64 [b, longest] at most."""
         (stream,) = self.streams
         text = encodings.samples(stream).text
         assert text is not None
         ids = text[:, :1]
-        for length in range(1, longest):
+        for length in range(1, min(longest, self.context_length)):
             lengths = torch.full((len(ids),), length, device=ids.device)
             states = self.decode(encodings.with_text(stream, ids, lengths), parallel=0.0)
             ids = torch.cat([ids, (states[:, -1] @ encodings.token_embeddings.T).argmax(-1, keepdim=True)], dim=1)

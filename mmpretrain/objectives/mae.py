@@ -13,8 +13,10 @@ from mmpretrain.losses import masked_reconstruction, patch_statistics, patchify,
 from mmpretrain.masking import MaskSpec, PatchMask, num_kept, patch_mask
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.vit import sincos_positions
 from mmpretrain.objectives import Decode, Encodings, Example
 from mmpretrain.schedules import Now, Scheduled, Value
+from mmpretrain.usage import check_number
 
 
 class MAE(nn.Module):
@@ -61,6 +63,8 @@ class MAE(nn.Module):
                 f"objective.mae.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "
                 f"expected at least {1 / encoder.num_patches:.3g}"
             )
+        check_number("objective.mae.decoder_heads", decoder_heads, at_least=1)
+        check_number("objective.mae.decoder_depth", decoder_depth, at_least=0)
         if decoder_width % decoder_heads or decoder_width % 4:
             raise ValueError(
                 f"objective.mae.decoder_width is {decoder_width}; "
@@ -143,21 +147,3 @@ class MAE(nn.Module):
         # The error is taken in float32 or wider: bf16 would round it away as the reconstruction gets good.
         target = patchify(encodings.pixels(self.streams[0]), self.patch_size)
         return masked_reconstruction(prediction.to(target.dtype), target, mask.hidden, self.norm_pix)
-
-
-def sincos_positions(grid_size: tuple[int, int], width: int, steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """MAE's fixed positions [1, N, width]: sines and cosines of the column, then of the row, a quarter each.
-
-    Args:
-        grid_size: rows and columns.
-        width: a multiple of 4.
-        steps: from one row to the next, from one column to the next; the first stands half a step from the edge,
-            as it does with steps of 1.
-    """
-    places = [
-        (torch.arange(n, dtype=torch.float64) + 0.5) * step - 0.5 for n, step in zip(grid_size, steps, strict=True)
-    ]
-    rows, columns = torch.meshgrid(*places, indexing="ij")
-    bands = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = [place.flatten()[:, None] * bands for place in (columns, rows)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None].float()

@@ -44,7 +44,10 @@ class MLM(nn.Module):
     ) -> None:
         super().__init__()
         if model.text is None or model.text.causal:
-            raise ValueError("objective.mlm needs a text encoder that sees both ways; set model.text.causal=false")
+            raise ValueError(
+                "objective.mlm needs a text encoder that sees both ways; set model.text.causal=false, and leave out "
+                "causal_lm and captioning, which need a causal one"
+            )
         if not 0 < mask_ratio < 1 or min(replaced, randomised) < 0 or replaced + randomised > 1:
             raise ValueError(
                 f"objective.mlm has mask_ratio={mask_ratio}, replaced={replaced}, randomised={randomised}; "

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from mmpretrain.losses import nt_xent
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Encodings
+from mmpretrain.usage import check_number
 
 
 class BatchStandardization(nn.Module):
@@ -56,6 +57,9 @@ class SimCLR(nn.Module):
         stream: str = "pairs",
     ) -> None:
         super().__init__()
+        check_number("objective.simclr.temperature", temperature, above=0)
+        check_number("objective.simclr.hidden_width", hidden_width, at_least=1)
+        check_number("objective.simclr.embed_dim", embed_dim, at_least=1)
         self.streams = (stream,)
         self.temperature = temperature
 

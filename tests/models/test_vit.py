@@ -6,7 +6,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from mmpretrain.masking import MaskSpec, PatchMask, random_patch_mask
-from mmpretrain.models.vit import TimmEncoder
+from mmpretrain.models.vit import TimmEncoder, sincos_positions
 from tests import tiny
 
 POOLS = [
@@ -210,3 +210,18 @@ def test_other_image_sizes_are_timms_with_its_positions_interpolated(args: dict[
     everything = torch.arange((size // 8) ** 2).expand(2, -1)
     mask = PatchMask(everything, None, torch.zeros_like(everything, dtype=torch.bool))
     torch.testing.assert_close(encoder(x, mask).pooled, encoder(x).pooled)
+
+
+def test_mae_initialisation_has_fixed_sine_cosine_positions_and_xavier_weights() -> None:
+    args = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 2}
+    encoder = TimmEncoder("vit_base_patch16_224", 32, args, init="mae")
+    positions = encoder.trunk.pos_embed
+    assert not positions.requires_grad and not positions[:, 0].any()
+    torch.testing.assert_close(positions[:, 1:], sincos_positions((4, 4), 48))
+    bound = (6 / (48 + 3 * 48)) ** 0.5
+    assert 0.95 * bound < encoder.trunk.blocks[0].attn.qkv.weight.abs().max() <= bound
+    bound = (6 / (48 + 3 * 64)) ** 0.5
+    assert 0.95 * bound < encoder.trunk.patch_embed.proj.weight.abs().max() <= bound
+    assert encoder.trunk.cls_token.std() < 0.03
+    with pytest.raises(ValueError, match="init is 'mae' for 'test_resnet'; expected a plain ViT"):
+        TimmEncoder("test_resnet", 32, init="mae")
