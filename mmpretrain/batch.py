@@ -41,7 +41,7 @@ class Samples:
     lengths: Tensor | None = None
     """int64 [b], the number of tokens of each row, start and end tokens included."""
     cuts: tuple[int, ...] = ()
-    """The length that each of the equal slices of rows (see `models.text.by_length`) is cut to; known on the host."""
+    """The length that each of the equal slices of rows (see `models.groups.LengthGroups`) is cut to; known on the host."""
     word_starts: Tensor | None = None
     """bool [b, L], where a word begins; None where the tokenizer does not say."""
     views: Tensor | None = None

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec, mask_tokens, patch_mask
+from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.models.text import TextEncoding
-from mmpretrain.models.vit import ImageEncoding
 from mmpretrain.objectives import Couple, CoupledObjective, IndependentObjective, Objective
 
 
@@ -22,10 +21,10 @@ class Encodings:
         self._model = model
         self._pixels: dict[str, Tensor] = {}
         self._masks: dict[tuple[str, MaskSpec], PatchMask] = {}
-        self._images: dict[tuple[str, MaskSpec | None], ImageEncoding] = {}
-        self._views: dict[tuple[str, int], ImageEncoding] = {}
+        self._images: dict[tuple[str, MaskSpec | None], Encoding] = {}
+        self._views: dict[tuple[str, int], Encoding] = {}
         self._token_masks: dict[tuple[str, TokenMaskSpec], TokenMask] = {}
-        self._texts: dict[tuple[str, TokenMaskSpec | None], TextEncoding] = {}
+        self._texts: dict[tuple[str, TokenMaskSpec | None], Encoding] = {}
 
     def samples(self, stream: str) -> Samples:
         """The stream's part of the micro-batch."""
@@ -51,14 +50,14 @@ class Encodings:
             self._masks[stream, spec] = patch_mask(samples.seeds, grid_size, spec)
         return self._masks[stream, spec]
 
-    def image(self, stream: str, mask: MaskSpec | None = None) -> ImageEncoding:
+    def image(self, stream: str, mask: MaskSpec | None = None) -> Encoding:
         """The image encoder's output, on all patches or on those that `mask` keeps."""
         if (stream, mask) not in self._images:
             patch_mask = None if mask is None else self.patch_mask(stream, mask)
             self._images[stream, mask] = self._model.image(self.pixels(stream), patch_mask)
         return self._images[stream, mask]
 
-    def view(self, stream: str, number: int) -> ImageEncoding:
+    def view(self, stream: str, number: int) -> Encoding:
         """The image encoder's output on one of the stream's own views."""
         if (stream, number) not in self._views:
             views = self.samples(stream).views
@@ -78,7 +77,7 @@ class Encodings:
             self._token_masks[stream, spec] = mask_tokens(text, lengths, samples.seeds, spec, samples.word_starts)
         return self._token_masks[stream, spec]
 
-    def text(self, stream: str, mask: TokenMaskSpec | None = None) -> TextEncoding:
+    def text(self, stream: str, mask: TokenMaskSpec | None = None) -> Encoding:
         """The text encoder's output, on all tokens or with those hidden that `mask` draws."""
         if (stream, mask) not in self._texts:
             text, lengths = self._text_of(stream)

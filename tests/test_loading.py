@@ -104,7 +104,7 @@ def test_a_folder_without_checkpoint_is_refused_in_one_line(tmp_path: Path, fold
         "mmpretrain.data.storage.os.system",  # what one of our modules imports is not ours
         "mmpretrain.models.vit.timm.create_model",
         "mmpretrain.models.vit.nn.Identity",
-        "mmpretrain.models.text.by_length",
+        "mmpretrain.models.attention.choose_kernel",
         "mmpretrain.models.absent.Model",
         "mmpretrain.models.vit.absent",
         "mmpretrain.train.main",

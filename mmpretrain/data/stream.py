@@ -327,7 +327,7 @@ def _select(images: Tensor, rows: Tensor) -> Tensor:
 def sorted_by_length(
     samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer, text_groups: int
 ) -> Samples:
-    """`samples` with their tokens, the rows sorted by length for `models.text.by_length`."""
+    """`samples` with their tokens, the rows sorted by length for `models.groups.LengthGroups`."""
     by_length = torch.argsort(lengths, stable=True)
     lengths = lengths[by_length]
     cuts = length_cuts(lengths, text_groups, tokenizer.context_length)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.models.attention import attention
-from mmpretrain.models.text import Block
+from mmpretrain.models.blocks import Block, Masks
+from mmpretrain.models.groups import LengthGroups
 
 
 class CrossAttention(nn.Module):
@@ -17,14 +18,15 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x [b, L, d], context [b, N, c] -> [b, L, d]."""
-        b, length, width = x.shape
-        head = width // self.num_heads
-        q = self.query(x).view(b, length, self.num_heads, head).transpose(1, 2)
-        kv = self.key_value(context).view(b, context.shape[1], 2, self.num_heads, head).permute(2, 0, 3, 1, 4)
-        out = attention(q, kv[0], kv[1])
-        return self.out_proj(out.transpose(1, 2).reshape(b, length, width))
+    def forward(self, x: Tensor, groups: LengthGroups, context: Tensor) -> Tensor:
+        """x [T, d], context [b, N, c] -> [T, d]: each row's tokens look at the row's own context."""
+
+        def attend(q: Tensor, kv: Tensor) -> Tensor:
+            q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            return attention(q, k, v).transpose(1, 2).flatten(2)
+
+        return self.out_proj(groups.map(attend, self.query(x), groups.rows(self.key_value(context))))
 
 
 class AttentionPooler(nn.Module):
@@ -39,8 +41,9 @@ class AttentionPooler(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         """[b, N, c] -> [b, num_queries, d]."""
-        queries = self.queries.to(context.dtype).expand(len(context), -1, -1)
-        return self.norm(self.attention(queries, self.norm_context(context)))
+        groups = LengthGroups(len(context), (len(self.queries),))
+        queries = groups.pack(self.queries.to(context.dtype).expand(len(context), -1, -1))
+        return self.norm(groups.unpack(self.attention(queries, groups, self.norm_context(context))))
 
 
 class FusionBlock(nn.Module):
@@ -49,16 +52,16 @@ class FusionBlock(nn.Module):
     def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.text = Block(width, num_heads, mlp_ratio)
+        self.text = Block(width, num_heads, hidden)
         self.norm_cross = nn.LayerNorm(width)
         self.cross = CrossAttention(width, width, num_heads)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, context: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """x [b, L, d], context [b, N, d] -> [b, L, d]; attn_mask as in `models.text.SelfAttention`."""
-        x = self.text(x, attn_mask, is_causal)
-        x = x + self.cross(self.norm_cross(x), context)
+    def forward(self, x: Tensor, groups: LengthGroups, context: Tensor, masks: Masks, is_causal: bool) -> Tensor:
+        """x [T, d], context [b, N, d] -> [T, d]; masks as in `models.blocks`."""
+        x = self.text(x, groups, masks, is_causal)
+        x = x + self.cross(self.norm_cross(x), groups, context)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -87,9 +90,9 @@ class FusionDecoder(nn.Module):
             for linear in (block.text.attn.out_proj, block.cross.out_proj, block.text.mlp.c_proj, block.mlp[2]):  # type: ignore[union-attr, index]
                 nn.init.normal_(linear.weight, std=branch_std)  # type: ignore[union-attr, arg-type]
 
-    def forward(self, x: Tensor, image_tokens: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """x [b, L, d], image_tokens [b, N, c] -> [b, L, d]."""
+    def forward(self, x: Tensor, groups: LengthGroups, image_tokens: Tensor, masks: Masks, is_causal: bool) -> Tensor:
+        """x [T, d], image_tokens [b, N, c] -> [T, d]; masks as in `models.blocks`."""
         context = self.image_proj(image_tokens) if self.pooler is None else self.pooler(image_tokens)  # type: ignore[misc]
         for block in self.blocks:
-            x = block(x, context, attn_mask, is_causal)
+            x = block(x, groups, context, masks, is_causal)
         return self.norm(x)

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.masking import PatchMask
-from mmpretrain.models.text import TextEncoding
-from mmpretrain.models.vit import ImageEncoding
+from mmpretrain.models.encoding import Encoding
 from mmpretrain.usage import check_number
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -29,7 +28,7 @@ class ImageEncoder(Protocol):
     grid_size: tuple[int, int]
     patch_size: tuple[int, int]
 
-    def __call__(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding: ...
+    def __call__(self, images: Tensor, mask: PatchMask | None = None) -> Encoding: ...
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]; only where `projects` says that the encoder brings its projection along."""
@@ -53,7 +52,7 @@ class TextEncoder(Protocol):
     end_id: int | None
     """The token whose state it pools, by its id; None where the last token is pooled, whatever it is."""
 
-    def __call__(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding: ...
+    def __call__(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding: ...
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]; only where `projects` says that the encoder brings its projection along."""
@@ -70,7 +69,7 @@ class NoImages(nn.Module):
     num_prefix_tokens = num_patches = 0
     grid_size = patch_size = (0, 0)
 
-    def forward(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+    def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
         """Raises: ValueError."""
         raise ValueError("the model has no image encoder (model.image is null); an objective or evaluator asks for one")
 
@@ -140,11 +139,11 @@ class ImageTextModel(nn.Module):
         """What `normalize` made [b, 3, h, w] -> uint8 images."""
         return (pixels * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
 
-    def encode_image(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+    def encode_image(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
         """uint8 [b, 3, h, w] -> tokens and the pooled state of the image encoder."""
         return self.image(self.normalize(images), mask)
 
-    def encode_text(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding:
+    def encode_text(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding:
         """Token ids int64 [b, L] -> tokens and the pooled state of the text encoder.
 
         Raises: ValueError if the model has no text encoder.

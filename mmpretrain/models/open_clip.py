@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
 from mmpretrain.masking import PatchMask
+from mmpretrain.models.blocks import Block
+from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.groups import LengthGroups
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.models.text import TextEncoding, by_length
-from mmpretrain.models.vit import ImageEncoding, TimmEncoder
+from mmpretrain.models.vit import TimmEncoder
 
 
 def open_clip_model(
@@ -132,6 +134,22 @@ def _config_in_folder(name: str) -> dict[str, Any] | None:
     return config
 
 
+def _take_blocks(transformer: Any) -> bool:
+    """Have a transformer's blocks computed by ours, which hold the same parameters under the same names.
+
+    Returns: whether they could be; open_clip's custom blocks, and those with layer scale, stay as they are.
+    """
+    blocks = list(transformer.resblocks)
+    if not all(type(block) is ResidualAttentionBlock and isinstance(block.ls_1, nn.Identity) for block in blocks):
+        return False
+    for i, theirs in enumerate(blocks):
+        ours = Block(theirs.attn.embed_dim, theirs.attn.num_heads, theirs.mlp.c_fc.out_features)
+        ours.ln_1, ours.ln_2, ours.mlp = theirs.ln_1, theirs.ln_2, theirs.mlp
+        ours.attn.load_state_dict(theirs.attn.state_dict())
+        transformer.resblocks[i] = ours
+    return True
+
+
 class OpenClipVision(nn.Module):
     """open_clip's `VisionTransformer`, on all patches or on the kept ones; its own patch dropout is never used."""
 
@@ -148,13 +166,14 @@ class OpenClipVision(nn.Module):
         self.patch_size: tuple[int, int] = visual.patch_size
         self.width: int = visual.ln_post.normalized_shape[0]
         self.pools_token = visual.attn_pool is None and visual.pool_type == "tok"
+        self._has_own_blocks = _take_blocks(visual.transformer)
 
     @property
     def num_patches(self) -> int:
         """N, the number of patches of an image."""
         return self.grid_size[0] * self.grid_size[1]
 
-    def forward(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+    def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
         """Encode images [b, 3, h, w]; with a mask only the kept patches are computed, filler is never attended to.
 
         Raises: ValueError if a varying number of patches is to be pooled by more than the class token.
@@ -164,24 +183,42 @@ class OpenClipVision(nn.Module):
         positions = visual.positional_embedding.to(patches.dtype)
         prefix = (visual.class_embedding.to(patches.dtype) + positions[0]).expand(len(patches), 1, -1)
         patches = patches + positions[1:]
-        attn_mask = None
+        is_seen = None
         if mask is not None:
             patches = patches.gather(1, mask.keep[..., None].expand(-1, -1, patches.shape[-1]))
             if mask.num_keep is not None:
-                if visual.attn_pool is not None or visual.pool_type != "tok":
+                if not self.pools_token:
                     raise ValueError(
                         f"pool_type={visual.pool_type!r} of open_clip's VisionTransformer cannot pool a varying number "
                         "of patches; use a constant mask_ratio, or pool_type tok"
                     )
-                length = patches.shape[1] + 1
-                is_filler = torch.arange(length, device=images.device) > mask.num_keep[:, None]
-                heads = visual.transformer.resblocks[0].attn.num_heads
-                # nn.MultiheadAttention's form, added to the logits: one matrix for each head of each row.
-                added = torch.zeros_like(is_filler, dtype=patches.dtype).masked_fill_(is_filler, -torch.inf)
-                attn_mask = added[:, None, None, :].expand(-1, heads, length, -1).flatten(0, 1)
-        x = visual.transformer(visual.ln_pre(torch.cat([prefix, patches], dim=1)), attn_mask=attn_mask)
-        pooled, _ = visual._pool(x)
-        return ImageEncoding(x if visual.attn_pool is not None else visual.ln_post(x), pooled)
+                is_seen = torch.arange(patches.shape[1] + 1, device=images.device) <= mask.num_keep[:, None]
+        x = visual.ln_pre(torch.cat([prefix, patches], dim=1))
+        if not self._has_own_blocks:
+            x = visual.transformer(x, attn_mask=None if is_seen is None else self._added(is_seen, x.dtype))
+            return Encoding(
+                lambda: x if visual.attn_pool is not None else visual.ln_post(x), lambda: visual._pool(x)[0]
+            )
+        groups, masks = LengthGroups(len(x), (x.shape[1],)), [None if is_seen is None else is_seen[:, None, None]]
+        x = groups.pack(x)
+        *blocks, last = visual.transformer.resblocks
+        for block in blocks:
+            x = block(x, groups, masks, is_causal=False)
+        first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        ends = Encoding(
+            lambda: groups.unpack(last(x, groups, masks, is_causal=False)),
+            lambda: last(x, groups, masks, is_causal=False, picks=first),
+        )
+        return Encoding(
+            lambda: ends.tokens if visual.attn_pool is not None else visual.ln_post(ends.tokens),
+            lambda: visual.ln_post(ends.pooled) if self.pools_token else visual._pool(ends.tokens)[0],
+        )
+
+    def _added(self, is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask bool [b, l] in `nn.MultiheadAttention`'s form, added to the logits: a matrix for each head of each row."""
+        heads, length = self.visual.transformer.resblocks[0].attn.num_heads, is_seen.shape[1]
+        added = torch.zeros_like(is_seen, dtype=dtype).masked_fill_(~is_seen, -torch.inf)
+        return added[:, None, None, :].expand(-1, heads, length, -1).flatten(0, 1)
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]."""
@@ -201,7 +238,7 @@ class OpenClipResNet(nn.Module):
         self.image_size: int = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
         self.width: int = visual.output_dim
 
-    def forward(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+    def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
         """Encode images [b, 3, h, w]. Raises: ValueError if a mask is given."""
         if mask is not None:
             raise ValueError("open_clip's ModifiedResNet cannot drop patches; expected a ViT")
@@ -209,7 +246,7 @@ class OpenClipResNet(nn.Module):
         x = visual.stem(images)
         for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             x = layer(x)
-        return ImageEncoding(x.flatten(2).transpose(1, 2), visual.attnpool(x))
+        return Encoding(lambda: x.flatten(2).transpose(1, 2), lambda: visual.attnpool(x))
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, e] as it is."""
@@ -235,25 +272,32 @@ class OpenClipText(nn.Module):
         self.pad_id: int | None = None if self._ignores_padding else text.pad_id
         self.adopts_padding = not self._ignores_padding and text.cls_emb is None
         self.end_id: int | None = text.eos_id if text.pool_type == "eos" else None
+        self._has_own_blocks = self._ignores_padding and _take_blocks(text.transformer)
 
     @property
     def token_embeddings(self) -> Tensor:
         """[vocabulary, d], the matrix that tokens are looked up in."""
         return cast(Tensor, self.text.token_embedding.weight)
 
-    def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Token embeddings [b, l, d] -> [b, l, d]."""
-        text, length = self.text, x.shape[1]
-        x = x + text.positional_embedding[:length].to(x.dtype)
-        return text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:length, :length]))
-
-    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding:
-        """Encode token ids int64 [b, L], rows sorted by length as `cuts` says (see `models.text.by_length`)."""
+    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding:
+        """Encode token ids int64 [b, L], rows sorted by length as `cuts` says (see `LengthGroups`)."""
         text = self.text
         if self._ignores_padding:
-            tokens = by_length(self._encode, text.token_embedding(ids), lengths, cuts)
-            last = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
-            return TextEncoding(tokens, tokens[torch.arange(len(ids), device=ids.device), last], lengths)
+            groups = LengthGroups(len(ids), cuts)
+            picks = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
+            x = text.token_embedding(groups.pack(ids))
+            x = x + F.embedding(groups.places(ids.device), text.positional_embedding).to(x.dtype)
+            if not self._has_own_blocks:
+                x = text.ln_final(groups.map(self._encode, x))
+                return Encoding(lambda: groups.unpack(x), lambda: x[groups.find(picks)])
+            masks = [None] * len(cuts)
+            *blocks, last = text.transformer.resblocks
+            for block in blocks:
+                x = block(x, groups, masks, is_causal=True)
+            return Encoding(
+                lambda: groups.unpack(text.ln_final(last(x, groups, masks, is_causal=True))),
+                lambda: text.ln_final(last(x, groups, masks, is_causal=True, picks=picks)),
+            )
         is_padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
         assert self.pad_id is not None
         ids = ids.masked_fill(is_padding, self.pad_id)
@@ -261,9 +305,13 @@ class OpenClipText(nn.Module):
         x, attn_mask = text._embeds(ids)
         x = text.transformer(x, attn_mask=attn_mask)
         if text.cls_emb is not None:
-            return TextEncoding(x[:, :-1], text.ln_final(x[:, -1]), lengths)
+            return Encoding(lambda: x[:, :-1], lambda: text.ln_final(x[:, -1]))
         x = text.ln_final(x)
-        return TextEncoding(x, text_global_pool(x, ids, text.pool_type, text.eos_id), lengths)
+        return Encoding(lambda: x, lambda: text_global_pool(x, ids, text.pool_type, text.eos_id))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """Embeddings [b_g, l, d] of a length group -> [b_g, l, d]."""
+        return self.text.transformer(x, attn_mask=self.text.attn_mask[: x.shape[1], : x.shape[1]])
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]."""
@@ -294,12 +342,12 @@ class OpenClipHFText(nn.Module):
         """[vocabulary, d], the matrix that tokens are looked up in."""
         return cast(Tensor, self.text.transformer.get_input_embeddings().weight)
 
-    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> TextEncoding:
+    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding:
         """Encode token ids int64 [b, L]; padding is told from the lengths and never attended to."""
         ids = ids[:, : cuts[-1]]
         is_token = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         out = self.text.transformer(input_ids=ids, attention_mask=is_token)
-        return TextEncoding(out.last_hidden_state, self.text.pooler(out, is_token), lengths)
+        return Encoding(lambda: out.last_hidden_state, lambda: self.text.pooler(out, is_token))
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]."""

@@ -2,25 +2,18 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import Format, PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
+import torch.nn.functional as F
+from timm.layers import Attention, Format, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mmpretrain.masking import PatchMask
-from mmpretrain.models.attention import choose_kernel
-
-
-@dataclass(frozen=True)
-class ImageEncoding:
-    """tokens [b, P + N, d], of which the first P are no patches (class and register tokens); pooled [b, width]."""
-
-    tokens: Tensor
-    pooled: Tensor
+from mmpretrain.models.attention import attention, choose_kernel
+from mmpretrain.models.encoding import Encoding
 
 
 class TimmEncoder(nn.Module):
@@ -151,52 +144,95 @@ class TimmEncoder(nn.Module):
         """N, the number of patches of an image."""
         return self.grid_size[0] * self.grid_size[1]
 
-    def forward(self, images: Tensor, mask: PatchMask | None = None) -> ImageEncoding:
+    def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
         """Encode images [b, 3, h, w]; with a mask only the kept patches are computed, filler is never attended to.
 
         Raises: ValueError if a mask is given and the model is no plain ViT.
         """
-        if mask is not None and not self.is_vit:
+        if self.is_vit:
+            return self._encode(images, mask)
+        if mask is not None:
             raise ValueError(f"{type(self.trunk).__name__} cannot drop patches; expected a plain ViT of timm (vit_*)")
-        is_ragged = mask is not None and mask.num_keep is not None
-        choose_kernel(getattr(self.trunk, "blocks", ()), images.device, is_masked=is_ragged)
-        if mask is None:
-            tokens = self.trunk.forward_features(images)
-        else:
-            tokens = self._encode_kept(images, mask)
-        if not self.is_vit:
-            pooled = self.trunk.forward_head(tokens, pre_logits=True)
-            if tokens.ndim == 4 and getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":
-                tokens = tokens.flatten(1, 2)
-            elif tokens.ndim == 4:
-                tokens = tokens.flatten(2).transpose(1, 2)
-            return ImageEncoding(tokens, pooled)
-        if mask is None or mask.num_keep is None or self.trunk.global_pool == "token":
-            return ImageEncoding(tokens, self.trunk.forward_head(tokens, pre_logits=True))
-        if self.trunk.global_pool != "avg":
-            raise ValueError(
-                f"global_pool={self.trunk.global_pool!r} cannot pool a varying number of patches; "
-                "use a constant mask_ratio, or global_pool token or avg"
-            )
-        patches = tokens[:, self.num_prefix_tokens :]
-        is_kept = torch.arange(patches.shape[1], device=patches.device) < mask.num_keep[:, None]
-        mean = (patches * is_kept[..., None]).sum(1) / mask.num_keep[:, None].to(patches.dtype)
-        return ImageEncoding(tokens, self.trunk.head_drop(self.trunk.fc_norm(mean)))
+        choose_kernel(getattr(self.trunk, "blocks", ()), images.device)
+        features = self.trunk.forward_features(images)
+        tokens = features
+        if tokens.ndim == 4 and getattr(self.trunk, "output_fmt", "NCHW") == "NHWC":
+            tokens = tokens.flatten(1, 2)
+        elif tokens.ndim == 4:
+            tokens = tokens.flatten(2).transpose(1, 2)
+        return Encoding(lambda: tokens, lambda: self.trunk.forward_head(features, pre_logits=True))
 
-    def _encode_kept(self, images: Tensor, mask: PatchMask) -> Tensor:
-        """[b, 3, h, w] -> tokens [b, P + K, d]: positions are added before patches are dropped."""
+    def _encode(self, images: Tensor, mask: PatchMask | None) -> Encoding:
         trunk = self.trunk
         x = trunk._pos_embed(trunk.patch_embed(images))
-        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        kept = patches.gather(1, mask.keep[..., None].expand(-1, -1, patches.shape[-1]))
-        x = trunk.norm_pre(torch.cat([prefix, kept], dim=1))
+        if mask is None:
+            x = trunk.patch_drop(x)
+        else:  # only now: positions are added before patches are dropped
+            prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+            x = torch.cat([prefix, patches.gather(1, mask.keep[..., None].expand(-1, -1, patches.shape[-1]))], dim=1)
+        num_keep = None if mask is None else mask.num_keep
         attn_mask = None
-        if mask.num_keep is not None:
+        if num_keep is not None:
+            if trunk.global_pool not in ("token", "avg"):
+                raise ValueError(
+                    f"global_pool={trunk.global_pool!r} cannot pool a varying number of patches; "
+                    "use a constant mask_ratio, or global_pool token or avg"
+                )
             columns = torch.arange(x.shape[1], device=x.device)
-            attn_mask = (columns < self.num_prefix_tokens + mask.num_keep[:, None])[:, None, None, :]
-        for block in trunk.blocks:
+            attn_mask = (columns < self.num_prefix_tokens + num_keep[:, None])[:, None, None, :]
+        x = trunk.norm_pre(x)
+        *blocks, last = trunk.blocks
+        choose_kernel(trunk.blocks, x.device, is_masked=attn_mask is not None)
+        for block in blocks:
             x = block(x, attn_mask=attn_mask)
-        return trunk.norm(x)
+
+        def tokens() -> Tensor:
+            choose_kernel([last], x.device, is_masked=attn_mask is not None)
+            return trunk.norm(last(x, attn_mask=attn_mask))
+
+        def pooled() -> Tensor:
+            if self._pools_one_token:
+                return trunk.forward_head(trunk.norm(_first_token(last, x, attn_mask)), pre_logits=True)
+            if num_keep is None or trunk.global_pool == "token":
+                return trunk.forward_head(encoding.tokens, pre_logits=True)
+            patches = encoding.tokens[:, self.num_prefix_tokens :]
+            is_kept = torch.arange(patches.shape[1], device=patches.device) < num_keep[:, None]
+            mean = (patches * is_kept[..., None]).sum(1) / num_keep[:, None].to(patches.dtype)
+            return trunk.head_drop(trunk.fc_norm(mean))
+
+        encoding = Encoding(tokens, pooled)
+        return encoding
+
+    @property
+    def _pools_one_token(self) -> bool:
+        """Whether the class token's state is all that is pooled, and the last block one whose mathematics is known here."""
+        block, is_plain = self.trunk.blocks[-1], type(self.trunk) is VisionTransformer
+        if (
+            not is_plain
+            or self.trunk.global_pool != "token"
+            or type(block) is not Block
+            or type(block.attn) is not Attention
+        ):
+            return False
+        draws = self.training and any(
+            getattr(module, name, 0) for module in block.modules() for name in ("p", "drop_prob")
+        )
+        is_gated = getattr(block.attn, "gate", None) is not None  # known to later releases of timm
+        return not draws and not is_gated and isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity)
+
+
+def _first_token(block: Any, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """What a block of timm makes of the first token, [b, N, d] -> [b, 1, d], without computing the others' states."""
+    attn, y = block.attn, block.norm1(x)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    width = len(weight) // 3
+    q = F.linear(y[:, :1], weight[:width], None if bias is None else bias[:width])
+    kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
+    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask)
+    x = x[:, :1] + block.ls1(attn.proj(attended.transpose(1, 2).flatten(2)))
+    return x + block.ls2(block.mlp(block.norm2(x)))
 
 
 def sincos_positions(grid_size: tuple[int, int], width: int, steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:

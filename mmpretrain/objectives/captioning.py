@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.fusion import FusionDecoder
+from mmpretrain.models.groups import LengthGroups
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.models.text import by_length
 from mmpretrain.objectives import Decode, Encodings, Example, Terms, next_tokens
 from mmpretrain.seeds import hash64, torch_uniform
 from mmpretrain.usage import check_number
@@ -112,7 +112,19 @@ class Captioning(nn.Module):
             in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < parallel
         else:
             in_parallel = torch.zeros(len(states), dtype=torch.bool, device=states.device)
-        return by_length(self._decode, states, samples.lengths, samples.cuts, image_tokens, in_parallel)
+        groups = LengthGroups(len(states), samples.cuts)
+        if self.parallel == 0:
+            x = self.decoder(groups.pack(states), groups, image_tokens, [None] * len(samples.cuts), is_causal=True)
+            return groups.unpack(x)
+        places = torch.arange(states.shape[1], device=states.device)
+        blind = self.mask_token + self.positions[: len(places)]
+        x = torch.where(in_parallel[:, None, None], blind.to(states.dtype), states)
+        # In parallel every place sees all places of its caption; else those before it. Nobody sees padding.
+        is_token = places < (samples.lengths - 1).clamp(min=1)[:, None]
+        before = places[None, :] <= places[:, None]
+        seen = torch.where(in_parallel[:, None, None], is_token[:, None, :], before[None])[:, None]
+        masks = [part[..., :cut, :cut] for part, cut in zip(groups.rows(seen), samples.cuts, strict=True)]
+        return groups.unpack(self.decoder(groups.pack(x), groups, image_tokens, masks, is_causal=False))
 
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the cross-entropies, and of the hits as `accuracy`."""
@@ -122,17 +134,3 @@ class Captioning(nn.Module):
         states = self.decode(encodings)[:, : labels.shape[1]][is_label]
         loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[is_label])
         return loss, {"accuracy": hits}
-
-    def _decode(self, states: Tensor, lengths: Tensor, image_tokens: Tensor, in_parallel: Tensor) -> Tensor:
-        """Text states [b, l, d] of one length group -> decoded states [b, l, d]."""
-        if self.parallel == 0:
-            return self.decoder(states, image_tokens, None, is_causal=True)
-        length = states.shape[1]
-        places = torch.arange(length, device=states.device)
-        blind = self.mask_token + self.positions[:length]
-        x = torch.where(in_parallel[:, None, None], blind.to(states.dtype), states)
-        # In parallel every place sees all places of its caption; else those before it. Nobody sees padding.
-        is_token = places < (lengths - 1).clamp(min=1)[:, None]
-        before = places[None, :] <= places[:, None]
-        seen = torch.where(in_parallel[:, None, None], is_token[:, None, :], before[None])
-        return self.decoder(x, image_tokens, seen[:, None], is_causal=False)

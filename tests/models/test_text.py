@@ -10,7 +10,7 @@ from torch import Tensor
 from mmpretrain.data.stream import length_cuts
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.models.text import TextTransformer, by_length
+from mmpretrain.models.text import TextTransformer
 from tests import tiny
 
 LENGTHS = [3, 4, 4, 9, 15, 17, 32]
@@ -131,19 +131,6 @@ def test_a_text_longer_than_the_context_is_cut_and_keeps_its_end_token() -> None
     cuts = length_cuts(lengths, 1, tokenizer.context_length)
     assert cuts == (8,)
     assert tiny.text(vocab_size=tokenizer.vocab_size, context_length=8)(ids, lengths, cuts).tokens.shape == (2, 8, 24)
-
-
-def test_by_length_gives_each_slice_its_own_cut_and_zeros_beyond() -> None:
-    seen = []
-
-    def embed(ids: Tensor, lengths: Tensor) -> Tensor:
-        seen.append((tuple(ids.shape), lengths.tolist()))
-        return ids[..., None].double()
-
-    ids, lengths = torch.arange(1, 26).reshape(5, 5), torch.tensor([1, 2, 2, 4, 5])
-    out = by_length(embed, ids, lengths, (2, 5))
-    assert seen == [((3, 2), [1, 2, 2]), ((2, 5), [4, 5])]
-    assert out[..., 0].tolist() == [[1, 2, 0, 0, 0], [6, 7, 0, 0, 0], [11, 12, 0, 0, 0], *ids[3:].tolist()]
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_in_one_line() -> None:

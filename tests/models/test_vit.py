@@ -46,8 +46,30 @@ def test_encoder_without_mask_is_timms_model(args: dict[str, object]) -> None:
     encoder = tiny.vit(**args).double()
     x = images(3)
     encoding = encoder(x)
-    torch.testing.assert_close(encoding.pooled, encoder.trunk(x), rtol=0, atol=0)
+    torch.testing.assert_close(encoding.pooled, encoder.trunk(x), rtol=1e-12, atol=1e-12)
     assert encoding.tokens.shape == (3, encoder.num_prefix_tokens + tiny.NUM_PATCHES, tiny.WIDTH)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_class_token_alone_is_what_it_is_among_all(ragged: bool, qk_norm: bool) -> None:
+    encoder = tiny.vit(qk_norm=qk_norm, init_values=0.5, qkv_bias=not qk_norm).double().train()
+    x, mask = images(3), ragged_mask([4, 7, 11]) if ragged else None
+    alone, among = encoder(x, mask).pooled, encoder(x, mask).tokens[:, 0]
+    torch.testing.assert_close(alone, among, rtol=1e-12, atol=1e-12)
+    weights = torch.randn_like(alone)
+    of_alone, of_among = (
+        torch.autograd.grad((part * weights).sum(), [p for p in encoder.parameters()]) for part in (alone, among)
+    )
+    for one, other in zip(of_alone, of_among, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("drop", [{"proj_drop_rate": 0.5}, {"attn_drop_rate": 0.5}, {"drop_path_rate": 0.5}])
+def test_a_last_block_that_draws_is_drawn_once_for_all_of_its_tokens(drop: dict[str, float]) -> None:
+    encoder = tiny.vit(**drop).double().train()
+    encoding = encoder(images(8))
+    assert torch.equal(encoding.pooled, encoding.tokens[:, 0])
 
 
 @pytest.mark.parametrize("args", POOLS)
@@ -204,7 +226,7 @@ def test_other_image_sizes_are_timms_with_its_positions_interpolated(args: dict[
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     reference = tiny.vit(dynamic_img_size=True, **args).trunk.double()
     reference.load_state_dict(encoder.trunk.state_dict())
-    torch.testing.assert_close(encoder(x).pooled, reference(x), rtol=0, atol=0)
+    torch.testing.assert_close(encoder(x).pooled, reference(x), rtol=1e-12, atol=1e-12)
     spread = encoder.trunk.pos_embed.detach()[:, -tiny.NUM_PATCHES :]
     assert spread.std(dim=1).mean() > 0.05, "positions that matter"
     everything = torch.arange((size // 8) ** 2).expand(2, -1)

@@ -1,0 +1,354 @@
+r"""Training steps of mmpretrain and of open_clip's own loop, on the same weights and the same batches.
+
+    python -m analysis.benchmarks.step --model ViT-S-32-alt --batch 32 --captions 16
+    python -m analysis.benchmarks.step --model emoji_clip --batch 128 --captions data/emoji/train
+
+Batches lie in memory, as each side's loader gives them: uint8 pixels and sorted captions here, normalised float32
+pixels and captions padded to the context's end there. Both sides have the same weights, rows, AdamW groups, learning
+rate, decay and loss; a step is forward, backward, update and clamping of the temperature. open_clip's is its
+`open_clip_train.train.train_one_epoch`, once as it comes and (`--best`) once compiled, the flag that it has for speed;
+ours is what `Trainer` does in a step, gradient norms included.
+
+First both take `--steps` steps from the same weights: in float32 the losses must agree to 1e-5 of their value, or the
+benchmark ends; in bf16, where the two sides round differently, the difference is printed. Then each takes
+`--round-steps` steps in turn, `--rounds` times; the table has medians of wall seconds a step, and ratios.
+FLOPs are counted twice, as executed and as if every caption had the whole context, forward and backward; the share of
+the peak (MFU) is of a product of two square matrices in the same precision, timed in the same run.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import torch
+import yaml
+from open_clip.loss import ClipLoss
+from open_clip_train.train import train_one_epoch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.benchmarks.machine import describe, one_line
+from mmpretrain import optim, targets
+from mmpretrain.batch import Batch, Samples
+from mmpretrain.data.loader import build_loader
+from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.stream import Source, TarStream, length_cuts
+from mmpretrain.data.tokenizer import ClipTokenizer
+from mmpretrain.data.transforms import RandomResizedCrop
+from mmpretrain.exporters.open_clip import open_clip_names, to_open_clip
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.open_clip import open_clip_model
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.precision import autocast
+from mmpretrain.profiling import synchronize
+from mmpretrain.schedules import Clock
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Task
+
+HERE = Path(__file__).resolve().parent
+OPEN_CLIP_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16"}
+LR, WEIGHT_DECAY, BETAS, EPS = 1e-4, 0.1, (0.9, 0.98), 1e-6
+AGREEMENT = 1e-5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides are asked to do."""
+
+    model: str
+    batch_size: int
+    captions: str
+    text_groups: int
+    precision: str
+    device: torch.device
+
+
+def build_model(name: str) -> ImageTextModel:
+    """`emoji_clip`, the model of conf/model/clip_tiny.yaml, or one of open_clip by its name."""
+    if name != "emoji_clip":
+        return open_clip_model(name)
+    node = yaml.safe_load((HERE.parents[1] / "conf" / "model" / "clip_tiny.yaml").read_text(encoding="utf-8"))
+    model: ImageTextModel = targets.instantiate(node, 0, "model")
+    return model
+
+
+def build_open_clip(work: Work, task: Task) -> Any:
+    """open_clip's model with the weights of ours."""
+    name = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}" if work.model == "emoji_clip" else work.model
+    model = open_clip.create_model(name, load_weights=False, output_dict=True)
+    model.load_state_dict(to_open_clip(task.model, task.logit_scale))
+    return model.to(work.device)
+
+
+def synthetic_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
+    """Noise with captions of one length."""
+    assert model.text is not None
+    length, size, batch_size = int(work.captions), model.image.image_size, work.batch_size
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for i in range(num):
+        text = torch.randint(1, model.text.vocab_size - 2, (batch_size, length), generator=generator)
+        text[:, 0], text[:, -1] = model.text.vocab_size - 2, model.text.vocab_size - 1
+        lengths = torch.full((batch_size,), length)
+        ids = torch.arange(i * batch_size, (i + 1) * batch_size)
+        images = torch.randint(256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
+        samples = Samples(
+            positions=ids, ids=ids, seeds=ids, images=images.permute(0, 3, 1, 2), text=text, lengths=lengths,
+            cuts=length_cuts(lengths, work.text_groups, length),
+        )  # fmt: skip
+        batches.append(Batch({"pairs": samples}))
+    return batches
+
+
+def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
+    """The first batches of a folder of tars."""
+    shards = Shards(expand_shards("*.tar", work.captions))
+    stream = TarStream(
+        "pairs", [Source("pairs", shards)], work.batch_size, 0, "txt", RandomResizedCrop((0.8, 1.0)), model.image.image_size
+    )  # fmt: skip
+    assert model.text is not None
+    loader = build_loader(
+        {"pairs": stream}, ClipTokenizer(context_length=model.text.context_length),
+        Clock(work.batch_size, num * work.batch_size, shards.num_samples), 0, num, text_groups=work.text_groups,
+    )  # fmt: skip
+    return list(loader)
+
+
+def as_open_clip(batch: Batch, model: ImageTextModel) -> tuple[Tensor, Tensor]:
+    """What open_clip's loader makes of the same rows: normalised pixels, captions padded to the context's end."""
+    samples = batch.streams["pairs"]
+    assert samples.images is not None and samples.text is not None and samples.lengths is not None
+    assert model.text is not None
+    text = torch.zeros(len(samples), model.text.context_length, dtype=torch.int64)
+    is_token = torch.arange(samples.text.shape[1]) < samples.lengths[:, None]
+    text[:, : samples.text.shape[1]] = samples.text * is_token
+    return model.normalize(samples.images.to(model.device)).contiguous().cpu(), text
+
+
+def check_groups(task: Task, theirs: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raises: SystemExit if the two sides would decay different parameters."""
+    names = {**open_clip_names(task.model), "logit_scale": "logit_scale"}
+    decayed = {
+        names[name.removeprefix("model.").removeprefix("objectives.infonce.")]
+        for group in optimizer.param_groups
+        for name in group["names"]
+        if group["weight_decay"]
+    }
+    if decayed != {name for name, parameter in theirs.named_parameters() if _open_clip_decays(name, parameter)}:
+        raise SystemExit("the two sides decay different parameters")
+
+
+def _open_clip_decays(name: str, parameter: Tensor) -> bool:
+    """The rule of open_clip_train.main."""
+    return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+class Ours:
+    """Steps of mmpretrain."""
+
+    def __init__(self, work: Work, task: Task, batches: list[Batch]) -> None:
+        self.work, self.task, self.batches = work, task.to(work.device).train(), batches
+        self.optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})
+        self.losses: list[Tensor] = []
+
+    def steps(self, first: int, num: int) -> None:
+        """Steps `first` to `first + num`."""
+        for i in range(first, first + num):
+            batch = self.batches[i % len(self.batches)].to(self.work.device)
+            losses = forward_backward(
+                self.task, self.task, [batch], {"infonce": 1.0}, autocast(self.work.device, self.work.precision)
+            )
+            norms = optim.grad_norms(self.optimizer)
+            optim.guarded_step(self.optimizer, norms["all"], None)
+            self.task.constrain()
+            self.losses.append(losses.coupled["infonce"])
+
+
+class OpenClip:
+    """Steps of open_clip's own loop."""
+
+    def __init__(self, work: Work, model: Any, batches: list[tuple[Tensor, Tensor]], compiled: bool) -> None:
+        self.model = torch.compile(model) if compiled else model
+        self.batches, self.losses = batches, list[Tensor]()
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if not _open_clip_decays(name, p)], "weight_decay": 0.0},
+            {"params": [p for name, p in named if _open_clip_decays(name, p)], "weight_decay": WEIGHT_DECAY},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS)
+        self.args = SimpleNamespace(
+            device=str(work.device), precision=OPEN_CLIP_PRECISION[work.precision], distill=False, accum_freq=1,
+            skip_scheduler=True, grad_clip_norm=None, horovod=False, rank=0, local_rank=0, log_local=False, world_size=1,
+            batch_size=work.batch_size, log_every_n_steps=10**9, wandb=False,
+        )  # fmt: skip
+        loss = ClipLoss()
+
+        def recorded(**kwargs: Any) -> dict[str, Tensor]:
+            losses = loss(**kwargs)
+            self.losses.append(losses["contrastive_loss"].detach())
+            return losses
+
+        self.loss = recorded
+
+    def steps(self, first: int, num: int) -> None:
+        """Steps `first` to `first + num`, as an epoch of its loop."""
+        batches = [self.batches[i % len(self.batches)] for i in range(first, first + num)]
+        dataloader = _Epoch(batches)
+        data = {"train": SimpleNamespace(dataloader=dataloader, set_epoch=lambda epoch: None)}
+        train_one_epoch(self.model, data, self.loss, 0, self.optimizer, None, None, None, self.args)
+
+
+class _Epoch(list[Any]):
+    """Batches with what open_clip's loop asks of a loader."""
+
+    @property
+    def num_batches(self) -> int:
+        return len(self)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(images) for images, _ in self)
+
+
+Side = Ours | OpenClip
+
+
+def matmul_flops_per_second(precision: str, device: torch.device) -> float:
+    """Operations a second of a product of two square matrices, the best of 5."""
+    size = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        synchronize(device)
+        seconds.append((time.perf_counter() - started) / 5)
+    return 2 * size**3 / min(seconds)
+
+
+def flops(run: Callable[[], None]) -> float:
+    """The operations of matrix products and attention that `run` executes."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
+    """One precision: check that the losses agree, then time. Raises: SystemExit if they do not."""
+    torch.manual_seed(0)
+    model = build_model(work.model)
+    make = synthetic_batches if work.captions.isdigit() else real_batches
+    batches = make(work, model, args.steps)
+    open_clip_batches = [as_open_clip(batch, model) for batch in batches]
+
+    def new_task() -> Task:
+        torch.manual_seed(0)
+        fresh = build_model(work.model)
+        return Task(fresh, {"infonce": InfoNCE(fresh)})
+
+    ours = Ours(work, new_task(), batches)
+    sides: dict[str, Side] = {
+        "open_clip": OpenClip(work, build_open_clip(work, ours.task), open_clip_batches, compiled=False)
+    }
+    if args.best:
+        compiled = build_open_clip(work, ours.task)
+        sides["open_clip_compiled"] = OpenClip(work, compiled, open_clip_batches, compiled=True)
+    sides["mmpretrain"] = ours
+    check_groups(ours.task, build_open_clip(work, ours.task), ours.optimizer)
+    executed = {}
+    for side in sides.values():
+        side.steps(0, args.steps)
+    expected = torch.stack(sides["open_clip"].losses).cpu()
+    difference = {
+        name: float(((torch.stack(side.losses).cpu() - expected) / expected).abs().max())
+        for name, side in sides.items()
+    }
+    if work.precision == "fp32" and difference["mmpretrain"] > AGREEMENT:
+        raise SystemExit(f"losses differ by {difference['mmpretrain']:.1e} of their value; expected {AGREEMENT:.0e}")
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(args.rounds):
+        for name in list(sides) if turn % 2 == 0 else reversed(sides):
+            synchronize(work.device)
+            started = time.perf_counter()
+            sides[name].steps(args.steps + turn * args.round_steps, args.round_steps)
+            synchronize(work.device)
+            seconds[name].append((time.perf_counter() - started) / args.round_steps)
+    for name in ("open_clip", "mmpretrain"):
+        executed[name] = flops(lambda name=name: sides[name].steps(0, 1))
+    peak = matmul_flops_per_second(work.precision, work.device)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "seconds": medians,
+        "pairs_per_second": {name: work.batch_size / value for name, value in medians.items()},
+        "ratio": {name: medians[name] / medians["mmpretrain"] for name in medians},
+        "loss_difference": difference,
+        "gflops_executed": {name: value / 1e9 for name, value in executed.items()},
+        "gflops_full_context": executed["open_clip"] / 1e9,
+        "matmul_gflops_per_second": peak / 1e9,
+        "mfu_executed": {name: value / medians[name] / peak for name, value in executed.items()},
+        "mfu_full_context": {name: executed["open_clip"] / medians[name] / peak for name in executed},
+        "all_seconds": seconds,
+    }
+
+
+def show(work: Work, result: dict[str, Any]) -> None:
+    """A table of one precision."""
+    print(f"\n{work.model}, batch {work.batch_size}, captions {work.captions}, {work.precision}, {work.device}")
+    print(f"{'':<20}{'ms/step':>10}{'pairs/s':>10}{'ours is':>9}{'GFLOP/step':>12}{'MFU':>7}{'as if full':>12}")
+    for name, value in result["seconds"].items():
+        mfu = result["mfu_executed"].get(name)
+        counted = (
+            f"{result['gflops_executed'][name]:>12.1f}{mfu:>7.2f}{result['mfu_full_context'][name]:>12.2f}"
+            if mfu
+            else ""
+        )
+        print(
+            f"{name:<20}{1000 * value:>10.1f}{result['pairs_per_second'][name]:>10.1f}{result['ratio'][name]:>8.2f}x{counted}"
+        )
+    print(
+        f"largest relative difference of {len(result['loss_difference'])} sides' losses: "
+        + ", ".join(f"{name} {value:.1e}" for name, value in result["loss_difference"].items())
+        + f"; a matrix product makes {result['matmul_gflops_per_second']:,.0f} GFLOP/s"
+    )
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="ViT-S-32-alt", help="a model of open_clip, or emoji_clip")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--captions", default="16", help="tokens of every caption, or a folder of tars")
+    parser.add_argument("--text-groups", type=int, default=4, help="length groups of mmpretrain (data.text_groups)")
+    parser.add_argument("--precision", default="fp32,bf16")
+    parser.add_argument("--steps", type=int, default=10, help="steps whose losses are compared")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--round-steps", type=int, default=3)
+    parser.add_argument("--best", action="store_true", help="open_clip compiled, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    logging.disable(logging.INFO)
+    print(one_line())
+    results = {}
+    for precision in args.precision.split(","):
+        work = Work(args.model, args.batch, args.captions, args.text_groups, precision, torch.device(args.device))
+        results[precision] = run(work, args)
+        show(work, results[precision])
+    if args.output:
+        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
+        args.output.write_text(json.dumps({**record, "results": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
