@@ -26,7 +26,7 @@ _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[
 # What may differ between a run and its resumption: nothing here touches the mathematics beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)"
-    r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?"
+    r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|parallel\..*"
     r"|data\.(workers|max_bad_fraction|text_groups|val_batch_size|val(\..*)?)|" + _PLACES
 )
 

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
@@ -97,10 +98,11 @@ def show_examples(
 def _gradient(task: Task, encoder: str, scale: Tensor | None) -> Tensor:
     """The gradient of the whole batch on one encoder, float32 or wider, as one vector; zero where nothing reaches it."""
     parameters = [p for name, p in task.named_parameters() if name.startswith(f"model.{encoder}.")]
-    parts = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    parts = [distributed.full(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
     total = torch.cat(parts) if parts else torch.zeros(1, device=task.model.device)
-    # Not wrapped, nobody takes the mean over ranks for which the step's loss is made.
-    total = distributed.all_reduce_sum(total) / distributed.world_size()
+    if not isinstance(task, FSDPModule):
+        # Not wrapped, nobody takes the mean over ranks for which the step's loss is made.
+        total = distributed.all_reduce_sum(total) / distributed.world_size()
     return total if scale is None else total / scale
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 Result = TypeVar("Result")
 
@@ -116,6 +117,29 @@ def from_main(fn: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return value
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A tensor that may be spread over the processes (FSDP2), whole on each. A collective where it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whole, on process 0 alone; empty elsewhere. A collective where they are spread."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        gathered = full(tensor)
+        if is_main():  # one at a time, and on the host: the device need not hold them all at once
+            whole[name] = gathered.cpu() if isinstance(tensor, DTensor) else gathered
+    return whole
+
+
+def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a whole tensor, where `other`, of the same shape, is spread; else the tensor itself."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    # Every process has the whole of it: nothing is sent.
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 class LateFlags:

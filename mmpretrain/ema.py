@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mmpretrain import distributed
+
 
 class EMA:
     """average = decay * average + (1 - decay) * weights, after every step that was not skipped.
@@ -35,7 +37,7 @@ class EMA:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what a checkpoint kept."""
         for name, average in self.tensors.items():
-            average.copy_(tensors[name])
+            average.copy_(distributed.spread_like(tensors[name], average))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

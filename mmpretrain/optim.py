@@ -8,6 +8,7 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
+from mmpretrain import distributed
 from mmpretrain.usage import check_number, nearest
 
 TOWERS = ("image", "text", "heads")
@@ -188,6 +189,7 @@ def grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         gradients.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
     norms = {tower: torch.nn.utils.get_total_norm(grads) for tower, grads in gradients.items()}
+    norms = {tower: distributed.full(norm) for tower, norm in norms.items()}
     norms["all"] = torch.linalg.vector_norm(torch.stack(list(norms.values())))
     return norms
 
@@ -241,14 +243,17 @@ def load_optimizer_state(
     values: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, value in {**tensors, **numbers}.items():
         owner, _, key = name.rpartition("/")
-        values[owner][key] = value.clone() if isinstance(value, Tensor) else value
+        values[owner][key] = value
     state: dict[int, dict[str, Any]] = {}
     index = 0
     for i, group in enumerate(optimizer.param_groups):
         group.update(values.pop(f"group{i}", {}))
-        for name in group["names"]:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in values:
-                state[index] = values.pop(name)
+                state[index] = {
+                    key: distributed.spread_like(value.clone(), parameter) if isinstance(value, Tensor) else value
+                    for key, value in values.pop(name).items()
+                }
             index += 1
     if values:
         raise ValueError(f"the checkpoint has optimiser state of {', '.join(values)}, which this run does not train")

@@ -1,14 +1,22 @@
-"""How the task is spread over processes, in one place."""
+"""How the task is spread over processes, in one place: activation checkpointing -> compile -> DDP or FSDP2."""
 
+import copy
 import inspect
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
+from mmpretrain.precision import PrecisionName
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
 
@@ -38,12 +46,96 @@ def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
     return reached
 
 
+@dataclass(frozen=True)
+class Parallel:
+    """What conf/parallel says."""
+
+    strategy: Literal["ddp", "fsdp", "none"] = "ddp"
+    activation_checkpointing: Literal["none", "blocks", "selective"] = "none"
+    compile: bool = False
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The outermost repeated parts: the members of lists and sequences of one class that have parts themselves."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        members = list(child) if isinstance(child, nn.ModuleList | nn.Sequential) else []
+        alike = members and all(isinstance(member, type(members[0])) for member in members)
+        if alike and any(members[0].children()):
+            found += members
+        else:
+            found += blocks_of(child)
+    return found
+
+
+def prepare(task: Task, device: torch.device, precision: PrecisionName, options: Parallel) -> Callable[[], Task]:
+    """Checkpoint, compile and shard the task's blocks, in place, once; parameters keep their names.
+
+    With FSDP2 blocks are gathered and computed in the passes' precision and gradients summed in float32; what stands
+    outside of blocks, such as embeddings and temperatures, stays float32.
+
+    Returns: `whole()`, which gives the task with all of its present weights on every process, whose parts may be called
+        one by one, by some processes oftener than by others; a collective where they are sharded, for evaluation.
+    Raises: ValueError for several processes without a strategy, and for FSDP2 where it cannot be.
+    """
+    world = distributed.world_size()
+    if options.strategy == "none" and world > 1:
+        raise ValueError(f"parallel.strategy is none, but there are {world} processes; expected parallel=ddp or fsdp")
+    if options.strategy == "fsdp" and task.model.image.has_batch_norm:
+        raise ValueError(
+            "parallel.strategy is fsdp, but model.image has BatchNorm, which it does not synchronise; use ddp"
+        )
+    is_sharded = options.strategy == "fsdp" and world > 1
+    # Without weights, and before anything is done to its blocks.
+    skeleton = copy.deepcopy(task, {id(p): _on_meta(p) for p in task.parameters()}) if is_sharded else task
+    blocks = blocks_of(task)
+    for block in blocks:
+        if options.activation_checkpointing != "none":
+            contexts = {"context_fn": _saves_products} if options.activation_checkpointing == "selective" else {}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+        if options.compile:
+            block.forward = torch.compile(block.forward)
+    if is_sharded:
+        mesh = init_device_mesh(device.type, (world,))
+        dtype = torch.bfloat16 if precision == "bf16" else None
+        policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(task, mesh=mesh)
+    return partial(_whole, task, skeleton) if is_sharded else lambda: task
+
+
+def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+
+def _whole(task: Task, skeleton: Task) -> Task:
+    plain = copy.deepcopy(skeleton)
+    plain.load_state_dict({name: distributed.full(tensor) for name, tensor in task.state_dict().items()}, assign=True)
+    return plain
+
+
+def _saves_products() -> Any:
+    """Selective checkpointing: matrix products and attention are kept, all else is computed again."""
+    aten = torch.ops.aten
+    kept = {
+        aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default,
+        aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }  # fmt: skip
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 def wrap(task: Task, device: torch.device) -> nn.Module:
-    """The task as each rank runs it: DDP over several processes, itself on one.
+    """The task as each rank runs it: DDP over several processes; itself on one, and where it is sharded.
 
     Raises: ValueError if the model has BatchNorm and several CPU processes would each normalise by their own part.
     """
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 or isinstance(task, FSDPModule):
         return task
     if task.model.image.has_batch_norm:
         if device.type != "cuda":
@@ -55,4 +147,4 @@ def wrap(task: Task, device: torch.device) -> nn.Module:
     # Every trained parameter is reached in every step (`freeze.Freeze`), so nothing has to be searched for.
     device_ids = [device.index] if device.type == "cuda" else None
     sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
-    return DistributedDataParallel(task, device_ids=device_ids, **sync_buffers)
+    return DistributedDataParallel(task, device_ids=device_ids, gradient_as_bucket_view=True, **sync_buffers)

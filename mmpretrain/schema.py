@@ -58,6 +58,31 @@ class TrainerConfig:
     detect_anomaly: bool = MISSING
 
 
+class Strategy(Enum):
+    """How the model is spread over processes."""
+
+    ddp = "ddp"
+    fsdp = "fsdp"
+    none = "none"
+
+
+class ActivationCheckpointing(Enum):
+    """What is computed again in the backward pass instead of being kept."""
+
+    none = "none"
+    blocks = "blocks"
+    selective = "selective"
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over processes and computed; defaults stand in conf/parallel."""
+
+    strategy: Strategy = MISSING
+    activation_checkpointing: ActivationCheckpointing = MISSING
+    compile: bool = MISSING
+
+
 @dataclass
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
@@ -130,6 +155,7 @@ class TrainConfig:
 
     run: RunConfig = field(default_factory=RunConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = MISSING

@@ -22,6 +22,7 @@ from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results
+from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, first_micro_batch, weights_at
 from mmpretrain.precision import autocast
 from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
@@ -91,12 +92,12 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             return finished
 
         def run_evaluations(
-            task: Task, before: int, after: int, is_last: bool, writer: MetricsWriter | None
+            whole: Callable[[], Task], before: int, after: int, is_last: bool, writer: MetricsWriter | None
         ) -> Mapping[str, float]:
             due = {name: e for name, e in evaluators.items() if is_last or clock.is_due(every[name], before, after)}
             if not due:
                 return {}
-            context = evaluation_context(task)
+            context = evaluation_context(whole())
             scores = evaluate(due, context)
             if writer is not None:
                 for name, picture in context.shown.pictures.items():
@@ -206,6 +207,9 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         profile_steps=cfg.trainer.profile_steps,
         workers=cfg.data.workers,
         text_groups=cfg.data.text_groups,
+        parallel=Parallel(
+            cfg.parallel.strategy.value, cfg.parallel.activation_checkpointing.value, cfg.parallel.compile
+        ),
     )
 
 

@@ -24,6 +24,7 @@ from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
+from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, weights_at
 from mmpretrain.precision import LossScale, PrecisionName, autocast
 from mmpretrain.profiling import profiled
@@ -35,9 +36,9 @@ log = logging.getLogger(__name__)
 
 _LARGEST_EXPONENT = 700.0  # of a float64
 
-Evaluate = Callable[[Task, int, int, bool, MetricsWriter | None], Mapping[str, float]]
-"""(task, samples before the step, samples after it, whether it was the last, what pictures are written to) -> scores of
-the evaluations due."""
+Evaluate = Callable[[Callable[[], Task], int, int, bool, MetricsWriter | None], Mapping[str, float]]
+"""(gives the task to be evaluated, samples before the step, samples after it, whether it was the last, what pictures are
+written to) -> scores of the evaluations due."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TrainerOptions:
     profile_steps: int
     workers: int
     text_groups: int
+    parallel: Parallel
 
 
 @dataclass
@@ -139,9 +141,12 @@ class Trainer:
         self.freeze.check_trains(weights, self.clock)
         if self.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
+        saved = self._find_checkpoint()
+        self._load_weights(saved, initialize)
+        self.whole = parallel.prepare(task, device, options.precision, options.parallel)
         self.optimizer = make_optimizer(task)
         self.ema = None if options.ema_decay is None else EMA(task)
-        self.state = self._resume(initialize)
+        self.state = self._load_state(saved)
         self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
         self.loss_scale = LossScale(options.precision, device, self.state.loss_scale, self.state.good_steps)
         now = Now(self.state.samples, self.clock)
@@ -250,8 +255,9 @@ class Trainer:
         """What each objective costs, and pictures of what it does. A collective."""
         paused = time.perf_counter()
         values = diagnose(self.task, micro_batches, weights, passes, scale)
+        task = self.whole()
         if self.writer is not None:
-            for name, examples in show_examples(self.task, micro_batches[0], weights, passes, self.tokenizer.decode):
+            for name, examples in show_examples(task, micro_batches[0], weights, passes, self.tokenizer.decode):
                 self.writer.examples(f"objectives/{name}", self.state.samples, examples)
         self.window.start += time.perf_counter() - paused
         return values
@@ -269,33 +275,43 @@ class Trainer:
                 f"step {self.state.step + 1}: {str(error).splitlines()[0]} the forward operation is traced above"
             ) from error
 
-    def _resume(self, initialize: Callable[[Task], None] | None) -> TrainState:
-        """Load the newest checkpoint that verifies, every process the one that process 0 chose, or begin."""
+    def _find_checkpoint(self) -> Path | None:
+        """The newest checkpoint that verifies, every process the one that process 0 chose.
+
+        Raises: ValueError if it is of other data, or of a later step than the run's last.
+        """
         folder = self.folder / "checkpoints"
         if distributed.is_main():
             checkpoint.clean(folder)
         path = distributed.from_main(lambda: checkpoint.find_latest(folder, set_aside=True))
-        if path is None:
-            if initialize is not None:
-                initialize(self.task)
-                if self.ema is not None:
-                    self.ema.load(self.task.state_dict())
+        if path is not None:
+            check_fingerprint(path, self.fingerprint)
+            if (step := checkpoint.load_state(path)["step"]) > self.num_steps:
+                raise ValueError(
+                    f"trainer.duration ends at step {self.num_steps}, but {self.folder} is at step {step} already; "
+                    "expected at least that, or a new run: run.name=..."
+                )
+        return path
+
+    def _load_weights(self, saved: Path | None, initialize: Callable[[Task], None] | None) -> None:
+        """A checkpoint's weights, or a new run's."""
+        if saved is not None:
+            self.task.load_state_dict(checkpoint.load_tensors(saved, "model.safetensors"))
+        elif initialize is not None:
+            initialize(self.task)
+
+    def _load_state(self, saved: Path | None) -> TrainState:
+        """What else a checkpoint keeps, or a new run's beginning."""
+        if saved is None:
             return TrainState()
-        check_fingerprint(path, self.fingerprint)
-        saved = checkpoint.load_state(path)
-        del saved["fingerprint"]
-        if saved["step"] > self.num_steps:
-            raise ValueError(
-                f"trainer.duration ends at step {self.num_steps}, but {self.folder} is at step {saved['step']} already; "
-                "expected at least that, or a new run: run.name=..."
-            )
-        self.task.load_state_dict(checkpoint.load_tensors(path, "model.safetensors"))
-        moments = checkpoint.load_tensors(path, "optimizer.safetensors")
-        optim.load_optimizer_state(self.optimizer, moments, saved.pop("optimizer"))
+        state = checkpoint.load_state(saved)
+        del state["fingerprint"]
+        moments = checkpoint.load_tensors(saved, "optimizer.safetensors")
+        optim.load_optimizer_state(self.optimizer, moments, state.pop("optimizer"))
         if self.ema is not None:
-            self.ema.load(checkpoint.load_tensors(path, "ema.safetensors"))
-        log.info("resumed from %s at step %d", path, saved["step"])
-        return TrainState(**saved)
+            self.ema.load(checkpoint.load_tensors(saved, "ema.safetensors"))
+        log.info("resumed from %s at step %d", saved, state["step"])
+        return TrainState(**state)
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of one step. Raises: TrainingError where the data cannot be read."""
@@ -367,10 +383,10 @@ class Trainer:
 
     def _evaluate(self, before: int, is_last: bool) -> Mapping[str, float]:
         """The scores of the evaluations that are due, which results.json will hold."""
-        scores = dict(self.evaluate(self.task, before, self.state.samples, is_last, self.writer))
+        scores = dict(self.evaluate(self.whole, before, self.state.samples, is_last, self.writer))
         if scores and self.ema is not None:
             with self.ema.applied():
-                averaged = self.evaluate(self.task, before, self.state.samples, is_last, None)
+                averaged = self.evaluate(self.whole, before, self.state.samples, is_last, None)
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
             self.state.results.update(scores)
@@ -400,12 +416,11 @@ class Trainer:
         state.loss_scale, state.good_steps = self.loss_scale.state()
         state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
         failure = None
-        if self.writer is not None and state.step > self.saved_step:
+        is_new = state.step > self.saved_step
+        tensors = self._tensors() if is_new else {}
+        if self.writer is not None and is_new:
             self.writer.flush()
             try:
-                tensors = {"model": self.task.state_dict(), "optimizer": optim.optimizer_tensors(self.optimizer)}
-                if self.ema is not None:
-                    tensors["ema"] = self.ema.tensors
                 numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
                 checkpoint.save(
                     self.folder / "checkpoints", state.step, tensors, {**asdict(state), **numbers},
@@ -417,6 +432,13 @@ class Trainer:
         if failure is not None:
             raise TrainingError(failure)
         self.saved_at, self.saved_step, self.is_best = time.perf_counter(), state.step, False
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint keeps, on process 0. A collective."""
+        tensors = {"model": self.task.state_dict(), "optimizer": optim.optimizer_tensors(self.optimizer)}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.tensors
+        return {part: distributed.on_main(named) for part, named in tensors.items()}
 
     def _write_results(self) -> None:
         """results.json stands before the last checkpoint does: a run whose last step is saved is finished."""

@@ -81,6 +81,8 @@ class TimmEncoder(nn.Module):
             self.trunk.patch_embed.strict_img_size = False
             self.trunk.patch_embed.flatten = False
             self.trunk.patch_embed.output_fmt = Format.NHWC
+            if self._can_pick():
+                self.trunk.blocks[-1].__class__ = PickingBlock  # the same parameters, one more way to be called
             if not self.num_patches:
                 raise ValueError(
                     f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
@@ -191,8 +193,8 @@ class TimmEncoder(nn.Module):
             return trunk.norm(last(x, attn_mask=attn_mask))
 
         def pooled() -> Tensor:
-            if self._pools_one_token:
-                return trunk.forward_head(trunk.norm(_first_token(last, x, attn_mask)), pre_logits=True)
+            if isinstance(last, PickingBlock) and not self._draws():
+                return trunk.forward_head(trunk.norm(last(x, attn_mask, first_alone=True)), pre_logits=True)
             if num_keep is None or trunk.global_pool == "token":
                 return trunk.forward_head(encoding.tokens, pre_logits=True)
             patches = encoding.tokens[:, self.num_prefix_tokens :]
@@ -203,8 +205,7 @@ class TimmEncoder(nn.Module):
         encoding = Encoding(tokens, pooled)
         return encoding
 
-    @property
-    def _pools_one_token(self) -> bool:
+    def _can_pick(self) -> bool:
         """Whether the class token's state is all that is pooled, and the last block one whose mathematics is known here."""
         block, is_plain = self.trunk.blocks[-1], type(self.trunk) is VisionTransformer
         if (
@@ -214,25 +215,33 @@ class TimmEncoder(nn.Module):
             or type(block.attn) is not Attention
         ):
             return False
-        draws = self.training and any(
-            getattr(module, name, 0) for module in block.modules() for name in ("p", "drop_prob")
-        )
         is_gated = getattr(block.attn, "gate", None) is not None  # known to later releases of timm
-        return not draws and not is_gated and isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity)
+        return not is_gated and isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity)
+
+    def _draws(self) -> bool:
+        """Whether the last block drops something at random: what it draws depends on how many tokens it computes."""
+        modules = self.trunk.blocks[-1].modules()
+        return self.training and any(getattr(module, name, 0) for module in modules for name in ("p", "drop_prob"))
 
 
-def _first_token(block: Any, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """What a block of timm makes of the first token, [b, N, d] -> [b, 1, d], without computing the others' states."""
-    attn, y = block.attn, block.norm1(x)
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    width = len(weight) // 3
-    q = F.linear(y[:, :1], weight[:width], None if bias is None else bias[:width])
-    kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
-    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask)
-    x = x[:, :1] + block.ls1(attn.proj(attended.transpose(1, 2).flatten(2)))
-    return x + block.ls2(block.mlp(block.norm2(x)))
+class PickingBlock(Block):
+    """timm's block, which can also be asked for the first token's state alone."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, first_alone: bool = False) -> Tensor:
+        """[b, N, d] -> [b, N, d], or [b, 1, d] where no other token's query, projection or MLP is computed."""
+        if not first_alone:
+            return super().forward(x, attn_mask=attn_mask)
+        attn: Any = self.attn
+        y = self.norm1(x)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        width = len(weight) // 3
+        q = F.linear(y[:, :1], weight[:width], None if bias is None else bias[:width])
+        kv = F.linear(y, weight[width:], None if bias is None else bias[width:])
+        q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = attention(attn.q_norm(q), attn.k_norm(k), v, attn_mask)
+        x = x[:, :1] + self.ls1(attn.proj(attended.transpose(1, 2).flatten(2)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 def sincos_positions(grid_size: tuple[int, int], width: int, steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mmpretrain import distributed, parallel
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.stream import length_cuts
 from mmpretrain.diagnose import diagnose
+from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
@@ -23,6 +25,8 @@ from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
+from mmpretrain.optim import adamw, grad_norms, guarded_step
+from mmpretrain.parallel import Parallel
 from mmpretrain.seeds import hash64, torch_draws
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Encodings, Task
@@ -114,6 +118,53 @@ def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str,
     gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
     assert set(freeze.unreached).isdisjoint(gradients)
     return reduced, gradients
+
+
+def train(
+    objectives: tuple[str, ...], options: Parallel, num_micro_batches: int, num_steps: int
+) -> list[dict[str, float]]:
+    """The losses of a few steps of AdamW, and the first weight's norm after the last."""
+    task = make_task(objectives)
+    freeze = Freeze(task, {}, parallel.reached_parameters(task, make_batches(num_micro_batches)[0]))
+    whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
+    optimizer = adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {"text": {"lr": 2e-3}})
+    average = EMA(task)
+    weights = dict.fromkeys(objectives, 1.0)
+    wrapped = parallel.wrap(task, torch.device("cpu"))
+    seen = []
+    for i in range(num_steps):
+        losses = forward_backward(wrapped, task, make_batches(num_micro_batches, seed=i), weights)
+        norms = grad_norms(optimizer)
+        guarded_step(optimizer, norms["all"], 1.0)
+        task.constrain()
+        average.update(torch.zeros(()), 0.5)
+        values = {name: float(means["loss"]) for name, means in losses.reduced().items()}
+        seen.append(values | {f"norm_{name}": float(norm) for name, norm in norms.items()})
+    whole_task = whole()
+    for _ in range(distributed.rank() + 1):  # one process oftener than the other, and between two steps
+        ours = whole_task.model.embed_images(make_samples(torch.arange(BATCH_SIZE), 1).images)
+    averages = {f"average/{name}": float(distributed.full(t).double().norm()) for name, t in average.tensors.items()}
+    assert set(freeze.unreached).isdisjoint(name for group in optimizer.param_groups for name in group["names"])
+    return [*seen, {"embedding": float(ours.double().square().mul(torch.arange(12)).sum())}, averages]
+
+
+def held() -> tuple[int, int, int]:
+    """Numbers of weights and gradients that this process holds under FSDP2, and of weights of the whole task."""
+    task = make_task(("infonce",))
+    whole = parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("fsdp"))
+    forward_backward(task, task, make_batches(1), {"infonce": 1.0})
+    parameters = [p for p in task.parameters() if isinstance(p, DTensor)]
+    own = sum(p.to_local().numel() for p in parameters), sum(p.grad.to_local().numel() for p in parameters)  # type: ignore[union-attr]
+    return *own, sum(p.numel() for p in whole().parameters() if not isinstance(p, DTensor))
+
+
+def refused_strategy() -> str:
+    """What is said where there are several processes and no strategy."""
+    try:
+        parallel.prepare(make_task(("infonce",)), torch.device("cpu"), "fp32", Parallel("none"))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 DIAGNOSED = {"infonce": 1.0, "mae": 0.5, "mlm": 2.0}

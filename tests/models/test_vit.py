@@ -59,7 +59,7 @@ def test_the_class_token_alone_is_what_it_is_among_all(ragged: bool, qk_norm: bo
     torch.testing.assert_close(alone, among, rtol=1e-12, atol=1e-12)
     weights = torch.randn_like(alone)
     of_alone, of_among = (
-        torch.autograd.grad((part * weights).sum(), [p for p in encoder.parameters()]) for part in (alone, among)
+        torch.autograd.grad((part * weights).sum(), list(encoder.parameters())) for part in (alone, among)
     )
     for one, other in zip(of_alone, of_among, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,75 @@
+"""DDP, FSDP2 and activation checkpointing change nothing but where things are."""
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from mmpretrain import parallel
+from mmpretrain.parallel import Parallel
+from mmpretrain.step import forward_backward
+from tests.distributed.pool import Pool
+from tests.distributed.steps import held, make_batches, make_task, refused_strategy, train
+
+MIXES = {
+    "clip": ("infonce",),
+    "slip": ("infonce", "simclr_layer"),
+    "clip_mae_mlm": ("infonce", "mae_images", "mlm_texts"),
+    "coca": ("infonce", "coca"),
+}
+NUM_STEPS = 20
+
+
+@cache
+def on_one_process(mix: str) -> list[dict[str, float]]:
+    return train(MIXES[mix], Parallel(), 1, NUM_STEPS)
+
+
+def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-9), f"step {step}"
+    assert found[0] != pytest.approx(found[1], rel=1e-3), "steps that train"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mix", MIXES)
+def test_two_processes_give_the_losses_of_one(pool: Callable[[int], Pool], mix: str, strategy: str) -> None:
+    for found in pool(2).run(train, MIXES[mix], Parallel(strategy), 1, NUM_STEPS):  # type: ignore[arg-type]
+        assert_same(found, on_one_process(mix))
+
+
+def test_fsdp_on_four_processes_with_micro_batches_gives_the_losses_of_one(pool: Callable[[int], Pool]) -> None:
+    expected = train(MIXES["clip_mae_mlm"], Parallel(), 1, 4)
+    for found in pool(4).run(train, MIXES["clip_mae_mlm"], Parallel("fsdp"), 2, 4):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("mix", "kind"), [("coca", "blocks"), ("clip_mae_mlm", "selective")])
+def test_activation_checkpointing_changes_nothing(pool: Callable[[int], Pool], mix: str, kind: str) -> None:
+    assert_same(train(MIXES[mix], Parallel("ddp", kind), 2, NUM_STEPS), on_one_process(mix))  # type: ignore[arg-type]
+    for found in pool(2).run(train, MIXES[mix], Parallel("fsdp", kind), 1, NUM_STEPS):  # type: ignore[arg-type]
+        assert_same(found, on_one_process(mix))
+
+
+def test_each_of_two_processes_holds_half_of_the_weights_and_gradients(pool: Callable[[int], Pool]) -> None:
+    whole = sum(parameter.numel() for parameter in make_task(("infonce",)).parameters())
+    for parameters, gradients, inside in pool(2).run(held):
+        assert parameters < 0.52 * whole and gradients < 0.52 * whole
+        assert inside == whole
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("none", 1), ("blocks", 2), ("selective", 2)])
+def test_checkpointed_blocks_run_again_in_the_backward_pass(kind: str, calls: int) -> None:
+    task = make_task(("infonce",))
+    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", kind))  # type: ignore[arg-type]
+    norms = [0]
+    block = task.model.text.transformer["resblocks"][0]  # type: ignore[union-attr]
+    block.ln_1.register_forward_hook(lambda *_: norms.__setitem__(0, norms[0] + 1))
+    forward_backward(task, task, make_batches(1), {"infonce": 1.0})
+    assert norms == [calls]
+
+
+def test_several_processes_without_a_strategy_are_refused(pool: Callable[[int], Pool]) -> None:
+    for message in pool(2).run(refused_strategy):
+        assert message == "parallel.strategy is none, but there are 2 processes; expected parallel=ddp or fsdp"
