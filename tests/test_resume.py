@@ -79,7 +79,6 @@ VARIANTS = {
          *runs.TINY_MAE),
     ),
     "one process, three streams and six stages, an average": (1, STAGES),
-    "two processes, three streams and six stages, an average": (2, STAGES),
     "two processes, FSDP2, three streams and six stages, an average": (
         2, (*STAGES, "parallel=fsdp", "parallel.activation_checkpointing=blocks"),
     ),
@@ -201,19 +200,13 @@ def test_another_number_of_processes_goes_on_to_the_same_end(whole: Whole, pairs
     assert all(tensor.isfinite().all() for tensor in first_steps_on_two.values())
 
 
-@pytest.mark.parametrize(
-    ("world_size", "overrides"), [(1, ()), (4, ("parallel=fsdp",))], ids=["DDP on 1", "FSDP2 on 4"]
-)
-def test_a_checkpoint_of_fsdp_on_two_goes_on_elsewhere(
-    world_size: int, overrides: tuple[str, ...], whole: Whole, pairs: Path, tmp_path: Path
-) -> None:
+def test_a_run_sharded_over_two_processes_goes_on_on_one(whole: Whole, pairs: Path, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", (f"data.root={pairs}", *LENGTH, "trainer.ema_decay=0.9")
     commands = start(tmp_path, 2, *settings, "parallel=fsdp")
     commands[0].wait_for(lambda: runs.checkpoints(run), "a checkpoint")
     kill(commands)
-    for command in start(tmp_path, world_size, *settings, *overrides):
-        finished = command.wait()
-        assert finished.code == 0, finished.stderr
+    finished = runs.train(tmp_path, *settings)
+    assert finished.code == 0, finished.stderr
     undisturbed = whole(1, "trainer.ema_decay=0.9")
     found = runs.exact_outcome(run)
     assert set(found) == set(undisturbed)

@@ -1,6 +1,7 @@
 """A small model, a batch, and one step of it, on whatever ranks call it."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mmpretrain import distributed, parallel
+from mmpretrain import checkpoint, distributed, parallel
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.stream import length_cuts
 from mmpretrain.diagnose import diagnose
@@ -25,7 +26,7 @@ from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
-from mmpretrain.optim import adamw, grad_norms, guarded_step
+from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors
 from mmpretrain.parallel import Parallel
 from mmpretrain.seeds import hash64, torch_draws
 from mmpretrain.step import forward_backward
@@ -121,18 +122,34 @@ def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str,
 
 
 def train(
-    objectives: tuple[str, ...], options: Parallel, num_micro_batches: int, num_steps: int
+    objectives: tuple[str, ...],
+    options: Parallel,
+    num_micro_batches: int,
+    num_steps: int,
+    load: Path | None = None,
+    save: Path | None = None,
 ) -> list[dict[str, float]]:
-    """The losses of a few steps of AdamW, and the first weight's norm after the last."""
+    """The losses and gradient norms of a few steps of AdamW, and what evaluation and the average see after them.
+
+    `load` is a checkpoint to go on from, `save` the folder for one at the end.
+    """
     task = make_task(objectives)
     freeze = Freeze(task, {}, parallel.reached_parameters(task, make_batches(num_micro_batches)[0]))
+    if load is not None:
+        task.load_state_dict(checkpoint.load_tensors(load, "model.safetensors"))
     whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
     optimizer = adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {"text": {"lr": 2e-3}})
+    assert set(freeze.unreached).isdisjoint(name for group in optimizer.param_groups for name in group["names"])
     average = EMA(task)
+    first = 0
+    if load is not None:
+        load_optimizer_state(optimizer, checkpoint.load_tensors(load, "optimizer.safetensors"), {})
+        average.load(checkpoint.load_tensors(load, "ema.safetensors"))
+        first = checkpoint.load_state(load)["step"]
     weights = dict.fromkeys(objectives, 1.0)
     wrapped = parallel.wrap(task, torch.device("cpu"))
     seen = []
-    for i in range(num_steps):
+    for i in range(first, first + num_steps):
         losses = forward_backward(wrapped, task, make_batches(num_micro_batches, seed=i), weights)
         norms = grad_norms(optimizer)
         guarded_step(optimizer, norms["all"], 1.0)
@@ -141,11 +158,16 @@ def train(
         values = {name: float(means["loss"]) for name, means in losses.reduced().items()}
         seen.append(values | {f"norm_{name}": float(norm) for name, norm in norms.items()})
     whole_task = whole()
-    for _ in range(distributed.rank() + 1):  # one process oftener than the other, and between two steps
-        ours = whole_task.model.embed_images(make_samples(torch.arange(BATCH_SIZE), 1).images)
-    averages = {f"average/{name}": float(distributed.full(t).double().norm()) for name, t in average.tensors.items()}
-    assert set(freeze.unreached).isdisjoint(name for group in optimizer.param_groups for name in group["names"])
-    return [*seen, {"embedding": float(ours.double().square().mul(torch.arange(12)).sum())}, averages]
+    for _ in range(distributed.rank() + 1):  # by one process oftener than by the other
+        ours = whole_task.model.embed_images(make_samples(torch.arange(BATCH_SIZE), 1).images).double()
+    seen.append({"embedding": float((ours.square() * torch.arange(ours.shape[1])).sum())})
+    seen.append({f"average/{name}": float(distributed.full(t).norm()) for name, t in average.tensors.items()})
+    if save is not None:
+        parts = {"model": task.state_dict(), "optimizer": optimizer_tensors(optimizer), "ema": average.tensors}
+        tensors = {part: distributed.on_main(named) for part, named in parts.items()}
+        if distributed.is_main():
+            checkpoint.save(save, first + num_steps, tensors, {"step": first + num_steps}, keep_last=0)
+    return seen
 
 
 def held() -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,10 +40,17 @@ def test_two_processes_give_the_losses_of_one(pool: Callable[[int], Pool], mix: 
         assert_same(found, on_one_process(mix))
 
 
-def test_fsdp_on_four_processes_with_micro_batches_gives_the_losses_of_one(pool: Callable[[int], Pool]) -> None:
-    expected = train(MIXES["clip_mae_mlm"], Parallel(), 1, 4)
-    for found in pool(4).run(train, MIXES["clip_mae_mlm"], Parallel("fsdp"), 2, 4):
-        assert_same(found, expected)
+def test_a_checkpoint_of_fsdp_on_two_goes_on_with_ddp_on_one_and_with_fsdp_on_four(
+    pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    objectives = MIXES["clip_mae_mlm"]
+    expected = train(objectives, Parallel(), 1, 6)
+    for found in pool(2).run(train, objectives, Parallel("fsdp"), 1, 3, None, tmp_path):
+        assert_same(found[:3], expected[:3])
+    saved = tmp_path / "step_00000003"
+    assert_same(train(objectives, Parallel("ddp"), 1, 3, saved), expected[3:])
+    for found in pool(4).run(train, objectives, Parallel("fsdp"), 2, 3, saved):
+        assert_same(found, expected[3:])
 
 
 @pytest.mark.parametrize(("mix", "kind"), [("coca", "blocks"), ("clip_mae_mlm", "selective")])
