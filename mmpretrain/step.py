@@ -132,12 +132,12 @@ def forward_backward(
             counts[name] = counts.get(name, 0) + count
     counts = {name: distributed.all_reduce_sum(count).clamp(min=1) for name, count in counts.items()}
     coupling = _Coupling(task)
-    has_coupled = len(counts) < sum(weight != 0 for weight in weights.values())
-    if len(micro_batches) > 1 and has_coupled:
+    coupled_weights = {name: 0.0 if name in counts else weight for name, weight in weights.items()}
+    if len(micro_batches) > 1 and any(coupled_weights.values()):
         with torch.no_grad():
             for batch in micro_batches:
                 with autocast:
-                    wrapped(batch, weights, counts, coupling.collect)
+                    wrapped(batch, coupled_weights, counts, coupling.collect)
     sums: dict[str, Tensors] = defaultdict(dict)
     world = distributed.world_size()
     for i, batch in enumerate(micro_batches):

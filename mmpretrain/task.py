@@ -181,7 +181,9 @@ class Task(nn.Module):
         encodings = Encodings(self.model, batch)
         total = torch.zeros((), device=next(self.parameters()).device)
         sums: dict[str, dict[str, Tensor]] = {}
-        for name, objective in self.objectives.items():
+        # Coupled ones first: a pass that gathers their rows alone then draws the same dropout for them.
+        for name in sorted(self.objectives, key=lambda name: isinstance(self.objectives[name], IndependentObjective)):
+            objective = self.objectives[name]
             if not weights[name]:
                 continue
             if isinstance(objective, IndependentObjective):

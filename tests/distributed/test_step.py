@@ -199,6 +199,16 @@ def test_flags_of_one_rank_reach_all_in_the_same_step(pool: Pools) -> None:
     assert pool(2).run(late_flags) == [expected, expected]
 
 
+def test_the_pass_that_gathers_rows_computes_no_other_objective_and_draws_the_same_dropout() -> None:
+    task = make_task(("mae", "infonce"), proj_drop_rate=0.2)
+    decoded, embedded = [], []
+    task.objectives["mae"].norm.register_forward_hook(lambda *_: decoded.append(1))  # type: ignore[attr-defined]
+    task.model.image_projection.register_forward_hook(lambda *call: embedded.append(call[-1].detach()))  # type: ignore[union-attr]
+    forward_backward(task, task, make_batches(4), {"mae": 1.0, "infonce": 1.0})
+    assert len(decoded) == 4 and len(embedded) == 8
+    assert torch.equal(torch.stack(embedded[:4]), torch.stack(embedded[4:]))
+
+
 def test_what_process_0_finds_or_refuses_every_process_does(pool: Pools) -> None:
     assert pool(2).run(told_by_main) == [10, 10]
     assert pool(2).run(refused_on_main) == ["none of the checkpoints verifies"] * 2
