@@ -59,25 +59,30 @@ class _Coupling:
     def collect(self, name: str, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
         """The first pass: keep a micro-batch's rows; nothing flows back."""
         self.rows[name].append({key: row.detach() for key, row in rows.items()})
+        self.shared[name] = {key: value.detach() for key, value in shared.items()}
         return _zeros(rows), _zeros(shared)
+
+    def differentiate(self) -> None:
+        """After the first pass, while no micro-batch's activations are kept: every coupled loss and its gradients."""
+        for name in list(self.rows):
+            self._gradients[name] = self._differentiate(name)
 
     def couple(self, name: str, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
         """The pass with gradients: d loss / d rows of this micro-batch, d loss / d shared on the last one."""
-        if not self.rows[name]:  # one micro-batch: its rows are all there are on this rank
+        if name not in self._gradients:  # one micro-batch: its rows are all there are on this rank
             self.collect(name, rows, shared)
-        if name not in self._gradients:
-            self._gradients[name] = self._differentiate(name, shared)
+            self._gradients[name] = self._differentiate(name)
         d_rows, d_shared = self._gradients[name]
         self._given[name] += 1
         is_last = self._given[name] == len(d_rows)
         return d_rows[self._given[name] - 1], d_shared if is_last else _zeros(shared)
 
-    def _differentiate(self, name: str, shared: Mapping[str, Tensor]) -> tuple[list[Tensors], Tensors]:
-        micro_batches = self.rows[name]
+    def _differentiate(self, name: str) -> tuple[list[Tensors], Tensors]:
+        micro_batches = self.rows.pop(name)
         sizes = [len(next(iter(rows.values()))) for rows in micro_batches]
         local = {key: torch.cat([rows[key] for rows in micro_batches]) for key in micro_batches[0]}
         leaves = {key: distributed.gather_rows(rows) for key, rows in local.items()}
-        scalars = {key: value.detach().requires_grad_() for key, value in shared.items()}
+        scalars = {key: value.clone().requires_grad_() for key, value in self.shared[name].items()}
         differentiable = [key for key, rows in leaves.items() if rows.is_floating_point()]
         device_type = next(iter(local.values())).device.type
         with torch.enable_grad(), torch.autocast(device_type, enabled=False):
@@ -87,7 +92,6 @@ class _Coupling:
             inputs = [leaves[key] for key in differentiable] + list(scalars.values())
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         self.losses[name] = loss.detach()
-        self.shared[name] = {key: value.detach() for key, value in scalars.items()}
         world, mine = distributed.world_size(), distributed.rank()
         d_local = [gradient.chunk(world)[mine].split(sizes) for gradient in gradients[: len(differentiable)]]
         d_rows = [dict(zip(differentiable, part, strict=True)) for part in zip(*d_local, strict=True)]
@@ -138,6 +142,7 @@ def forward_backward(
             for batch in micro_batches:
                 with autocast:
                     wrapped(batch, coupled_weights, counts, coupling.collect)
+        coupling.differentiate()
     sums: dict[str, Tensors] = defaultdict(dict)
     world = distributed.world_size()
     for i, batch in enumerate(micro_batches):

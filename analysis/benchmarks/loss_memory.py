@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.machine import describe, one_line, peak_bytes
 from mmpretrain.losses import info_nce
 
 NAMES = ("open_clip", "mmpretrain")
@@ -50,32 +50,18 @@ def error(dtype: torch.dtype, width: int) -> float:
     return max(float((a - b).norm() / a.norm()) for a, b in zip(theirs, ours, strict=True))
 
 
-def held_bytes(field: str) -> int:
-    """A line of this process's status: VmRSS now, VmHWM at its highest."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 def measure(name: str, batch: int, width: int, device: str) -> dict[str, float]:
     """In a process of its own: peak bytes, and the seconds of a second pass."""
     tensors = inputs(batch, width, torch.float32, device)
     gradients(name, inputs(64, width, torch.float32, device))  # what libraries load is not the loss's
     gradient_bytes = sum(tensor.nbytes for tensor in tensors)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = held_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
-    gradients(name, tensors)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else held_bytes("VmHWM")
+    with peak_bytes(device) as peak:
+        gradients(name, tensors)
     started = time.perf_counter()
     gradients(name, tensors)
     if device == "cuda":
         torch.cuda.synchronize()
-    return {"bytes": peak - before - gradient_bytes, "seconds": time.perf_counter() - started}
+    return {"bytes": peak[0] - gradient_bytes, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:

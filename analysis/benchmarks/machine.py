@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,3 +34,28 @@ def describe() -> dict[str, str | int]:
 def one_line() -> str:
     """`describe()` as a line for a table's head."""
     return ", ".join(f"{key} {value}" for key, value in describe().items())
+
+
+def held_bytes(field: str) -> int:
+    """A line of this process's status: VmRSS now, VmHWM at its highest."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+@contextmanager
+def peak_bytes(device: str = "cpu") -> Iterator[list[int]]:
+    """Inside the block memory is watched; behind it the list holds the peak beyond what was held before.
+
+    Of the process (Linux's VmHWM), or of the CUDA allocator.
+    """
+    peak: list[int] = []
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = held_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    yield peak
+    peak.append((torch.cuda.max_memory_allocated() if device == "cuda" else held_bytes("VmHWM")) - before)

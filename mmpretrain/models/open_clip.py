@@ -197,7 +197,7 @@ class OpenClipVision(nn.Module):
         if not self._has_own_blocks:
             x = visual.transformer(x, attn_mask=None if is_seen is None else self._added(is_seen, x.dtype))
             return Encoding(
-                lambda: x if visual.attn_pool is not None else visual.ln_post(x), lambda: visual._pool(x)[0]
+                lambda: x if visual.attn_pool is not None else visual.ln_post(x), lambda _: visual._pool(x)[0]
             )
         groups, masks = LengthGroups(len(x), (x.shape[1],)), [None if is_seen is None else is_seen[:, None, None]]
         x = groups.pack(x)
@@ -207,11 +207,11 @@ class OpenClipVision(nn.Module):
         first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         ends = Encoding(
             lambda: groups.unpack(last(x, groups, masks, is_causal=False)),
-            lambda: last(x, groups, masks, is_causal=False, picks=first),
+            lambda _: last(x, groups, masks, is_causal=False, picks=first),
         )
         return Encoding(
             lambda: ends.tokens if visual.attn_pool is not None else visual.ln_post(ends.tokens),
-            lambda: visual.ln_post(ends.pooled) if self.pools_token else visual._pool(ends.tokens)[0],
+            lambda _: visual.ln_post(ends.pooled) if self.pools_token else visual._pool(ends.tokens)[0],
         )
 
     def _added(self, is_seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,7 +246,7 @@ class OpenClipResNet(nn.Module):
         x = visual.stem(images)
         for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             x = layer(x)
-        return Encoding(lambda: x.flatten(2).transpose(1, 2), lambda: visual.attnpool(x))
+        return Encoding(lambda: x.flatten(2).transpose(1, 2), lambda _: visual.attnpool(x))
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, e] as it is."""
@@ -289,14 +289,14 @@ class OpenClipText(nn.Module):
             x = x + F.embedding(groups.places(ids.device), text.positional_embedding).to(x.dtype)
             if not self._has_own_blocks:
                 x = text.ln_final(groups.map(self._encode, x))
-                return Encoding(lambda: groups.unpack(x), lambda: x[groups.find(picks)])
+                return Encoding(lambda: groups.unpack(x), lambda _: x[groups.find(picks)])
             masks = [None] * len(cuts)
             *blocks, last = text.transformer.resblocks
             for block in blocks:
                 x = block(x, groups, masks, is_causal=True)
             return Encoding(
                 lambda: groups.unpack(text.ln_final(last(x, groups, masks, is_causal=True))),
-                lambda: text.ln_final(last(x, groups, masks, is_causal=True, picks=picks)),
+                lambda _: text.ln_final(last(x, groups, masks, is_causal=True, picks=picks)),
             )
         is_padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
         assert self.pad_id is not None
@@ -305,9 +305,9 @@ class OpenClipText(nn.Module):
         x, attn_mask = text._embeds(ids)
         x = text.transformer(x, attn_mask=attn_mask)
         if text.cls_emb is not None:
-            return Encoding(lambda: x[:, :-1], lambda: text.ln_final(x[:, -1]))
+            return Encoding(lambda: x[:, :-1], lambda _: text.ln_final(x[:, -1]))
         x = text.ln_final(x)
-        return Encoding(lambda: x, lambda: text_global_pool(x, ids, text.pool_type, text.eos_id))
+        return Encoding(lambda: x, lambda _: text_global_pool(x, ids, text.pool_type, text.eos_id))
 
     def _encode(self, x: Tensor) -> Tensor:
         """Embeddings [b_g, l, d] of a length group -> [b_g, l, d]."""
@@ -347,7 +347,7 @@ class OpenClipHFText(nn.Module):
         ids = ids[:, : cuts[-1]]
         is_token = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         out = self.text.transformer(input_ids=ids, attention_mask=is_token)
-        return Encoding(lambda: out.last_hidden_state, lambda: self.text.pooler(out, is_token))
+        return Encoding(lambda: out.last_hidden_state, lambda _: self.text.pooler(out, is_token))
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]."""

@@ -100,12 +100,11 @@ class TextTransformer(nn.Module):
         def tokens() -> Tensor:
             return groups.unpack(self.ln_final(last(x, groups, masks, self.causal)))
 
-        def pooled() -> Tensor:
+        def pooled(encoding: Encoding) -> Tensor:
             if self.pool == "last":
                 return self.ln_final(last(x, groups, masks, self.causal, picks=lengths - 1))
             states = encoding.tokens
             is_token = torch.arange(states.shape[1], device=ids.device) < lengths[:, None]
             return (states * is_token[..., None]).sum(1) / lengths[:, None].to(states.dtype)
 
-        encoding = Encoding(tokens, pooled)
-        return encoding
+        return Encoding(tokens, pooled)

@@ -162,7 +162,7 @@ class TimmEncoder(nn.Module):
             tokens = tokens.flatten(1, 2)
         elif tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
-        return Encoding(lambda: tokens, lambda: self.trunk.forward_head(features, pre_logits=True))
+        return Encoding(lambda: tokens, lambda _: self.trunk.forward_head(features, pre_logits=True))
 
     def _encode(self, images: Tensor, mask: PatchMask | None) -> Encoding:
         trunk = self.trunk
@@ -192,7 +192,7 @@ class TimmEncoder(nn.Module):
             choose_kernel([last], x.device, is_masked=attn_mask is not None)
             return trunk.norm(last(x, attn_mask=attn_mask))
 
-        def pooled() -> Tensor:
+        def pooled(encoding: Encoding) -> Tensor:
             if isinstance(last, PickingBlock) and not self._draws():
                 return trunk.forward_head(trunk.norm(last(x, attn_mask, first_alone=True)), pre_logits=True)
             if num_keep is None or trunk.global_pool == "token":
@@ -202,8 +202,7 @@ class TimmEncoder(nn.Module):
             mean = (patches * is_kept[..., None]).sum(1) / num_keep[:, None].to(patches.dtype)
             return trunk.head_drop(trunk.fc_norm(mean))
 
-        encoding = Encoding(tokens, pooled)
-        return encoding
+        return Encoding(tokens, pooled)
 
     def _can_pick(self) -> bool:
         """Whether the class token's state is all that is pooled, and the last block one whose mathematics is known here."""

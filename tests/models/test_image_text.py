@@ -1,5 +1,8 @@
 """The joined model: its space, and the pixels that it sees."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -32,3 +35,17 @@ def test_a_model_without_a_text_encoder_encodes_images_and_refuses_texts() -> No
     assert model.project_image(model.encode_image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).pooled).shape == (2, 12)
     with pytest.raises(ValueError, match=r"no text encoder \(model.text is null\)"):
         model.encode_text(torch.ones(1, 3, dtype=torch.int64), torch.tensor([3]), (3,))
+
+
+def test_an_encoding_is_freed_with_its_last_reference() -> None:
+    """A cycle would keep a micro-batch's activations until the garbage collector runs."""
+    model, samples = tiny.image_text(), tiny.batch([4, 8]).streams["pairs"]
+    words = samples.text, samples.lengths, samples.cuts
+    gc.disable()
+    try:
+        for encoding in [model.encode_image(samples.images)], [model.encode_text(*words)]:
+            held = [weakref.ref(encoding[0].pooled), weakref.ref(encoding[0].tokens)]
+            encoding.clear()
+            assert [each() for each in held] == [None, None]
+    finally:
+        gc.enable()

@@ -1,0 +1,199 @@
+r"""Memory and gradients of a large batch in micro-batches (gradient caching), with patch dropping on.
+
+    python -m analysis.benchmarks.grad_cache [--batch 4096] [--micro-batch 64] [--output grad_cache.json]
+
+Memory: the emoji model (conf/model/clip_tiny.yaml) with half of its patches dropped, float32, for images of 64 pixels, its
+own, and of 128. A step of the large batch in micro-batches, and one of a single micro-batch, each in a process of its
+own, in turn; the peak beyond what the process held before: inputs lie in memory already, the libraries' caches are warm,
+and the rows of the loss with their gradients, 2 x 2 x batch x width x 4 bytes, are taken away. Gradients of weights count:
+from the second micro-batch on they are there beside activations, so that the ratio falls as activations grow. `with state`
+adds weights and AdamW's moments, which both sides have. Medians over the rounds.
+
+Gradients: a narrower model of the same kind, float64, the whole batch at once on one process against micro-batches on 1
+and on 2 gloo processes through DDP: the largest relative error of a parameter's gradient, the temperature's by itself.
+The same step with open_clip's recipe for it (accum_freq) has a temperature's gradient that many times too large.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+import yaml
+from torch import Tensor
+
+from analysis.benchmarks.machine import describe, one_line, peak_bytes
+from mmpretrain import distributed, parallel, targets
+from mmpretrain.batch import Batch, Samples
+from mmpretrain.data.stream import length_cuts
+from mmpretrain.freeze import Freeze
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.seeds import torch_draws
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Task
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+MASK_RATIO = 0.5
+WEIGHTS = {"infonce": 1.0}
+# glibc gives freed memory back at once: its leftovers are not the step's.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def make_task(narrow: bool, image_size: int = 64) -> Task:
+    """The emoji model, or a narrower one of two blocks in float64, with half of the patches dropped."""
+    torch.manual_seed(0)
+    node = yaml.safe_load((CONF / "model" / "clip_tiny.yaml").read_text(encoding="utf-8"))
+    node["image"]["image_size"] = image_size
+    if narrow:
+        node["image"]["image_size"] = 32
+        node["image"]["args"] |= {"embed_dim": 32, "depth": 2, "num_heads": 2}
+        node["text"] |= {"vocab_size": 1000, "width": 32, "depth": 2, "num_heads": 2}
+        node["embed_dim"] = 24
+    model: ImageTextModel = targets.instantiate(node, 0, "model")
+    task = Task(model, {"infonce": InfoNCE(model, mask_ratio=MASK_RATIO)})
+    return task.double() if narrow else task
+
+
+def make_batches(task: Task, batch_size: int, micro_batch_size: int) -> list[Batch]:
+    """This rank's micro-batches of a fixed batch of noise with captions of 8 to 24 tokens."""
+    model = task.model
+    assert model.text is not None
+    generator = torch.Generator().manual_seed(0)
+    size = model.image.image_size
+    images = torch.randint(256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
+    text = torch.randint(1, model.text.vocab_size - 1, (batch_size, 24), generator=generator)
+    lengths = torch.randint(8, 25, (batch_size,), generator=generator)
+    seeds = torch_draws(torch.tensor([1]), batch_size)[0]
+    batches = []
+    for rows in torch.arange(batch_size).chunk(distributed.world_size())[distributed.rank()].split(micro_batch_size):
+        rows = rows[lengths[rows].argsort(stable=True)]
+        cuts = length_cuts(lengths[rows], 4, 24)
+        samples = Samples(
+            rows, rows, seeds[rows], images[rows], text[rows, : cuts[-1]], lengths[rows], cuts
+        )  # fmt: skip
+        batches.append(Batch({"pairs": samples}))
+    return batches
+
+
+def measure_memory(batch_size: int, micro_batch_size: int, image_size: int) -> dict[str, float]:
+    """In a process of its own: bytes beyond what it held, rows and their gradients aside, and seconds."""
+    task = make_task(narrow=False, image_size=image_size)
+    batches = make_batches(task, batch_size, micro_batch_size)
+    for batch in make_batches(task, 16 * micro_batch_size, micro_batch_size):  # shapes that libraries keep plans for
+        forward_backward(task, task, [batch], WEIGHTS)
+    task.zero_grad()
+    started = time.perf_counter()
+    with peak_bytes() as peak:
+        forward_backward(task, task, batches, WEIGHTS)
+    rows = 2 * 2 * batch_size * task.model.embed_dim * 4
+    state = 3 * sum(parameter.nbytes for parameter in task.parameters())
+    return {"bytes": peak[0] - rows, "with_state": peak[0] - rows + state, "seconds": time.perf_counter() - started}
+
+
+def gradients(batch_size: int, micro_batch_size: int) -> dict[str, Tensor]:
+    """The narrow model's gradients."""
+    task = make_task(narrow=True)
+    batches = make_batches(task, batch_size, micro_batch_size)
+    Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
+    forward_backward(parallel.wrap(task, torch.device("cpu")), task, batches, WEIGHTS)
+    return {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
+
+
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The largest relative error of a gradient, and the temperature's."""
+    total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    each = {
+        # Keys' biases have no gradient but rounding: held against that of all parameters.
+        name: float((found[name] - gradient).norm() / max(gradient.norm(), 1e-6 * total))
+        for name, gradient in expected.items()
+    }
+    return {"largest": max(each.values()), "logit_scale": each["objectives.infonce.logit_scale"]}
+
+
+def rank_process(rank: int, port: int, batch_size: int, micro_batch_size: int, queue: mp.SimpleQueue) -> None:
+    """One of two ranks; the first hands in its gradients."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    distributed.setup(torch.device("cpu"))
+    found = gradients(batch_size, micro_batch_size)
+    if rank == 0:
+        queue.put({name: gradient.numpy() for name, gradient in found.items()})
+    distributed.shut_down()
+
+
+def on_two_ranks(batch_size: int, micro_batch_size: int) -> dict[str, Tensor]:
+    """The gradients of two gloo processes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(rank_process, (port, batch_size, micro_batch_size, queue), nprocs=2, join=False)
+    found = queue.get()
+    context.join()
+    return {name: torch.from_numpy(gradient) for name, gradient in found.items()}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--image-size", default="64,128")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure_memory(args.measure, args.micro_batch, int(args.image_size))))
+        return
+    print(one_line())
+    print(f"peak of a step, medians of {args.rounds}")
+    print(f"{'pixels':>8}{'batch':>8}{'in':>6}{'MiB':>10}{'with state':>12}{'seconds':>9}")
+    medians: dict[str, dict[str, dict[str, float]]] = {}
+    ratios: dict[str, dict[str, float]] = {}
+    for size in args.image_size.split(","):
+        values: dict[str, list[dict[str, float]]] = {str(args.micro_batch): [], str(args.batch): []}
+        command = [sys.executable, "-m", "analysis.benchmarks.grad_cache", "--micro-batch", str(args.micro_batch)]
+        for _ in range(args.rounds):
+            for batch in values:
+                own = [*command, "--image-size", size, "--measure", batch]
+                done = subprocess.run(own, check=True, stdout=subprocess.PIPE, env={**os.environ, **AT_ONCE})
+                values[batch].append(json.loads(done.stdout))
+        medians[size] = {
+            batch: {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+            for batch, rounds in values.items()
+        }
+        for batch, median in medians[size].items():
+            mib = f"{median['bytes'] / 2**20:>10,.0f}{median['with_state'] / 2**20:>12,.0f}"
+            print(f"{size:>8}{batch:>8}{args.micro_batch:>6}{mib}{median['seconds']:>9.1f}")
+        one, every = medians[size].values()
+        ratios[size] = {key: every[key] / one[key] for key in ("bytes", "with_state")}
+        print(f"{'ratio':>22}{ratios[size]['bytes']:>10.2f}{ratios[size]['with_state']:>12.2f}", flush=True)
+    expected = gradients(args.batch, args.batch)
+    found = {
+        1: errors(gradients(args.batch, args.micro_batch), expected),
+        2: errors(on_two_ranks(args.batch, args.micro_batch), expected),
+    }
+    for ranks, error in found.items():
+        print(
+            f"{ranks} rank{'s' if ranks > 1 else ''}: largest relative error of a gradient {error['largest']:.1e}, "
+            f"of the temperature's {error['logit_scale']:.1e}"
+        )
+    if args.output:
+        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
+        record |= {"medians": medians, "ratios": ratios, "errors": found}
+        args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
