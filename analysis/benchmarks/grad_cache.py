@@ -17,19 +17,19 @@ The same step with open_clip's recipe for it (accum_freq) has a temperature's gr
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.multiprocessing as mp
 import yaml
 from torch import Tensor
 
 from analysis.benchmarks.machine import describe, one_line, peak_bytes
+from analysis.benchmarks.ranks import on_ranks
 from mmpretrain import distributed, parallel, targets
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.stream import length_cuts
@@ -118,29 +118,9 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
     return {"largest": max(each.values()), "logit_scale": each["objectives.infonce.logit_scale"]}
 
 
-def rank_process(rank: int, port: int, batch_size: int, micro_batch_size: int, queue: mp.SimpleQueue) -> None:
-    """One of two ranks; the first hands in its gradients."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    distributed.setup(torch.device("cpu"))
-    found = gradients(batch_size, micro_batch_size)
-    if rank == 0:
-        queue.put({name: gradient.numpy() for name, gradient in found.items()})
-    distributed.shut_down()
-
-
-def on_two_ranks(batch_size: int, micro_batch_size: int) -> dict[str, Tensor]:
-    """The gradients of two gloo processes."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(rank_process, (port, batch_size, micro_batch_size, queue), nprocs=2, join=False)
-    found = queue.get()
-    context.join()
-    return {name: torch.from_numpy(gradient) for name, gradient in found.items()}
+def arrays(batch_size: int, micro_batch_size: int) -> dict[str, np.ndarray]:
+    """The narrow model's gradients, as they can be sent to another process."""
+    return {name: gradient.numpy() for name, gradient in gradients(batch_size, micro_batch_size).items()}
 
 
 def main() -> None:
@@ -180,11 +160,10 @@ def main() -> None:
         ratios[size] = {key: every[key] / one[key] for key in ("bytes", "with_state")}
         print(f"{'ratio':>22}{ratios[size]['bytes']:>10.2f}{ratios[size]['with_state']:>12.2f}", flush=True)
     expected = gradients(args.batch, args.batch)
-    found = {
-        1: errors(gradients(args.batch, args.micro_batch), expected),
-        2: errors(on_two_ranks(args.batch, args.micro_batch), expected),
-    }
-    for ranks, error in found.items():
+    found = {}
+    for ranks in (1, 2):
+        sent = on_ranks(ranks, "cpu", arrays, args.batch, args.micro_batch)
+        found[ranks] = error = errors({name: torch.from_numpy(array) for name, array in sent.items()}, expected)
         print(
             f"{ranks} rank{'s' if ranks > 1 else ''}: largest relative error of a gradient {error['largest']:.1e}, "
             f"of the temperature's {error['logit_scale']:.1e}"

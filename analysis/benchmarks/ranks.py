@@ -1,0 +1,60 @@
+"""A function on several processes of this machine, which form a group as torchrun's do."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from mmpretrain import distributed
+
+
+def on_ranks(world_size: int, device: str, fn: Callable[..., Any], *arguments: Any) -> Any:
+    """What `fn(*arguments)` gives on rank 0 of `world_size` processes; plain values, or tensors' arrays.
+
+    The cores are shared out; on CUDA each process has a GPU of its own.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    results = mp.get_context("spawn").SimpleQueue()
+    threads = max(1, torch.get_num_threads() // world_size)
+    context = mp.spawn(
+        _rank, (world_size, port, threads, device, fn, arguments, results), nprocs=world_size, join=False
+    )
+    while results.empty():  # a rank that fails raises here
+        context.join(timeout=0.1)
+    value = results.get()
+    while not context.join():
+        pass
+    return value
+
+
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    threads: int,
+    device: str,
+    fn: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    results: Any,
+) -> None:
+    names = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    distributed.setup(torch.device(device))
+    value = fn(*arguments)
+    if rank == 0:
+        results.put(value)
+    distributed.shut_down()

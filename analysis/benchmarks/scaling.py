@@ -1,0 +1,133 @@
+r"""Pairs per second of one global batch on 1, 2 and 4 processes, with DDP and with FSDP2.
+
+    python -m analysis.benchmarks.scaling [--processes 1,2,4] [--model emoji_clip] [--output scaling.json]
+
+The global batch, the weights and the optimiser are the same everywhere: more processes each take a smaller part of it, and
+the cores (or a GPU each). Noise images, captions of 8 to 24 tokens. Equality: the losses of the first `--steps` steps are
+those of one process, to 1e-5 of their value in float32, or the benchmark ends; in bf16 the difference is printed. A round
+runs each number of processes and strategy once, in turn; medians over the rounds. `efficiency` is the speed over that of
+one process; where the processes share the cores of one machine, 1 is as good as it can be.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.ranks import on_ranks
+from analysis.benchmarks.step import AGREEMENT, BETAS, EPS, LR, WEIGHT_DECAY, build_model
+from mmpretrain import distributed, optim, parallel
+from mmpretrain.batch import Batch, Samples
+from mmpretrain.data.stream import length_cuts
+from mmpretrain.freeze import Freeze
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.parallel import Parallel
+from mmpretrain.precision import PrecisionName, autocast
+from mmpretrain.profiling import synchronize
+from mmpretrain.step import forward_backward
+from mmpretrain.task import Task
+
+NUM_BATCHES = 4
+LONGEST = 24
+
+
+def my_batches(task: Task, batch_size: int) -> list[Batch]:
+    """This rank's parts of a few batches of noise."""
+    assert task.model.text is not None
+    generator = torch.Generator().manual_seed(0)
+    size, vocabulary = task.model.image.image_size, task.model.text.vocab_size
+    batches = []
+    for _ in range(NUM_BATCHES):
+        images = torch.randint(256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
+        text = torch.randint(1, vocabulary - 1, (batch_size, LONGEST), generator=generator)
+        lengths = torch.randint(8, LONGEST + 1, (batch_size,), generator=generator)
+        rows = torch.arange(batch_size).chunk(distributed.world_size())[distributed.rank()]
+        rows = rows[lengths[rows].argsort(stable=True)]
+        cuts = length_cuts(lengths[rows], 4, LONGEST)
+        batches.append(
+            Batch({"pairs": Samples(rows, rows, rows, images[rows], text[rows, : cuts[-1]], lengths[rows], cuts)})
+        )
+    return batches
+
+
+def measure(
+    model: str, batch_size: int, strategy: str, precision: PrecisionName, device_type: str, steps: int, timed: int
+) -> tuple[list[float], float]:
+    """On each rank: the losses of the first steps, and the seconds of one of the steps after them."""
+    device = torch.device(device_type)
+    torch.manual_seed(0)
+    built = build_model(model)
+    task = Task(built, {"infonce": InfoNCE(built)}).to(device)
+    batches = [batch.to(device) for batch in my_batches(task, batch_size)]
+    Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
+    parallel.prepare(task, device, precision, Parallel(strategy))  # type: ignore[arg-type]
+    optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})
+    wrapped = parallel.wrap(task, device)
+
+    def step(i: int) -> torch.Tensor:
+        batch = batches[i % NUM_BATCHES]
+        losses = forward_backward(wrapped, task, [batch], {"infonce": 1.0}, autocast(device, precision))
+        optim.guarded_step(optimizer, optim.grad_norms(optimizer)["all"], None)
+        task.constrain()
+        return losses.coupled["infonce"]
+
+    losses = [float(step(i)) for i in range(steps)]
+    synchronize(device)
+    started = time.perf_counter()
+    for i in range(timed):
+        step(steps + i)
+    synchronize(device)
+    return losses, (time.perf_counter() - started) / timed
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", default="1,2,4")
+    parser.add_argument("--model", default="emoji_clip", help="a model of open_clip, or emoji_clip")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--strategies", default="ddp,fsdp")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--steps", type=int, default=5, help="steps whose losses are compared")
+    parser.add_argument("--timed", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    worlds = [int(each) for each in args.processes.split(",")]
+    kinds = [(1, "ddp")] + [(world, each) for world in worlds if world > 1 for each in args.strategies.split(",")]
+    seconds: dict[tuple[int, str], list[float]] = {kind: [] for kind in kinds}
+    difference: dict[tuple[int, str], float] = {}
+    expected: list[float] = []
+    for _ in range(args.rounds):
+        for world, strategy in kinds:
+            losses, each = on_ranks(
+                world, args.device, measure, args.model, args.batch, strategy, args.precision, args.device, args.steps,
+                args.timed,
+            )  # fmt: skip
+            expected = expected or losses
+            worst = max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, expected, strict=True))
+            if args.precision == "fp32" and worst > AGREEMENT:
+                raise SystemExit(f"{strategy} on {world}: losses differ by {worst:.1e} of their value")
+            difference[world, strategy] = worst
+            seconds[world, strategy].append(each)
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    print(one_line())
+    print(f"{args.model}, global batch {args.batch}, {args.precision}, {args.device}, medians of {args.rounds}")
+    print(f"{'processes':>10}{'':>6}{'pairs/s':>10}{'efficiency':>12}{'losses differ by':>18}")
+    for (world, strategy), median in medians.items():
+        name = "" if world == 1 else strategy
+        speed = f"{args.batch / median:>10.1f}{medians[1, 'ddp'] / median:>12.2f}"
+        print(f"{world:>10}{name:>6}{speed}{difference[world, strategy]:>18.1e}")
+    if args.output:
+        results = {f"{strategy} on {world}": args.batch / median for (world, strategy), median in medians.items()}
+        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
+        args.output.write_text(json.dumps({**record, "pairs_per_second": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
