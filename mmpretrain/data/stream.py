@@ -297,18 +297,18 @@ class TarStream:
             ids=torch.from_numpy(used),
             seeds=torch.from_numpy(seeds.view(np.int64)),
             groups=None if self._group is None else torch.from_numpy(groups.view(np.int64)),
-            # Stacked as decoders leave them, channels last: another layout would cost a transposition of every image.
-            images=torch.stack([first.permute(1, 2, 0) for first, *_ in images]).permute(0, 3, 1, 2)
-            if images
-            else None,
-            views=torch.stack([torch.stack(others) for _, *others in images]) if images and self._views else None,
         )
-        if not captions:
-            return samples, refused
-        text, lengths = tokenizer(captions)
-        if self._text_length is not None:
-            text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(now)), self._shorten)
-        return sorted_by_length(samples, text, lengths, tokenizer, text_groups), refused
+        rows: Sequence[int] = range(len(positions))
+        if captions:
+            text, lengths = tokenizer(captions)
+            if self._text_length is not None:
+                text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(now)), self._shorten)
+            samples, rows = sorted_by_length(samples, text, lengths, tokenizer, text_groups)
+        if images:
+            images = [images[row] for row in rows]  # put in order before they are copied for the first time
+            further = torch.stack([torch.stack(others) for _, *others in images]) if self._views else None
+            samples = replace(samples, images=stacked([first for first, *_ in images]), views=further)
+        return samples, refused
 
 
 def length_cuts(lengths: Tensor, text_groups: int, longest: int) -> tuple[int, ...]:
@@ -319,34 +319,40 @@ def length_cuts(lengths: Tensor, text_groups: int, longest: int) -> tuple[int, .
     )
 
 
-def _select(images: Tensor, rows: Tensor) -> Tensor:
-    """images[rows], channels last as they are, by copying whole rows of memory."""
-    return images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+def stacked(images: Sequence[Tensor]) -> Tensor:
+    """Images uint8 [c, h, w] as one tensor [b, c, h, w], copied once: into memory that a worker shares with the trainer.
+
+    It lies channels last, as decoders leave images: another layout would cost a transposition of every one.
+    """
+    c, h, w = images[0].shape
+    out = None
+    if torch.utils.data.get_worker_info() is not None:
+        out = torch.empty(0, dtype=torch.uint8)
+        out.set_(torch.UntypedStorage._new_shared(len(images) * c * h * w), 0, (len(images), h, w, c))  # type: ignore[call-overload]
+    return torch.stack([image.permute(1, 2, 0) for image in images], out=out).permute(0, 3, 1, 2)
 
 
 def sorted_by_length(
     samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer, text_groups: int
-) -> Samples:
-    """`samples` with their tokens, the rows sorted by length for `models.groups.LengthGroups`."""
+) -> tuple[Samples, list[int]]:
+    """`samples`, which have no images yet, with their tokens, sorted by length for `models.groups.LengthGroups`.
+
+    Returns: they, and which row each of them was: images are still to be brought into that order.
+    """
     by_length = torch.argsort(lengths, stable=True)
     lengths = lengths[by_length]
     cuts = length_cuts(lengths, text_groups, tokenizer.context_length)
     padded = torch.zeros(len(lengths), cuts[-1], dtype=torch.int64)
     padded[:, : text.shape[1]] = text[by_length, : cuts[-1]]
-
-    def of(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else rows[by_length]
-
-    return replace(
+    in_order = replace(
         samples,
         positions=samples.positions[by_length],
         ids=samples.ids[by_length],
         seeds=samples.seeds[by_length],
-        groups=of(samples.groups),
-        views=of(samples.views),
-        images=None if samples.images is None else _select(samples.images, by_length),
+        groups=None if samples.groups is None else samples.groups[by_length],
         text=padded,
         lengths=lengths,
         word_starts=tokenizer.word_starts(padded) if hasattr(tokenizer, "word_starts") else None,
         cuts=cuts,
     )
+    return in_order, by_length.tolist()

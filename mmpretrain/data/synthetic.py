@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ class SyntheticStream:
             positions=torch.from_numpy(positions.copy()),
             ids=torch.from_numpy(ids.copy()),
             seeds=torch.from_numpy(seeds.view(np.int64)),
-            images=torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2),
         )
-        return sorted_by_length(samples, torch.from_numpy(text), torch.from_numpy(lengths), tokenizer, text_groups), []
+        samples, rows = sorted_by_length(
+            samples, torch.from_numpy(text), torch.from_numpy(lengths), tokenizer, text_groups
+        )
+        return replace(samples, images=torch.from_numpy(images[rows]).permute(0, 3, 1, 2)), []

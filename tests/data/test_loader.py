@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage
-from mmpretrain.data.stream import Source, TarStream, length_cuts, read_captions, sorted_by_length
+from mmpretrain.data.stream import Source, TarStream, length_cuts, read_captions, sorted_by_length, stacked
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.schedules import Clock, Now
@@ -365,15 +366,16 @@ def test_rows_are_sorted_by_length_with_all_that_belongs_to_them() -> None:
     lengths = [5, 1, 9, 5, 20, 2, 9, 3]
     numbers = torch.arange(8)
     words = WordTokenizer()
-    samples = Samples(numbers, numbers + 100, numbers + 200, images=numbers.view(8, 1, 1, 1).expand(8, 3, 2, 2))
-    sorted_samples = sorted_by_length(samples, *words(["w " * length for length in lengths]), words, 4)
+    samples = Samples(numbers, numbers + 100, numbers + 200, groups=numbers + 300)
+    sorted_samples, rows = sorted_by_length(samples, *words(["w " * length for length in lengths]), words, 4)
     order = [1, 5, 7, 0, 3, 2, 6, 4]  # stable
-    assert sorted_samples.lengths is not None and sorted_samples.text is not None and sorted_samples.images is not None
+    assert sorted_samples.lengths is not None and sorted_samples.text is not None and sorted_samples.groups is not None
     assert sorted_samples.lengths.tolist() == [1, 2, 3, 5, 5, 9, 9, 20]
     assert sorted_samples.positions.tolist() == order
     assert sorted_samples.ids.tolist() == [100 + i for i in order]
     assert sorted_samples.seeds.tolist() == [200 + i for i in order]
-    assert sorted_samples.images[:, 0, 0, 0].tolist() == order
+    assert sorted_samples.groups.tolist() == [300 + i for i in order]
+    assert rows == order
     assert sorted_samples.cuts == (8, 8, 16, 20)
     assert sorted_samples.text.shape == (8, 20)
 
@@ -381,7 +383,7 @@ def test_rows_are_sorted_by_length_with_all_that_belongs_to_them() -> None:
 def test_text_is_padded_to_the_last_cut() -> None:
     words = WordTokenizer()
     samples = Samples(*[torch.arange(3)] * 3)
-    short = sorted_by_length(samples, *words(["a b", "a", "a b c"]), words, 2)
+    short, _ = sorted_by_length(samples, *words(["a b", "a", "a b c"]), words, 2)
     assert short.images is None and short.text is not None
     assert short.text.shape == (3, 8) and short.cuts == (8, 8)
     assert short.text[:, 3:].eq(0).all() and short.text[2, :3].tolist() == [1, 2, 3]
@@ -714,3 +716,22 @@ def test_images_have_the_models_channels(channels: int, tokenizer: ClipTokenizer
     if channels == 1:
         flat = Image.alpha_composite(Image.new("RGBA", (16, 16), "white"), Image.fromarray(rgba)).convert("RGB")
         assert torch.equal(transparent[0], torch.from_numpy(np.array(flat.convert("L"))))
+
+
+class StackedHere(Dataset[bool]):
+    """Whether images are stacked in shared memory, and as they should be."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> bool:
+        images = list(torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4))
+        together = stacked(images)
+        assert torch.equal(together, torch.stack(images)) and together.permute(0, 2, 3, 1).is_contiguous()
+        return together.is_shared()
+
+
+def test_workers_stack_images_in_the_memory_that_the_trainer_reads() -> None:
+    (here,) = DataLoader(StackedHere(), batch_size=None)
+    (in_worker,) = DataLoader(StackedHere(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert (bool(here), bool(in_worker)) == (False, True)
