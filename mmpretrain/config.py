@@ -125,7 +125,10 @@ def _check_ranges(config: TrainConfig) -> None:
         check_value("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
     check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)
     check_number("checkpoint.keep_last", config.checkpoint.keep_last, at_least=0)
-    check_number("data.workers", data.workers, at_least=0)
+    if data.workers != "auto":
+        if not accepts(data.workers, int):
+            raise UsageError(f"data.workers is {data.workers!r}; expected auto or a number of processes, such as 4")
+        check_number("data.workers", data.workers, at_least=0)
     check_number("data.text_groups", data.text_groups, at_least=1)
     check_number("data.val_batch_size", data.val_batch_size, at_least=1)
     check_number("data.max_bad_fraction", data.max_bad_fraction, at_least=0, at_most=1)

@@ -56,7 +56,7 @@ def diagnose(
         task.zero_grad()
         return seconds, {name: float(means["loss"]) for name, means in losses.reduced().items()}, gradients
 
-    with _unchanged_buffers(task):
+    with unchanged_buffers(task):
         # The slowest of all is the first pass of a kind: it is not counted.
         whole = min(measure(active)[0] for _ in range(2))
         alone = {name: measure([name]) for name in active}
@@ -107,7 +107,7 @@ def _gradient(task: Task, encoder: str, scale: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _unchanged_buffers(task: Task) -> Iterator[None]:
+def unchanged_buffers(task: Task) -> Iterator[None]:
     """Inside the block passes may move buffers, such as BatchNorm's means: afterwards they are as before."""
     kept = [(buffer, buffer.clone()) for buffer in task.buffers()]
     try:

@@ -140,7 +140,7 @@ class DataConfig:
     """What is read, and how."""
 
     root: str = MISSING
-    workers: int = MISSING
+    workers: Any = MISSING
     max_bad_fraction: float = MISSING
     text_groups: int = MISSING
     tokenizer: dict[str, Any] = MISSING

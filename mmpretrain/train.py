@@ -29,6 +29,7 @@ from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_value
 from mmpretrain.schema import TrainConfig
 from mmpretrain.task import Task
 from mmpretrain.trainer import Trainer, TrainerOptions, check_fingerprint
+from mmpretrain.workers import own_cores
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
                 sets=sets,
                 logit_scale=task.logit_scale,
                 batch_size=cfg.data.val_batch_size,
-                workers=cfg.data.workers,
+                workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,
                 autocast=autocast(device, options.precision),
             )
 
@@ -205,7 +206,7 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         max_bad_steps=cfg.trainer.max_bad_steps,
         max_bad_fraction=cfg.data.max_bad_fraction,
         profile_steps=cfg.trainer.profile_steps,
-        workers=cfg.data.workers,
+        workers=None if cfg.data.workers == "auto" else cfg.data.workers,
         text_groups=cfg.data.text_groups,
         parallel=Parallel(
             cfg.parallel.strategy.value, cfg.parallel.activation_checkpointing.value, cfg.parallel.compile

@@ -19,18 +19,19 @@ from mmpretrain.batch import Batch
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.diagnose import diagnose, show_examples
+from mmpretrain.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
 from mmpretrain.parallel import Parallel
-from mmpretrain.plan import clock_of, count_micro_batches, example_batch, weights_at
+from mmpretrain.plan import clock_of, count_micro_batches, example_batch, first_micro_batch, weights_at
 from mmpretrain.precision import LossScale, PrecisionName, autocast
 from mmpretrain.profiling import profiled
 from mmpretrain.schedules import Duration, Now, Schedule, Value
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
+from mmpretrain.workers import measured_workers
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class TrainerOptions:
     max_bad_steps: int
     max_bad_fraction: float
     profile_steps: int
-    workers: int
+    workers: int | None
     text_groups: int
     parallel: Parallel
 
@@ -152,9 +153,10 @@ class Trainer:
         now = Now(self.state.samples, self.clock)
         self.freeze.apply(now, weights_at(weights, now))
         self.wrapped = parallel.wrap(task, device)
+        workers = self._measured_workers() if options.workers is None else options.workers
         self.loader = build_loader(
             streams, tokenizer, self.clock, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
-            self.num_micro_batches, options.workers, options.text_groups, pin_memory=device.type == "cuda",
+            self.num_micro_batches, workers, options.text_groups, pin_memory=device.type == "cuda",
         )  # fmt: skip
         self.flags = distributed.LateFlags()
         self.results = results_of(self.state)
@@ -312,6 +314,24 @@ class Trainer:
             self.ema.load(checkpoint.load_tensors(saved, "ema.safetensors"))
         log.info("resumed from %s at step %d", saved, state["step"])
         return TrainState(**state)
+
+    def _measured_workers(self) -> int:
+        """How many processes decode; nothing is trained. A collective."""
+
+        def read() -> Batch:
+            return first_micro_batch(
+                self.streams, self.tokenizer, self.options.text_groups, self.clock, self.num_micro_batches
+            )
+
+        batch, weights = read().to(self.device), weights_at(self.weights, Now(self.state.samples, self.clock))
+
+        def step() -> None:
+            passes = autocast(self.device, self.options.precision)
+            forward_backward(self.task, self.task, [batch], weights, passes, self.loss_scale.scale)
+            self.task.zero_grad()
+
+        with unchanged_buffers(self.task):
+            return measured_workers(read, step, self.device)
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of one step. Raises: TrainingError where the data cannot be read."""

@@ -68,7 +68,7 @@ STAGES = (
     "objective.mae.mask_ratio={cosine: {0%: 0.5, 100%: 0.8}}", "objective.infonce.mask_ratio={piecewise: {0%: 0.5, 60%: 0}}",
     "data.train.pairs.image_size={piecewise: {0%: 16, 45%: 32}}", "trainer.diagnose_every=4steps",
     "data.train.pairs.text_length={piecewise: {0%: 8, 50%: 16}}", "data.train.pairs.shorten=block",
-    "trainer.ema_decay={linear: {0%: 0.5, 100%: 0.99}}", "data.workers=2",
+    "trainer.ema_decay={linear: {0%: 0.5, 100%: 0.99}}", "data.workers=auto",
 )  # fmt: skip
 
 VARIANTS = {

@@ -69,6 +69,11 @@ WRONG_OVERRIDES = {
     "unknown unit of an evaluator": ("eval.retrieval.every=often", "eval.retrieval.every is 'often'", "2000steps"),
     "no batch": ("trainer.batch_size=0", "trainer.batch_size is 0", "at least 1"),
     "negative workers": ("data.workers=-1", "data.workers is -1", "at least 0"),
+    "workers that are no number": (
+        "data.workers=many",
+        "data.workers is 'many'",
+        "expected auto or a number of processes",
+    ),
     "no shard matches": ("data.train.pairs.shards=x*.tar", "data.train.pairs.shards", "'x*.tar'", "no tar matches"),
     "no held-out shard": ("data.val.val.shards=nope.tar", "data.val.val.shards", "nope.tar", "name existing tars"),
     "no such root": ("data.root=/nowhere", "data.root=/nowhere", "no file '/nowhere/train'"),
