@@ -6,7 +6,6 @@ ENV    := .venv
 PYTHON ?= python3
 ARGS   ?=
 WORKERS ?= 2
-BENCH  ?= data
 
 INSTALLED := $(ENV)/.installed
 RUN       := $(ENV)/bin/python
@@ -45,8 +44,8 @@ imports: $(INSTALLED)  ## Check that imports point down only
 
 check: lint types imports test-all  ## Everything above that checks
 
-bench: $(INSTALLED)  ## Run a benchmark of analysis/benchmarks (BENCH=data ARGS="its arguments")
-	$(RUN) -m analysis.benchmarks.$(BENCH) $(ARGS)
+bench: $(INSTALLED)  ## Run the benchmarks that fit two cores in a quarter of an hour (ARGS="arguments")
+	$(RUN) -m analysis.benchmarks $(ARGS)
 
 clean:  ## Remove the environment, caches and builds; keep data and runs
 	rm -rf .venv build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -342,7 +342,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    logging.disable(logging.INFO)
+    logging.disable(logging.WARNING)  # open_clip's, of weights that it does not load
     print(one_line())
     results = {}
     for precision in args.precision.split(","):

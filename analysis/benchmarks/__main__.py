@@ -1,0 +1,56 @@
+r"""The benchmarks that fit two CPU cores in a quarter of an hour, one after the other.
+
+    python -m analysis.benchmarks [--output bench] [--emoji data/emoji/train] [--photographs ../shared/data/grocery/images]
+
+Each writes its JSON into the output folder and prints its own table; what it did, and how equality was checked, its --help
+says. `train_vs_open_clip` is not among them: it needs open_clip's trainer in an environment of its own, and hours.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
+    """The arguments of each benchmark, by the name of its JSON; its module comes first."""
+    captions = str(emoji) if any(emoji.glob("*.tar")) else "24"
+    vit = ["--model", "ViT-S-32-alt", "--batch", "32", "--captions", "16"]
+    return {
+        "order": ["order", "--rounds", "3"],
+        "data": ["data", "--rounds", "5", "--photographs", str(photographs)],
+        "step_emoji": ["step", "--model", "emoji_clip", "--batch", "128", "--captions", captions, "--round-steps", "2"],
+        "step_vit": ["step", *vit, "--round-steps", "1"],
+        "loss_memory": ["loss_memory", "--rounds", "3"],
+        "grad_cache": ["grad_cache", "--image-size", "128"],
+        "scaling": ["scaling", "--rounds", "1"],
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("bench"), help="folder of the JSON files")
+    parser.add_argument(
+        "--emoji", type=Path, default=Path("data/emoji/train"), help="tars of emoji; captions of 24 tokens without them"
+    )
+    parser.add_argument(
+        "--photographs", type=Path, default=Path("../shared/data/grocery/images"), help="JPEGs; noise without them"
+    )
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, arguments in commands(args.emoji, args.photographs).items():
+        module, *rest = arguments
+        print(f"\n=== {module} {' '.join(rest)}", flush=True)
+        started = time.perf_counter()
+        output = args.output / f"{name}.json"
+        command = [sys.executable, "-m", f"analysis.benchmarks.{module}", *rest, "--output", str(output)]
+        subprocess.run(command, check=True)
+        print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
