@@ -92,7 +92,9 @@ def test_one_process_gives_the_gradients_of_the_plain_graph(
 
 
 @pytest.mark.parametrize("objectives", MIXES, ids="+".join)
-@pytest.mark.parametrize(("world_size", "num_micro_batches"), [(2, 1), (2, 4), (4, 1), (4, 4)])
+@pytest.mark.parametrize(
+    ("world_size", "num_micro_batches"), [(2, 1), (2, 4), (4, 1), pytest.param(4, 4, marks=pytest.mark.slow)]
+)
 def test_several_ranks_give_the_gradients_of_the_plain_graph(
     pool: Pools, objectives: tuple[str, ...], world_size: int, num_micro_batches: int
 ) -> None:
