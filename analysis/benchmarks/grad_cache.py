@@ -29,14 +29,13 @@ import yaml
 from torch import Tensor
 
 from analysis.benchmarks.machine import describe, one_line, peak_bytes
+from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
-from mmpretrain import distributed, parallel, targets
-from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.stream import length_cuts
+from mmpretrain import parallel, targets
+from mmpretrain.batch import Batch
 from mmpretrain.freeze import Freeze
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.seeds import torch_draws
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
 
@@ -64,23 +63,7 @@ def make_task(narrow: bool, image_size: int = 64) -> Task:
 
 def make_batches(task: Task, batch_size: int, micro_batch_size: int) -> list[Batch]:
     """This rank's micro-batches of a fixed batch of noise with captions of 8 to 24 tokens."""
-    model = task.model
-    assert model.text is not None
-    generator = torch.Generator().manual_seed(0)
-    size = model.image.image_size
-    images = torch.randint(256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
-    text = torch.randint(1, model.text.vocab_size - 1, (batch_size, 24), generator=generator)
-    lengths = torch.randint(8, 25, (batch_size,), generator=generator)
-    seeds = torch_draws(torch.tensor([1]), batch_size)[0]
-    batches = []
-    for rows in torch.arange(batch_size).chunk(distributed.world_size())[distributed.rank()].split(micro_batch_size):
-        rows = rows[lengths[rows].argsort(stable=True)]
-        cuts = length_cuts(lengths[rows], 4, 24)
-        samples = Samples(
-            rows, rows, seeds[rows], images[rows], text[rows, : cuts[-1]], lengths[rows], cuts
-        )  # fmt: skip
-        batches.append(Batch({"pairs": samples}))
-    return batches
+    return my_batches(noise(task.model, batch_size, 8, 24), micro_batch_size)
 
 
 def measure_memory(batch_size: int, micro_batch_size: int, image_size: int) -> dict[str, float]:

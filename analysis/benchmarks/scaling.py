@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
 from analysis.benchmarks.step import AGREEMENT, BETAS, EPS, LR, WEIGHT_DECAY, build_model
-from mmpretrain import distributed, optim, parallel
-from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.stream import length_cuts
+from mmpretrain import optim, parallel
 from mmpretrain.freeze import Freeze
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.parallel import Parallel
@@ -32,26 +31,7 @@ from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
 
 NUM_BATCHES = 4
-LONGEST = 24
-
-
-def my_batches(task: Task, batch_size: int) -> list[Batch]:
-    """This rank's parts of a few batches of noise."""
-    assert task.model.text is not None
-    generator = torch.Generator().manual_seed(0)
-    size, vocabulary = task.model.image.image_size, task.model.text.vocab_size
-    batches = []
-    for _ in range(NUM_BATCHES):
-        images = torch.randint(256, (batch_size, 3, size, size), generator=generator, dtype=torch.uint8)
-        text = torch.randint(1, vocabulary - 1, (batch_size, LONGEST), generator=generator)
-        lengths = torch.randint(8, LONGEST + 1, (batch_size,), generator=generator)
-        rows = torch.arange(batch_size).chunk(distributed.world_size())[distributed.rank()]
-        rows = rows[lengths[rows].argsort(stable=True)]
-        cuts = length_cuts(lengths[rows], 4, LONGEST)
-        batches.append(
-            Batch({"pairs": Samples(rows, rows, rows, images[rows], text[rows, : cuts[-1]], lengths[rows], cuts)})
-        )
-    return batches
+SHORTEST, LONGEST = 8, 24
 
 
 def measure(
@@ -62,7 +42,8 @@ def measure(
     torch.manual_seed(0)
     built = build_model(model)
     task = Task(built, {"infonce": InfoNCE(built)}).to(device)
-    batches = [batch.to(device) for batch in my_batches(task, batch_size)]
+    parts = (noise(built, batch_size, SHORTEST, LONGEST, seed) for seed in range(NUM_BATCHES))
+    batches = [batch.to(device) for samples in parts for batch in my_batches(samples)]
     Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
     parallel.prepare(task, device, precision, Parallel(strategy))  # type: ignore[arg-type]
     optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})

@@ -36,11 +36,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.noise import my_batches, noise
 from mmpretrain import optim, targets
-from mmpretrain.batch import Batch, Samples
+from mmpretrain.batch import Batch
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.stream import Source, TarStream, length_cuts
+from mmpretrain.data.stream import Source, TarStream
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import RandomResizedCrop
 from mmpretrain.exporters.open_clip import open_clip_names, to_open_clip
@@ -91,22 +92,9 @@ def build_open_clip(work: Work, task: Task) -> Any:
 
 def synthetic_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
     """Noise with captions of one length."""
-    assert model.text is not None
-    length, size, batch_size = int(work.captions), model.image.image_size, work.batch_size
-    generator = torch.Generator().manual_seed(0)
-    batches = []
-    for i in range(num):
-        text = torch.randint(1, model.text.vocab_size - 2, (batch_size, length), generator=generator)
-        text[:, 0], text[:, -1] = model.text.vocab_size - 2, model.text.vocab_size - 1
-        lengths = torch.full((batch_size,), length)
-        ids = torch.arange(i * batch_size, (i + 1) * batch_size)
-        images = torch.randint(256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
-        samples = Samples(
-            positions=ids, ids=ids, seeds=ids, images=images.permute(0, 3, 1, 2), text=text, lengths=lengths,
-            cuts=length_cuts(lengths, work.text_groups, length),
-        )  # fmt: skip
-        batches.append(Batch({"pairs": samples}))
-    return batches
+    length = int(work.captions)
+    parts = (noise(model, work.batch_size, length, length, seed) for seed in range(num))
+    return [batch for samples in parts for batch in my_batches(samples, text_groups=work.text_groups)]
 
 
 def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:

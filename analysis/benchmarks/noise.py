@@ -1,0 +1,44 @@
+"""Batches of noise, in memory as a loader gives them."""
+
+from dataclasses import replace
+
+import torch
+
+from mmpretrain import distributed
+from mmpretrain.batch import Batch, Samples
+from mmpretrain.data.stream import length_cuts
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.seeds import torch_draws
+
+
+def noise(model: ImageTextModel, batch_size: int, shortest: int, longest: int, seed: int = 0) -> Samples:
+    """Images of the model's size and captions of `shortest` to `longest` tokens, start and end among them, not sorted.
+
+    The end is the vocabulary's last id, as CLIP's is, and zeros follow it.
+    """
+    assert model.text is not None
+    generator = torch.Generator().manual_seed(seed)
+    size, vocabulary = model.image.image_size, model.text.vocab_size
+    images = torch.randint(256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
+    text = torch.randint(1, vocabulary - 2, (batch_size, longest), generator=generator)
+    lengths = torch.randint(shortest, longest + 1, (batch_size,), generator=generator)
+    text[:, 0] = vocabulary - 2
+    text[torch.arange(batch_size), lengths - 1] = vocabulary - 1
+    text *= torch.arange(longest) < lengths[:, None]
+    ids = torch.arange(seed * batch_size, (seed + 1) * batch_size)
+    seeds = torch_draws(torch.tensor([seed]), batch_size)[0]
+    return Samples(ids, ids, seeds, images.permute(0, 3, 1, 2), text, lengths)
+
+
+def my_batches(samples: Samples, micro_batch_size: int | None = None, text_groups: int = 4) -> list[Batch]:
+    """This rank's micro-batches of a batch, each sorted by length and cut into groups; None: one for all of its part."""
+    assert samples.lengths is not None and samples.text is not None
+    mine = torch.arange(len(samples)).chunk(distributed.world_size())[distributed.rank()]
+    batches = []
+    for rows in mine.split(micro_batch_size or len(mine)):
+        rows = rows[samples.lengths[rows].argsort(stable=True)]
+        cuts = length_cuts(samples.lengths[rows], text_groups, samples.text.shape[1])
+        some = samples.rows(rows)
+        assert some.text is not None
+        batches.append(Batch({"pairs": replace(some, text=some.text[:, : cuts[-1]], cuts=cuts)}))
+    return batches
