@@ -71,7 +71,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 def prepare(task: Task, device: torch.device, precision: PrecisionName, options: Parallel) -> Callable[[], Task]:
     """Checkpoint, compile and shard the task's blocks, in place, once; parameters keep their names.
 
-    With FSDP2 blocks are gathered and computed in the passes' precision and gradients summed in float32; what stands
+    With FSDP2 on CUDA blocks are gathered in bf16 where the passes are, and gradients summed in float32; what stands
     outside of blocks, such as embeddings and temperatures, stays float32.
 
     Returns: `whole()`, which gives the task with all of its present weights on every process, whose parts may be called
@@ -97,7 +97,8 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
             block.forward = torch.compile(block.forward)
     if is_sharded:
         mesh = init_device_mesh(device.type, (world,))
-        dtype = torch.bfloat16 if precision == "bf16" else None
+        # On the CPU norms take no parameters that are narrower than what they normalise.
+        dtype = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else None
         policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

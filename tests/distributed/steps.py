@@ -180,6 +180,22 @@ def held() -> tuple[int, int, int]:
     return *own, sum(p.numel() for p in whole().parameters() if not isinstance(p, DTensor))
 
 
+def bf16_losses(options: Parallel) -> list[float]:
+    """The losses of three steps in bf16."""
+    task = make_task(("infonce", "mae")).float()
+    Freeze(task, {}, parallel.reached_parameters(task, make_batches(1)[0]))
+    parallel.prepare(task, torch.device("cpu"), "bf16", options)
+    optimizer = adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {})
+    wrapped = parallel.wrap(task, torch.device("cpu"))
+    losses = []
+    for i in range(3):
+        passes = torch.autocast("cpu", torch.bfloat16)
+        found = forward_backward(wrapped, task, make_batches(1, seed=i), {"infonce": 1.0, "mae": 1.0}, passes)
+        guarded_step(optimizer, grad_norms(optimizer)["all"], None)
+        losses += [float(means["loss"]) for means in found.reduced().values()]
+    return losses
+
+
 def refused_strategy() -> str:
     """What is said where there are several processes and no strategy."""
     try:

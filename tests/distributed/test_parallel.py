@@ -11,7 +11,7 @@ from mmpretrain import parallel
 from mmpretrain.parallel import Parallel
 from mmpretrain.step import forward_backward
 from tests.distributed.pool import Pool
-from tests.distributed.steps import held, make_batches, make_task, refused_strategy, train
+from tests.distributed.steps import bf16_losses, held, make_batches, make_task, refused_strategy, train
 
 MIXES = {
     "clip": ("infonce",),
@@ -76,6 +76,11 @@ def test_checkpointed_blocks_run_again_in_the_backward_pass(kind: str, calls: in
     block.ln_1.register_forward_hook(lambda *_: norms.__setitem__(0, norms[0] + 1))
     forward_backward(task, task, make_batches(1), {"infonce": 1.0})
     assert norms == [calls]
+
+
+def test_fsdp_in_bf16_gives_the_losses_of_ddp(pool: Callable[[int], Pool]) -> None:
+    ddp, fsdp = (pool(2).run(bf16_losses, Parallel(strategy))[0] for strategy in ("ddp", "fsdp"))  # type: ignore[arg-type]
+    assert fsdp == pytest.approx(ddp, rel=1e-5)
 
 
 def test_several_processes_without_a_strategy_are_refused(pool: Callable[[int], Pool]) -> None:
