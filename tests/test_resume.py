@@ -85,7 +85,26 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("world_size", "overrides"), VARIANTS.values(), ids=VARIANTS)
+SLOW_VARIANTS = {
+    "one process, workers, micro-batches, bf16, ragged masks": (
+        1,
+        ("data.workers=2", "trainer.micro_batch_size=4", "trainer.precision=bf16", "objective=[infonce,mae]",
+         *runs.TINY_MAE),
+    ),
+    "two processes, three streams and six stages, an average": (2, STAGES),
+    "two processes, bf16": (2, ("trainer.precision=bf16", "objective=[sigmoid]")),
+    "two processes, workers, micro-batches, ragged masks": (
+        2,
+        ("data.workers=2", "trainer.micro_batch_size=4", "objective=[infonce,mae]", *runs.TINY_MAE),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [pytest.param(*variant, id=name) for name, variant in VARIANTS.items()]
+    + [pytest.param(*variant, id=name, marks=pytest.mark.slow) for name, variant in SLOW_VARIANTS.items()],
+)
 def test_killed_run_ends_as_if_nothing_had_happened(
     world_size: int, overrides: tuple[str, ...], whole: Whole, pairs: Path, tmp_path: Path
 ) -> None:

@@ -80,7 +80,8 @@ def assert_same(ours: Result, reference: Result) -> None:
         assert expected.abs().max() > 0, f"{name} has no gradient to compare"
         # A shift in front of BatchNorm has no gradient but rounding: it is held against that of all parameters.
         error = (gradients[name] - expected).norm() / max(expected.norm(), 1e-3 * total)
-        assert error < 1e-9, f"{name}: {error}"
+        # SimCLR's head normalises short rows behind its layer norms, which loses a digit more.
+        assert error < (1e-9 if "simclr_layer" in name else 1e-10), f"{name}: {error}"
 
 
 @pytest.mark.parametrize("objectives", MIXES, ids="+".join)

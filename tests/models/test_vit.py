@@ -46,6 +46,7 @@ def test_encoder_without_mask_is_timms_model(args: dict[str, object]) -> None:
     encoder = tiny.vit(**args).double()
     x = images(3)
     encoding = encoder(x)
+    torch.testing.assert_close(encoding.tokens, encoder.trunk.forward_features(x), rtol=0, atol=0)
     torch.testing.assert_close(encoding.pooled, encoder.trunk(x), rtol=1e-12, atol=1e-12)
     assert encoding.tokens.shape == (3, encoder.num_prefix_tokens + tiny.NUM_PATCHES, tiny.WIDTH)
 
