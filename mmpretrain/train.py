@@ -25,10 +25,11 @@ from mmpretrain.metrics import MetricsWriter, print_results
 from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, first_micro_batch, weights_at
 from mmpretrain.precision import autocast
+from mmpretrain.resume import check_fingerprint
 from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
 from mmpretrain.schema import TrainConfig
 from mmpretrain.task import Task
-from mmpretrain.trainer import Trainer, TrainerOptions, check_fingerprint
+from mmpretrain.trainer import Trainer, TrainerOptions
 from mmpretrain.workers import own_cores
 
 log = logging.getLogger(__name__)

@@ -7,14 +7,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmpretrain import checkpoint, distributed, optim, parallel
+from mmpretrain import checkpoint, distributed, optim, parallel, resume
 from mmpretrain.batch import Batch
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.stream import Stream
@@ -28,6 +28,7 @@ from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, first_micro_batch, weights_at
 from mmpretrain.precision import LossScale, PrecisionName, autocast
 from mmpretrain.profiling import profiled
+from mmpretrain.resume import TrainState
 from mmpretrain.schedules import Duration, Now, Schedule, Value
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
@@ -63,22 +64,6 @@ class TrainerOptions:
     workers: int | None
     text_groups: int
     parallel: Parallel
-
-
-@dataclass
-class TrainState:
-    """How far the run is: what a checkpoint keeps beside tensors."""
-
-    step: int = 0
-    samples: int = 0
-    bad_steps: float = 0.0
-    num_refused: int = 0
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
-    loss_scale: float | None = None
-    good_steps: int = 0
-    best: float | None = None
-    results: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -142,12 +127,15 @@ class Trainer:
         self.freeze.check_trains(weights, self.clock)
         if self.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
-        saved = self._find_checkpoint()
-        self._load_weights(saved, initialize)
+        saved = resume.find_checkpoint(folder, self.num_steps, fingerprint)
+        if saved is not None:
+            task.load_state_dict(checkpoint.load_tensors(saved, "model.safetensors"))
+        elif initialize is not None:
+            initialize(task)
         self.whole = parallel.prepare(task, device, options.precision, options.parallel)
         self.optimizer = make_optimizer(task)
         self.ema = None if options.ema_decay is None else EMA(task)
-        self.state = self._load_state(saved)
+        self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.ema)
         self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
         self.loss_scale = LossScale(options.precision, device, self.state.loss_scale, self.state.good_steps)
         now = Now(self.state.samples, self.clock)
@@ -159,7 +147,7 @@ class Trainer:
             self.num_micro_batches, workers, options.text_groups, pin_memory=device.type == "cuda",
         )  # fmt: skip
         self.flags = distributed.LateFlags()
-        self.results = results_of(self.state)
+        self.results = self.state.summary()
         self.saved_at, self.saved_step, self.is_best = time.perf_counter(), self.state.step, False
         self.earlier_seconds = self.state.wall_seconds
         self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
@@ -276,44 +264,6 @@ class Trainer:
             raise TrainingError(
                 f"step {self.state.step + 1}: {str(error).splitlines()[0]} the forward operation is traced above"
             ) from error
-
-    def _find_checkpoint(self) -> Path | None:
-        """The newest checkpoint that verifies, every process the one that process 0 chose.
-
-        Raises: ValueError if it is of other data, or of a later step than the run's last.
-        """
-        folder = self.folder / "checkpoints"
-        if distributed.is_main():
-            checkpoint.clean(folder)
-        path = distributed.from_main(lambda: checkpoint.find_latest(folder, set_aside=True))
-        if path is not None:
-            check_fingerprint(path, self.fingerprint)
-            if (step := checkpoint.load_state(path)["step"]) > self.num_steps:
-                raise ValueError(
-                    f"trainer.duration ends at step {self.num_steps}, but {self.folder} is at step {step} already; "
-                    "expected at least that, or a new run: run.name=..."
-                )
-        return path
-
-    def _load_weights(self, saved: Path | None, initialize: Callable[[Task], None] | None) -> None:
-        """A checkpoint's weights, or a new run's."""
-        if saved is not None:
-            self.task.load_state_dict(checkpoint.load_tensors(saved, "model.safetensors"))
-        elif initialize is not None:
-            initialize(self.task)
-
-    def _load_state(self, saved: Path | None) -> TrainState:
-        """What else a checkpoint keeps, or a new run's beginning."""
-        if saved is None:
-            return TrainState()
-        state = checkpoint.load_state(saved)
-        del state["fingerprint"]
-        moments = checkpoint.load_tensors(saved, "optimizer.safetensors")
-        optim.load_optimizer_state(self.optimizer, moments, state.pop("optimizer"))
-        if self.ema is not None:
-            self.ema.load(checkpoint.load_tensors(saved, "ema.safetensors"))
-        log.info("resumed from %s at step %d", saved, state["step"])
-        return TrainState(**state)
 
     def _measured_workers(self) -> int:
         """How many processes decode; nothing is trained. A collective."""
@@ -463,7 +413,7 @@ class Trainer:
     def _write_results(self) -> None:
         """results.json stands before the last checkpoint does: a run whose last step is saved is finished."""
         self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
-        self.results = results_of(self.state)
+        self.results = self.state.summary()
         if distributed.is_main():
             checkpoint.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
         if self.writer is not None:
@@ -474,24 +424,7 @@ class Trainer:
             self.writer.close()
 
 
-def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Raises: ValueError if a checkpoint was made on other data than `fingerprint` is of."""
-    known = checkpoint.load_state(path)["fingerprint"]
-    if changed := [name for name in {**known, **fingerprint} if known.get(name) != fingerprint.get(name)]:
-        raise ValueError(
-            f"the data changed since {path} was saved: {', '.join(changed)} has other shards or samples; "
-            "expected the same data to go on: restore it, or start a new run (run.name=...)"
-        )
-
-
 def is_better(metric: str, score: float, best: float | None) -> bool:
     """Whether a score goes before the best so far; losses and perplexities fall, and what is no number never does."""
     sign = -1 if metric.endswith(("loss", "perplexity")) else 1
     return math.isfinite(score) and (best is None or sign * score > sign * best)
-
-
-def results_of(state: TrainState) -> dict[str, float]:
-    """The content of results.json."""
-    speed = state.samples / state.train_seconds if state.train_seconds else 0.0
-    length = {"steps": state.step, "samples": state.samples}
-    return {**state.results, **length, "wall_seconds": state.wall_seconds, "pairs_per_second": speed}

@@ -9,12 +9,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
-from mmpretrain.losses import masked_reconstruction, patch_statistics, patchify, unpatchify
 from mmpretrain.masking import MaskSpec, PatchMask, num_kept, patch_mask
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.vit import sincos_positions
 from mmpretrain.objectives import Decode, Encodings, Example
+from mmpretrain.patches import masked_reconstruction, patch_statistics, patchify, unpatchify
 from mmpretrain.schedules import Now, Scheduled, Value
 from mmpretrain.usage import check_number
 
@@ -142,7 +142,7 @@ class MAE(nn.Module):
         return [Example(images, "") for images in zip(*columns, strict=True)]
 
     def loss(self, encodings: Encodings) -> Tensor:
-        """The sum over hidden patches of `losses.masked_reconstruction`."""
+        """The sum over hidden patches of `patches.masked_reconstruction`."""
         prediction, mask = self.reconstruct(encodings)
         # The error is taken in float32 or wider: bf16 would round it away as the reconstruction gets good.
         target = patchify(encodings.pixels(self.streams[0]), self.patch_size)

@@ -1,0 +1,82 @@
+"""How far a run is, and how it goes on from its newest checkpoint."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmpretrain import checkpoint, distributed, optim
+from mmpretrain.ema import EMA
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """How far the run is: what a checkpoint keeps beside tensors."""
+
+    step: int = 0
+    samples: int = 0
+    bad_steps: float = 0.0
+    num_refused: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    loss_scale: float | None = None
+    good_steps: int = 0
+    best: float | None = None
+    results: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, float]:
+        """The content of results.json."""
+        speed = self.samples / self.train_seconds if self.train_seconds else 0.0
+        length = {"steps": self.step, "samples": self.samples}
+        return {**self.results, **length, "wall_seconds": self.wall_seconds, "pairs_per_second": speed}
+
+
+def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> Path | None:
+    """The newest checkpoint of a run's directory that verifies, every process the one that process 0 chose.
+
+    Args:
+        folder: the run's directory.
+        num_steps: how many the run is to take.
+        fingerprint: of the data that it is trained on.
+
+    Raises: ValueError if the checkpoint is of other data, or of a later step than `num_steps`.
+    """
+    checkpoints = folder / "checkpoints"
+    if distributed.is_main():
+        checkpoint.clean(checkpoints)
+    path = distributed.from_main(lambda: checkpoint.find_latest(checkpoints, set_aside=True))
+    if path is not None:
+        check_fingerprint(path, fingerprint)
+        if (step := checkpoint.load_state(path)["step"]) > num_steps:
+            raise ValueError(
+                f"trainer.duration ends at step {num_steps}, but {folder} is at step {step} already; "
+                "expected at least that, or a new run: run.name=..."
+            )
+    return path
+
+
+def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
+    """Raises: ValueError if a checkpoint was made on other data than `fingerprint` is of."""
+    known = checkpoint.load_state(path)["fingerprint"]
+    if changed := [name for name in {**known, **fingerprint} if known.get(name) != fingerprint.get(name)]:
+        raise ValueError(
+            f"the data changed since {path} was saved: {', '.join(changed)} has other shards or samples; "
+            "expected the same data to go on: restore it, or start a new run (run.name=...)"
+        )
+
+
+def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> TrainState:
+    """Fill the optimiser and the average from a checkpoint, whose weights the task has already; how far it is."""
+    state = checkpoint.load_state(path)
+    del state["fingerprint"]
+    moments = checkpoint.load_tensors(path, "optimizer.safetensors")
+    optim.load_optimizer_state(optimizer, moments, state.pop("optimizer"))
+    if ema is not None:
+        ema.load(checkpoint.load_tensors(path, "ema.safetensors"))
+    log.info("resumed from %s at step %d", path, state["step"])
+    return TrainState(**state)
