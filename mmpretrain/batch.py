@@ -70,6 +70,10 @@ class Samples:
         """The same samples in page-locked memory (what `DataLoader(pin_memory=True)` calls)."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell CUDA's allocator that `stream` reads them, too."""
+        self._map(lambda tensor: tensor.record_stream(stream) or tensor)  # type: ignore[func-returns-value]
+
     def _map(self, fn: Callable[[Tensor], Tensor]) -> "Samples":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         mapped: dict[str, Any] = {
@@ -97,3 +101,8 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""
         return replace(self, streams={name: samples.pin_memory() for name, samples in self.streams.items()})
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell CUDA's allocator that `stream` reads them, too."""
+        for samples in self.streams.values():
+            samples.record_stream(stream)

@@ -32,6 +32,7 @@ from mmpretrain.resume import TrainState
 from mmpretrain.schedules import Duration, Now, Schedule, Value
 from mmpretrain.step import StepLosses, forward_backward
 from mmpretrain.task import Task
+from mmpretrain.transfer import Transfer
 from mmpretrain.workers import measured_workers
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class Trainer:
             streams, tokenizer, self.clock, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
             self.num_micro_batches, workers, options.text_groups, pin_memory=device.type == "cuda",
         )  # fmt: skip
+        self.transfer = Transfer(device)
         self.flags = distributed.LateFlags()
         self.results = self.state.summary()
         self.saved_at, self.saved_step, self.is_best = time.perf_counter(), self.state.step, False
@@ -182,7 +184,7 @@ class Trainer:
                     self.quarantine.add(batch.refused)
                 if state.step == 0 and self.writer is not None:
                     self.writer.pairs(micro_batches[0], self.tokenizer)
-                micro_batches = [batch.to(device) for batch in micro_batches]
+                micro_batches = [self.transfer(batch) for batch in micro_batches]
                 now = Now(state.samples, self.clock)
                 weights = weights_at(self.weights, now)
                 if self.freeze.apply(now, weights):

@@ -54,6 +54,7 @@ from mmpretrain.profiling import synchronize
 from mmpretrain.schedules import Clock
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
+from mmpretrain.transfer import Transfer
 
 HERE = Path(__file__).resolve().parent
 OPEN_CLIP_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16"}
@@ -147,12 +148,13 @@ class Ours:
         prepare(task.to(work.device), work.device, work.precision, options or Parallel())
         self.work, self.task, self.batches = work, task.to(work.device).train(), batches
         self.optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})
+        self.transfer = Transfer(work.device)
         self.losses: list[Tensor] = []
 
     def steps(self, first: int, num: int) -> None:
         """Steps `first` to `first + num`."""
         for i in range(first, first + num):
-            batch = self.batches[i % len(self.batches)].to(self.work.device)
+            batch = self.transfer(self.batches[i % len(self.batches)])
             losses = forward_backward(
                 self.task, self.task, [batch], {"infonce": 1.0}, autocast(self.work.device, self.work.precision)
             )
@@ -241,6 +243,9 @@ def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
     make = synthetic_batches if work.captions.isdigit() else real_batches
     batches = make(work, model, args.steps)
     open_clip_batches = [as_open_clip(batch, model) for batch in batches]
+    if work.device.type == "cuda":  # as the loaders of both sides give them
+        batches = [batch.pin_memory() for batch in batches]
+        open_clip_batches = [(images.pin_memory(), text.pin_memory()) for images, text in open_clip_batches]
 
     def new_task() -> Task:
         torch.manual_seed(0)
