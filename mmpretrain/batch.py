@@ -25,8 +25,26 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """Texts of a micro-batch that stand behind one another in rows of one length (see `models.rows`)."""
+
+    slots: Tensor
+    """int64 [b], where each text's first token stands among the `num_rows * row_length`."""
+    turns: Tensor
+    """int64 [b], how many texts stand before it in its row."""
+    num_rows: int
+    row_length: int
+    most: int
+    """The most texts in a row; like the numbers above it known on the host, so that nothing synchronises."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Packing":
+        """`fn` of each tensor."""
+        return replace(self, slots=fn(self.slots), turns=fn(self.turns))
+
+
+@dataclass(frozen=True)
 class Samples:
-    """One stream's part of a micro-batch, its rows sorted by text length where the stream has text."""
+    """One stream's part of a micro-batch."""
 
     positions: Tensor
     """int64 [b], each row's position in its stream."""
@@ -40,8 +58,8 @@ class Samples:
     """int64 [b, L], token ids."""
     lengths: Tensor | None = None
     """int64 [b], the number of tokens of each row, start and end tokens included."""
-    cuts: tuple[int, ...] = ()
-    """The length that each of the equal slices of rows (see `models.groups.LengthGroups`) is cut to; known on the host."""
+    packing: Packing | None = None
+    """How the texts are computed, several in a row; None: each in its own."""
     word_starts: Tensor | None = None
     """bool [b, L], where a word begins; None where the tokenizer does not say."""
     views: Tensor | None = None
@@ -58,9 +76,8 @@ class Samples:
         return self.images.shape[2] // patch_size[0], self.images.shape[3] // patch_size[1]
 
     def rows(self, rows: Tensor) -> "Samples":
-        """Some of the samples, by their rows in ascending order; their texts are one length group."""
-        some = self._map(lambda tensor: tensor[rows.to(tensor.device)])
-        return replace(some, cuts=() if some.text is None else (some.text.shape[1],))
+        """Some of the samples, by their rows; their texts are not packed."""
+        return replace(self, packing=None)._map(lambda tensor: tensor[rows.to(tensor.device)])
 
     def to(self, device: torch.device) -> "Samples":
         """The same samples on another device."""
@@ -79,6 +96,8 @@ class Samples:
         mapped: dict[str, Any] = {
             name: fn(value) if isinstance(value, Tensor) else value for name, value in values.items()
         }
+        if self.packing is not None:
+            mapped["packing"] = self.packing.map(fn)
         return Samples(**mapped)
 
 

@@ -27,7 +27,7 @@ _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[
 _FREE = re.compile(
     r"run\.(name|dir)"
     r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|parallel\..*"
-    r"|data\.(workers|max_bad_fraction|text_groups|val_batch_size|val(\..*)?)|" + _PLACES
+    r"|data\.(workers|max_bad_fraction|val_batch_size|val(\..*)?)|" + _PLACES
 )
 
 
@@ -129,7 +129,6 @@ def _check_ranges(config: TrainConfig) -> None:
         if not accepts(data.workers, int):
             raise UsageError(f"data.workers is {data.workers!r}; expected auto or a number of processes, such as 4")
         check_number("data.workers", data.workers, at_least=0)
-    check_number("data.text_groups", data.text_groups, at_least=1)
     check_number("data.val_batch_size", data.val_batch_size, at_least=1)
     check_number("data.max_bad_fraction", data.max_bad_fraction, at_least=0, at_most=1)
     for name, stream in data.train.items():

@@ -83,7 +83,7 @@ def show_examples(
 ) -> Iterator[tuple[str, list[Example]]]:
     """What each objective that has something to show makes of a few samples of a micro-batch."""
     streams = {
-        # Rows are sorted by length: from all over the micro-batch.
+        # Rows stand in the shards' order: from all over the micro-batch.
         name: samples.rows(torch.linspace(0, len(samples) - 1, min(count, len(samples))).long())
         for name, samples in batch.streams.items()
     }

@@ -80,7 +80,7 @@ class MetricsWriter:
     def pairs(self, batch: Batch, tokenizer: Tokenizer, count: int = 16) -> None:
         """Log each stream's first samples as the model sees them: a grid of images with their captions, or texts."""
         for name, samples in batch.streams.items():
-            # Rows are sorted by length: take them from all over the micro-batch.
+            # Rows stand in the shards' order: take them from all over the micro-batch.
             rows = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int).tolist()
             captions = [""] * len(rows)
             if samples.text is not None and samples.lengths is not None:

@@ -49,15 +49,15 @@ def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Tas
 
 
 def first_micro_batch(
-    streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock, num_micro_batches: int
+    streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock, num_micro_batches: int
 ) -> Batch:
     """What this rank sees first."""
     place = distributed.rank(), distributed.world_size(), num_micro_batches
     item = next(iter(StepSampler(streams, clock, 0, 1, *place)))
-    return MicroBatches(streams, tokenizer, text_groups, clock)[item]
+    return MicroBatches(streams, tokenizer, clock)[item]
 
 
-def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock) -> Batch:
+def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> Batch:
     """Two samples of each stream, the same on every rank."""
     item = {name: step_positions(stream.order, range(2), 0, 1, 1)[0] for name, stream in streams.items()}
-    return MicroBatches(streams, tokenizer, text_groups, clock)[0, item]
+    return MicroBatches(streams, tokenizer, clock)[0, item]

@@ -82,7 +82,7 @@ class Encodings:
         if (stream, mask) not in self._texts:
             text, lengths = self._text_of(stream)
             ids = text if mask is None else self.token_mask(stream, mask).ids
-            self._texts[stream, mask] = self._model.encode_text(ids, lengths, self.samples(stream).cuts)
+            self._texts[stream, mask] = self._model.encode_text(ids, lengths, self.samples(stream).packing)
         return self._texts[stream, mask]
 
     @property
@@ -102,7 +102,7 @@ class Encodings:
 
     def with_text(self, stream: str, text: Tensor, lengths: Tensor) -> "Encodings":
         """The same micro-batch with other texts beside the stream's images, whose passes are not run again."""
-        samples = replace(self.samples(stream), text=text, lengths=lengths, cuts=(text.shape[1],))
+        samples = replace(self.samples(stream), text=text, lengths=lengths, packing=None)
         other = Encodings(self._model, replace(self.batch, streams={**self.batch.streams, stream: samples}))
         other._pixels, other._masks, other._images = self._pixels, self._masks, self._images
         return other

@@ -145,13 +145,13 @@ def _dry_run(
 ) -> Mapping[str, float]:
     """Say what the run would cost, and leave nothing behind."""
     clock = clock_of(streams, options.duration)
-    example = example_batch(streams, tokenizer, options.text_groups, clock).to(task.model.device)
+    example = example_batch(streams, tokenizer, clock).to(task.model.device)
     first_weights = weights_at(weights, Now(0, clock))
     freeze = Freeze(task, options.freeze, parallel.reached_parameters(task, example))
     freeze.check_trains(weights, clock)
     freeze.apply(Now(0, clock), first_weights)
     num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
-    batch = first_micro_batch(streams, tokenizer, options.text_groups, clock, num_micro_batches).to(task.model.device)
+    batch = first_micro_batch(streams, tokenizer, clock, num_micro_batches).to(task.model.device)
     costs = dry_run.estimate(
         task, batch, first_weights, _make_optimizer(cfg), options.precision, len(next(iter(batch.streams.values()))),
         num_micro_batches, has_average=options.ema_decay is not None,
@@ -208,7 +208,6 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         max_bad_fraction=cfg.data.max_bad_fraction,
         profile_steps=cfg.trainer.profile_steps,
         workers=None if cfg.data.workers == "auto" else cfg.data.workers,
-        text_groups=cfg.data.text_groups,
         parallel=Parallel(
             cfg.parallel.strategy.value, cfg.parallel.activation_checkpointing.value, cfg.parallel.compile
         ),

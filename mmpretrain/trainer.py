@@ -63,7 +63,6 @@ class TrainerOptions:
     max_bad_fraction: float
     profile_steps: int
     workers: int | None
-    text_groups: int
     parallel: Parallel
 
 
@@ -123,7 +122,7 @@ class Trainer:
         self.batch_size = self.clock.batch_size
         self.num_steps = self.clock.total_samples // self.batch_size
         self.num_micro_batches = count_micro_batches(self.batch_size, options.micro_batch_size, task)
-        example = example_batch(streams, tokenizer, options.text_groups, self.clock).to(device)
+        example = example_batch(streams, tokenizer, self.clock).to(device)
         self.freeze = Freeze(task, options.freeze, parallel.reached_parameters(task, example))
         self.freeze.check_trains(weights, self.clock)
         if self.freeze.unreached:
@@ -145,7 +144,7 @@ class Trainer:
         workers = self._measured_workers() if options.workers is None else options.workers
         self.loader = build_loader(
             streams, tokenizer, self.clock, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
-            self.num_micro_batches, workers, options.text_groups, pin_memory=device.type == "cuda",
+            self.num_micro_batches, workers, pin_memory=device.type == "cuda",
         )  # fmt: skip
         self.transfer = Transfer(device)
         self.flags = distributed.LateFlags()
@@ -271,9 +270,7 @@ class Trainer:
         """How many processes decode; nothing is trained. A collective."""
 
         def read() -> Batch:
-            return first_micro_batch(
-                self.streams, self.tokenizer, self.options.text_groups, self.clock, self.num_micro_batches
-            )
+            return first_micro_batch(self.streams, self.tokenizer, self.clock, self.num_micro_batches)
 
         batch, weights = read().to(self.device), weights_at(self.weights, Now(self.state.samples, self.clock))
 

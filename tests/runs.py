@@ -81,7 +81,7 @@ def write_shard(path: Path, first: int, count: int, broken: Sequence[int] = ()) 
     with webdataset.TarWriter(str(path), mtime=0.0) as tar:
         for number in range(first, first + count):
             colour, word = list(_COLOURS)[number % len(_COLOURS)], _WORDS[number % len(_WORDS)]
-            # Captions differ in length, so that a micro-batch has length groups to cut.
+            # Captions differ in length, so that a micro-batch's are packed.
             caption = f"a {colour} {word} number {number}" + " and more" * (number % 3)
             image = b"no image" if number in broken else png(number, colour)
             fields = {"caption": caption, "label": colour}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmpretrain.batch import Batch, Refused, Samples
+from mmpretrain.batch import Batch, Packing, Refused, Samples
 
 
 def make_batch() -> Batch:
@@ -15,7 +15,7 @@ def make_batch() -> Batch:
         images=torch.zeros(3, 3, 4, 4, dtype=torch.uint8),
         text=torch.ones(3, 8, dtype=torch.int64),
         lengths=torch.tensor([3, 4, 5]),
-        cuts=(8,),
+        packing=Packing(torch.tensor([0, 3, 8]), torch.tensor([0, 1, 0]), 2, 8, 2),
     )
     images = Samples(positions=numbers, ids=numbers, seeds=numbers, images=torch.zeros(3, 3, 2, 2, dtype=torch.uint8))
     return Batch({"pairs": pairs, "images": images}, seed=5, refused=(Refused("pairs", "0.tar", "a", "why"),))
@@ -30,7 +30,10 @@ def test_every_tensor_moves_and_the_rest_stays() -> None:
             before, after = getattr(batch.streams[name], field), getattr(samples, field)
             assert (after is None) == (before is None)
             assert after is None or (after.device.type == "meta" and after.shape == before.shape)
-    assert moved.streams["pairs"].cuts == (8,) and moved.streams["images"].cuts == ()
+    packing = moved.streams["pairs"].packing
+    assert packing is not None and packing.slots.device.type == packing.turns.device.type == "meta"
+    assert (packing.num_rows, packing.row_length, packing.most) == (2, 8, 2)
+    assert moved.streams["images"].packing is None
     assert moved.seed == 5 and moved.refused == batch.refused
 
 
@@ -40,4 +43,5 @@ def test_every_tensor_is_pinned() -> None:
     for samples in pinned.streams.values():
         tensors = [value for value in vars(samples).values() if isinstance(value, torch.Tensor)]
         assert len(tensors) >= 4 and all(tensor.is_pinned() for tensor in tensors)
-    assert pinned.seed == 5 and pinned.streams["pairs"].cuts == (8,)
+    packing = pinned.streams["pairs"].packing
+    assert pinned.seed == 5 and packing is not None and packing.slots.is_pinned()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.stream import length_cuts
+from mmpretrain.data.packing import packed, row_length
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
@@ -47,20 +47,20 @@ def image_text(vocab_size: int = VOCAB_SIZE, **vit_args: Any) -> ImageTextModel:
     return randomize(ImageTextModel(vit(**vit_args), text(vocab_size=vocab_size), embed_dim=12))
 
 
-def batch(lengths: Sequence[int], text_groups: int = 2, seed: int = 0) -> Batch:
+def batch(lengths: Sequence[int], seed: int = 0) -> Batch:
     """One micro-batch of stream `pairs`: noise images, and random tokens of the given lengths in order."""
     generator = torch.Generator().manual_seed(seed)
     b = len(lengths)
-    sizes = torch.tensor(sorted(lengths))
-    cuts = length_cuts(sizes, text_groups, CONTEXT_LENGTH)
-    ids = torch.randint(1, VOCAB_SIZE, (b, cuts[-1]), generator=generator)
+    sizes = torch.tensor(lengths)
+    length = row_length(sizes, CONTEXT_LENGTH)
+    ids = torch.randint(1, VOCAB_SIZE, (b, length), generator=generator)
     samples = Samples(
         positions=torch.arange(b),
         ids=torch.arange(b),
         seeds=torch.randint(-(1 << 62), 1 << 62, (b,), generator=generator),
         images=torch.randint(0, 256, (b, 3, IMAGE_SIZE, IMAGE_SIZE), generator=generator, dtype=torch.uint8),
-        text=ids * (torch.arange(cuts[-1]) < sizes[:, None]),
+        text=ids * (torch.arange(length) < sizes[:, None]),
         lengths=sizes,
-        cuts=cuts,
+        packing=packed(sizes, length),
     )
     return Batch({"pairs": samples})

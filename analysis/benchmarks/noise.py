@@ -6,7 +6,7 @@ import torch
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.stream import length_cuts
+from mmpretrain.data.packing import packed, row_length
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.seeds import torch_draws
 
@@ -30,15 +30,15 @@ def noise(model: ImageTextModel, batch_size: int, shortest: int, longest: int, s
     return Samples(ids, ids, seeds, images.permute(0, 3, 1, 2), text, lengths)
 
 
-def my_batches(samples: Samples, micro_batch_size: int | None = None, text_groups: int = 4) -> list[Batch]:
-    """This rank's micro-batches of a batch, each sorted by length and cut into groups; None: one for all of its part."""
+def my_batches(samples: Samples, micro_batch_size: int | None = None) -> list[Batch]:
+    """This rank's micro-batches of a batch, their texts packed as the loader does; None: one for all of its part."""
     assert samples.lengths is not None and samples.text is not None
     mine = torch.arange(len(samples)).chunk(distributed.world_size())[distributed.rank()]
     batches = []
     for rows in mine.split(micro_batch_size or len(mine)):
-        rows = rows[samples.lengths[rows].argsort(stable=True)]
-        cuts = length_cuts(samples.lengths[rows], text_groups, samples.text.shape[1])
         some = samples.rows(rows)
-        assert some.text is not None
-        batches.append(Batch({"pairs": replace(some, text=some.text[:, : cuts[-1]], cuts=cuts)}))
+        assert some.text is not None and some.lengths is not None
+        length = row_length(some.lengths, some.text.shape[1])
+        packing = packed(some.lengths, length)
+        batches.append(Batch({"pairs": replace(some, text=some.text[:, :length], packing=packing)}))
     return batches

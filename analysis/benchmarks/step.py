@@ -3,7 +3,7 @@ r"""Training steps of mmpretrain and of open_clip's own loop, on the same weight
     python -m analysis.benchmarks.step --model ViT-S-32-alt --batch 32 --captions 16
     python -m analysis.benchmarks.step --model emoji_clip --batch 128 --captions data/emoji/train
 
-Batches lie in memory, as each side's loader gives them: uint8 pixels and sorted captions here, normalised float32
+Batches lie in memory, as each side's loader gives them: uint8 pixels and packed captions here, normalised float32
 pixels and captions padded to the context's end there. Both sides have the same weights, rows, AdamW groups, learning
 rate, decay and loss; a step is forward, backward, update and clamping of the temperature. open_clip's is its
 `open_clip_train.train.train_one_epoch`; ours is what `Trainer` does in a step, gradient norms included. With `--best`
@@ -69,7 +69,6 @@ class Work:
     model: str
     batch_size: int
     captions: str
-    text_groups: int
     precision: str
     device: torch.device
 
@@ -95,7 +94,7 @@ def synthetic_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch
     """Noise with captions of one length."""
     length = int(work.captions)
     parts = (noise(model, work.batch_size, length, length, seed) for seed in range(num))
-    return [batch for samples in parts for batch in my_batches(samples, text_groups=work.text_groups)]
+    return [batch for samples in parts for batch in my_batches(samples)]
 
 
 def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
@@ -107,7 +106,7 @@ def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
     assert model.text is not None
     loader = build_loader(
         {"pairs": stream}, ClipTokenizer(context_length=model.text.context_length),
-        Clock(work.batch_size, num * work.batch_size, shards.num_samples), 0, num, text_groups=work.text_groups,
+        Clock(work.batch_size, num * work.batch_size, shards.num_samples), 0, num,
     )  # fmt: skip
     return list(loader)
 
@@ -326,7 +325,6 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-S-32-alt", help="a model of open_clip, or emoji_clip")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--captions", default="16", help="tokens of every caption, or a folder of tars")
-    parser.add_argument("--text-groups", type=int, default=4, help="length groups of mmpretrain (data.text_groups)")
     parser.add_argument("--precision", default="fp32,bf16")
     parser.add_argument("--steps", type=int, default=10, help="steps whose losses are compared")
     parser.add_argument("--rounds", type=int, default=7)
@@ -339,7 +337,7 @@ def main() -> None:
     print(one_line())
     results = {}
     for precision in args.precision.split(","):
-        work = Work(args.model, args.batch, args.captions, args.text_groups, precision, torch.device(args.device))
+        work = Work(args.model, args.batch, args.captions, precision, torch.device(args.device))
         results[precision] = run(work, args)
         show(work, results[precision])
     if args.output:

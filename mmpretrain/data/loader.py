@@ -24,17 +24,15 @@ MicroBatchItem = tuple[int, Mapping[str, StreamItem]]
 class MicroBatches(Dataset[Batch]):
     """The map-style data set: (samples seen, {stream: (positions, sources, ids)}) -> Batch."""
 
-    def __init__(self, streams: Mapping[str, Stream], tokenizer: Tokenizer, text_groups: int, clock: Clock) -> None:
+    def __init__(self, streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> None:
         self._streams = streams
         self._tokenizer = tokenizer
-        self._text_groups = text_groups
         self._clock = clock
 
     def __getitem__(self, item: MicroBatchItem) -> Batch:
         now = Now(item[0], self._clock)
         parts = {
-            name: self._streams[name].read(stream_item, self._tokenizer, self._text_groups, now)
-            for name, stream_item in item[1].items()
+            name: self._streams[name].read(stream_item, self._tokenizer, now) for name, stream_item in item[1].items()
         }
         first_stream = next(iter(parts.values()))[0]
         seed = int(first_stream.seeds[first_stream.positions.argmin()])
@@ -80,7 +78,6 @@ def build_loader(
     world_size: int = 1,
     num_micro_batches: int = 1,
     workers: int = 0,
-    text_groups: int = 4,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """A loader whose items are the micro-batches of one rank, in order: `num_micro_batches` items a step.
@@ -95,7 +92,7 @@ def build_loader(
                     f"{num_micro_batches} micro-batches: change it, the number of processes, or trainer.micro_batch_size"
                 )
     return DataLoader(
-        MicroBatches(streams, tokenizer, text_groups, clock),
+        MicroBatches(streams, tokenizer, clock),
         sampler=StepSampler(streams, clock, first_step, num_steps, rank, world_size, num_micro_batches),
         batch_size=None,
         num_workers=workers,

@@ -1,4 +1,4 @@
-"""One stream of samples: where they lie, their order, what is read of each, and captions sorted into length groups."""
+"""One stream of samples: where they lie, their order, and what is read of each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,12 +7,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation, augmented
 from mmpretrain.data.decode import BadSample, check_caption_field, decode_captions, decode_image, read_label
 from mmpretrain.data.order import Order, SourceOrder
+from mmpretrain.data.packing import packed, row_length
 from mmpretrain.data.shards import Shards, concatenated
 from mmpretrain.data.shorten import Shorten, shortened
 from mmpretrain.data.storage import LocalStorage, Storage
@@ -23,7 +25,6 @@ from mmpretrain.schedules import Now, Scheduled, Value
 from mmpretrain.seeds import draw, draws, hash64, uniform
 
 _MAX_REPLACEMENTS = 20
-_LENGTH_MULTIPLE = 8
 
 StreamItem = tuple[np.ndarray, np.ndarray, np.ndarray]
 """(positions, sources, sample ids) of one micro-batch, int64 [b] each."""
@@ -102,7 +103,7 @@ class Stream(Protocol):
         """A name for the sample that stands at `position`."""
         ...
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int, now: Now) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
         """One micro-batch's part of the stream, and what was refused."""
         ...
 
@@ -259,7 +260,7 @@ class TarStream:
             images = self._read_images(source, sample, seed, size)
         return images, caption, self._read_group(source, sample, caption)
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int, now: Now) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
 
         Raises: OSError for an I/O error; ValueError if some position finds no usable sample.
@@ -298,25 +299,15 @@ class TarStream:
             seeds=torch.from_numpy(seeds.view(np.int64)),
             groups=None if self._group is None else torch.from_numpy(groups.view(np.int64)),
         )
-        rows: Sequence[int] = range(len(positions))
         if captions:
             text, lengths = tokenizer(captions)
             if self._text_length is not None:
                 text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(now)), self._shorten)
-            samples, rows = sorted_by_length(samples, text, lengths, tokenizer, text_groups)
+            samples = with_text(samples, text, lengths, tokenizer)
         if images:
-            images = [images[row] for row in rows]  # put in order before they are copied for the first time
             further = torch.stack([torch.stack(others) for _, *others in images]) if self._views else None
             samples = replace(samples, images=stacked([first for first, *_ in images]), views=further)
         return samples, refused
-
-
-def length_cuts(lengths: Tensor, text_groups: int, longest: int) -> tuple[int, ...]:
-    """What each of `text_groups` equal slices of sorted lengths int64 [b] is cut to: its longest, rounded up to 8."""
-    return tuple(
-        min(-(-int(part.max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, longest)
-        for part in lengths.tensor_split(min(text_groups, len(lengths)))
-    )
 
 
 def stacked(images: Sequence[Tensor]) -> Tensor:
@@ -332,27 +323,14 @@ def stacked(images: Sequence[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images], out=out).permute(0, 3, 1, 2)
 
 
-def sorted_by_length(
-    samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer, text_groups: int
-) -> tuple[Samples, list[int]]:
-    """`samples`, which have no images yet, with their tokens, sorted by length for `models.groups.LengthGroups`.
-
-    Returns: they, and which row each of them was: images are still to be brought into that order.
-    """
-    by_length = torch.argsort(lengths, stable=True)
-    lengths = lengths[by_length]
-    cuts = length_cuts(lengths, text_groups, tokenizer.context_length)
-    padded = torch.zeros(len(lengths), cuts[-1], dtype=torch.int64)
-    padded[:, : text.shape[1]] = text[by_length, : cuts[-1]]
-    in_order = replace(
+def with_text(samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer) -> Samples:
+    """`samples` with their tokens int64 [b, L], cut to the longest or padded to a shape that occurs often, and packed."""
+    length = row_length(lengths, tokenizer.context_length)
+    padded = F.pad(text, (0, length - text.shape[1]))
+    return replace(
         samples,
-        positions=samples.positions[by_length],
-        ids=samples.ids[by_length],
-        seeds=samples.seeds[by_length],
-        groups=None if samples.groups is None else samples.groups[by_length],
         text=padded,
         lengths=lengths,
         word_starts=tokenizer.word_starts(padded) if hasattr(tokenizer, "word_starts") else None,
-        cuts=cuts,
+        packing=packed(lengths, length),
     )
-    return in_order, by_length.tolist()

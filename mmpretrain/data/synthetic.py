@@ -9,7 +9,7 @@ import torch
 
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.order import Order, SourceOrder
-from mmpretrain.data.stream import StreamItem, sorted_by_length
+from mmpretrain.data.stream import StreamItem, with_text
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.schedules import Now, Scheduled, Value
 from mmpretrain.seeds import draws, hash64
@@ -53,7 +53,7 @@ class SyntheticStream:
         """A name for the sample that stands at `position`."""
         return f"synthetic:{int(self.order(np.array([position]))[1][0])}"
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, text_groups: int, now: Now) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
         """One micro-batch's part of the stream."""
         positions, _, ids = item
         seeds = draws(np.uint64(self._seed), positions)
@@ -71,7 +71,5 @@ class SyntheticStream:
             ids=torch.from_numpy(ids.copy()),
             seeds=torch.from_numpy(seeds.view(np.int64)),
         )
-        samples, rows = sorted_by_length(
-            samples, torch.from_numpy(text), torch.from_numpy(lengths), tokenizer, text_groups
-        )
-        return replace(samples, images=torch.from_numpy(images[rows]).permute(0, 3, 1, 2)), []
+        samples = with_text(samples, torch.from_numpy(text), torch.from_numpy(lengths), tokenizer)
+        return replace(samples, images=torch.from_numpy(images).permute(0, 3, 1, 2)), []

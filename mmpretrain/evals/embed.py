@@ -13,10 +13,11 @@ from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.data.decode import BadSample, read_label
 from mmpretrain.data.loader import ignore_signals
+from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage, Storage
-from mmpretrain.data.stream import length_cuts, read_captions, read_member
+from mmpretrain.data.stream import read_captions, read_member
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
@@ -122,10 +123,10 @@ def embed_texts(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str
     parts = []
     for start in range(0, len(mine), batch_size):
         ids, lengths = tokenizer(mine[start : start + batch_size])
-        order = lengths.argsort(stable=True)
-        ids, lengths = ids[order].to(device), lengths[order]
-        encoding = model.encode_text(ids, lengths.to(device), length_cuts(lengths, 1, ids.shape[1]))
-        parts.append(model.project_text(encoding.pooled).float()[order.argsort().to(device)])
+        packing = packed(lengths, ids.shape[1])
+        packing = None if packing is None else packing.map(lambda tensor: tensor.to(device))
+        encoding = model.encode_text(ids.to(device), lengths.to(device), packing)
+        parts.append(model.project_text(encoding.pooled).float())
     local = torch.cat(parts) if parts else torch.zeros(0, model.embed_dim, device=device)
     return distributed.gather_ragged_rows(local)
 

@@ -4,17 +4,12 @@ Parameters carry open_clip's names, so that weights go over one to one.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.models.attention import attention
-from mmpretrain.models.groups import LengthGroups
-
-Masks = Sequence[Tensor | None]
-"""What may be seen in each slice of a batch, bool [b_g, 1, 1 or l_g, l_g], True where a key may be; None: all of it."""
 
 
 class SelfAttention(nn.Module):
@@ -27,31 +22,34 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(
-        self, x: Tensor, groups: LengthGroups, masks: Masks, is_causal: bool, picks: Tensor | None = None
-    ) -> Tensor:
-        """[T, d] -> [T, d], or with `picks`, int64 [b], [b, d]: what one token of each row, by its number there, sees."""
-        if picks is not None:
-            return self._of_picks(x, groups, groups.first(picks + 1) if is_causal else masks, picks)
+    def forward(self, x: Tensor, mask: Tensor | None, is_causal: bool = False, picks: Tensor | None = None) -> Tensor:
+        """What tokens x [b, l, d] see of one another, [b, l, d], or with `picks` what some of them see, [b, m, d].
 
-        def attend(qkv: Tensor, mask: Tensor | None) -> Tensor:
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            return attention(q, k, v, mask, is_causal).transpose(1, 2).flatten(2)
+        Args:
+            mask: bool [b, 1, 1 or l, l], True where a key may be seen; None: everywhere.
+            is_causal: nothing after a token may be seen.
+            picks: int64 [b, m], the numbers of the tokens.
+        """
+        heads = (self.num_heads, x.shape[-1] // self.num_heads)
+        if picks is None:
+            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, *heads))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        else:
+            width = x.shape[-1]
+            q = F.linear(of_picks(x, picks), self.in_proj_weight[:width], self.in_proj_bias[:width])
+            q = q.unflatten(-1, heads).transpose(1, 2)
+            kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).unflatten(-1, (2, *heads))
+            k, v = kv.permute(2, 0, 3, 1, 4)
+            if is_causal:
+                mask, is_causal = (torch.arange(x.shape[1], device=x.device) <= picks[..., None])[:, None], False
+            elif mask is not None and mask.shape[2] > 1:
+                mask = of_picks(mask[:, 0], picks)[:, None]
+        return self.out_proj(attention(q, k, v, mask, is_causal).transpose(1, 2).flatten(2))
 
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return self.out_proj(groups.map(attend, qkv, masks))
 
-    def _of_picks(self, x: Tensor, groups: LengthGroups, masks: Masks, picks: Tensor) -> Tensor:
-        width = x.shape[-1]
-
-        def attend(kv: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
-            k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            q = q.unflatten(-1, (1, self.num_heads, -1)).transpose(1, 2)
-            return attention(q, k, v, mask).transpose(1, 2).flatten(2)
-
-        q = F.linear(x[groups.find(picks)], self.in_proj_weight[:width], self.in_proj_bias[:width])
-        kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
-        return self.out_proj(groups.map(attend, kv, groups.rows(q), masks))
+def of_picks(x: Tensor, picks: Tensor) -> Tensor:
+    """Some tokens of x [b, l, d], by their numbers int64 [b, m]: [b, m, d]."""
+    return x[torch.arange(len(x), device=x.device)[:, None], picks]
 
 
 class Block(nn.Module):
@@ -74,10 +72,11 @@ class Block(nn.Module):
         ]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(
-        self, x: Tensor, groups: LengthGroups, masks: Masks, is_causal: bool, picks: Tensor | None = None
-    ) -> Tensor:
-        """[T, d] -> [T, d], or with `picks`, int64 [b], the state of one token of each row alone, [b, d]."""
-        attended = self.attn(self.ln_1(x), groups, masks, is_causal, picks)
-        x = (x if picks is None else x[groups.find(picks)]) + attended
+    def forward(self, x: Tensor, mask: Tensor | None, is_causal: bool = False, picks: Tensor | None = None) -> Tensor:
+        """[b, l, d] -> [b, l, d], or with `picks`, int64 [b, m], the states of some tokens alone, [b, m, d].
+
+        mask, is_causal: as in `SelfAttention`.
+        """
+        attended = self.attn(self.ln_1(x), mask, is_causal, picks)
+        x = (x if picks is None else of_picks(x, picks)) + attended
         return x + self.mlp(self.ln_2(x))

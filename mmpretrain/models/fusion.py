@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.models.attention import attention
-from mmpretrain.models.blocks import Block, Masks
-from mmpretrain.models.groups import LengthGroups
+from mmpretrain.models.blocks import Block
+from mmpretrain.models.rows import Rows
 
 
 class CrossAttention(nn.Module):
@@ -18,15 +18,16 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(context_width, 2 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, groups: LengthGroups, context: Tensor) -> Tensor:
-        """x [T, d], context [b, N, c] -> [T, d]: each row's tokens look at the row's own context."""
+    def forward(self, x: Tensor, context: Tensor, rows: Rows | None = None) -> Tensor:
+        """x [b, l, d], context [b, N, c] -> [b, l, d]: each row's tokens look at the row's own context.
 
-        def attend(q: Tensor, kv: Tensor) -> Tensor:
-            q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            return attention(q, k, v).transpose(1, 2).flatten(2)
-
-        return self.out_proj(groups.map(attend, self.query(x), groups.rows(self.key_value(context))))
+        With `rows` x is [R, l, d], and each text's tokens look at the text's own context.
+        """
+        q = self.query(x) if rows is None else rows.unpack(self.query(x))
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.key_value(context).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        seen = attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out_proj(seen if rows is None else rows.pack(seen))
 
 
 class AttentionPooler(nn.Module):
@@ -41,9 +42,8 @@ class AttentionPooler(nn.Module):
 
     def forward(self, context: Tensor) -> Tensor:
         """[b, N, c] -> [b, num_queries, d]."""
-        groups = LengthGroups(len(context), (len(self.queries),))
-        queries = groups.pack(self.queries.to(context.dtype).expand(len(context), -1, -1))
-        return self.norm(groups.unpack(self.attention(queries, groups, self.norm_context(context))))
+        queries = self.queries.to(context.dtype).expand(len(context), -1, -1)
+        return self.norm(self.attention(queries, self.norm_context(context)))
 
 
 class FusionBlock(nn.Module):
@@ -58,10 +58,10 @@ class FusionBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, groups: LengthGroups, context: Tensor, masks: Masks, is_causal: bool) -> Tensor:
-        """x [T, d], context [b, N, d] -> [T, d]; masks as in `models.blocks`."""
-        x = self.text(x, groups, masks, is_causal)
-        x = x + self.cross(self.norm_cross(x), groups, context)
+    def forward(self, x: Tensor, rows: Rows, context: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """x [R, l, d], context [b, N, d] -> [R, l, d]; mask and is_causal as in `models.blocks`."""
+        x = self.text(x, mask, is_causal)
+        x = x + self.cross(self.norm_cross(x), context, rows)
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -90,9 +90,9 @@ class FusionDecoder(nn.Module):
             for linear in (block.text.attn.out_proj, block.cross.out_proj, block.text.mlp.c_proj, block.mlp[2]):  # type: ignore[union-attr, index]
                 nn.init.normal_(linear.weight, std=branch_std)  # type: ignore[union-attr, arg-type]
 
-    def forward(self, x: Tensor, groups: LengthGroups, image_tokens: Tensor, masks: Masks, is_causal: bool) -> Tensor:
-        """x [T, d], image_tokens [b, N, c] -> [T, d]; masks as in `models.blocks`."""
+    def forward(self, x: Tensor, rows: Rows, image_tokens: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """x [R, l, d], image_tokens [b, N, c] -> [R, l, d]; mask and is_causal as in `models.blocks`."""
         context = self.image_proj(image_tokens) if self.pooler is None else self.pooler(image_tokens)  # type: ignore[misc]
         for block in self.blocks:
-            x = block(x, groups, context, masks, is_causal)
+            x = block(x, rows, context, mask, is_causal)
         return self.norm(x)

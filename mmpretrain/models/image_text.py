@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpretrain.batch import Packing
 from mmpretrain.masking import PatchMask
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.usage import check_number
@@ -52,7 +53,7 @@ class TextEncoder(Protocol):
     end_id: int | None
     """The token whose state it pools, by its id; None where the last token is pooled, whatever it is."""
 
-    def __call__(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding: ...
+    def __call__(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding: ...
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]; only where `projects` says that the encoder brings its projection along."""
@@ -143,8 +144,8 @@ class ImageTextModel(nn.Module):
         """uint8 [b, 3, h, w] -> tokens and the pooled state of the image encoder."""
         return self.image(self.normalize(images), mask)
 
-    def encode_text(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding:
-        """Token ids int64 [b, L] -> tokens and the pooled state of the text encoder.
+    def encode_text(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
+        """Token ids int64 [b, L] of texts of `lengths` [b] -> tokens and the pooled state of the text encoder.
 
         Raises: ValueError if the model has no text encoder.
         """
@@ -152,7 +153,7 @@ class ImageTextModel(nn.Module):
             raise ValueError(
                 "the model has no text encoder (model.text is null); an objective or evaluator asks for one"
             )
-        return self.text(ids, lengths, cuts)
+        return self.text(ids, lengths, packing)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class ImageTextModel(nn.Module):
     @torch.no_grad()
     def embed_texts(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Token ids int64 [b, L] and lengths int64 [b] -> [b, e] of unit length, without gradients."""
-        pooled = self.encode_text(ids.to(self.device), lengths.to(self.device), (ids.shape[1],)).pooled
+        pooled = self.encode_text(ids.to(self.device), lengths.to(self.device)).pooled
         return self.project_text(pooled)
 
     def project_image(self, pooled: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
+from mmpretrain.batch import Packing
 from mmpretrain.masking import PatchMask
-from mmpretrain.models.blocks import Block
+from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
-from mmpretrain.models.groups import LengthGroups
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.rows import Rows
 from mmpretrain.models.vit import TimmEncoder
 
 
@@ -199,16 +200,12 @@ class OpenClipVision(nn.Module):
             return Encoding(
                 lambda: x if visual.attn_pool is not None else visual.ln_post(x), lambda _: visual._pool(x)[0]
             )
-        groups, masks = LengthGroups(len(x), (x.shape[1],)), [None if is_seen is None else is_seen[:, None, None]]
-        x = groups.pack(x)
+        attn_mask = None if is_seen is None else is_seen[:, None, None]
         *blocks, last = visual.transformer.resblocks
         for block in blocks:
-            x = block(x, groups, masks, is_causal=False)
-        first = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        ends = Encoding(
-            lambda: groups.unpack(last(x, groups, masks, is_causal=False)),
-            lambda _: last(x, groups, masks, is_causal=False, picks=first),
-        )
+            x = block(x, attn_mask)
+        first = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
+        ends = Encoding(lambda: last(x, attn_mask), lambda _: last(x, attn_mask, picks=first)[:, 0])
         return Encoding(
             lambda: ends.tokens if visual.attn_pool is not None else visual.ln_post(ends.tokens),
             lambda _: visual.ln_post(ends.pooled) if self.pools_token else visual._pool(ends.tokens)[0],
@@ -279,24 +276,26 @@ class OpenClipText(nn.Module):
         """[vocabulary, d], the matrix that tokens are looked up in."""
         return cast(Tensor, self.text.token_embedding.weight)
 
-    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding:
-        """Encode token ids int64 [b, L], rows sorted by length as `cuts` says (see `LengthGroups`)."""
+    def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
+        """Encode token ids int64 [b, L] of texts of `lengths` [b]; `packing` is made use of where the blocks are ours."""
         text = self.text
         if self._ignores_padding:
-            groups = LengthGroups(len(ids), cuts)
-            picks = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
-            x = text.token_embedding(groups.pack(ids))
-            x = x + F.embedding(groups.places(ids.device), text.positional_embedding).to(x.dtype)
+            pooled_place = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
+            rows = Rows(lengths, ids.shape[1], packing if self._has_own_blocks else None)
+            x = text.token_embedding(rows.pack(ids))
+            x = x + F.embedding(rows.places, text.positional_embedding).to(x.dtype)
             if not self._has_own_blocks:
-                x = text.ln_final(groups.map(self._encode, x))
-                return Encoding(lambda: groups.unpack(x), lambda _: x[groups.find(picks)])
-            masks = [None] * len(cuts)
+                x = text.transformer(x, attn_mask=text.attn_mask[: x.shape[1], : x.shape[1]])
+                x = text.ln_final(x)
+                return Encoding(lambda: x, lambda _: of_picks(x, pooled_place[:, None])[:, 0])
+            mask = rows.mask(is_causal=True)
+            is_causal = mask is None
             *blocks, last = text.transformer.resblocks
             for block in blocks:
-                x = block(x, groups, masks, is_causal=True)
+                x = block(x, mask, is_causal)
             return Encoding(
-                lambda: groups.unpack(text.ln_final(last(x, groups, masks, is_causal=True))),
-                lambda _: text.ln_final(last(x, groups, masks, is_causal=True, picks=picks)),
+                lambda: rows.unpack(text.ln_final(last(x, mask, is_causal))),
+                lambda _: text.ln_final(rows.picked(last(x, mask, is_causal, rows.picks(pooled_place)))),
             )
         is_padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
         assert self.pad_id is not None
@@ -308,10 +307,6 @@ class OpenClipText(nn.Module):
             return Encoding(lambda: x[:, :-1], lambda _: text.ln_final(x[:, -1]))
         x = text.ln_final(x)
         return Encoding(lambda: x, lambda _: text_global_pool(x, ids, text.pool_type, text.eos_id))
-
-    def _encode(self, x: Tensor) -> Tensor:
-        """Embeddings [b_g, l, d] of a length group -> [b_g, l, d]."""
-        return self.text.transformer(x, attn_mask=self.text.attn_mask[: x.shape[1], : x.shape[1]])
 
     def project(self, pooled: Tensor) -> Tensor:
         """[b, width] -> [b, e]."""
@@ -342,9 +337,8 @@ class OpenClipHFText(nn.Module):
         """[vocabulary, d], the matrix that tokens are looked up in."""
         return cast(Tensor, self.text.transformer.get_input_embeddings().weight)
 
-    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding:
-        """Encode token ids int64 [b, L]; padding is told from the lengths and never attended to."""
-        ids = ids[:, : cuts[-1]]
+    def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
+        """Encode token ids int64 [b, L], each text in its own row; padding is told from `lengths`, never attended to."""
         is_token = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         out = self.text.transformer(input_ids=ids, attention_mask=is_token)
         return Encoding(lambda: out.last_hidden_state, lambda _: self.text.pooler(out, is_token))

@@ -1,18 +1,19 @@
-"""Text encoders: CLIP's causal transformer and its bidirectional sister, computed without padding.
+"""Text encoders: CLIP's causal transformer and its bidirectional sister.
 
 Parameters carry open_clip's names, so that weights go over one to one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpretrain.batch import Packing
 from mmpretrain.models.blocks import Block
 from mmpretrain.models.encoding import Encoding
-from mmpretrain.models.groups import LengthGroups
+from mmpretrain.models.rows import Rows
 from mmpretrain.usage import check_number
 
 
@@ -86,23 +87,22 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
 
-    def forward(self, ids: Tensor, lengths: Tensor, cuts: Sequence[int]) -> Encoding:
-        """Encode token ids int64 [b, L], rows sorted by length as `cuts` says (see `LengthGroups`)."""
-        groups = LengthGroups(len(ids), cuts)
-        x = self.token_embedding(groups.pack(ids))
-        x = x + F.embedding(groups.places(ids.device), self.positional_embedding)
-        # Causal attention never looks at padding: what follows the end token cannot matter.
-        masks = [None] * len(cuts) if self.causal else groups.first(lengths)
+    def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
+        """Encode token ids int64 [b, L] of texts of `lengths` [b], packed into rows or each in its own."""
+        rows = Rows(lengths, ids.shape[1], packing)
+        x = self.token_embedding(rows.pack(ids)) + F.embedding(rows.places, self.positional_embedding)
+        mask = rows.mask(self.causal)
+        is_causal = self.causal and mask is None
         *blocks, last = self._blocks
         for block in blocks:
-            x = block(x, groups, masks, self.causal)
+            x = block(x, mask, is_causal)
 
         def tokens() -> Tensor:
-            return groups.unpack(self.ln_final(last(x, groups, masks, self.causal)))
+            return rows.unpack(self.ln_final(last(x, mask, is_causal)))
 
         def pooled(encoding: Encoding) -> Tensor:
             if self.pool == "last":
-                return self.ln_final(last(x, groups, masks, self.causal, picks=lengths - 1))
+                return self.ln_final(rows.picked(last(x, mask, is_causal, rows.picks(lengths - 1))))
             states = encoding.tokens
             is_token = torch.arange(states.shape[1], device=ids.device) < lengths[:, None]
             return (states * is_token[..., None]).sum(1) / lengths[:, None].to(states.dtype)

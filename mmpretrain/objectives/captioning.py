@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.fusion import FusionDecoder
-from mmpretrain.models.groups import LengthGroups
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.rows import Rows
 from mmpretrain.objectives import Decode, Encodings, Example, Terms, next_tokens
 from mmpretrain.seeds import hash64, torch_uniform
 from mmpretrain.usage import check_number
@@ -108,23 +108,23 @@ class Captioning(nn.Module):
         image_tokens = encodings.image(stream).tokens
         states = encodings.text(stream).tokens
         assert samples.lengths is not None
-        if self.parallel > 0:
-            in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < parallel
-        else:
-            in_parallel = torch.zeros(len(states), dtype=torch.bool, device=states.device)
-        groups = LengthGroups(len(states), samples.cuts)
+        rows = Rows(samples.lengths, states.shape[1], samples.packing)
         if self.parallel == 0:
-            x = self.decoder(groups.pack(states), groups, image_tokens, [None] * len(samples.cuts), is_causal=True)
-            return groups.unpack(x)
-        places = torch.arange(states.shape[1], device=states.device)
-        blind = self.mask_token + self.positions[: len(places)]
+            mask = rows.mask(is_causal=True)
+            return rows.unpack(self.decoder(rows.pack(states), rows, image_tokens, mask, is_causal=mask is None))
+        in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < parallel
+        blind = self.mask_token + self.positions[: states.shape[1]]
         x = torch.where(in_parallel[:, None, None], blind.to(states.dtype), states)
-        # In parallel every place sees all places of its caption; else those before it. Nobody sees padding.
-        is_token = places < (samples.lengths - 1).clamp(min=1)[:, None]
-        before = places[None, :] <= places[:, None]
-        seen = torch.where(in_parallel[:, None, None], is_token[:, None, :], before[None])[:, None]
-        masks = [part[..., :cut, :cut] for part, cut in zip(groups.rows(seen), samples.cuts, strict=True)]
-        return groups.unpack(self.decoder(groups.pack(x), groups, image_tokens, masks, is_causal=False))
+        # In parallel every place sees all places of its caption that predict a token; else those before it.
+        owners = rows.owners()
+        places = rows.places.expand(owners.shape)
+        predicts = places < (samples.lengths - 1).clamp(min=1)[owners]
+        seen = torch.where(
+            in_parallel[owners][..., None], predicts[:, None, :], places[:, None, :] <= places[:, :, None]
+        )
+        # Padding sees padding: who sees nothing has no softmax.
+        mask = ((seen | (owners < 0)[..., None]) & (owners[:, :, None] == owners[:, None, :]))[:, None]
+        return rows.unpack(self.decoder(rows.pack(x), rows, image_tokens, mask, is_causal=False))
 
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the cross-entropies, and of the hits as `accuracy`."""

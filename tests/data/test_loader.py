@@ -20,7 +20,7 @@ from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage
-from mmpretrain.data.stream import Source, TarStream, length_cuts, read_captions, sorted_by_length, stacked
+from mmpretrain.data.stream import Source, TarStream, read_captions, stacked, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.schedules import Clock, Now
@@ -315,7 +315,7 @@ def test_a_batch_of_several_streams(tmp_path: Path, tokenizer: ClipTokenizer, la
     pairs, images, texts = (batch.streams[name] for name in ("pairs", "images", "texts"))
     assert pairs.images is not None and pairs.images.shape == (16, 3, 16, 16) and pairs.text is not None
     assert images.images is not None and images.images.shape == (8, 3, 24, 24)
-    assert images.text is None and images.lengths is None and images.cuts == ()
+    assert images.text is None and images.lengths is None and images.packing is None
     assert texts.images is None and texts.text is not None and len(texts) == 4
     assert not set(pairs.seeds.tolist()) & set(images.seeds.tolist())
     assert batch.seed == pairs.seeds[pairs.positions == 0]
@@ -362,55 +362,24 @@ class WordTokenizer:
         return " ".join(map(str, ids))
 
 
-def test_rows_are_sorted_by_length_with_all_that_belongs_to_them() -> None:
-    lengths = [5, 1, 9, 5, 20, 2, 9, 3]
-    numbers = torch.arange(8)
+def test_texts_are_cut_to_a_length_that_occurs_often_and_packed() -> None:
     words = WordTokenizer()
-    samples = Samples(numbers, numbers + 100, numbers + 200, groups=numbers + 300)
-    sorted_samples, rows = sorted_by_length(samples, *words(["w " * length for length in lengths]), words, 4)
-    order = [1, 5, 7, 0, 3, 2, 6, 4]  # stable
-    assert sorted_samples.lengths is not None and sorted_samples.text is not None and sorted_samples.groups is not None
-    assert sorted_samples.lengths.tolist() == [1, 2, 3, 5, 5, 9, 9, 20]
-    assert sorted_samples.positions.tolist() == order
-    assert sorted_samples.ids.tolist() == [100 + i for i in order]
-    assert sorted_samples.seeds.tolist() == [200 + i for i in order]
-    assert sorted_samples.groups.tolist() == [300 + i for i in order]
-    assert rows == order
-    assert sorted_samples.cuts == (8, 8, 16, 20)
-    assert sorted_samples.text.shape == (8, 20)
+    samples = Samples(*[torch.arange(4)] * 3)
+    texts = with_text(samples, *words(["a b", "a", "a b c", "a b c d e f"]), words)
+    assert texts.images is None and texts.text is not None and texts.packing is not None
+    assert texts.text.shape == (4, 8) and (texts.packing.num_rows, texts.packing.row_length) == (2, 8)
+    assert texts.text[2].tolist() == [1, 2, 3, 4, 5, 6, 0, 0]
+    longest = with_text(samples, *words(["w " * 17] * 4), words)
+    assert longest.text is not None and longest.text.shape == (4, 20) and longest.packing is None
 
 
-def test_text_is_padded_to_the_last_cut() -> None:
-    words = WordTokenizer()
-    samples = Samples(*[torch.arange(3)] * 3)
-    short, _ = sorted_by_length(samples, *words(["a b", "a", "a b c"]), words, 2)
-    assert short.images is None and short.text is not None
-    assert short.text.shape == (3, 8) and short.cuts == (8, 8)
-    assert short.text[:, 3:].eq(0).all() and short.text[2, :3].tolist() == [1, 2, 3]
-
-
-@pytest.mark.parametrize("groups", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("num", [1, 3, 8, 30])
-def test_cuts_cover_their_slices_in_steps_of_eight(groups: int, num: int) -> None:
-    lengths = torch.randint(2, 78, (num,)).sort().values
-    cuts = length_cuts(lengths, groups, 77)
-    slices = lengths.tensor_split(len(cuts))
-    assert len(cuts) == min(groups, num)
-    for cut, part in zip(cuts, slices, strict=True):
-        assert part.max() <= cut < part.max() + 8
-        assert cut % 8 == 0 or cut == 77
-
-
-def test_loaded_text_is_open_clips_tokens_and_every_rank_has_as_many_groups(
-    tars: list[str], tokenizer: ClipTokenizer
-) -> None:
+def test_loaded_text_is_open_clips_tokens_whatever_the_micro_batch(tars: list[str], tokenizer: ClipTokenizer) -> None:
     stream = make_stream(tars, batch_size=64)
     for rank in range(4):
-        batch = next(iter(build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 1, rank, 4, text_groups=3)))
+        batch = next(iter(build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 1, rank, 4)))
         pairs = batch.streams["pairs"]
-        assert pairs.lengths is not None and pairs.text is not None
-        assert len(pairs.cuts) == 3 and pairs.text.shape == (16, pairs.cuts[-1])
-        assert pairs.lengths.equal(pairs.lengths.sort().values)
+        assert pairs.lengths is not None and pairs.text is not None and pairs.packing is not None
+        assert pairs.text.shape == (16, pairs.packing.row_length) and pairs.packing.num_rows < 16
         assert pairs.text.gather(1, pairs.lengths[:, None] - 1).eq(49407).all()  # the end token
 
 

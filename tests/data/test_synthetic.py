@@ -17,7 +17,7 @@ def test_a_sample_is_the_same_in_any_micro_batch() -> None:
         found = {}
         for rank in range(world_size):
             for item in step_positions(stream.order, range(24, 36), rank, world_size, num_micro_batches):
-                read, _ = stream.read(item, tokenizer, 2, Now())
+                read, _ = stream.read(item, tokenizer, Now())
                 assert read.images is not None and read.text is not None and read.lengths is not None
                 for position, image, text, length in zip(
                     read.positions.tolist(), read.images, read.text, read.lengths.tolist(), strict=True

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from mmpretrain import checkpoint, distributed, parallel
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.stream import length_cuts
+from mmpretrain.data.packing import packed, row_length
 from mmpretrain.diagnose import diagnose
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
@@ -75,8 +75,8 @@ def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
     return Task(model, parts).double()
 
 
-def make_samples(rows: Tensor, text_groups: int) -> Samples:
-    """Samples number `rows` of a fixed batch, sorted by length as the loader does."""
+def make_samples(rows: Tensor) -> Samples:
+    """Samples number `rows` of a fixed batch, packed as the loader does."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (BATCH_SIZE, 3, 32, 32), dtype=torch.uint8, generator=generator)
     text = torch.randint(1, 50, (BATCH_SIZE, CONTEXT), generator=generator)
@@ -85,23 +85,22 @@ def make_samples(rows: Tensor, text_groups: int) -> Samples:
     ids = torch.arange(BATCH_SIZE)
     ids[5] = 11  # a copy of sample 11, as where a batch crosses an epoch's end
     images[5], text[5], lengths[5] = images[11], text[11], lengths[11]
-    rows = rows[lengths[rows].argsort(stable=True)]
-    cuts = length_cuts(lengths[rows], text_groups, CONTEXT)
+    length = row_length(lengths[rows], CONTEXT)
     seeds = torch_draws(torch.tensor([hash64("ragged") >> 1]), BATCH_SIZE)[0]
-    text = text[rows, : cuts[-1]]
+    text = text[rows, :length]
     return Samples(
-        rows, ids[rows], seeds[rows], images[rows], text, lengths[rows], cuts,
+        rows, ids[rows], seeds[rows], images[rows], text, lengths[rows], packed(lengths[rows], length),
         groups=ids[rows] % 5, views=views[rows], word_starts=text % 3 != 0,
     )  # fmt: skip
 
 
-def make_batches(num_micro_batches: int, text_groups: int = 3, seed: int = 7) -> list[Batch]:
+def make_batches(num_micro_batches: int, seed: int = 7) -> list[Batch]:
     """This rank's micro-batches of the fixed batch."""
 
     def parts(num_samples: int) -> list[Samples]:
         rows = torch.arange(num_samples) % BATCH_SIZE
         mine = rows.chunk(distributed.world_size())[distributed.rank()]
-        return [make_samples(part, text_groups) for part in mine.chunk(num_micro_batches)]
+        return [make_samples(part) for part in mine.chunk(num_micro_batches)]
 
     # Each stream has a batch size of its own.
     streams = {"pairs": parts(BATCH_SIZE), "images": parts(2 * BATCH_SIZE), "texts": parts(3 * BATCH_SIZE)}
@@ -159,7 +158,7 @@ def train(
         seen.append(values | {f"norm_{name}": float(norm) for name, norm in norms.items()})
     whole_task = whole()
     for _ in range(distributed.rank() + 1):  # by one process oftener than by the other
-        ours = whole_task.model.embed_images(make_samples(torch.arange(BATCH_SIZE), 1).images).double()
+        ours = whole_task.model.embed_images(make_samples(torch.arange(BATCH_SIZE)).images).double()
     seen.append({"embedding": float((ours.square() * torch.arange(ours.shape[1])).sum())})
     seen.append({f"average/{name}": float(distributed.full(t).norm()) for name, t in average.tensors.items()})
     if save is not None:

@@ -24,7 +24,7 @@ def test_embeddings_have_unit_length_in_float32_under_bf16() -> None:
     assert samples.images is not None and samples.text is not None and samples.lengths is not None
     with torch.autocast("cpu", torch.bfloat16):
         image = model.project_image(model.encode_image(samples.images).pooled)
-        text = model.project_text(model.encode_text(samples.text, samples.lengths, samples.cuts).pooled)
+        text = model.project_text(model.encode_text(samples.text, samples.lengths, samples.packing).pooled)
     for rows in (image, text):
         assert rows.dtype == torch.float32
         torch.testing.assert_close(rows.norm(dim=-1), torch.ones(3), rtol=0, atol=1e-6)
@@ -34,13 +34,13 @@ def test_a_model_without_a_text_encoder_encodes_images_and_refuses_texts() -> No
     model = ImageTextModel(tiny.vit(), None, embed_dim=12)
     assert model.project_image(model.encode_image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).pooled).shape == (2, 12)
     with pytest.raises(ValueError, match=r"no text encoder \(model.text is null\)"):
-        model.encode_text(torch.ones(1, 3, dtype=torch.int64), torch.tensor([3]), (3,))
+        model.encode_text(torch.ones(1, 3, dtype=torch.int64), torch.tensor([3]))
 
 
 def test_an_encoding_is_freed_with_its_last_reference() -> None:
     """A cycle would keep a micro-batch's activations until the garbage collector runs."""
     model, samples = tiny.image_text(), tiny.batch([4, 8]).streams["pairs"]
-    words = samples.text, samples.lengths, samples.cuts
+    words = samples.text, samples.lengths, samples.packing
     gc.disable()
     try:
         for encoding in [model.encode_image(samples.images)], [model.encode_text(*words)]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mmpretrain
+from mmpretrain.data.packing import packed
 from mmpretrain.exporters import open_clip as exporter
 from mmpretrain.masking import PatchMask
 from mmpretrain.models.image_text import CLIP_MEAN, CLIP_STD, ImageTextModel
@@ -70,7 +71,7 @@ def test_embeddings_are_open_clips(name: str) -> None:
     assert_same_embeddings(ours, theirs)
     ids, lengths = texts(theirs, [4, 7, 12])
     with torch.no_grad():
-        text = ours.project_text(ours.encode_text(ids[:, :16], lengths, (8, 16)).pooled)
+        text = ours.project_text(ours.encode_text(ids[:, :16], lengths, packed(lengths, 16)).pooled)
         torch.testing.assert_close(text, theirs.encode_text(ids, normalize=True), rtol=0, atol=1e-5)
 
 
@@ -171,7 +172,7 @@ def test_a_text_tower_of_hugging_face(pooler: str, tmp_path: Path) -> None:
     ids = torch.randint(1, 100, (3, 24)) * (torch.arange(24) < lengths[:, None])  # BERT's padding is 0
     with torch.no_grad():
         expected = theirs.encode_text(ids, normalize=True)
-        text_rows = ours.project_text(ours.encode_text(ids[:, :16], lengths, (16,)).pooled)
+        text_rows = ours.project_text(ours.encode_text(ids[:, :16], lengths, packed(lengths, 16)).pooled)
     torch.testing.assert_close(text_rows, expected, rtol=0, atol=1e-5)
     exported = exporter.to_open_clip(ours)
     assert set(exported) == set(theirs.state_dict())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpretrain.data.stream import length_cuts
+from mmpretrain.data.packing import packed
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
@@ -42,7 +42,7 @@ def test_text_transformer_with_open_clips_weights_is_open_clips(dtype: torch.dty
     model.text.load_state_dict(state, strict=True)
     model.text_projection.load_state_dict({"weight": projection.T})
     ids, lengths = tokens()
-    encoding = model.encode_text(ids, lengths, length_cuts(lengths, 3, tiny.CONTEXT_LENGTH))
+    encoding = model.encode_text(ids, lengths, packed(lengths, ids.shape[1]))
     expected = theirs(torch.nn.functional.pad(ids, (0, tiny.CONTEXT_LENGTH - ids.shape[1])))
     torch.testing.assert_close(model.text_projection(encoding.pooled), expected, rtol=tolerance, atol=tolerance)
     unit = expected / expected.norm(dim=-1, keepdim=True)
@@ -59,16 +59,20 @@ def test_initial_weights_have_open_clips_deviations() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("pool", ["last", "mean"])
-@pytest.mark.parametrize("groups", [1, 2, 3, 4, 7])
-def test_length_groups_change_nothing(causal: bool, pool: Literal["last", "mean"], groups: int) -> None:
+def test_packing_changes_nothing_gradients_included(causal: bool, pool: Literal["last", "mean"]) -> None:
     model = tiny.text(causal=causal, pool=pool).double()
-    ids, lengths = tokens()
-    cuts = length_cuts(lengths, groups, tiny.CONTEXT_LENGTH)
-    assert len(cuts) == groups
-    grouped, whole = model(ids, lengths, cuts), model(ids, lengths, (ids.shape[1],))
-    torch.testing.assert_close(grouped.pooled, whole.pooled, rtol=1e-10, atol=1e-12)
+    ids, lengths = tokens([9, 3, 32, 4, 17, 4, 15])
+    packing = packed(lengths, ids.shape[1])
+    assert packing is not None and packing.num_rows == 3
+    weights = torch.randn(len(ids), 24, dtype=torch.float64)
     is_token = torch.arange(ids.shape[1]) < lengths[:, None]
-    torch.testing.assert_close(grouped.tokens[is_token], whole.tokens[is_token], rtol=1e-10, atol=1e-12)
+    results = []
+    for encoding in (model(ids, lengths, packing), model(ids, lengths)):
+        total = (encoding.pooled * weights).sum() + (encoding.tokens[is_token] ** 3).sum()
+        gradients = torch.autograd.grad(total, list(model.parameters()))
+        results.append((encoding.pooled, encoding.tokens[is_token], *gradients))
+    for in_rows, alone in zip(*results, strict=True):
+        torch.testing.assert_close(in_rows, alone, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -78,8 +82,8 @@ def test_what_stands_in_the_padding_never_matters(causal: bool, pool: Literal["l
     ids, lengths = tokens()
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     other = torch.where(padding, torch.randint_like(ids, 1, tiny.VOCAB_SIZE), ids)
-    cuts = length_cuts(lengths, 2, tiny.CONTEXT_LENGTH)
-    assert torch.equal(model(ids, lengths, cuts).pooled, model(other, lengths, cuts).pooled)
+    for packing in (None, packed(lengths, ids.shape[1])):
+        assert torch.equal(model(ids, lengths, packing).pooled, model(other, lengths, packing).pooled)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -88,9 +92,9 @@ def test_each_row_is_what_it_is_alone(causal: bool, pool: Literal["last", "mean"
     model = tiny.text(causal=causal, pool=pool).double()
     ids, lengths = tokens()
     ids[torch.arange(len(ids)), lengths - 1] = 1  # an end token need not be the largest
-    together = model(ids, lengths, length_cuts(lengths, 2, tiny.CONTEXT_LENGTH))
+    together = model(ids, lengths, packed(lengths, ids.shape[1]))
     for row, length in enumerate(lengths.tolist()):
-        alone = model(ids[row : row + 1, :length], lengths[row : row + 1], (length,))
+        alone = model(ids[row : row + 1, :length], lengths[row : row + 1])
         torch.testing.assert_close(together.tokens[row, :length], alone.tokens[0], rtol=1e-10, atol=1e-12)
         pooled = alone.tokens[0, -1] if pool == "last" else alone.tokens[0].mean(0)
         torch.testing.assert_close(together.pooled[row], pooled, rtol=1e-10, atol=1e-12)
@@ -102,7 +106,7 @@ def test_causal_tokens_see_only_what_stands_before_them_and_bidirectional_ones_a
     other[0, 5] = (ids[0, 5] + 1) % tiny.VOCAB_SIZE
     for causal in (True, False):
         model = tiny.text(causal=causal).double()
-        changed = (model(ids, lengths, (8,)).tokens != model(other, lengths, (8,)).tokens).any(-1)[0].tolist()
+        changed = (model(ids, lengths).tokens != model(other, lengths).tokens).any(-1)[0].tolist()
         assert changed == ([False] * 5 + [True] * 3 if causal else [True] * 8)
 
 
@@ -114,13 +118,13 @@ def test_token_zero_is_a_token(pool: Literal["last", "mean"]) -> None:
     assert ids[1, 1:5].tolist() == [0, 91, 0, 347]
     assert lengths.tolist() == [3, 6]
     model = tiny.text(vocab_size=tokenizer.vocab_size, causal=False, pool=pool).double()
-    encoding = model(ids, lengths, (6,))
-    alone = model(ids[1:], torch.tensor([6]), (6,))
+    encoding = model(ids, lengths)
+    alone = model(ids[1:], torch.tensor([6]))
     expected = alone.tokens[0, 5] if pool == "last" else alone.tokens[0].mean(0)
     torch.testing.assert_close(encoding.pooled[1], expected, rtol=1e-10, atol=1e-12)
     other = ids.clone()
     other[1, 3] = 5
-    assert not torch.allclose(model(other, lengths, (6,)).pooled[1], expected)
+    assert not torch.allclose(model(other, lengths).pooled[1], expected)
 
 
 def test_a_text_longer_than_the_context_is_cut_and_keeps_its_end_token() -> None:
@@ -128,9 +132,7 @@ def test_a_text_longer_than_the_context_is_cut_and_keeps_its_end_token() -> None
     ids, lengths = tokenizer(["a", "one two three four five six seven eight nine ten"])
     assert ids.shape == (2, 8) and lengths.tolist() == [3, 8]
     assert ids[1, -1] == ids[0, 2] == tokenizer.vocab_size - 1
-    cuts = length_cuts(lengths, 1, tokenizer.context_length)
-    assert cuts == (8,)
-    assert tiny.text(vocab_size=tokenizer.vocab_size, context_length=8)(ids, lengths, cuts).tokens.shape == (2, 8, 24)
+    assert tiny.text(vocab_size=tokenizer.vocab_size, context_length=8)(ids, lengths).tokens.shape == (2, 8, 24)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_in_one_line() -> None:

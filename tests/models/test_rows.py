@@ -1,0 +1,67 @@
+"""Texts of different lengths as rows of one length."""
+
+import torch
+from torch import Tensor
+
+from mmpretrain.batch import Packing
+from mmpretrain.models.rows import Rows
+
+LENGTHS = torch.tensor([2, 5, 1, 3])
+# Row 0: text 1. Row 1: text 3, then 2. Row 2: text 0.
+PACKING = Packing(torch.tensor([10, 0, 8, 5]), torch.tensor([0, 0, 1, 0]), num_rows=3, row_length=5, most=2)
+IDS = torch.tensor([[11, 12, 0, 0, 0], [21, 22, 23, 24, 25], [31, 0, 0, 0, 0], [41, 42, 43, 0, 0]])
+
+
+def packed_rows() -> Rows:
+    return Rows(LENGTHS, 5, PACKING)
+
+
+def test_packed_texts_stand_where_they_should_and_come_back() -> None:
+    rows = packed_rows()
+    packed = rows.pack(IDS)
+    assert packed[0].tolist() == [21, 22, 23, 24, 25]
+    assert packed[1, :4].tolist() == [41, 42, 43, 31] and packed[2, :2].tolist() == [11, 12]
+    back = rows.unpack(packed[..., None].double())[..., 0]
+    is_token = torch.arange(5) < LENGTHS[:, None]
+    assert back.shape == IDS.shape and torch.equal(back[is_token], IDS[is_token].double())
+
+
+def test_tokens_know_their_text_and_their_place_in_it() -> None:
+    rows = packed_rows()
+    assert rows.owners().tolist() == [[1] * 5, [3, 3, 3, 2, -1], [0, 0, -1, -1, -1]]
+    assert rows.places[0].tolist() == [0, 1, 2, 3, 4]
+    assert rows.places[1, :4].tolist() == [0, 1, 2, 0] and rows.places[2, :2].tolist() == [0, 1]
+    assert (rows.places < 5).all(), "what fills a row looks up a position that there is"
+
+
+def allowed(rows: Rows, is_causal: bool) -> Tensor:
+    mask = rows.mask(is_causal)
+    assert mask is not None
+    return mask[:, 0]
+
+
+def test_a_token_sees_its_own_text_alone() -> None:
+    both, before = allowed(packed_rows(), False), allowed(packed_rows(), True)
+    assert both[1, 0].tolist() == [True, True, True, False, False]
+    assert both[1, 3].tolist() == [False, False, False, True, False]
+    assert before[1, 1].tolist() == [True, True, False, False, False]
+    assert before[2, 1].tolist() == [True, True, False, False, False]
+    assert both.any(-1).all() and before.any(-1).all(), "who sees nothing has no softmax"
+
+
+def test_one_token_of_each_text_is_picked_and_found_again() -> None:
+    rows = packed_rows()
+    picks = rows.picks(LENGTHS - 1)
+    assert picks.shape == (3, 2) and picks[0, 0] == 4 and picks[1].tolist() == [2, 3] and picks[2, 0] == 1
+    states = rows.pack(IDS)[torch.arange(3)[:, None], picks][..., None]
+    assert rows.picked(states)[:, 0].tolist() == [12, 25, 31, 43]
+
+
+def test_texts_with_a_row_each_stay_as_they_are() -> None:
+    rows = Rows(LENGTHS, 5, None)
+    assert rows.pack(IDS) is IDS and rows.unpack(IDS) is IDS
+    assert rows.places.tolist() == [0, 1, 2, 3, 4]
+    assert rows.owners().tolist()[2] == [2, -1, -1, -1, -1]
+    assert rows.mask(is_causal=True) is None and allowed(rows, False)[3, 0].tolist() == [True, True, True, False, False]
+    assert rows.picks(LENGTHS - 1).tolist() == [[1], [4], [0], [2]]
+    assert rows.picked(IDS[:, :1, None]).tolist() == [[11], [21], [31], [41]]
