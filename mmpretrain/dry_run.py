@@ -42,6 +42,7 @@ def estimate(
     num_pairs: int,
     num_micro_batches: int = 1,
     has_average: bool = False,
+    num_shards: int = 1,
 ) -> Estimate:
     """Measure one micro-batch: forward and backward, the second and third of them timed; no weight changes.
 
@@ -56,6 +57,7 @@ def estimate(
         num_pairs: samples of the micro-batch that count as pairs.
         num_micro_batches: how many a step takes on one device.
         has_average: whether a moving average of the weights is kept.
+        num_shards: over how many devices weights, gradients, averages and the optimiser's state are spread.
     """
     device = task.model.device
     context = autocast(device, precision)
@@ -90,7 +92,7 @@ def estimate(
     return Estimate(
         parameters=counts,
         flops_per_pair=counter.get_total_flops() / len(repeated) / num_pairs,
-        memory_bytes=weights_bytes + gradient_bytes + state_bytes + saved.num_bytes,
+        memory_bytes=(weights_bytes + gradient_bytes + state_bytes) // num_shards + saved.num_bytes,
         seconds_per_micro_batch=min(seconds),
     )
 

@@ -152,9 +152,13 @@ def _dry_run(
     freeze.apply(Now(0, clock), first_weights)
     num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
     batch = first_micro_batch(streams, tokenizer, clock, num_micro_batches).to(task.model.device)
+    # Whole and not compiled, so that operations can be counted; what is kept and what is computed again is the run's.
+    measured = Parallel("ddp", options.parallel.activation_checkpointing)
+    parallel.prepare(task, task.model.device, options.precision, measured)
     costs = dry_run.estimate(
         task, batch, first_weights, _make_optimizer(cfg), options.precision, len(next(iter(batch.streams.values()))),
         num_micro_batches, has_average=options.ema_decay is not None,
+        num_shards=distributed.world_size() if options.parallel.strategy == "fsdp" else 1,
     )  # fmt: skip
     dry_run.show(costs, clock.total_samples // clock.batch_size, num_micro_batches, str(task.model.device))
     return {"flops_per_pair": costs.flops_per_pair, "memory_bytes": costs.memory_bytes}

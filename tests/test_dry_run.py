@@ -1,17 +1,19 @@
 """A dry run's figures against what torch counts and measures."""
 
 import copy
+from typing import Literal
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpretrain import dry_run, optim
+from mmpretrain import dry_run, optim, parallel
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.parallel import Parallel
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
 from tests import tiny
@@ -74,13 +76,20 @@ def test_nothing_is_trained(costs: dry_run.Estimate) -> None:
     assert sum(costs.parameters.values()) == sum(parameter.numel() for parameter in task.parameters())
 
 
-def measured(num_micro_batches: int = 1, frozen: str | None = None, has_average: bool = False) -> dry_run.Estimate:
+def measured(
+    num_micro_batches: int = 1,
+    frozen: str | None = None,
+    has_average: bool = False,
+    num_shards: int = 1,
+    checkpointing: Literal["none", "blocks"] = "none",
+) -> dry_run.Estimate:
     task = make_task()
+    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", checkpointing))
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(frozen is None or not name.startswith(frozen))
     batch = tiny.batch([8] * 4 + [24] * 4)
     return dry_run.estimate(
-        task, batch, {"infonce": 1.0}, make_optimizer, "fp32", 8, num_micro_batches, has_average=has_average
+        task, batch, {"infonce": 1.0}, make_optimizer, "fp32", 8, num_micro_batches, has_average, num_shards
     )
 
 
@@ -95,3 +104,14 @@ def test_what_is_frozen_and_what_is_averaged_counts() -> None:
     assert locked.flops_per_pair < 0.85 * whole.flops_per_pair and locked.memory_bytes < whole.memory_bytes
     weights = sum(tensor.nbytes for tensor in make_task().state_dict().values())
     assert measured(has_average=True).memory_bytes == whole.memory_bytes + weights
+
+
+def test_what_is_spread_over_devices_and_what_is_computed_again_counts() -> None:
+    whole, spread, again = measured(), measured(num_shards=4), measured(checkpointing="blocks")
+    # Weights, gradients, and AdamW's two moments.
+    kept = 4 * sum(tensor.nbytes for tensor in make_task().state_dict().values())
+    assert whole.memory_bytes - spread.memory_bytes == pytest.approx(0.75 * kept, rel=0.02)
+    saved, saved_again = whole.memory_bytes - kept, again.memory_bytes - kept
+    assert saved_again < 0.5 * saved
+    # The forward pass is a third of all; what a block does before its last product, two thirds of it, is computed twice.
+    assert again.flops_per_pair == pytest.approx(whole.flops_per_pair * 11 / 9, rel=0.03)
