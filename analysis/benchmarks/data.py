@@ -16,24 +16,20 @@ A round runs each of them once over all images, in turn; the table gives medians
 the medians. Seconds are CPU seconds of the process: on an idle machine they equal wall seconds (one thread,
 tars in the page cache), and on a busy one the neighbours count less. Tokenizers and indexes are made before.
 
-The pictures are mosaics of photographs (a folder of JPEGs), or smooth noise where there are none, saved with
-quality 90. That both sides see the same pictures is checked on central crops, whose mean absolute difference
-is printed in grey levels: mmpretrain decodes at 1/2 where the crop allows it, so at 512 it is not zero.
+The pictures are those of `jpeg_tars.py`. That both sides see the same ones is checked on central crops, whose mean
+absolute difference is printed in grey levels: mmpretrain decodes at 1/2 where the crop allows it, so at 512 it is not zero.
 """
 
 import argparse
 import io
 import json
 import os
-import random
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import simplejpeg
 import torch
@@ -41,6 +37,7 @@ import torch.nn.functional as F
 import webdataset
 from PIL import Image
 
+from analysis.benchmarks.jpeg_tars import PHOTOGRAPHS, write_tar
 from analysis.benchmarks.machine import describe, one_line
 from mmpretrain.batch import Batch
 from mmpretrain.data.decode import decode_image
@@ -55,52 +52,8 @@ NAMES = ("open_clip", "mmpretrain", "normalised", "bare")
 IMAGE_SIZE = 224
 BATCH_SIZE = 64
 SCALE = (0.9, 1.0)
-QUALITY = 90
-TILE = 160  # pixels: the photographs at hand have a short side of 192
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1) * 255
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1) * 255
-WORDS = ("red", "small", "fresh", "old", "round", "apple", "bottle", "street", "dog", "kitchen", "morning")
-
-
-def noise(rng: random.Random, side: int) -> Image.Image:
-    """A smooth picture of side x side pixels: noise on a coarse grid, with less of it on two finer ones."""
-    generator = np.random.default_rng(rng.getrandbits(32))
-    layers = [Image.fromarray(generator.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (6, 24, side // 4)]
-    picture = layers[0].resize((side, side), Image.Resampling.BICUBIC)
-    for weight, layer in zip((1 / 3, 1 / 7), layers[1:], strict=True):
-        picture = Image.blend(picture, layer.resize((side, side), Image.Resampling.BICUBIC), weight)
-    return picture
-
-
-def mosaic(photographs: list[Path], rng: random.Random, side: int) -> Image.Image:
-    """Crops of random photographs at their own resolution, TILE pixels wide, filling side x side pixels."""
-    picture = Image.new("RGB", (side, side))
-    for top in range(0, side, TILE):
-        for left in range(0, side, TILE):
-            photograph = Image.open(rng.choice(photographs)).convert("RGB")
-            if min(photograph.size) < TILE:
-                photograph = photograph.resize((max(photograph.width, TILE), max(photograph.height, TILE)))
-            x, y = rng.randint(0, photograph.width - TILE), rng.randint(0, photograph.height - TILE)
-            picture.paste(photograph.crop((x, y, x + TILE, y + TILE)), (left, top))
-    return picture
-
-
-def write_tar(path: Path, photographs: list[Path], side: int, num_images: int) -> list[bytes]:
-    """Write `num_images` pairs of a JPEG and a caption of 8 to 24 words; returns the JPEGs."""
-    rng = random.Random(0)
-    images = []
-    with tarfile.open(path, "w") as tar:
-        for i in range(num_images):
-            buffer = io.BytesIO()
-            picture = mosaic(photographs, rng, side) if photographs else noise(rng, side)
-            picture.save(buffer, "JPEG", quality=QUALITY)
-            images.append(buffer.getvalue())
-            caption = " ".join(rng.choices(WORDS, k=rng.randint(8, 24)))
-            for suffix, content in (("jpg", images[-1]), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return images
 
 
 def open_clip_pipeline(tar: Path) -> webdataset.DataPipeline:
@@ -204,9 +157,8 @@ def main() -> None:
     parser.add_argument("--sides", default="512,256", help="sides of the JPEGs in pixels (default 512,256)")
     parser.add_argument("--images", default=512, type=int, help=f"per pass, a multiple of {BATCH_SIZE} (default 512)")
     parser.add_argument("--rounds", default=7, type=int, help="passes of each pipeline, interleaved (default 7)")
-    photographs = Path("../shared/data/grocery/images")
     parser.add_argument(
-        "--photographs", default=photographs, type=Path, help=f"folder of JPEGs (default {photographs})"
+        "--photographs", default=PHOTOGRAPHS, type=Path, help=f"folder of JPEGs (default {PHOTOGRAPHS})"
     )
     parser.add_argument("--output", type=Path, help="also write the figures there as JSON")
     args = parser.parse_args()

@@ -22,6 +22,14 @@ and then, from this project's environment,
 
 DATA_ROOT holds train/*.tar and val/*.tar as `python -m data_tools build` makes them. Runs that are complete
 under --runs are not repeated.
+
+For the speed alone, of any model of open_clip on any tars, such as those of `jpeg_tars.py`:
+
+    python -m analysis.benchmarks.train_vs_open_clip --data speed --data-root data/jpegs --model ViT-B-32 --batch 1024 \
+        --epochs 3 --workers 14 --device cuda --open-clip-python ENV/bin/python --output b32.json
+
+`data_wait` is the share of the time that training waits for batches. That both sides' mathematics is the same is what
+`step.py` checks, for the same model.
 """
 
 import argparse
@@ -47,11 +55,12 @@ from mmpretrain.evals.embed import embed_texts
 from mmpretrain.loading import load_checkpoint
 
 HERE = Path(__file__).resolve().parent
-MODEL = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
-TASKS = {"emoji": "retrieval", "grocery": "zero_shot"}
-BATCH_SIZE = 128
+EMOJI_CLIP = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
+TASKS = {"emoji": "retrieval", "grocery": "zero_shot", "speed": None}
 OPEN_CLIP_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16"}
-LOG_LINE = re.compile(r"^(\S+) \| INFO \| Train Epoch: ", re.MULTILINE)
+LOG_LINE = re.compile(
+    r"^(\S+) \| INFO \| Train Epoch: \d+ \[\s*(\d+)/.*Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,8 @@ class Work:
     """What both sides are asked to do."""
 
     data: str
+    model: str | None
+    batch_size: int
     data_root: Path
     classes: Path | None
     precision: str
@@ -67,6 +78,11 @@ class Work:
     device: str
     open_clip_python: str
     overrides: tuple[str, ...]
+
+    @property
+    def open_clip_model(self) -> str:
+        """The model as open_clip names it."""
+        return self.model or EMOJI_CLIP
 
     @property
     def val_shards(self) -> Path:
@@ -109,40 +125,55 @@ def count_pairs(shards: list[Path]) -> int:
     return total
 
 
-def open_clip_seconds_in_training(log: str) -> float:
-    """Seconds between the first and the last logged step; open_clip's stamps are whole seconds."""
-    stamps = [datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S") for stamp in LOG_LINE.findall(log)]
-    return (stamps[-1] - stamps[0]).total_seconds()
+def read_open_clip_log(log: str, epochs: int) -> dict[str, float]:
+    """Pairs seen, and pairs per second from the first logged step to the last; its stamps are whole seconds."""
+    lines = [(stamp, int(pairs), float(wait), float(step)) for stamp, pairs, wait, step in LOG_LINE.findall(log)]
+    first, last = (datetime.strptime(lines[i][0], "%Y-%m-%d,%H:%M:%S") for i in (0, -1))
+    pairs = epochs * max(line[1] for line in lines)
+    return {
+        "pairs": float(pairs),
+        "pairs_per_second": (pairs - lines[0][1]) / (last - first).total_seconds(),
+        "data_wait": sum(wait for _, _, wait, _ in lines[1:]) / sum(step for _, _, _, step in lines[1:]),
+    }
 
 
 def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     """Train with open_clip's trainer; returns times, pairs seen and validation metrics."""
     shards = sorted((work.data_root / "train").glob("*.tar"))
     num_pairs = count_pairs(shards)
-    command = [work.open_clip_python, "-m", "open_clip_train.main", "--model", MODEL, "--device", work.device]
+    command = [
+        work.open_clip_python,
+        "-m",
+        "open_clip_train.main",
+        "--model",
+        work.open_clip_model,
+        "--device",
+        work.device,
+    ]
     command += ["--train-data", "::".join(map(str, shards)), "--dataset-type", "webdataset"]
     command += ["--train-num-samples", str(num_pairs), "--epochs", str(work.epochs), "--seed", str(seed)]
-    command += ["--batch-size", str(BATCH_SIZE), "--lr", "1e-3", "--warmup", "50", "--wd", "0.1"]
+    command += ["--batch-size", str(work.batch_size), "--lr", "1e-3", "--warmup", "50", "--wd", "0.1"]
     command += ["--beta1", "0.9", "--beta2", "0.999", "--eps", "1e-8", "--aug-cfg", "scale=(0.8, 1.0)"]
     command += ["--precision", OPEN_CLIP_PRECISION[work.precision], "--workers", str(work.workers)]
     command += ["--logs", str(run_dir), "--name", "open_clip", "--save-frequency", "0"]
-    command += ["--log-every-n-steps", "1"]
+    command += ["--log-every-n-steps", "10"]  # as we do: each logged step waits for the device
     wall_seconds = timed(command, run_dir / "train.out")
     log = (run_dir / "open_clip" / "out.log").read_text(encoding="utf-8")
-    steps = len(LOG_LINE.findall(log))
     return {
         "wall_seconds": wall_seconds,
-        "pairs": float(steps * BATCH_SIZE),
-        "pairs_per_second": (steps - 1) * BATCH_SIZE / open_clip_seconds_in_training(log),
+        **read_open_clip_log(log, work.epochs),
         **score_open_clip(work, run_dir / "open_clip" / "checkpoints" / f"epoch_{work.epochs}.pt", run_dir),
     }
 
 
 def score_open_clip(work: Work, weights: Path, run_dir: Path) -> dict[str, float]:
     """Validation metrics of a checkpoint of open_clip's trainer, computed in its environment."""
+    if (task := TASKS[work.data]) is None:
+        return {}
     output = run_dir / "metrics.json"
-    command = [work.open_clip_python, str(HERE / "evaluate_open_clip.py"), "--model", MODEL, "--weights", str(weights)]
-    command += ["--shards", str(work.val_shards), "--task", TASKS[work.data], "--output", str(output)]
+    command = [work.open_clip_python, str(HERE / "evaluate_open_clip.py")]
+    command += ["--model", EMOJI_CLIP, "--weights", str(weights)]
+    command += ["--shards", str(work.val_shards), "--task", task, "--output", str(output)]
     command += ["--classes", str(work.classes)] if work.classes is not None else []
     timed(command, run_dir / "evaluate.out")
     return json.loads(output.read_text(encoding="utf-8"))
@@ -151,27 +182,30 @@ def score_open_clip(work: Work, weights: Path, run_dir: Path) -> dict[str, float
 def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     """Train with mmpretrain; returns times, pairs seen and validation metrics."""
     run = run_dir / "mmpretrain"
-    command = [sys.executable, "-m", "mmpretrain.train", f"experiment={work.data}_clip", f"run.dir={run}"]
-    command += [f"data.root={work.data_root}", f"run.seed={seed}", f"trainer.precision={work.precision}"]
-    command += [
-        f"trainer.duration={work.epochs}epochs",
-        "eval=[]",
-        "checkpoint.every=100%",
-        f"trainer.device={work.device}",
-    ]
-    command += [f"data.workers={work.workers}", *work.overrides]
+    command = [sys.executable, "-m", "mmpretrain.train", f"run.dir={run}"]
+    command += [f"experiment={'grocery' if work.data == 'grocery' else 'emoji'}_clip"]
+    if work.model is not None:
+        command += ["model=open_clip", f"model.name={work.model}"]
+    command += [f"data.root={work.data_root}", f"data.workers={work.workers}", f"run.seed={seed}"]
+    command += [f"trainer.batch_size={work.batch_size}", f"trainer.precision={work.precision}"]
+    command += [f"trainer.duration={work.epochs}epochs", f"trainer.device={work.device}"]
+    command += ["eval=[]", "checkpoint.every=100%", *work.overrides]
     wall_seconds = timed(command, run_dir / "train.out")
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "wall_seconds": wall_seconds,
         "pairs": float(results["samples"]),
         "pairs_per_second": results["pairs_per_second"],
+        "data_wait": statistics.mean(record["system/data_wait"] for record in records if "system/data_wait" in record),
         **score_mmpretrain(work, run),
     }
 
 
 def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
     """Validation metrics of a run of mmpretrain: the same pixels, texts and metrics, its own encoders."""
+    if (task := TASKS[work.data]) is None:
+        return {}
     loaded = load_checkpoint(run)
     size = loaded.image_size
     preprocess = open_clip.image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
@@ -186,7 +220,7 @@ def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
         return embed_texts(loaded.model, loaded.tokenizer, texts, CHUNK)
 
     classes = read_classes(work.classes) if work.classes is not None else []
-    return score(TASKS[work.data], read_samples(str(work.val_shards)), classes, embed_images, embed_all_texts)
+    return score(task, read_samples(str(work.val_shards)), classes, embed_images, embed_all_texts)
 
 
 SIDES = {"open_clip": run_open_clip, "mmpretrain": run_mmpretrain}
@@ -213,7 +247,7 @@ def print_table(records: dict[str, list[dict[str, float]]]) -> None:
     print(f"{'':<26}" + "".join(f"{side:>22}" for side in sides) + ("   ratio" if len(sides) == 2 else ""))
     for key in records[sides[0]][0]:
         means = [summary([record[key] for record in records[side]]) for side in sides]
-        digits = 3 if "recall" in key or "acc" in key else 1
+        digits = 3 if any(part in key for part in ("recall", "acc", "data_wait")) else 1
         cells = "".join(f"{f'{mean:.{digits}f} ± {sd:.{digits}f}':>22}" for mean, sd in means)
         ratio = f"{means[1][0] / means[0][0]:>8.2f}" if len(means) == 2 and means[0][0] else ""
         print(f"{key:<26}{cells}{ratio}")
@@ -228,6 +262,8 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=sorted(OPEN_CLIP_PRECISION))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default 0,1,2)")
     parser.add_argument("--epochs", default=20, type=int)
+    parser.add_argument("--model", help="with --data speed: a model of open_clip (default: the emoji model)")
+    parser.add_argument("--batch", default=128, type=int)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--workers", default=1, type=int, help="data processes of each side (default 1)")
     parser.add_argument("--sides", default="open_clip,mmpretrain", help="run only one of the two")
@@ -237,7 +273,9 @@ def main() -> None:
     args = parser.parse_args()
     if TASKS[args.data] == "zero_shot" and args.classes is None:
         parser.error(f"--data {args.data} needs --classes TSV (label, coarse_label, description)")
-    for split in ("train", "val"):
+    if args.model is not None and args.data != "speed":
+        parser.error(f"--model {args.model}: {args.data} is compared with the emoji model alone; expected --data speed")
+    for split in ("train",) if args.data == "speed" else ("train", "val"):
         if not any((args.data_root / split).glob("*.tar")):
             parser.error(f"no *.tar in {args.data_root / split}; build it with: python -m data_tools build")
     sides = args.sides.split(",")
@@ -245,15 +283,16 @@ def main() -> None:
         parser.error(f"--sides {sorted(unknown)[0]!r}: choose from {', '.join(SIDES)}")
 
     work = Work(
-        data=args.data, data_root=args.data_root.resolve(), classes=args.classes and args.classes.resolve(),
-        precision=args.precision, epochs=args.epochs, workers=args.workers, device=args.device,
-        open_clip_python=args.open_clip_python, overrides=tuple(args.overrides),
+        data=args.data, model=args.model, batch_size=args.batch, data_root=args.data_root.resolve(),
+        classes=args.classes and args.classes.resolve(), precision=args.precision, epochs=args.epochs,
+        workers=args.workers, device=args.device, open_clip_python=args.open_clip_python, overrides=tuple(args.overrides),
     )  # fmt: skip
     versions = open_clip_versions(args.open_clip_python)
     records: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for turn, seed in enumerate(int(seed) for seed in args.seeds.split(",")):
         for side in sides if turn % 2 == 0 else reversed(sides):
-            name = f"{args.data}_{args.precision}_{args.epochs}epochs/{side}_seed{seed}"
+            what = "_".join([args.data, *([args.model, str(args.batch)] if args.model else []), args.precision])
+            name = f"{what}_{args.epochs}epochs/{side}_seed{seed}"
             records[side].append(run_once(side, work, seed, (args.runs / name).resolve()))
             print(f"{side} seed {seed}: {json.dumps(records[side][-1])}", flush=True)
     print(
