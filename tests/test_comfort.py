@@ -212,7 +212,7 @@ def test_views_are_read_for_an_objective_alone(pairs: Path) -> None:
         task, _ = build_task(cfg)
         stream = build_streams(cfg, task)["pairs"]
         item = step_positions(stream.order, range(2), 0, 1, 1)[0]
-        views = stream.read(item, build_tokenizer(cfg.data.tokenizer, task), 1, Now())[0].views
+        views = stream.read(item, build_tokenizer(cfg.data.tokenizer, task), Now())[0].views
         assert (0 if views is None else views.shape[1]) == num_views
 
 
