@@ -118,10 +118,7 @@ def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Op
     """The bytes of the optimiser's state after a step, taken on one small parameter and scaled."""
     probe = torch.nn.Parameter(torch.zeros(64, 64))
     probe.grad = torch.zeros_like(probe)
-    optimizer = make_optimizer(task)
-    options = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "names")}
-    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
-    twin = kind([{**options, "params": [probe]}])
+    twin = optim.twin(make_optimizer(task), [probe])
     twin.step()
     state = sum(value.nbytes for value in twin.state[probe].values() if isinstance(value, Tensor))
     return state * sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad) // probe.numel()

@@ -172,6 +172,13 @@ def _built(
         raise ValueError(f"optimizer.name={name} refuses optimizer.args {dict(args or {})}: {error}") from error
 
 
+def twin(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimiser of the same kind and options as the first group's, of other parameters."""
+    options = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "names")}
+    kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
+    return kind([{**options, "params": parameters}])
+
+
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Every group's learning rate: its own times the schedule's factor."""
     for group in optimizer.param_groups:

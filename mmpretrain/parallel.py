@@ -2,23 +2,27 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mmpretrain import distributed
+from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
 from mmpretrain.precision import PrecisionName
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
+
+_ROUNDING = 0.02  # of a step: some optimisers compute in bf16
 
 # Later releases of torch renamed it.
 _SYNC_BUFFERS = (
@@ -129,6 +133,42 @@ def _saves_products() -> Any:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Take steps on a small matrix and a table of positions, sharded and whole: they must be the same. With FSDP2 alone.
+
+    A collective. Raises: ValueError where they are not, as with optimisers that look at rows and columns.
+    """
+    sharded = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
+    if not sharded:
+        return
+    spread = partial(distribute_tensor, device_mesh=sharded[0].device_mesh, placements=[Shard(0)], src_data_rank=None)
+    shapes = (256, 128), (1, 64, 128)  # large enough for what factors large ones
+    values = [torch.linspace(-1, 1, math.prod(shape), device=sharded[0].device).view(shape) for shape in shapes]
+    whole, parts = ([nn.Parameter(to(value.clone())) for value in values] for to in (Tensor.detach, spread))
+    of_whole, of_parts = optim.twin(optimizer, whole), optim.twin(optimizer, parts)
+    try:
+        for step in range(2):
+            for value, one, part in zip(values, whole, parts, strict=True):
+                one.grad = (value * (3 + step)).sin()
+                part.grad = spread(one.grad.clone())
+            of_whole.step()
+            of_parts.step()
+        found = [distributed.full(part.detach()) for part in parts]
+        reason = "its steps on sharded ones differ" if any(map(_differ, values, whole, found)) else None
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[-1]
+    if reason is not None:
+        raise ValueError(
+            f"optimizer {type(optimizer).__name__} cannot train sharded weights ({reason}); "
+            "use parallel=ddp, or optimizer=adamw"
+        )
+
+
+def _differ(before: Tensor, expected: Tensor, found: Tensor) -> bool:
+    """Whether two steps from the same weights are not the same."""
+    return not (found - expected).norm() <= _ROUNDING * (expected - before).norm()
 
 
 def wrap(task: Task, device: torch.device) -> nn.Module:

@@ -134,6 +134,7 @@ class Trainer:
             initialize(task)
         self.whole = parallel.prepare(task, device, options.precision, options.parallel)
         self.optimizer = make_optimizer(task)
+        parallel.check_optimizer(self.optimizer)
         self.ema = None if options.ema_decay is None else EMA(task)
         self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.ema)
         self.bad_steps = torch.tensor(self.state.bad_steps, device=device)

@@ -26,7 +26,7 @@ from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
-from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors
+from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
 from mmpretrain.parallel import Parallel
 from mmpretrain.seeds import hash64, torch_draws
 from mmpretrain.step import forward_backward
@@ -199,6 +199,18 @@ def refused_strategy() -> str:
     """What is said where there are several processes and no strategy."""
     try:
         parallel.prepare(make_task(("infonce",)), torch.device("cpu"), "fp32", Parallel("none"))
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def refused_optimizer(name: str) -> str:
+    """What is said of an optimiser of timm where weights are sharded."""
+    task = make_task(("infonce",)).float()
+    Freeze(task, {}, parallel.reached_parameters(task, make_batches(1)[0]))
+    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("fsdp"))
+    try:
+        parallel.check_optimizer(timm_optimizer(task.named_parameters(), name, 1e-2, 0.1, {}))
     except ValueError as error:
         return str(error)
     return "nothing"

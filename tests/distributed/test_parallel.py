@@ -11,7 +11,15 @@ from mmpretrain import parallel
 from mmpretrain.parallel import Parallel
 from mmpretrain.step import forward_backward
 from tests.distributed.pool import Pool
-from tests.distributed.steps import bf16_losses, held, make_batches, make_task, refused_strategy, train
+from tests.distributed.steps import (
+    bf16_losses,
+    held,
+    make_batches,
+    make_task,
+    refused_optimizer,
+    refused_strategy,
+    train,
+)
 
 MIXES = {
     "clip": ("infonce",),
@@ -86,3 +94,16 @@ def test_fsdp_in_bf16_gives_the_losses_of_ddp(pool: Callable[[int], Pool]) -> No
 def test_several_processes_without_a_strategy_are_refused(pool: Callable[[int], Pool]) -> None:
     for message in pool(2).run(refused_strategy):
         assert message == "parallel.strategy is none, but there are 2 processes; expected parallel=ddp or fsdp"
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lion"])
+def test_optimisers_that_train_sharded_weights_are_let_pass(pool: Callable[[int], Pool], name: str) -> None:
+    assert pool(2).run(refused_optimizer, name) == ["nothing", "nothing"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("adafactorbv", "Sharding propagation failed"), ("muon", "its steps on sharded")]
+)
+def test_optimisers_that_cannot_are_refused_in_one_line(pool: Callable[[int], Pool], name: str, reason: str) -> None:
+    for message in pool(2).run(refused_optimizer, name):
+        assert f"cannot train sharded weights ({reason}" in message and message.endswith("or optimizer=adamw")
