@@ -22,6 +22,7 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
         "data": ["data", "--rounds", "5", "--photographs", str(photographs)],
         "step_emoji": ["step", "--model", "emoji_clip", "--batch", "128", "--captions", captions, "--round-steps", "2"],
         "step_vit": ["step", *vit, "--round-steps", "1"],
+        "packing": ["packing", "--captions", captions],
         "loss_memory": ["loss_memory", "--rounds", "3"],
         "grad_cache": ["grad_cache", "--image-size", "128"],
         "scaling": ["scaling", "--rounds", "1"],

@@ -22,7 +22,6 @@ absolute difference is printed in grey levels: mmpretrain decodes at 1/2 where t
 
 import argparse
 import io
-import json
 import os
 import statistics
 import tempfile
@@ -38,7 +37,7 @@ import webdataset
 from PIL import Image
 
 from analysis.benchmarks.jpeg_tars import PHOTOGRAPHS, write_tar
-from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.machine import one_line, write_record
 from mmpretrain.batch import Batch
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
@@ -179,9 +178,7 @@ def main() -> None:
             f"          {row['ratio']:.2f} x open_clip ({row['normalised_ratio']:.2f} x normalised), "
             f"{row['share_of_bare']:.2f} of bare; crops differ by {row['mean_difference']:.2f} grey levels"
         )
-    if args.output is not None:
-        report = {"machine": describe(), "pictures": "mosaics" if found else "noise", "figures": figures}
-        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_record(args, pictures="mosaics" if found else "noise", figures=figures)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from analysis.benchmarks.machine import describe, one_line, peak_bytes
+from analysis.benchmarks.machine import one_line, peak_bytes, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
 from mmpretrain import parallel, targets
@@ -151,10 +151,7 @@ def main() -> None:
             f"{ranks} rank{'s' if ranks > 1 else ''}: largest relative error of a gradient {error['largest']:.1e}, "
             f"of the temperature's {error['logit_scale']:.1e}"
         )
-    if args.output:
-        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
-        record |= {"medians": medians, "ratios": ratios, "errors": found}
-        args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_record(args, medians=medians, ratios=ratios, errors=found)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
-from analysis.benchmarks.machine import describe, one_line, peak_bytes
+from analysis.benchmarks.machine import one_line, peak_bytes, write_record
 from mmpretrain.losses import info_nce
 
 NAMES = ("open_clip", "mmpretrain")
@@ -96,11 +96,7 @@ def main() -> None:
         print(f"{name:>12}  {medians[name]['bytes'] / 2**20:10,.0f} MiB  {medians[name]['seconds']:8.2f} s")
     print(f"{'ratio':>12}  {ratios['bytes']:10.3f}      {ratios['seconds']:8.2f}")
     print("largest relative error of a gradient: " + ", ".join(f"{key} {value:.1e}" for key, value in errors.items()))
-    if args.output:
-        record = {"machine": describe(), "arguments": vars(args) | {"output": str(args.output)}}
-        args.output.write_text(
-            json.dumps({**record, "medians": medians, "ratios": ratios, "errors": errors, "all": values}, indent=2)
-        )
+    write_record(args, medians=medians, ratios=ratios, errors=errors)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The machine a benchmark ran on, for its table and its JSON."""
 
+import argparse
+import json
 import os
 import platform
 from collections.abc import Iterator
@@ -34,6 +36,13 @@ def describe() -> dict[str, str | int]:
 def one_line() -> str:
     """`describe()` as a line for a table's head."""
     return ", ".join(f"{key} {value}" for key, value in describe().items())
+
+
+def write_record(args: argparse.Namespace, **figures: object) -> None:
+    """Write the figures to `args.output`, where it is given, with the machine's description and the arguments."""
+    if args.output is not None:
+        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}, **figures}
+        args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def held_bytes(field: str) -> int:

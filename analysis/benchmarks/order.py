@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.benchmarks.machine import describe, one_line, peak_bytes
+from analysis.benchmarks.machine import one_line, peak_bytes, write_record
 from mmpretrain.data.order import Order, SourceOrder, step_positions
 
 BATCH_SIZE = 4096
@@ -102,9 +102,7 @@ def main() -> None:
         medians[str(size)] = median
         cells = "".join(f"{1000 * median[key]:>11.1f} ms" for key in ("first", "random", "consecutive"))
         print(f"{size:>14,}{cells}{median['bytes'] / 2**20:>8,.0f} MiB", flush=True)
-    if args.output:
-        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
-        args.output.write_text(json.dumps({**record, "medians": medians}, indent=2) + "\n", encoding="utf-8")
+    write_record(args, medians=medians)
 
 
 if __name__ == "__main__":

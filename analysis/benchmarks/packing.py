@@ -16,7 +16,6 @@ the benchmark ends. `tokens` is what each of them computes; the table's head say
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.machine import one_line, write_record
 from analysis.benchmarks.step import Work, build_model, real_batches, synthetic_batches
 from mmpretrain.batch import Packing
 from mmpretrain.data.packing import packed, row_length
@@ -213,9 +212,7 @@ def main() -> None:
             for name, value in medians.items():
                 share = value["seconds"] / medians["padded"]["seconds"]
                 print(f"{name:<12}{value['tokens']:>9,}{1000 * value['seconds']:>9.1f}{share:>11.2f}", flush=True)
-    if args.output:
-        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
-        args.output.write_text(json.dumps({**record, "results": results}, indent=2) + "\n", encoding="utf-8")
+    write_record(args, results=results)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ one process; where the processes share the cores of one machine, 1 is as good as
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.machine import one_line, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
 from analysis.benchmarks.step import AGREEMENT, BETAS, EPS, LR, WEIGHT_DECAY, build_model
@@ -104,10 +103,8 @@ def main() -> None:
         name = "" if world == 1 else strategy
         speed = f"{args.batch / median:>10.1f}{medians[1, 'ddp'] / median:>12.2f}"
         print(f"{world:>10}{name:>6}{speed}{difference[world, strategy]:>18.1e}")
-    if args.output:
-        results = {f"{strategy} on {world}": args.batch / median for (world, strategy), median in medians.items()}
-        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
-        args.output.write_text(json.dumps({**record, "pairs_per_second": results}, indent=2) + "\n", encoding="utf-8")
+    speeds = {f"{strategy} on {world}": args.batch / median for (world, strategy), median in medians.items()}
+    write_record(args, pairs_per_second=speeds)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ the peak (MFU) is of a product of two square matrices in the same precision, tim
 """
 
 import argparse
-import json
 import logging
 import statistics
 import time
@@ -35,7 +34,7 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.machine import one_line, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from mmpretrain import optim, targets
 from mmpretrain.batch import Batch
@@ -340,9 +339,7 @@ def main() -> None:
         work = Work(args.model, args.batch, args.captions, precision, torch.device(args.device))
         results[precision] = run(work, args)
         show(work, results[precision])
-    if args.output:
-        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}}
-        args.output.write_text(json.dumps({**record, "results": results}, indent=2) + "\n", encoding="utf-8")
+    write_record(args, results=results)
 
 
 if __name__ == "__main__":

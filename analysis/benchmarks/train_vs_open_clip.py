@@ -50,7 +50,7 @@ from PIL import Image
 from torch import Tensor
 
 from analysis.benchmarks.evaluate_open_clip import CHUNK, read_classes, read_samples, score
-from analysis.benchmarks.machine import describe, one_line
+from analysis.benchmarks.machine import one_line, write_record
 from mmpretrain.evals.embed import embed_texts
 from mmpretrain.loading import load_checkpoint
 
@@ -299,9 +299,7 @@ def main() -> None:
         f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {args.seeds}; {one_line()}; open_clip: {versions}"
     )
     print_table(records)
-    report = {"arguments": {key: str(value) for key, value in vars(args).items()}, "machine": describe()}
-    report["open_clip_environment"] = versions
-    args.output.write_text(json.dumps({**report, "records": records}, indent=2) + "\n", encoding="utf-8")
+    write_record(args, open_clip_environment=versions, records=records)
 
 
 if __name__ == "__main__":
