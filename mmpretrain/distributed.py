@@ -80,7 +80,7 @@ def gather_ragged_rows(rows: Tensor) -> Tensor:
     counts: list[int] = gather_objects(len(rows))
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    parts = gather_rows(padded).split(max(counts))
+    parts = gather_rows(padded).unflatten(0, (world_size(), max(counts)))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

@@ -292,7 +292,8 @@ def told_by_main() -> int:
     return distributed.from_main(lambda: 10 + distributed.rank())
 
 
-def ragged(width: int) -> Tensor:
+def ragged(rows_each: int) -> Tensor:
+    """Rows of two numbers, `rows_each` times the rank's number of them: rank 0 has none."""
     rank = distributed.rank()
-    rows = torch.full((rank, width), float(rank))  # rank 0 has none
+    rows = torch.full((rank * rows_each, 2), float(rank))
     return distributed.gather_ragged_rows(rows)
