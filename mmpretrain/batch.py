@@ -70,11 +70,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def grid_size(self, patch_size: tuple[int, int]) -> tuple[int, int]:
-        """The rows and columns of patches that the images are cut into; what fills no patch is left out."""
-        assert self.images is not None
-        return self.images.shape[2] // patch_size[0], self.images.shape[3] // patch_size[1]
-
     def rows(self, rows: Tensor) -> "Samples":
         """Some of the samples, by their rows; their texts are not packed."""
         return replace(self, packing=None)._map(lambda tensor: tensor[rows.to(tensor.device)])
@@ -112,6 +107,31 @@ class Batch:
     """When in the run the step stands: what scheduled values are functions of."""
     refused: tuple[Refused, ...] = ()
     """What was replaced while this batch was read."""
+
+    def images(self, stream: str) -> Tensor:
+        """A stream's images, uint8 [b, 3, h, w]. Raises: ValueError if it has none."""
+        images = self.streams[stream].images
+        if images is None:
+            raise ValueError(
+                f"data.train.{stream}.transform is null, but an objective reads the stream's images; "
+                "expected one, such as mmpretrain.data.transforms.CenterCrop"
+            )
+        return images
+
+    def texts(self, stream: str) -> tuple[Tensor, Tensor]:
+        """A stream's token ids int64 [b, L] and their numbers int64 [b]. Raises: ValueError if it has none."""
+        samples = self.streams[stream]
+        if samples.text is None or samples.lengths is None:
+            raise ValueError(
+                f"data.train.{stream}.caption is null, but an objective reads the stream's texts; "
+                f"expected a field: data.train.{stream}.caption=txt"
+            )
+        return samples.text, samples.lengths
+
+    def grid_size(self, stream: str, patch_size: tuple[int, int]) -> tuple[int, int]:
+        """The rows and columns of patches that a stream's images are cut into; what fills no patch is left out."""
+        height, width = self.images(stream).shape[2:]
+        return height // patch_size[0], width // patch_size[1]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""

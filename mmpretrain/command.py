@@ -110,6 +110,19 @@ def job() -> Iterator[None]:
         end_job(USAGE_EXIT_CODE)
 
 
+def _parts(value: str) -> list[str]:
+    """The values that a sweep takes one after the other: what stands between commas outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in value:
+        quote = "" if letter == quote else quote or (letter if letter in "'\"" else "")
+        depth += 0 if quote else (letter in "{[(") - (letter in "}])")
+        if letter == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line as Hydra reads it, from what people write.
 
@@ -121,12 +134,14 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     changed = []
     for argument in arguments:
         key, _, value = argument.partition("=")
+        parts = _parts(value)
         is_plain = bool(value) and value[0] not in "'\"[{"
         if argument == "debug=nan":
             argument = "debug='nan'"
-        elif SCHEDULE_TEXT.match(value):
+        elif any(SCHEDULE_TEXT.match(part) for part in parts):
             # As a text, which `config.resolve` reads: a mapping would be merged with the knots that are there.
-            argument = f"{key}='{value}'"
+            texts = [f"'{part}'" if SCHEDULE_TEXT.match(part) else part for part in parts]
+            argument = f"{key}={','.join(texts)}"
         elif is_plain and "," in value and is_sweep:
             pass  # several values: each a job
         elif is_plain and key.lstrip("+") in _PATHS and re.search("[=,]", value):

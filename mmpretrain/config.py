@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
@@ -75,7 +76,13 @@ def _read_schedules(cfg: DictConfig) -> None:
     """Schedules that the command line gave as texts, in whose place no knot of a YAML is left."""
     for path, value in _flat(OmegaConf.to_container(cfg, resolve=False)).items():
         if isinstance(value, str) and SCHEDULE_TEXT.match(value):
-            schedule = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[call-overload, index]
+            try:
+                schedule = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]  # type: ignore[call-overload, index]
+            except YAMLError:
+                example = "{linear: {0%: 0, 20%: 0.1}}"
+                raise UsageError(
+                    f"{path} is {value}, whose braces or commas are amiss; expected such as {example}"
+                ) from None
             OmegaConf.update(cfg, path, schedule, merge=False)
 
 
@@ -85,9 +92,8 @@ def _take_what_is_present(cfg: DictConfig) -> None:
     `size=tiny` and presets hold values for parts that an experiment may or may not have; a defaults list has no such
     condition. What the command line says goes before them.
     """
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     given: set[str] = set()
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in _overrides():
         key, value = override.key_or_group.lstrip("+"), override.value()
         given |= {f"{key}.{leaf}" for leaf in _flat(value)} if isinstance(value, dict) and value else {key}
     for path, value in _flat(OmegaConf.to_container(cfg.if_present, resolve=False)).items():
@@ -95,6 +101,14 @@ def _take_what_is_present(cfg: DictConfig) -> None:
         if path and isinstance(part, DictConfig) and path not in given:
             OmegaConf.update(cfg, path, value, force_add=True)
     cfg.if_present = {}
+
+
+def _overrides() -> list[Override]:
+    """What the command line says, its interpolations as they are written."""
+    if not HydraConfig.initialized():
+        return []
+    written: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
+    return OverridesParser.create().parse_overrides(written)
 
 
 def check_known(node: Any, path: str = "") -> None:
@@ -165,11 +179,9 @@ def check_evaluators(nodes: Mapping[str, Any]) -> None:
 
 def _derived_name() -> str:
     """A readable name from the overrides that touch mathematics or data, with a short hash when it is long."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    # Parsed, since a sweep writes values in their canonical form: one job has one name, in a sweep or alone.
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
     values: dict[str, str] = {}
-    for override in parsed:
+    # Parsed, since a sweep writes values in their canonical form: one job has one name, in a sweep or alone.
+    for override in _overrides():
         key, value = override.key_or_group, override.get_value_element_as_str()
         # +data.train={images: ...} adds; all else replaces.
         values[key] = f"{values[key]}+{value}" if key in values and value.startswith("{") else value

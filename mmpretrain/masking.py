@@ -113,18 +113,21 @@ def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) 
         seeds: int64 [b].
         grid_size: rows and columns.
         spec: its smallest ratio counts; the rectangle has about the grid's proportions, and where its number of patches
-            is not that which is to stay, the end of its last row is hidden, too.
+            is not that which is to stay, some of an outer row are hidden, too, from one of its ends.
     """
     rows, columns = grid_size
     kept = num_kept(rows * columns, spec.ratio[0])
     height = max(1, min(rows, round((kept * rows / columns) ** 0.5)))
     width = min(columns, -(-kept // height))
     height = -(-kept // width)
-    u = torch_uniform(seeds, 2, hash64("block-mask", spec.name))
+    u = torch_uniform(seeds, 4, hash64("block-mask", spec.name))
     top = (u[:, 0] * (rows - height + 1)).long()
     left = (u[:, 1] * (columns - width + 1)).long()
     place = torch.arange(rows * columns, device=seeds.device)
-    row, column = place // columns, place % columns
+    row, column = (place // columns).expand(len(seeds), -1), (place % columns).expand(len(seeds), -1)
+    # Counted from either side, so that what is hidden of the rectangle is of any of its corners.
+    row = torch.where(u[:, 2:3] < 0.5, row, rows - 1 - row)
+    column = torch.where(u[:, 3:4] < 0.5, column, columns - 1 - column)
     inside = (
         (row >= top[:, None])
         & (row < top[:, None] + height)
@@ -132,8 +135,8 @@ def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) 
         & (column < left[:, None] + width)
     )
     # Inside first, in their order; of the rectangle's last row only as many as are to stay.
-    order = (~inside).long().mul(rows * columns).add(place).argsort(dim=1)
-    keep = order[:, :kept]
+    order = (~inside).long().mul(rows * columns).add(row * columns + column).argsort(dim=1)
+    keep = order[:, :kept].sort(dim=1).values
     hidden = torch.ones_like(inside).scatter(1, keep, False)
     return PatchMask(keep, None, hidden)
 

@@ -39,19 +39,19 @@ class Duration:
             name: the configuration key it stands under, for the message.
             wall_time: whether `min` makes sense here.
 
-        Raises: ValueError if it is no duration, or a wall time where none makes sense.
+        Raises: UsageError if it is no duration, or a wall time where none makes sense.
         """
         match = _PATTERN.fullmatch(str(text).strip())
         units = "epochs, samples, steps, %" + (" or min" if wall_time else "")
         if match is None:
-            raise ValueError(
+            raise UsageError(
                 f"{name} is {text!r}; expected a number with a unit ({units}), such as 20epochs, 10Msamples or 2000steps"
             )
         number, prefix, unit = match.groups()
         if unit == "%" and float(number) > 100:
-            raise ValueError(f"{name} is {text!r}; expected at most 100%, the whole run")
+            raise UsageError(f"{name} is {text!r}; expected at most 100%, the whole run")
         if _UNITS[unit] == "min" and not wall_time:
-            raise ValueError(f"{name} is {text!r}; wall time makes no sense here: use one of {units}")
+            raise UsageError(f"{name} is {text!r}; wall time makes no sense here: use one of {units}")
         return cls(Fraction(number) * _PREFIXES[prefix], _UNITS[unit])
 
 

@@ -33,21 +33,14 @@ class Encodings:
     def pixels(self, stream: str) -> Tensor:
         """The normalised images [b, 3, h, w]."""
         if stream not in self._pixels:
-            images = self.samples(stream).images
-            if images is None:
-                raise ValueError(
-                    f"data.train.{stream}.transform is null, but an objective reads the stream's images; "
-                    "expected one, such as mmpretrain.data.transforms.CenterCrop"
-                )
-            self._pixels[stream] = self._model.normalize(images)
+            self._pixels[stream] = self._model.normalize(self.batch.images(stream))
         return self._pixels[stream]
 
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask:
         """The mask that `spec` draws for each sample of the stream."""
         if (stream, spec) not in self._masks:
-            samples = self.samples(stream)
-            grid_size = samples.grid_size(self._model.image.patch_size)
-            self._masks[stream, spec] = patch_mask(samples.seeds, grid_size, spec)
+            grid_size = self.batch.grid_size(stream, self._model.image.patch_size)
+            self._masks[stream, spec] = patch_mask(self.samples(stream).seeds, grid_size, spec)
         return self._masks[stream, spec]
 
     def image(self, stream: str, mask: MaskSpec | None = None) -> Encoding:
@@ -72,7 +65,7 @@ class Encodings:
     def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask:
         """The tokens that `spec` hides of each text of the stream."""
         if (stream, spec) not in self._token_masks:
-            text, lengths = self._text_of(stream)
+            text, lengths = self.batch.texts(stream)
             samples = self.samples(stream)
             self._token_masks[stream, spec] = mask_tokens(text, lengths, samples.seeds, spec, samples.word_starts)
         return self._token_masks[stream, spec]
@@ -80,7 +73,7 @@ class Encodings:
     def text(self, stream: str, mask: TokenMaskSpec | None = None) -> Encoding:
         """The text encoder's output, on all tokens or with those hidden that `mask` draws."""
         if (stream, mask) not in self._texts:
-            text, lengths = self._text_of(stream)
+            text, lengths = self.batch.texts(stream)
             ids = text if mask is None else self.token_mask(stream, mask).ids
             self._texts[stream, mask] = self._model.encode_text(ids, lengths, self.samples(stream).packing)
         return self._texts[stream, mask]
@@ -90,15 +83,6 @@ class Encodings:
         """[vocabulary, d], the matrix that the text encoder looks tokens up in; heads predict by it (Press and Wolf 2017)."""
         assert self._model.text is not None
         return self._model.text.token_embeddings
-
-    def _text_of(self, stream: str) -> tuple[Tensor, Tensor]:
-        samples = self.samples(stream)
-        if samples.text is None or samples.lengths is None:
-            raise ValueError(
-                f"data.train.{stream}.caption is null, but an objective reads the stream's texts; "
-                f"expected a field: data.train.{stream}.caption=txt"
-            )
-        return samples.text, samples.lengths
 
     def with_text(self, stream: str, text: Tensor, lengths: Tensor) -> "Encodings":
         """The same micro-batch with other texts beside the stream's images, whose passes are not run again."""

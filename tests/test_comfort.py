@@ -216,6 +216,16 @@ def test_views_are_read_for_an_objective_alone(pairs: Path) -> None:
         assert (0 if views is None else views.shape[1]) == num_views
 
 
+@pytest.mark.parametrize(
+    "given", [(), ("data.train.images.views=${data.train.pairs.views}",)], ids=["own", "the pairs'"]
+)
+def test_views_of_a_stream_of_images(given: tuple[str, ...], pairs: Path, tmp_path: Path) -> None:
+    mix = ("objective=[infonce,simclr]", "objective.simclr.stream=images", "data.train.images.shards=train")
+    small = ("objective.simclr.hidden_width=8", "objective.simclr.embed_dim=4")
+    train(tmp_path, pairs, "trainer.duration=2steps", *mix, *small, *given)
+    assert runs.records(tmp_path / "run")[-1]["train/simclr_loss"] > 0
+
+
 def test_a_part_that_is_not_there_is_told(pairs: Path, tmp_path: Path) -> None:
     finished = train(tmp_path, pairs, "trainer.duration=1steps", "trainer.freeze={imag: null}", code=2)
     assert finished.stderr == (

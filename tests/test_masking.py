@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpretrain.masking import MaskSpec, PatchMask, num_kept, random_patch_mask
+from mmpretrain.masking import MaskSpec, PatchMask, block_patch_mask, num_kept, random_patch_mask
 from mmpretrain.seeds import draws
 
 RAGGED = MaskSpec("mae", (0.5, 0.9))
@@ -113,3 +113,11 @@ def test_nothing_is_hidden_at_ratio_zero() -> None:
 def test_a_gpu_draws_the_same_masks() -> None:
     cpu, gpu = (random_patch_mask(seeds_of(64).to(device), 196, RAGGED) for device in ("cpu", "cuda"))
     assert torch.equal(gpu.keep.cpu(), cpu.keep) and torch.equal(gpu.hidden.cpu(), cpu.hidden)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.9])
+def test_a_kept_block_may_hold_any_patch(ratio: float) -> None:
+    mask = block_patch_mask(seeds_of(2000), (14, 14), MaskSpec("block", (ratio, ratio), "block"))
+    assert mask.keep.shape == (2000, num_kept(196, ratio))
+    assert (mask.keep.diff(dim=1) > 0).all()
+    assert not mask.hidden.all(dim=0).any()

@@ -44,6 +44,16 @@ WRONG_OVERRIDES = {
     "argument of an objective that is not chosen": ("objective.mae.weight=1", "'objective.mae'", "objective=[infonce,"),
     "text for an integer": ("trainer.batch_size=abc", "trainer.batch_size", "'abc'", "Integer"),
     "text for a weight": ("objective.infonce.weight=x", "objective.infonce.weight is 'x'", "expected a number"),
+    "a knot without a unit": (
+        "objective.infonce.weight={linear: {0%: 1, 20: 2}}",
+        "a knot of objective.infonce.weight",
+        "20epochs",
+    ),
+    "a schedule without its brace": (
+        "objective.infonce.weight={linear: {0%: 1}",
+        "objective.infonce.weight is {linear",
+        "braces",
+    ),
     "negative weight": ("objective.infonce.weight=-1", "objective.infonce.weight is -1", "at least 0"),
     "text for a number": ("optimizer.lr=fast", "optimizer.lr is 'fast'", "expected float"),
     "too short a list": ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]", "expected tuple[float, float]"),
@@ -214,6 +224,14 @@ def test_captions_are_generated_within_a_short_context(pairs: Path, tmp_path: Pa
         (["objective=[coca]", "objective.captioning.decoder_heads=5"], ("decoder_heads is 5", "model.text.width = 32")),
         (["objective=[coca]", "objective.captioning.num_queries=-1"], ("num_queries is -1", "at least 0")),
         (["objective=[mae]", "objective.mae.decoder_heads=0"], ("decoder_heads is 0", "at least 1")),
+        (
+            ["objective=[mae]", "objective.mae.stream=texts", "data.train.texts.shards=train"],
+            ("data.train.texts.transform is null, but an objective reads the stream's images",),
+        ),
+        (
+            ["objective=[infonce,mlm]", "objective.mlm.stream=images", "data.train.images.shards=train"],
+            ("data.train.images.caption is null, but an objective reads the stream's texts",),
+        ),
         (["objective=[mlm,captioning]", "objective.captioning.decoder_heads=2"], ("needs a causal", "leave out mlm")),
         (["data=synthetic", "data.train.pairs.image_size=16"], ("image_size is 16", "noise has none")),
     ],
@@ -230,6 +248,15 @@ def test_multirun_may_stand_behind_an_option_with_a_value() -> None:
     assert hydra_arguments(given) == [
         "-m", "--config-dir", "conf", "experiment=mine", "checkpoint='a'", "+data.val={mine: {shards: x}}",
     ]  # fmt: skip
+
+
+def test_schedules_may_be_swept_over() -> None:
+    schedule = "{linear: {0%: 0, 20%: 0.1}}"
+    assert hydra_arguments([f"objective.mae.weight={schedule},0.1", "-m"]) == [
+        "-m",
+        f"objective.mae.weight='{schedule}',0.1",
+    ]
+    assert hydra_arguments([f"a.b=0,{schedule}"]) == [f"a.b=0,'{schedule}'"]
 
 
 def test_options_may_stand_anywhere(pairs: Path, tmp_path: Path) -> None:

@@ -80,6 +80,15 @@ class ClipTokenizer:
         return self._bpe.decode([i for i in ids if i not in self._bpe.all_special_ids]).strip()
 
 
+def _check_end(ids: Sequence[int], end_id: int | None, end: str, where: str) -> None:
+    """Raises: ValueError where a text's last token is not the end token, whose state stands for the text."""
+    if not ids or ids[-1] != end_id:
+        raise ValueError(
+            f"{where} does not end a text with {end}; expected a tokenizer that does (its post_processor adds it), such as "
+            "python -m data_tools tokenizer makes"
+        )
+
+
 class FileTokenizer:
     """A tokenizer of the `tokenizers` library in a local file, such as `python -m data_tools tokenizer` writes.
 
@@ -88,7 +97,8 @@ class FileTokenizer:
         context_length: longer texts are cut to this many tokens; the special tokens that it adds stay.
         pad, end, mask: the texts of these tokens, where they are not `[PAD]`, `[EOS]` and `[MASK]`.
 
-    Raises: ValueError if there is no such file, or it has no padding or end token.
+    Raises: ValueError if there is no such file, or it has no padding or end token, or
+        does not end a text with it.
     """
 
     def __init__(
@@ -104,6 +114,7 @@ class FileTokenizer:
         self.vocab_size: int = self._tokenizer.get_vocab_size()
         self.pad_id, self.end_id = (self._special(file, text, key) for text, key in ((pad, "pad"), (end, "end")))
         self.mask_id: int | None = self._tokenizer.token_to_id(mask)
+        _check_end(self._tokenizer.encode("a").ids, self.end_id, end, str(file))
         special = [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
         self._words = _Words(self._tokenizer.get_vocab(), special)
 
@@ -126,6 +137,9 @@ class FileTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
+_NEW_LINES = ("\n", "\t", "Ċ", "ĉ", "<0x0A>")  # as texts, byte-level BPE and byte fallback write them
+
+
 class _Words:
     """Where words begin, from how the tokens of a vocabulary are written: `##ing`, `Ġword` or `▁word`."""
 
@@ -134,13 +148,14 @@ class _Words:
         starts = torch.ones(max(vocabulary.values()) + 1, dtype=torch.bool)
         for token, number in vocabulary.items():
             starts[number] = not token.startswith("##") if continues else token.startswith(("Ġ", "▁", "Ċ"))
-        self._is_special = torch.zeros_like(starts)
-        self._is_special[list(special)] = True
-        self._starts = starts | self._is_special
+        self._ends = torch.zeros_like(starts)
+        self._ends[list(special)] = True
+        self._starts = starts | self._ends
+        # A new line ends a word, too: what follows it is written as what goes on inside one.
+        self._ends[[number for token, number in vocabulary.items() if token.endswith(_NEW_LINES)]] = True
 
     def __call__(self, ids: Tensor) -> Tensor:
-        after_special = F.pad(self._is_special[ids[:, :-1]], (1, 0), value=True)
-        return self._starts[ids] | after_special
+        return self._starts[ids] | F.pad(self._ends[ids[:, :-1]], (1, 0), value=True)
 
 
 class HuggingFaceTokenizer:
@@ -151,7 +166,7 @@ class HuggingFaceTokenizer:
         context_length: longer texts are cut to this many tokens.
         clean: open_clip's way to clean texts first: `whitespace`, `lower` or `canonicalize`.
 
-    Raises: ValueError if `transformers` is not installed or has no such tokenizer.
+    Raises: ValueError if `transformers` is not installed or has no such tokenizer, or it adds no end token.
     """
 
     def __init__(self, name: str, context_length: int = 77, clean: str = "whitespace") -> None:
@@ -172,6 +187,7 @@ class HuggingFaceTokenizer:
         self.mask_id: int | None = self._tokenizer.mask_token_id
         ends = (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id)
         self.end_id: int | None = next((number for number in ends if number is not None), None)
+        _check_end(self._tokenizer("a")["input_ids"], self.end_id, "an end token", name)
         self._words = _Words(self._tokenizer.get_vocab(), self._tokenizer.all_special_ids)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Captions from images: CoCa's decoder (Yu et al. 2022), and CapPa's parallel prediction (Tschannen et al. 2023)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
@@ -19,7 +20,8 @@ class Captioning(nn.Module):
     L = - sum_t log p(x_t | image, x_1 ... x_{t-1}), per predicted token of the whole batch
 
     The decoder reads the causal text encoder's states (CoCa's unimodal layers) and looks at the image's tokens. A part
-    of the captions can be predicted in parallel, from the image alone: all tokens at once, none of them given (CapPa).
+    of the captions can be predicted in parallel, from the image alone: all tokens at once, none of them given, nor how
+    many there are (CapPa): a mask token stands at every place of the context, and all of them see each other.
 
     Args:
         model: its text encoder must be causal.
@@ -69,16 +71,13 @@ class Captioning(nn.Module):
 
     def count(self, batch: Batch) -> Tensor:
         """The number of tokens of a micro-batch that have one before them."""
-        lengths = batch.streams[self.streams[0]].lengths
-        assert lengths is not None
+        _, lengths = batch.texts(self.streams[0])
         return (lengths - 1).clamp(min=0).sum()
 
     def generate(self, encodings: Encodings, longest: int = 32) -> Tensor:
         """The likeliest next token, again and again, from each text's first (the start) on: int64 [b, longest] at most."""
         (stream,) = self.streams
-        text = encodings.samples(stream).text
-        assert text is not None
-        ids = text[:, :1]
+        ids = encodings.batch.texts(stream)[0][:, :1]
         for length in range(1, min(longest, self.context_length)):
             lengths = torch.full((len(ids),), length, device=ids.device)
             states = self.decode(encodings.with_text(stream, ids, lengths), parallel=0.0)
@@ -87,50 +86,45 @@ class Captioning(nn.Module):
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
         """Each image over the caption that was generated for it, and its own."""
-        samples = encodings.samples(self.streams[0])
-        assert samples.text is not None and samples.lengths is not None and samples.images is not None
+        (stream,) = self.streams
+        images, (text, lengths) = encodings.batch.images(stream), encodings.batch.texts(stream)
         examples = []
         for row, caption in enumerate(self.generate(encodings).tolist()):
-            own = samples.text[row, : samples.lengths[row]].tolist()
+            own = text[row, : lengths[row]].tolist()
             end = caption.index(own[-1]) if own[-1] in caption else len(caption)
-            text = f"{decode(caption[:end])}\n({decode(own)})"
-            examples.append(Example([samples.images[row].cpu()], text))
+            examples.append(Example([images[row].cpu()], f"{decode(caption[:end])}\n({decode(own)})"))
         return examples
 
     def decode(self, encodings: Encodings, parallel: float | None = None) -> Tensor:
         """The decoder's states [b, L, d]: at each place what is known of the token after it.
 
+        Where some captions are predicted in parallel, L is the whole context.
+
         `parallel`: the part that is predicted in parallel, if not the objective's own.
         """
         (stream,) = self.streams
         parallel = self.parallel if parallel is None else parallel
-        samples = encodings.samples(stream)
+        samples, (_, lengths) = encodings.samples(stream), encodings.batch.texts(stream)
         image_tokens = encodings.image(stream).tokens
-        states = encodings.text(stream).tokens
-        assert samples.lengths is not None
-        rows = Rows(samples.lengths, states.shape[1], samples.packing)
-        if self.parallel == 0:
+        if parallel == 0:
+            states = encodings.text(stream).tokens
+            rows = Rows(lengths, states.shape[1], samples.packing)
             mask = rows.mask(is_causal=True)
             return rows.unpack(self.decoder(rows.pack(states), rows, image_tokens, mask, is_causal=mask is None))
-        in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < parallel
-        blind = self.mask_token + self.positions[: states.shape[1]]
-        x = torch.where(in_parallel[:, None, None], blind.to(states.dtype), states)
-        # In parallel every place sees all places of its caption that predict a token; else those before it.
-        owners = rows.owners()
-        places = rows.places.expand(owners.shape)
-        predicts = places < (samples.lengths - 1).clamp(min=1)[owners]
-        seen = torch.where(
-            in_parallel[owners][..., None], predicts[:, None, :], places[:, None, :] <= places[:, :, None]
-        )
-        # Padding sees padding: who sees nothing has no softmax.
-        mask = ((seen | (owners < 0)[..., None]) & (owners[:, :, None] == owners[:, None, :]))[:, None]
-        return rows.unpack(self.decoder(rows.pack(x), rows, image_tokens, mask, is_causal=False))
+        x, mask = (self.mask_token + self.positions).expand(len(lengths), -1, -1), None
+        if parallel < 1:
+            in_parallel = torch_uniform(samples.seeds, 1, hash64("captioning-parallel"))[:, 0] < parallel
+            states = encodings.text(stream).tokens
+            states = F.pad(states, (0, 0, 0, self.context_length - states.shape[1]))
+            x = torch.where(in_parallel[:, None, None], x.to(states.dtype), states)
+            places = torch.arange(self.context_length, device=x.device)
+            mask = (in_parallel[:, None, None] | (places <= places[:, None]))[:, None]
+        rows = Rows(lengths, self.context_length, None)
+        return self.decoder(x, rows, image_tokens, mask, is_causal=False)
 
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the cross-entropies, and of the hits as `accuracy`."""
-        samples = encodings.samples(self.streams[0])
-        assert samples.text is not None and samples.lengths is not None
-        labels, is_label = next_tokens(samples.text, samples.lengths)
+        labels, is_label = next_tokens(*encodings.batch.texts(self.streams[0]))
         states = self.decode(encodings)[:, : labels.shape[1]][is_label]
         loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[is_label])
         return loss, {"accuracy": hits}

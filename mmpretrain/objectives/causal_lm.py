@@ -30,16 +30,13 @@ class CausalLM(nn.Module):
 
     def count(self, batch: Batch) -> Tensor:
         """The number of tokens of a micro-batch that have one before them."""
-        lengths = batch.streams[self.streams[0]].lengths
-        assert lengths is not None
+        _, lengths = batch.texts(self.streams[0])
         return (lengths - 1).clamp(min=0).sum()
 
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the cross-entropies, and of the hits as `accuracy`."""
         (stream,) = self.streams
-        samples = encodings.samples(stream)
-        assert samples.text is not None and samples.lengths is not None
-        labels, is_label = next_tokens(samples.text, samples.lengths)
+        labels, is_label = next_tokens(*encodings.batch.texts(stream))
         states = encodings.text(stream).tokens[:, : labels.shape[1]][is_label]
         loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[is_label])
         return loss, {"accuracy": hits}

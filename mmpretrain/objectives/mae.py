@@ -94,7 +94,9 @@ class MAE(nn.Module):
     def count(self, batch: Batch) -> Tensor:
         """The number of hidden patches of a micro-batch."""
         samples = batch.streams[self.streams[0]]
-        return patch_mask(samples.seeds, samples.grid_size(self.patch_size), self.mask(batch.now)).hidden.sum()
+        return patch_mask(
+            samples.seeds, batch.grid_size(self.streams[0], self.patch_size), self.mask(batch.now)
+        ).hidden.sum()
 
     def mask(self, now: Now) -> MaskSpec:
         """What is hidden at a moment of the run."""
@@ -118,7 +120,7 @@ class MAE(nn.Module):
         # Put kept tokens back in their places; what is hidden, filler's places included, gets the mask token.
         places = mask.keep[..., None].expand(-1, -1, width)
         patches = kept.new_zeros(*mask.hidden.shape, width).scatter(1, places, kept)
-        positions = self._positions(encodings.samples(stream).grid_size(self.patch_size))
+        positions = self._positions(encodings.batch.grid_size(stream, self.patch_size))
         patches = torch.where(mask.hidden[..., None], self.mask_token.to(patches.dtype), patches) + positions
         x = torch.cat([prefix.to(patches.dtype), patches], dim=1)
         choose_kernel(self.blocks, x.device)
@@ -135,7 +137,7 @@ class MAE(nn.Module):
         if self.norm_pix:  # what was predicted are patches without their own mean and deviation
             mean, deviation = patch_statistics(patches)
             prediction = prediction * deviation + mean
-        grid_size = encodings.samples(stream).grid_size(self.patch_size)
+        grid_size = encodings.batch.grid_size(stream, self.patch_size)
         hidden = mask.hidden[..., None]
         pages = [patches, torch.where(hidden, 0.0, patches), torch.where(hidden, prediction, patches)]
         columns = [encodings.to_images(unpatchify(page, grid_size, self.patch_size)).cpu() for page in pages]

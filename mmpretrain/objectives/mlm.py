@@ -11,6 +11,7 @@ from mmpretrain.losses import token_cross_entropy
 from mmpretrain.masking import TokenMaskSpec, mask_tokens
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Decode, Encodings, Example, Terms, TokenIds
+from mmpretrain.schedules import Now, Scheduled, Value
 
 
 class MLM(nn.Module):
@@ -20,7 +21,7 @@ class MLM(nn.Module):
 
     Args:
         model: its text encoder must see both ways (`model.text.causal=false`).
-        mask_ratio: the part of the tokens that is chosen.
+        mask_ratio: the part of the tokens that is chosen, or a schedule of it.
         replaced, randomised: of the chosen ones, the part that becomes the mask token, and any token; the rest stays.
         whole_words: choose words, not tokens.
         mask_id: the mask token; None takes the tokenizer's or, where it has none, the encoder's last row, which lies
@@ -35,7 +36,7 @@ class MLM(nn.Module):
     def __init__(
         self,
         model: ImageTextModel,
-        mask_ratio: float = 0.15,
+        mask_ratio: Scheduled = 0.15,
         replaced: float = 0.8,
         randomised: float = 0.1,
         whole_words: bool = False,
@@ -48,17 +49,17 @@ class MLM(nn.Module):
                 "objective.mlm needs a text encoder that sees both ways; set model.text.causal=false, and leave out "
                 "causal_lm and captioning, which need a causal one"
             )
-        if not 0 < mask_ratio < 1 or min(replaced, randomised) < 0 or replaced + randomised > 1:
+        self._mask_ratio = Value(mask_ratio, "objective.mlm.mask_ratio", above=0, below=1)
+        if min(replaced, randomised) < 0 or replaced + randomised > 1:
             raise ValueError(
-                f"objective.mlm has mask_ratio={mask_ratio}, replaced={replaced}, randomised={randomised}; "
-                "expected a ratio inside (0, 1), and parts that add up to at most 1"
+                f"objective.mlm has replaced={replaced}, randomised={randomised}; expected parts that add up to at most 1"
             )
         self.streams = (stream,)
         vocab_size = model.text.vocab_size
         self._mask_id = mask_id
-        self.spec = TokenMaskSpec(
+        self._spec = TokenMaskSpec(
             "mlm",
-            mask_ratio,
+            self._mask_ratio.values[0],
             vocab_size - 1 if mask_id is None else mask_id,
             vocab_size,
             replaced,
@@ -90,32 +91,36 @@ class MLM(nn.Module):
                 f"objective.mlm would hide tokens behind id {mask_id}, which is a token of the text; "
                 f"expected a row of its own: model.text.vocab_size={tokenizer.vocab_size + 1}"
             )
-        self.spec = replace(self.spec, mask_id=mask_id, vocab_size=min(rows, tokenizer.vocab_size))
+        self._spec = replace(self._spec, mask_id=mask_id, vocab_size=min(rows, tokenizer.vocab_size))
+
+    def mask(self, now: Now) -> TokenMaskSpec:
+        """How tokens are hidden at `now`."""
+        return replace(self._spec, ratio=self._mask_ratio(now))
 
     def count(self, batch: Batch) -> Tensor:
         """The number of chosen tokens of a micro-batch."""
         samples = batch.streams[self.streams[0]]
-        assert samples.text is not None and samples.lengths is not None
-        return mask_tokens(samples.text, samples.lengths, samples.seeds, self.spec, samples.word_starts).chosen.sum()
+        texts = batch.texts(self.streams[0])
+        return mask_tokens(*texts, samples.seeds, self.mask(batch.now), samples.word_starts).chosen.sum()
 
     def predict(self, encodings: Encodings) -> tuple[Tensor, Tensor]:
         """(states of the chosen tokens [n, d], to be held against the vocabulary; which were chosen, bool [b, L])."""
         (stream,) = self.streams
-        chosen = encodings.token_mask(stream, self.spec).chosen
+        mask = self.mask(encodings.batch.now)
+        chosen = encodings.token_mask(stream, mask).chosen
         # The vocabulary's product is the dearest of all: only for tokens that are predicted.
-        states = encodings.text(stream, self.spec).tokens[:, : chosen.shape[1]][chosen]
+        states = encodings.text(stream, mask).tokens[:, : chosen.shape[1]][chosen]
         return self.norm(F.gelu(self.dense(states))), chosen
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
         """Each text with its chosen tokens in brackets: what was predicted, and behind an arrow what stood there."""
-        samples = encodings.samples(self.streams[0])
-        assert samples.text is not None and samples.lengths is not None
+        text, lengths = encodings.batch.texts(self.streams[0])
         states, chosen = self.predict(encodings)
         logits = F.linear(states, encodings.token_embeddings, self.bias)
-        predicted = samples.text.masked_scatter(chosen, logits.argmax(-1)).tolist()
+        predicted = text.masked_scatter(chosen, logits.argmax(-1)).tolist()
         examples = []
-        for row, length in enumerate(samples.lengths.tolist()):
-            own, hidden = samples.text[row, :length].tolist(), chosen[row].tolist()
+        for row, length in enumerate(lengths.tolist()):
+            own, hidden = text[row, :length].tolist(), chosen[row].tolist()
             words = [
                 f"[{decode([predicted[row][i]])} → {decode([token])}]" if hidden[i] else decode([token])
                 for i, token in enumerate(own)
@@ -126,7 +131,6 @@ class MLM(nn.Module):
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the chosen tokens' cross-entropies, and of the hits as `accuracy`."""
         states, chosen = self.predict(encodings)
-        text = encodings.samples(self.streams[0]).text
-        assert text is not None
+        text, _ = encodings.batch.texts(self.streams[0])
         loss, hits = token_cross_entropy(states, encodings.token_embeddings, text[chosen], self.bias)
         return loss, {"accuracy": hits}

@@ -1,5 +1,6 @@
 """CLIP's tokens and those of Hugging Face, against open_clip's own tokenizer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-from mmpretrain.data.tokenizer import ClipTokenizer, HuggingFaceTokenizer
+from mmpretrain.data.tokenizer import ClipTokenizer, FileTokenizer, HuggingFaceTokenizer
 from tests import tokenizers
 
 TEXTS = [
@@ -102,3 +103,22 @@ def test_words_begin_where_they_do(tmp_path: Path) -> None:
     assert words(ClipTokenizer(), text) == text.split()
     folder = tokenizers.hugging_face_tokenizer(tmp_path, ["a red circle"])
     assert words(HuggingFaceTokenizer(str(folder)), text) == text.split()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "."])
+def test_a_tokenizer_that_ends_no_text_is_refused(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = tokenizers.hugging_face_tokenizer(tmp_path, ["a red circle"])
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, "post_processor": None}))
+    with pytest.raises(ValueError, match=r"does not end a text with .*; expected a tokenizer that does"):
+        HuggingFaceTokenizer(str(folder)) if name == "." else FileTokenizer(str(file), pad="</s>", end="</s>")
+
+
+def test_a_word_behind_a_new_line_is_a_word(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folder = tokenizers.hugging_face_tokenizer(tmp_path, ["one two\nthree four"])
+    assert words(HuggingFaceTokenizer(str(folder), clean="canonicalize"), "one two") == ["one", "two"]
+    tokenizer = FileTokenizer(str(folder / "tokenizer.json"), pad="</s>", end="</s>")
+    assert words(tokenizer, "one two\nthree four") == ["one", "two", "three", "four"]
