@@ -49,11 +49,8 @@ class Rows:
         return x.flatten(0, 1).index_select(0, self._slots.flatten()).unflatten(0, self._slots.shape)
 
     def owners(self) -> Tensor:
-        """int64 [R, l], whose token each is; -1: nobody's."""
-        if self.packing is not None:
-            return self._sources.div(self.length, rounding_mode="floor")
-        texts = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
-        return texts.where(self.places < self.lengths[:, None], -1)
+        """int64 [R, l], whose token each is where texts are packed; -1: nobody's."""
+        return self._sources.div(self.length, rounding_mode="floor")
 
     def mask(self, is_causal: bool) -> Tensor | None:
         """What a token may see, bool [R, 1, 1 or l, l]; None: all, or all before it where `is_causal`."""

@@ -61,7 +61,6 @@ def test_texts_with_a_row_each_stay_as_they_are() -> None:
     rows = Rows(LENGTHS, 5, None)
     assert rows.pack(IDS) is IDS and rows.unpack(IDS) is IDS
     assert rows.places.tolist() == [0, 1, 2, 3, 4]
-    assert rows.owners().tolist()[2] == [2, -1, -1, -1, -1]
     assert rows.mask(is_causal=True) is None and allowed(rows, False)[3, 0].tolist() == [True, True, True, False, False]
     assert rows.picks(LENGTHS - 1).tolist() == [[1], [4], [0], [2]]
     assert rows.picked(IDS[:, :1, None]).tolist() == [[11], [21], [31], [41]]
