@@ -20,6 +20,9 @@ and then, from this project's environment,
     python -m analysis.benchmarks.train_vs_open_clip --data emoji --data-root data/emoji \
         --open-clip-python ENV/bin/python --precision bf16 --output train_vs_open_clip_emoji_bf16.json
 
+With --recipe 'OVERRIDES' a third run of each seed is mmpretrain's with those further overrides, free to do other work:
+its wall time against open_clip's, where its metrics reach open_clip's, is the time to quality.
+
 DATA_ROOT holds train/*.tar and val/*.tar as `python -m data_tools build` makes them. Runs that are complete
 under --runs are not repeated.
 
@@ -35,12 +38,13 @@ For the speed alone, of any model of open_clip on any tars, such as those of `jp
 import argparse
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -78,6 +82,7 @@ class Work:
     device: str
     open_clip_python: str
     overrides: tuple[str, ...]
+    recipe: tuple[str, ...]
 
     @property
     def open_clip_model(self) -> str:
@@ -179,6 +184,11 @@ def score_open_clip(work: Work, weights: Path, run_dir: Path) -> dict[str, float
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+def run_recipe(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
+    """`run_mmpretrain` with the overrides of the recipe."""
+    return run_mmpretrain(replace(work, overrides=(*work.overrides, *work.recipe)), seed, run_dir)
+
+
 def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     """Train with mmpretrain; returns times, pairs seen and validation metrics."""
     run = run_dir / "mmpretrain"
@@ -223,16 +233,20 @@ def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
     return score(task, read_samples(str(work.val_shards)), classes, embed_images, embed_all_texts)
 
 
-SIDES = {"open_clip": run_open_clip, "mmpretrain": run_mmpretrain}
+SIDES = {"open_clip": run_open_clip, "mmpretrain": run_mmpretrain, "recipe": run_recipe}
 
 
 def run_once(side: str, work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     """One side's record for one seed, from the run or, when it is complete, from what it left."""
-    record_path = run_dir / "record.json"
+    record_path, done = run_dir / "record.json", run_dir / "overrides.json"
+    overrides = {"open_clip": [], "mmpretrain": [*work.overrides], "recipe": [*work.overrides, *work.recipe]}[side]
     if not record_path.exists():
         record_path.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text(json.dumps(overrides) + "\n", encoding="utf-8")
         record = SIDES[side](work, seed, run_dir)
         record_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if (had := json.loads(done.read_text(encoding="utf-8"))) != overrides:
+        raise SystemExit(f"{run_dir} was run with {had}, not with {overrides}: delete it, or give another --runs")
     return json.loads(record_path.read_text(encoding="utf-8"))
 
 
@@ -242,15 +256,16 @@ def summary(values: list[float]) -> tuple[float, float]:
 
 
 def print_table(records: dict[str, list[dict[str, float]]]) -> None:
-    """One line per metric: mean ± sd over seeds on both sides, and mmpretrain / open_clip of the means."""
+    """One line per metric: mean ± sd over seeds of each side and, in brackets, that mean over the first side's."""
     sides = [side for side in SIDES if records[side]]
-    print(f"{'':<26}" + "".join(f"{side:>22}" for side in sides) + ("   ratio" if len(sides) == 2 else ""))
+    print(f"{'':<26}" + "".join(f"{side:>28}" for side in sides))
     for key in records[sides[0]][0]:
-        means = [summary([record[key] for record in records[side]]) for side in sides]
         digits = 3 if any(part in key for part in ("recall", "acc", "data_wait")) else 1
-        cells = "".join(f"{f'{mean:.{digits}f} ± {sd:.{digits}f}':>22}" for mean, sd in means)
-        ratio = f"{means[1][0] / means[0][0]:>8.2f}" if len(means) == 2 and means[0][0] else ""
-        print(f"{key:<26}{cells}{ratio}")
+        means = [summary([record[key] for record in records[side]]) for side in sides]
+        cells = [f"{mean:.{digits}f} ± {sd:.{digits}f}" for mean, sd in means]
+        if first := means[0][0]:
+            cells = [cells[0], *(f"{cell} ({mean / first:.2f})" for cell, (mean, _) in zip(cells[1:], means[1:]))]
+        print(f"{key:<26}" + "".join(f"{cell:>28}" for cell in cells))
 
 
 def main() -> None:
@@ -266,7 +281,8 @@ def main() -> None:
     parser.add_argument("--batch", default=128, type=int)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--workers", default=1, type=int, help="data processes of each side (default 1)")
-    parser.add_argument("--sides", default="open_clip,mmpretrain", help="run only one of the two")
+    parser.add_argument("--recipe", default="", help="further Hydra overrides of a third side, for the time to quality")
+    parser.add_argument("--sides", help="run only some (default open_clip,mmpretrain and, if it is given, recipe)")
     parser.add_argument("--runs", default=Path("runs/train_vs_open_clip"), type=Path, help="where the runs are kept")
     parser.add_argument("--output", required=True, type=Path, help="JSON with every record")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for mmpretrain.train")
@@ -278,14 +294,17 @@ def main() -> None:
     for split in ("train",) if args.data == "speed" else ("train", "val"):
         if not any((args.data_root / split).glob("*.tar")):
             parser.error(f"no *.tar in {args.data_root / split}; build it with: python -m data_tools build")
-    sides = args.sides.split(",")
+    sides = args.sides.split(",") if args.sides else ["open_clip", "mmpretrain", *(["recipe"] if args.recipe else [])]
     if unknown := set(sides) - set(SIDES):
         parser.error(f"--sides {sorted(unknown)[0]!r}: choose from {', '.join(SIDES)}")
+    if "recipe" in sides and not args.recipe:
+        parser.error("--sides recipe: which one? Add --recipe 'OVERRIDES'")
 
     work = Work(
         data=args.data, model=args.model, batch_size=args.batch, data_root=args.data_root.resolve(),
         classes=args.classes and args.classes.resolve(), precision=args.precision, epochs=args.epochs,
         workers=args.workers, device=args.device, open_clip_python=args.open_clip_python, overrides=tuple(args.overrides),
+        recipe=tuple(shlex.split(args.recipe)),
     )  # fmt: skip
     versions = open_clip_versions(args.open_clip_python)
     records: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
