@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,13 @@ def describe() -> dict[str, str | int]:
     }
 
 
+def commit() -> str:
+    """The commit of this checkout, with a + where files differ from it; `unknown` outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
 def one_line() -> str:
     """`describe()` as a line for a table's head."""
     return ", ".join(f"{key} {value}" for key, value in describe().items())
@@ -41,7 +49,12 @@ def one_line() -> str:
 def write_record(args: argparse.Namespace, **figures: object) -> None:
     """Write the figures to `args.output`, where it is given, with the machine's description and the arguments."""
     if args.output is not None:
-        record = {"machine": describe(), "arguments": {key: str(value) for key, value in vars(args).items()}, **figures}
+        record = {
+            "machine": describe(),
+            "commit": commit(),
+            "arguments": {key: str(value) for key, value in vars(args).items()},
+            **figures,
+        }
         args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -23,6 +23,9 @@ and then, from this project's environment,
 With --recipe 'OVERRIDES' a third run of each seed is mmpretrain's with those further overrides, free to do other work:
 its wall time against open_clip's, where its metrics reach open_clip's, is the time to quality.
 
+Both sides' commands run with OMP_WAIT_POLICY=PASSIVE (OpenMP's threads sleep while they wait), which mmpretrain sets
+for itself and which makes open_clip some 4 % faster, too.
+
 DATA_ROOT holds train/*.tar and val/*.tar as `python -m data_tools build` makes them. Runs that are complete
 under --runs are not repeated.
 
@@ -54,7 +57,7 @@ from PIL import Image
 from torch import Tensor
 
 from analysis.benchmarks.evaluate_open_clip import CHUNK, read_classes, read_samples, score
-from analysis.benchmarks.machine import one_line, write_record
+from analysis.benchmarks.machine import commit, describe, one_line, write_record
 from mmpretrain.evals.embed import embed_texts
 from mmpretrain.loading import load_checkpoint
 
@@ -83,11 +86,22 @@ class Work:
     open_clip_python: str
     overrides: tuple[str, ...]
     recipe: tuple[str, ...]
+    open_clip_args: tuple[str, ...]
 
     @property
     def open_clip_model(self) -> str:
         """The model as open_clip names it."""
         return self.model or EMOJI_CLIP
+
+    def of(self, side: str) -> dict[str, object]:
+        """What of it one side does."""
+        others = {"open_clip": ("overrides", "recipe"), "mmpretrain": ("open_clip_args", "recipe")}
+        left_out = others.get(side, ("open_clip_args",))
+        return {
+            key: value if isinstance(value, tuple) else str(value)
+            for key, value in vars(self).items()
+            if key not in left_out
+        }
 
     @property
     def val_shards(self) -> Path:
@@ -162,6 +176,7 @@ def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     command += ["--precision", OPEN_CLIP_PRECISION[work.precision], "--workers", str(work.workers)]
     command += ["--logs", str(run_dir), "--name", "open_clip", "--save-frequency", "0"]
     command += ["--log-every-n-steps", "10"]  # as we do: each logged step waits for the device
+    command += work.open_clip_args
     wall_seconds = timed(command, run_dir / "train.out")
     log = (run_dir / "open_clip" / "out.log").read_text(encoding="utf-8")
     return {
@@ -233,39 +248,51 @@ def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
     return score(task, read_samples(str(work.val_shards)), classes, embed_images, embed_all_texts)
 
 
+TIMES = ("wall_seconds", "pairs_per_second")
 SIDES = {"open_clip": run_open_clip, "mmpretrain": run_mmpretrain, "recipe": run_recipe}
 
 
-def run_once(side: str, work: Work, seed: int, run_dir: Path) -> dict[str, float]:
-    """One side's record for one seed, from the run or, when it is complete, from what it left."""
-    record_path, done = run_dir / "record.json", run_dir / "overrides.json"
-    overrides = {"open_clip": [], "mmpretrain": [*work.overrides], "recipe": [*work.overrides, *work.recipe]}[side]
-    if not record_path.exists():
-        record_path.parent.mkdir(parents=True, exist_ok=True)
-        done.write_text(json.dumps(overrides) + "\n", encoding="utf-8")
-        record = SIDES[side](work, seed, run_dir)
-        record_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if (had := json.loads(done.read_text(encoding="utf-8"))) != overrides:
-        raise SystemExit(f"{run_dir} was run with {had}, not with {overrides}: delete it, or give another --runs")
-    return json.loads(record_path.read_text(encoding="utf-8"))
+def run_once(side: str, work: Work, seed: int, run_dir: Path, versions: dict[str, str]) -> dict[str, float]:
+    """One side's figures for one seed, from the run or, when it is complete, from what it left.
+
+    Raises: SystemExit if what is there was asked otherwise, or run on another machine.
+    """
+    path = run_dir / "record.json"
+    asked = json.loads(json.dumps({"seed": seed, "work": work.of(side), "machine": describe(), "open_clip": versions}))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"asked": asked, "commit": commit(), "figures": SIDES[side](work, seed, run_dir)}
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["asked"] != asked:
+        raise SystemExit(f"{path} answers {record['asked']}, not {asked}: delete it, or give another --runs")
+    figures: dict[str, float] = record["figures"]
+    return figures
 
 
-def summary(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def deviation(values: list[float]) -> float:
+    """Sample standard deviation (0 of a single value)."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def print_table(records: dict[str, list[dict[str, float]]]) -> None:
-    """One line per metric: mean ± sd over seeds of each side and, in brackets, that mean over the first side's."""
+    """Each metric over seeds: mean ± sd, or median [least, most] of a time; in round brackets over the first side's."""
     sides = [side for side in SIDES if records[side]]
-    print(f"{'':<26}" + "".join(f"{side:>28}" for side in sides))
+    print(f"{'':<26}" + "".join(f"{side:>32}" for side in sides))
     for key in records[sides[0]][0]:
-        digits = 3 if any(part in key for part in ("recall", "acc", "data_wait")) else 1
-        means = [summary([record[key] for record in records[side]]) for side in sides]
-        cells = [f"{mean:.{digits}f} ± {sd:.{digits}f}" for mean, sd in means]
-        if first := means[0][0]:
-            cells = [cells[0], *(f"{cell} ({mean / first:.2f})" for cell, (mean, _) in zip(cells[1:], means[1:]))]
-        print(f"{key:<26}" + "".join(f"{cell:>28}" for cell in cells))
+        values = [[record[key] for record in records[side]] for side in sides]
+        if key in TIMES:
+            middles = [statistics.median(of_side) for of_side in values]
+            cells = [
+                f"{middle:.1f} [{min(of_side):.1f}, {max(of_side):.1f}]" for middle, of_side in zip(middles, values)
+            ]
+        else:
+            digits = 1 if key == "pairs" else 3
+            middles = [statistics.mean(of_side) for of_side in values]
+            cells = [f"{mean:.{digits}f} ± {deviation(of_side):.{digits}f}" for mean, of_side in zip(middles, values)]
+        if first := middles[0]:
+            cells[1:] = [f"{cell} ({middle / first:.2f})" for cell, middle in zip(cells[1:], middles[1:])]
+        print(f"{key:<26}" + "".join(f"{cell:>32}" for cell in cells))
 
 
 def main() -> None:
@@ -282,6 +309,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--workers", default=1, type=int, help="data processes of each side (default 1)")
     parser.add_argument("--recipe", default="", help="further Hydra overrides of a third side, for the time to quality")
+    parser.add_argument(
+        "--open-clip-args", default="", help="further arguments of its trainer, such as ' --torchcompile'"
+    )
     parser.add_argument("--sides", help="run only some (default open_clip,mmpretrain and, if it is given, recipe)")
     parser.add_argument("--runs", default=Path("runs/train_vs_open_clip"), type=Path, help="where the runs are kept")
     parser.add_argument("--output", required=True, type=Path, help="JSON with every record")
@@ -304,7 +334,7 @@ def main() -> None:
         data=args.data, model=args.model, batch_size=args.batch, data_root=args.data_root.resolve(),
         classes=args.classes and args.classes.resolve(), precision=args.precision, epochs=args.epochs,
         workers=args.workers, device=args.device, open_clip_python=args.open_clip_python, overrides=tuple(args.overrides),
-        recipe=tuple(shlex.split(args.recipe)),
+        recipe=tuple(shlex.split(args.recipe)), open_clip_args=tuple(shlex.split(args.open_clip_args)),
     )  # fmt: skip
     versions = open_clip_versions(args.open_clip_python)
     records: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
@@ -312,7 +342,7 @@ def main() -> None:
         for side in sides if turn % 2 == 0 else reversed(sides):
             what = "_".join([args.data, *([args.model, str(args.batch)] if args.model else []), args.precision])
             name = f"{what}_{args.epochs}epochs/{side}_seed{seed}"
-            records[side].append(run_once(side, work, seed, (args.runs / name).resolve()))
+            records[side].append(run_once(side, work, seed, (args.runs / name).resolve(), versions))
             print(f"{side} seed {seed}: {json.dumps(records[side][-1])}", flush=True)
     print(
         f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {args.seeds}; {one_line()}; open_clip: {versions}"
