@@ -42,6 +42,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -260,7 +261,8 @@ def run_once(side: str, work: Work, seed: int, run_dir: Path, versions: dict[str
     path = run_dir / "record.json"
     asked = json.loads(json.dumps({"seed": seed, "work": work.of(side), "machine": describe(), "open_clip": versions}))
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run_dir, ignore_errors=True)  # what was begun would be resumed, and timed in part
+        run_dir.mkdir(parents=True)
         record = {"asked": asked, "commit": commit(), "figures": SIDES[side](work, seed, run_dir)}
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     record = json.loads(path.read_text(encoding="utf-8"))
