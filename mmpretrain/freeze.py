@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Set
 from fractions import Fraction
 
-from torch import nn
-
 from mmpretrain.schedules import Clock, Duration, Now, Value
 from mmpretrain.task import Task
 from mmpretrain.usage import nearest
@@ -25,7 +23,7 @@ class Freeze:
     """
 
     def __init__(self, task: Task, until: Mapping[str, Duration | None], reached: Mapping[str, Set[str]]) -> None:
-        self._reached = reached
+        self._task, self._reached = task, reached
         self._until: dict[str, Duration] = {}
         unreached = [
             name for name, _ in task.named_parameters() if not any(name in names for names in reached.values())
@@ -43,11 +41,11 @@ class Freeze:
                 self._until.update(dict.fromkeys(members, duration))
         self.unreached = [name for name, p in task.named_parameters() if p.requires_grad and name in unreached]
         """What no objective reaches, though the model would train it."""
-        self._parameters: dict[str, nn.Parameter] = {}
         for name, parameter in task.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in frozen)
-            if parameter.requires_grad:
-                self._parameters[name] = parameter
+        # Names, since FSDP2 puts other parameters in the places of these.
+        self._trainable = frozenset(name for name, parameter in task.named_parameters() if parameter.requires_grad)
+        self._trained = self._trainable
 
     def check_trains(self, weights: Mapping[str, Value], clock: Clock) -> None:
         """Raises: ValueError if at some step of the run nothing would be trained."""
@@ -58,7 +56,7 @@ class Freeze:
         for samples in sorted(int(place) for place in begins if place < clock.total_samples):
             now = Now(samples, clock)
             at = {name: weight(now) for name, weight in weights.items()}
-            if not any(self._is_trained(name, now, at) for name in self._parameters):
+            if not any(self._is_trained(name, now, at) for name in self._trainable):
                 shown = ", ".join(f"objective.{name}.weight {value:g}" for name, value in at.items())
                 frozen = f", trainer.freeze of {len(self._until)} parameters" if self._until else ""
                 raise ValueError(
@@ -76,9 +74,10 @@ class Freeze:
 
         Returns: whether anything changed.
         """
-        changed = False
-        for name, parameter in self._parameters.items():
-            trained = self._is_trained(name, now, weights)
-            changed |= parameter.requires_grad != trained
-            parameter.requires_grad_(trained)
-        return changed
+        trained = frozenset(name for name in self._trainable if self._is_trained(name, now, weights))
+        if trained == self._trained:
+            return False
+        for name, parameter in self._task.named_parameters():
+            parameter.requires_grad_(name in trained)
+        self._trained = trained
+        return True

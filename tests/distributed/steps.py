@@ -28,12 +28,14 @@ from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
 from mmpretrain.parallel import Parallel
+from mmpretrain.schedules import Clock, Duration, Now
 from mmpretrain.seeds import hash64, torch_draws
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Encodings, Task
 
 BATCH_SIZE = 16
 CONTEXT = 20
+NUM_STEPS = 20
 Result = tuple[dict[str, float], dict[str, Tensor]]
 
 
@@ -127,13 +129,18 @@ def train(
     num_steps: int,
     load: Path | None = None,
     save: Path | None = None,
+    frozen_steps: int = 0,
 ) -> list[dict[str, float]]:
     """The losses and gradient norms of a few steps of AdamW, and what evaluation and the average see after them.
 
-    `load` is a checkpoint to go on from, `save` the folder for one at the end.
+    `load` is a checkpoint to go on from, `save` the folder for one at the end; the image tower is frozen for the first
+    `frozen_steps`.
     """
     task = make_task(objectives)
-    freeze = Freeze(task, {}, parallel.reached_parameters(task, make_batches(num_micro_batches)[0]))
+    until: dict[str, Duration | None] = (
+        {"image": Duration.parse(f"{frozen_steps}steps", "until")} if frozen_steps else {}
+    )
+    freeze = Freeze(task, until, parallel.reached_parameters(task, make_batches(num_micro_batches)[0]))
     if load is not None:
         task.load_state_dict(checkpoint.load_tensors(load, "model.safetensors"))
     whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
@@ -148,7 +155,10 @@ def train(
     weights = dict.fromkeys(objectives, 1.0)
     wrapped = parallel.wrap(task, torch.device("cpu"))
     seen = []
+    clock = Clock(BATCH_SIZE, BATCH_SIZE, NUM_STEPS * BATCH_SIZE)
     for i in range(first, first + num_steps):
+        if freeze.apply(Now(i * BATCH_SIZE, clock), weights):
+            wrapped = parallel.wrap(task, torch.device("cpu"))
         losses = forward_backward(wrapped, task, make_batches(num_micro_batches, seed=i), weights)
         norms = grad_norms(optimizer)
         guarded_step(optimizer, norms["all"], 1.0)

@@ -12,6 +12,7 @@ from mmpretrain.parallel import Parallel
 from mmpretrain.step import forward_backward
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
+    NUM_STEPS,
     bf16_losses,
     held,
     make_batches,
@@ -27,7 +28,6 @@ MIXES = {
     "clip_mae_mlm": ("infonce", "mae_images", "mlm_texts"),
     "coca": ("infonce", "coca"),
 }
-NUM_STEPS = 20
 
 
 @cache
@@ -46,6 +46,14 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
 def test_two_processes_give_the_losses_of_one(pool: Callable[[int], Pool], mix: str, strategy: str) -> None:
     for found in pool(2).run(train, MIXES[mix], Parallel(strategy), 1, NUM_STEPS):  # type: ignore[arg-type]
         assert_same(found, on_one_process(mix))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_tower_that_is_frozen_for_a_time_is_so_on_two_processes(pool: Callable[[int], Pool], strategy: str) -> None:
+    expected = train(MIXES["clip"], Parallel(), 1, 6, None, None, 3)
+    assert "norm_image" in expected[2] and expected[2]["norm_image"] == 0 < expected[3]["norm_image"]
+    for found in pool(2).run(train, MIXES["clip"], Parallel(strategy), 1, 6, None, None, 3):  # type: ignore[arg-type]
+        assert_same(found, expected)
 
 
 def test_a_checkpoint_of_fsdp_on_two_goes_on_with_ddp_on_one_and_with_fsdp_on_four(
