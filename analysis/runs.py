@@ -80,11 +80,12 @@ def repetitions(runs: Sequence[Run]) -> dict[str, list[Run]]:
             log.warning("%s and %s are runs of one seed; the latter counts", group[seed].folder, run.folder)
         group[seed] = run
     named: dict[str, list[Run]] = {}
-    for group in ([*of_seed.values()] for of_seed in groups.values()):
-        name = re.sub(rf",?{re.escape(_SEED)}=\d+", "", group[0].folder.name).strip(",") or "default"
+    for of_seed in groups.values():
+        alike = [*of_seed.values()]
+        name = re.sub(rf",?{re.escape(_SEED)}=\d+", "", alike[0].folder.name).strip(",") or "default"
         if name in named:
-            name = f"{group[0].folder.parent.name}/{name}"
+            name = f"{alike[0].folder.parent.name}/{name}"
         while name in named:
             name += "'"
-        named[name] = group
+        named[name] = alike
     return named

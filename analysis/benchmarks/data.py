@@ -6,7 +6,8 @@ Both read the same tars in one process, without workers, on one core, and give 2
 of .9 to 1 of the area, bicubic) and the tokens of a caption, in batches of 64:
 
 - `open_clip`: its stages in its order (tar stream, shuffle, Pillow, torchvision's crop and resize, tensor,
-  normalisation, tokenizer to 77 tokens, batching) with its own transform and tokenizer;
+  normalisation, tokenizer to 77 tokens, batching; the shuffle of one tar and the filter of samples aside) with its own
+  transform and tokenizer, on this environment's webdataset;
 - `mmpretrain`: `TarStream` and `build_loader`, uint8 batches: normalisation is the device's work;
 - `normalised`: the same, with the normalisation done on this core after all;
 - `bare`: a loop over bytes in memory with the libraries of mmpretrain: scaled JPEG decoding, the same crops,
@@ -133,9 +134,9 @@ def measure(photographs: list[Path], side: int, num_images: int, rounds: int) ->
         }
         seconds: dict[str, list[float]] = {name: [] for name in passes}
         for turn in range(rounds + 1):  # the first round warms caches up and is not counted
-            for name, batches in passes.items():
+            for name in list(passes) if turn % 2 == 0 else reversed(passes):
                 start = time.process_time()
-                num_batches = sum(1 for _ in batches())
+                num_batches = sum(1 for _ in passes[name]())
                 if turn > 0:
                     seconds[name].append(time.process_time() - start)
                 if num_batches * BATCH_SIZE != num_images:
@@ -178,7 +179,7 @@ def main() -> None:
             f"          {row['ratio']:.2f} x open_clip ({row['normalised_ratio']:.2f} x normalised), "
             f"{row['share_of_bare']:.2f} of bare; crops differ by {row['mean_difference']:.2f} grey levels"
         )
-    write_record(args, pictures="mosaics" if found else "noise", figures=figures)
+    write_record(args, pictures="mosaics" if found else "noise", webdataset=webdataset.__version__, figures=figures)
 
 
 if __name__ == "__main__":

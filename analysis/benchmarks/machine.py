@@ -58,6 +58,12 @@ def write_record(args: argparse.Namespace, **figures: object) -> None:
         args.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
+def demand(what: str, difference: float, limit: float) -> None:
+    """End the benchmark if `what` differs by more than `limit`, or by what is no number."""
+    if not difference <= limit:
+        raise SystemExit(f"{what} differ by {difference:.1e} of their value; expected {limit:.0e} at most")
+
+
 def held_bytes(field: str) -> int:
     """A line of this process's status: VmRSS now, VmHWM at its highest."""
     for line in Path("/proc/self/status").read_text().splitlines():

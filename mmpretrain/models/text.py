@@ -71,7 +71,7 @@ class TextTransformer(nn.Module):
         return self.token_embedding.weight
 
     @property
-    def _blocks(self) -> Iterable[Any]:
+    def blocks(self) -> Iterable[Any]:
         """The transformer's blocks; what a container holds has no type that knows its parts."""
         return cast(nn.ModuleList, self.transformer["resblocks"])
 
@@ -80,7 +80,7 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         branch_std = self.width**-0.5 * (2 * depth) ** -0.5
-        for block in self._blocks:
+        for block in self.blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=self.width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=branch_std)
             nn.init.zeros_(block.attn.out_proj.bias)
@@ -93,7 +93,7 @@ class TextTransformer(nn.Module):
         x = self.token_embedding(rows.pack(ids)) + F.embedding(rows.places, self.positional_embedding)
         mask = rows.mask(self.causal)
         is_causal = self.causal and mask is None
-        *blocks, last = self._blocks
+        *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask, is_causal)
 

@@ -71,7 +71,8 @@ class Encodings(Protocol):
 class IndependentObjective(Protocol):
     """A sum over independent terms, divided by their number in the whole batch; told from a coupled one by `count`."""
 
-    streams: tuple[str, ...]
+    @property
+    def streams(self) -> tuple[str, ...]: ...
 
     def count(self, batch: Batch) -> Tensor:
         """The number of terms of a micro-batch, a scalar, from seeds and masks alone: no encoder runs for it."""
@@ -85,7 +86,8 @@ class IndependentObjective(Protocol):
 class CoupledObjective(Protocol):
     """A loss in which every sample of the batch meets every other."""
 
-    streams: tuple[str, ...]
+    @property
+    def streams(self) -> tuple[str, ...]: ...
 
     def embed(self, encodings: Encodings) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
         """(rows: tensors [b, ...] of a micro-batch; shared: the objective's own scalars)."""
