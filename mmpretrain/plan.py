@@ -1,6 +1,7 @@
 """How a run is cut: its length in steps, a step's micro-batches, and what each step weighs."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
@@ -48,13 +49,13 @@ def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Tas
     return share // size
 
 
-def first_micro_batch(
-    streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock, num_micro_batches: int
-) -> Batch:
-    """What this rank sees first."""
+def micro_batches(
+    streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock, num_micro_batches: int, first_step: int = 0
+) -> Iterator[Batch]:
+    """What this rank sees from a step on, read one by one as they are asked for."""
     place = distributed.rank(), distributed.world_size(), num_micro_batches
-    item = next(iter(StepSampler(streams, clock, 0, 1, *place)))
-    return MicroBatches(streams, tokenizer, clock)[item]
+    reader = MicroBatches(streams, tokenizer, clock)
+    return map(reader.__getitem__, StepSampler(streams, clock, first_step, sys.maxsize, *place))
 
 
 def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> Batch:

@@ -23,7 +23,7 @@ from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results
 from mmpretrain.parallel import Parallel
-from mmpretrain.plan import clock_of, count_micro_batches, example_batch, first_micro_batch, weights_at
+from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
 from mmpretrain.precision import autocast
 from mmpretrain.resume import check_fingerprint
 from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
@@ -151,7 +151,7 @@ def _dry_run(
     freeze.check_trains(weights, clock)
     freeze.apply(Now(0, clock), first_weights)
     num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
-    batch = first_micro_batch(streams, tokenizer, clock, num_micro_batches).to(task.model.device)
+    batch = next(micro_batches(streams, tokenizer, clock, num_micro_batches)).to(task.model.device)
     # Whole and not compiled, so that operations can be counted; what is kept and what is computed again is the run's.
     measured = Parallel("ddp", options.parallel.activation_checkpointing)
     parallel.prepare(task, task.model.device, options.precision, measured)

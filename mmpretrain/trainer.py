@@ -25,7 +25,7 @@ from mmpretrain.freeze import Freeze
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
 from mmpretrain.parallel import Parallel
-from mmpretrain.plan import clock_of, count_micro_batches, example_batch, first_micro_batch, weights_at
+from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
 from mmpretrain.precision import LossScale, PrecisionName, autocast
 from mmpretrain.profiling import profiled
 from mmpretrain.resume import TrainState
@@ -270,18 +270,18 @@ class Trainer:
     def _measured_workers(self) -> int:
         """How many processes decode; nothing is trained. A collective."""
 
-        def read() -> Batch:
-            return first_micro_batch(self.streams, self.tokenizer, self.clock, self.num_micro_batches)
+        upcoming = micro_batches(
+            self.streams, self.tokenizer, self.clock, self.num_micro_batches, first_step=self.state.step
+        )
+        weights = weights_at(self.weights, Now(self.state.samples, self.clock))
 
-        batch, weights = read().to(self.device), weights_at(self.weights, Now(self.state.samples, self.clock))
-
-        def step() -> None:
+        def step(batches: list[Batch]) -> None:
             passes = autocast(self.device, self.options.precision)
-            forward_backward(self.task, self.task, [batch], weights, passes, self.loss_scale.scale)
+            forward_backward(self.task, self.task, batches, weights, passes, self.loss_scale.scale)
             self.task.zero_grad()
 
         with unchanged_buffers(self.task):
-            return measured_workers(read, step, self.device)
+            return measured_workers(upcoming, step, self.device, min(self.num_micro_batches, 2))
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of one step. Raises: TrainingError where the data cannot be read."""

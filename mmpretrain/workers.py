@@ -4,11 +4,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from mmpretrain import distributed
+from mmpretrain.batch import Batch
 from mmpretrain.profiling import synchronize
 
 log = logging.getLogger(__name__)
@@ -26,20 +27,28 @@ def count_workers(read_seconds: float, step_seconds: float, cores: int) -> int:
     return max(1, min(math.ceil(_HEADROOM * read_seconds / step_seconds), cores))
 
 
-def measured_workers(read: Callable[[], object], step: Callable[[], object], device: torch.device) -> int:
+def measured_workers(
+    upcoming: Iterator[Batch], step: Callable[[list[Batch]], object], device: torch.device, num_batches: int
+) -> int:
     """`count_workers` for a micro-batch: what one process takes to read it, and what the device takes to compute it.
 
-    Each is done twice, and the second time counts. `step` may be a collective; the answer is this process's own.
+    The first micro-batch and the first step warm up; each further micro-batch is read anew, in one thread as a worker
+    does, and the step is one of `num_batches`. It may be a collective; the answer is this process's own.
     """
-    seconds = []
-    for work in (read, step):
-        work()
+    next(upcoming)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    batches = [next(upcoming) for _ in range(num_batches)]
+    read_seconds = (time.perf_counter() - started) / num_batches
+    torch.set_num_threads(threads)
+    batches = [batch.to(device) for batch in batches]
+    for _ in range(2):
         synchronize(device)
         started = time.perf_counter()
-        work()
+        step(batches)
         synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    read_seconds, step_seconds = seconds
+    step_seconds = (time.perf_counter() - started) / num_batches
     workers = count_workers(read_seconds, step_seconds, own_cores())
     log.info(
         "data.workers: %d (to read a micro-batch takes one process %.0f ms, to compute it %.0f ms; %d cores)",

@@ -1,10 +1,13 @@
 """`data.workers=auto`."""
 
 import os
+from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import torch
 
+from mmpretrain.batch import Batch
 from mmpretrain.workers import count_workers, measured_workers, own_cores
 
 
@@ -28,16 +31,27 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch: pytest.Monk
     assert own_cores() == 1
 
 
-def test_what_is_measured_is_done_twice() -> None:
-    done: list[str] = []
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_micro_batches_are_read_one_after_the_other_and_the_second_step_counts(num_batches: int) -> None:
+    threads: list[int] = []
+    given: list[list[int]] = []
     product = torch.ones(600, 600)
 
-    def read() -> None:
-        done.append("read")
+    def upcoming() -> Iterator[Batch]:
+        for number in count():
+            threads.append(torch.get_num_threads())
+            yield Batch({}, number)
 
-    def step() -> None:
-        done.append("step")
+    def step(batches: list[Batch]) -> None:
+        given.append([batch.seed for batch in batches])
         _ = product @ product
 
-    assert measured_workers(read, step, torch.device("cpu")) == 1
-    assert done == ["read", "read", "step", "step"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert measured_workers(upcoming(), step, torch.device("cpu"), num_batches) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2] + [1] * num_batches
+    assert given == [list(range(1, 1 + num_batches))] * 2
