@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mmpretrain import distributed
 
@@ -199,6 +200,7 @@ class _Contrast(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         return *(gradient * d_loss for gradient in ctx.saved_tensors), None, None, None, None
 
@@ -239,6 +241,7 @@ class _PairwiseSigmoid(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         return *(gradient * d_loss for gradient in ctx.saved_tensors), None, None, None
 
@@ -338,6 +341,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
         return loss, hits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (None if tensor is None else tensor * d_loss for tensor in ctx.saved_tensors)
         return (*gradients, None, None, None, None)

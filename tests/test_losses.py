@@ -72,6 +72,15 @@ def test_chunks_of_any_size_give_the_same_loss_and_gradients(num_rows: int, scal
     assert_same_gradients(sigmoid_loss(*inputs, ids, chunk_bytes), plain, inputs)
 
 
+@pytest.mark.parametrize("name", ["info_nce", "sigmoid_loss"])
+def test_a_second_derivative_is_refused(name: str) -> None:
+    image, text, scale, bias = leaves(scale=10.0)
+    loss = info_nce(image, text, scale) if name == "info_nce" else sigmoid_loss(image, text, scale, bias)
+    (gradient,) = torch.autograd.grad(loss.square(), image, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_losses_without_gradients_are_the_same() -> None:
     image, text, logit_scale, bias = leaves()
     groups = torch.tensor([0, 0, 1, 2, 1, 3, 0])

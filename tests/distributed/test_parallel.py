@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mmpretrain import parallel
+from mmpretrain.batch import Batch
 from mmpretrain.parallel import Parallel
 from mmpretrain.step import forward_backward
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
+    BATCH_SIZE,
     NUM_STEPS,
     bf16_losses,
     held,
     make_batches,
+    make_samples,
     make_task,
     refused_optimizer,
     refused_strategy,
@@ -92,6 +96,34 @@ def test_checkpointed_blocks_run_again_in_the_backward_pass(kind: str, calls: in
     block.ln_1.register_forward_hook(lambda *_: norms.__setitem__(0, norms[0] + 1))
     forward_backward(task, task, make_batches(1), {"infonce": 1.0})
     assert norms == [calls]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "blocks"])
+def test_compiled_blocks_give_the_same_losses(kind: str) -> None:
+    compiled = Parallel("ddp", kind, compile=True)  # type: ignore[arg-type]
+    assert_same(train(MIXES["clip"], compiled, 2, 4), train(MIXES["clip"], Parallel(), 2, 4))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_two_processes_give_the_same_losses(pool: Callable[[int], Pool]) -> None:
+    expected = train(MIXES["clip"], Parallel(), 1, 4)
+    for found in pool(2).run(train, MIXES["clip"], Parallel("fsdp", compile=True), 1, 4):
+        assert_same(found, expected)
+
+
+@pytest.mark.slow
+def test_captions_of_other_lengths_are_not_compiled_anew() -> None:
+    task = make_task(("infonce",))
+    torch._dynamo.reset()
+    counters.clear()
+    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel(compile=True))
+    graphs = []
+    for first in range(BATCH_SIZE - 4):
+        samples = make_samples(torch.arange(first, first + 4))
+        forward_backward(task, task, [Batch({"pairs": samples})], {"infonce": 1.0})
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[3:] == graphs[3:4] * len(graphs[3:]), graphs
 
 
 def test_fsdp_in_bf16_gives_the_losses_of_ddp(pool: Callable[[int], Pool]) -> None:
