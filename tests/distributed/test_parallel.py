@@ -1,7 +1,7 @@
 """DDP, FSDP2 and activation checkpointing change nothing but where things are."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -112,18 +112,20 @@ def test_compiled_blocks_of_two_processes_give_the_same_losses(pool: Callable[[i
         assert_same(found, expected)
 
 
-@pytest.mark.slow
-def test_captions_of_other_lengths_are_not_compiled_anew() -> None:
+def test_captions_of_other_lengths_are_not_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once every size has been seen to vary; what the graphs are made into does not matter here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     task = make_task(("infonce",))
     torch._dynamo.reset()
     counters.clear()
     parallel.prepare(task, torch.device("cpu"), "fp32", Parallel(compile=True))
     graphs = []
-    for first in range(BATCH_SIZE - 4):
-        samples = make_samples(torch.arange(first, first + 4))
+    for seed in range(12):
+        rows = torch.randperm(BATCH_SIZE, generator=torch.Generator().manual_seed(seed))
+        samples = make_samples(rows[: 10 + seed % 3])
         forward_backward(task, task, [Batch({"pairs": samples})], {"infonce": 1.0})
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[0] > 0 and graphs[3:] == graphs[3:4] * len(graphs[3:]), graphs
+    assert graphs[0] > 0 and graphs[6:] == graphs[6:7] * 6, graphs
 
 
 def test_fsdp_in_bf16_gives_the_losses_of_ddp(pool: Callable[[int], Pool]) -> None:
