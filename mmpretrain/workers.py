@@ -33,7 +33,7 @@ def measured_workers(
     """`count_workers` for a micro-batch: what one process takes to read it, and what the device takes to compute it.
 
     The first micro-batch and the first step warm up; each further micro-batch is read anew, in one thread as a worker
-    does, and the step is one of `num_batches`. It may be a collective; the answer is this process's own.
+    does, and a step takes `num_batches` of them. `step` may be a collective; the answer is this process's own.
     """
     next(upcoming)
     threads = torch.get_num_threads()

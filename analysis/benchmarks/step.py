@@ -58,6 +58,7 @@ from mmpretrain.task import Task
 from mmpretrain.transfer import Transfer
 
 HERE = Path(__file__).resolve().parent
+EMOJI_CLIP = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
 OPEN_CLIP_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16"}
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-4, 0.1, (0.9, 0.98), 1e-6
 AGREEMENT = 1e-5
@@ -85,7 +86,7 @@ def build_model(name: str) -> ImageTextModel:
 
 def build_open_clip(work: Work, task: Task) -> Any:
     """open_clip's model with the weights of ours."""
-    name = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}" if work.model == "emoji_clip" else work.model
+    name = EMOJI_CLIP if work.model == "emoji_clip" else work.model
     model = open_clip.create_model(name, load_weights=False, output_dict=True)
     model.load_state_dict(to_open_clip(task.model, task.logit_scale))
     return model.to(work.device)

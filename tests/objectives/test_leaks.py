@@ -53,15 +53,13 @@ def test_a_masked_word_reaches_no_state(name: str) -> None:
     (batch,) = make_batches(1)
     samples, text, _ = of(batch)
     encodings = Encodings(task.model, batch)
-    mask = encodings.token_mask("pairs", mlm.mask(batch.now))
-    masked = mask.chosen & (mask.ids == mlm.mask(batch.now).mask_id)
+    spec = mlm.mask(batch.now)
+    mask = encodings.token_mask("pairs", spec)
+    masked = mask.chosen & (mask.ids == spec.mask_id)
     assert masked.sum() > 5
     other = torch.where(masked, (text + 7) % 49, text)
     hidden = Encodings(task.model, changed(batch, text=other, word_starts=samples.word_starts))
-    states, again = (
-        encodings.text("pairs", mlm.mask(batch.now)).tokens,
-        hidden.text("pairs", mlm.mask(batch.now)).tokens,
-    )
+    states, again = encodings.text("pairs", spec).tokens, hidden.text("pairs", spec).tokens
     assert torch.equal(states, again)
     assert not torch.equal(mlm.loss(encodings)[0], mlm.loss(hidden)[0]), "what is to be predicted is another word"
 
