@@ -6,6 +6,7 @@ else goes through Pillow. One uint8 resize (bicubic, antialiased) serves both, s
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -122,7 +122,9 @@ def _scaled(crop: Crop, factor: int) -> Crop:
     return Crop(top, left, bottom - top, right - left, crop.flip)
 
 
-def decode_image(data: bytes, plan: Callable[[int, int], Crop], size: int, channels: int = 3) -> Tensor:
+def decode_image(
+    data: bytes, plan: Callable[[int, int], Crop], size: int, channels: int = 3, out: Tensor | None = None
+) -> Tensor:
     """Decode, crop and resize one image.
 
     Args:
@@ -130,6 +132,7 @@ def decode_image(data: bytes, plan: Callable[[int, int], Crop], size: int, chann
         plan: (height, width) of the original -> the crop to take of it.
         size: the side of the square result, in pixels.
         channels: 3 for RGB; 1 for grey (ITU-R 601, as Pillow's L); 4 for RGBA, whose transparency stays.
+        out: where the result is written, one of `image_memory`'s; None: new memory.
 
     Returns: uint8 [channels, size, size].
     Raises: BadSample if the bytes are no decodable image of an allowed format and size.
@@ -140,7 +143,7 @@ def decode_image(data: bytes, plan: Callable[[int, int], Crop], size: int, chann
         pixels, crop = pixels_of(image, channels), plan(image.height, image.width)
     else:
         pixels, crop = decoded
-    return resized(pixels, crop, size)
+    return resized(pixels, crop, size, out)
 
 
 def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
@@ -151,14 +154,34 @@ def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
     return pixels.reshape(image.height, image.width, channels)
 
 
-def resized(pixels: np.ndarray, crop: Crop, size: int) -> Tensor:
-    """The crop of pixels uint8 [h, w, c] as a square, uint8 [c, size, size]: bicubic, antialiased, in whole numbers."""
-    box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    # Packed channels last, as pixels are decoded: the resize has a faster path for it, and batches are stacked so.
-    image_tensor = torch.from_numpy(np.ascontiguousarray(box))[None].permute(0, 3, 1, 2)
-    if box.shape[:2] != (size, size):
-        image_tensor = F.interpolate(image_tensor, (size, size), mode="bicubic", antialias=True)
-    return image_tensor[0].flip(-1) if crop.flip else image_tensor[0]
+def image_memory(n: int, channels: int, size: int) -> Tensor:
+    """Uninitialised images, uint8 [n, channels, size, size]; in a worker in memory that it shares with the trainer.
+
+    They lie channels last, as decoders leave images: another layout would cost a transposition of every one.
+    """
+    shape = (n, size, size, channels)
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload]
+
+
+def resized(pixels: np.ndarray, crop: Crop, size: int, out: Tensor | None = None) -> Tensor:
+    """The crop of pixels uint8 [h, w, c] as a square, uint8 [c, size, size]: bicubic, antialiased, in whole numbers.
+
+    It is written to `out`, one of `image_memory`'s, or to new memory.
+    """
+    box = torch.from_numpy(pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
+    out = image_memory(1, pixels.shape[2], size)[0] if out is None else out
+    # The resize has a faster path for channels last, which is how pixels are decoded and batches lie.
+    if box.shape[:2] == (size, size):
+        out.copy_(box.permute(2, 0, 1))
+    else:
+        # F.interpolate cannot write into memory that is there: images would be copied once more into the batch.
+        torch.ops.aten._upsample_bicubic2d_aa.out(
+            box.permute(2, 0, 1)[None], (size, size), align_corners=False, out=out[None]
+        )
+    return out.copy_(out.flip(-1)) if crop.flip else out
 
 
 def read_json_field(data: bytes, path: str) -> Any:

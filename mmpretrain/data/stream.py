@@ -12,7 +12,14 @@ from torch import Tensor
 
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation, augmented
-from mmpretrain.data.decode import BadSample, check_caption_field, decode_captions, decode_image, read_label
+from mmpretrain.data.decode import (
+    BadSample,
+    check_caption_field,
+    decode_captions,
+    decode_image,
+    image_memory,
+    read_label,
+)
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.data.shards import Shards, concatenated
@@ -72,6 +79,8 @@ class CaptionFields:
 
     def draw(self, seed: int) -> str:
         """The field that the sample with this seed takes."""
+        if len(self.names) == 1:
+            return self.names[0]
         u = uniform(hash64(seed, "caption-field"), 0)
         return self.names[min(int(np.searchsorted(self._bounds, u, side="right")), len(self.names) - 1)]
 
@@ -203,7 +212,8 @@ class TarStream:
             wanted.append((fix, partial(self._read_group, caption="")))
         if self._transform is not None:
             size = int(self._image_size.values[0])
-            wanted.append(("mend the shards", partial(self._read_images, seed=0, size=size)))
+            out = [*image_memory(1 + len(self._views), self._channels, size)]
+            wanted.append(("mend the shards", partial(self._read_images, seed=0, out=out)))
         for i, source in enumerate(self.sources):
             for fix, read in wanted:
                 self._check_readable(i, source.shards, read, fix)
@@ -230,16 +240,16 @@ class TarStream:
     def _read_captions(self, source: int, sample: int, field: str) -> list[str]:
         return read_captions(self.sources[source].shards, self._storage, sample, field)
 
-    def _read_images(self, source: int, sample: int, seed: int, size: int) -> list[Tensor]:
-        """The image, and the stream's further views of it, `size` pixels wide and high."""
+    def _read_images(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> None:
+        """Write the image and the stream's further views of it to `out`."""
         data = read_member(self.sources[source].shards, self._storage, sample, IMAGE_EXTENSIONS)
         assert self._transform is not None
         seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
-        images = []
-        for own, (transform, augment) in zip(seeds, [(self._transform, self._augment), *self._views], strict=True):
-            crop = partial(transform, seed=own)
-            images.append(augmented(decode_image(data, crop, size, self._channels), augment, own))
-        return images
+        views = [(self._transform, self._augment), *self._views]
+        for own, (transform, augment), place in zip(seeds, views, out, strict=True):
+            image = decode_image(data, partial(transform, seed=own), place.shape[-1], self._channels, place)
+            if augment:
+                place.copy_(augmented(image, augment, own))
 
     def _read_group(self, source: int, sample: int, caption: str | None) -> int:
         if self._group is None or self._group == "id":
@@ -249,16 +259,21 @@ class TarStream:
         member = read_member(self.sources[source].shards, self._storage, sample, (self._group.split(".")[0],))
         return hash64(read_label(member, self._group))
 
-    def _decode(self, source: int, sample: int, seed: int, size: int) -> tuple[list[Tensor], str | None, int]:
-        """(the image and its further views, caption, group) of one sample. Raises: BadSample."""
-        images: list[Tensor] = []
+    def _memory(self, n: int, size: int) -> tuple[Tensor, Tensor]:
+        """Where n images, uint8 [n, c, size, size], and their further views, uint8 [n, v, c, size, size], are written."""
+        size = size if self._transform is not None else 0
+        views = image_memory(n * len(self._views), self._channels, size)
+        return image_memory(n, self._channels, size), views.unflatten(0, (n, len(self._views)))
+
+    def _decode(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> tuple[str | None, int]:
+        """(caption, group) of one sample, its image and further views written to `out`. Raises: BadSample."""
         caption = None
         if self._captions is not None:
             captions = self._read_captions(source, sample, self._captions.draw(seed))
             caption = captions[draw(hash64(seed, "caption"), 0) % len(captions)]
         if self._transform is not None:
-            images = self._read_images(source, sample, seed, size)
-        return images, caption, self._read_group(source, sample, caption)
+            self._read_images(source, sample, seed, out)
+        return caption, self._read_group(source, sample, caption)
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
@@ -267,17 +282,16 @@ class TarStream:
         """
         positions, sources, ids = item
         seeds = draws(np.uint64(self._seed), positions)
-        size = int(self._image_size(now))
         refused: list[Refused] = []
-        images: list[list[Tensor]] = []
         captions: list[str] = []
+        images, views = self._memory(len(positions), int(self._image_size(now)))
         used = np.empty(len(positions), dtype=np.int64)
         groups = np.empty(len(positions), dtype=np.uint64)
         for row, (source, first, seed) in enumerate(zip(sources.tolist(), ids.tolist(), seeds.tolist(), strict=True)):
             shards, sample = self.sources[source].shards, first
             for attempt in range(_MAX_REPLACEMENTS):
                 try:
-                    views, caption, groups[row] = self._decode(source, sample, seed, size)
+                    caption, groups[row] = self._decode(source, sample, seed, [images[row], *views[row]])
                     break
                 except BadSample as error:
                     shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
@@ -289,8 +303,6 @@ class TarStream:
                     f"for: {refused[-1].reason}; look at quarantine.jsonl and mend the data"
                 )
             used[row] = self._first_id[source] + sample
-            if views:
-                images.append(views)
             if caption is not None:
                 captions.append(caption)
         samples = Samples(
@@ -304,23 +316,9 @@ class TarStream:
             if self._text_length is not None:
                 text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(now)), self._shorten)
             samples = with_text(samples, text, lengths, tokenizer)
-        if images:
-            further = torch.stack([torch.stack(others) for _, *others in images]) if self._views else None
-            samples = replace(samples, images=stacked([first for first, *_ in images]), views=further)
+        if self._transform is not None:
+            samples = replace(samples, images=images, views=views if self._views else None)
         return samples, refused
-
-
-def stacked(images: Sequence[Tensor]) -> Tensor:
-    """Images uint8 [c, h, w] as one tensor [b, c, h, w], copied once: into memory that a worker shares with the trainer.
-
-    It lies channels last, as decoders leave images: another layout would cost a transposition of every one.
-    """
-    c, h, w = images[0].shape
-    out = None
-    if torch.utils.data.get_worker_info() is not None:
-        out = torch.empty(0, dtype=torch.uint8)
-        out.set_(torch.UntypedStorage._new_shared(len(images) * c * h * w), 0, (len(images), h, w, c))  # type: ignore[call-overload]
-    return torch.stack([image.permute(1, 2, 0) for image in images], out=out).permute(0, 3, 1, 2)
 
 
 def with_text(samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer) -> Samples:

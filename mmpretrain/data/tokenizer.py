@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 from tokenizers import Tokenizer as TokenizersTokenizer
 from torch import Tensor
+
+_MAX_KNOWN_WORDS = 1 << 18
+"""What is remembered of words stays within some tens of MB, whatever the texts."""
 
 
 class Tokenizer(Protocol):
@@ -52,6 +56,9 @@ class ClipTokenizer:
         if context_length < 3:
             raise ValueError(f"context_length is {context_length}; expected at least 3: start, one token, end")
         self._bpe = SimpleTokenizer()
+        self._clean, self._bpe.clean_fn = self._bpe.clean_fn, str  # it is given words of texts already cleaned
+        self._first_words = dict(self._bpe.cache)  # the special tokens
+        self._known_words: dict[str, list[int]] = {}
         self.context_length = context_length
         self.vocab_size: int = self._bpe.vocab_size
         self.pad_id: int | None = None
@@ -64,8 +71,21 @@ class ClipTokenizer:
         )
 
     def _encode(self, text: str) -> list[int]:
-        ids = [self._bpe.sot_token_id, *self._bpe.encode(text)][: self.context_length - 1]
-        return [*ids, self._bpe.eot_token_id]
+        # Cleaning mends encodings, HTML entities and control characters: it finds nothing to do in plain ASCII.
+        is_plain = text.isascii() and text.isprintable() and "&" not in text
+        # No token reaches over a space, so that words are encoded one by one and remembered.
+        words = (text.lower() if is_plain else self._clean(text)).split()
+        ids = [self._bpe.sot_token_id, *(i for word in words for i in self._word_ids(word))]
+        return [*ids[: self.context_length - 1], self._bpe.eot_token_id]
+
+    def _word_ids(self, word: str) -> list[int]:
+        ids = self._known_words.get(word)
+        if ids is None:
+            if len(self._known_words) >= _MAX_KNOWN_WORDS:
+                self._known_words.clear()
+                self._bpe.cache = dict(self._first_words)
+            ids = self._known_words[word] = self._bpe.encode(word)
+        return ids
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the start and end tokens."""
@@ -239,8 +259,7 @@ def tokenizer_of(name: str | None = None, path: str | None = None, context_lengt
 
 
 def _padded(encoded: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    lengths = torch.tensor([len(ids) for ids in encoded])
-    ids = torch.full((len(encoded), int(lengths.max())), pad_id, dtype=torch.int64)
-    for row, tokens in zip(ids, encoded, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    return ids, lengths
+    lengths = [len(ids) for ids in encoded]
+    longest = max(lengths)
+    rows = np.array([[*ids, *[pad_id] * (longest - len(ids))] for ids in encoded], dtype=np.int64)
+    return torch.from_numpy(rows), torch.tensor(lengths)

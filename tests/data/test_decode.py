@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from mmpretrain.data.decode import (
     Crop,
     decode_captions,
     decode_image,
+    image_memory,
     open_image,
     read_json_field,
     to_rgb,
@@ -135,6 +137,20 @@ def test_jpeg_is_decoded_at_the_smallest_scale_that_the_crop_allows(crop: Crop, 
         distances[scale] = float(difference(ours, pillow_resize(image, snapped(crop, scale), 16)).mean())
     assert distances[factor] < 0.2
     assert all(distance > 1 for scale, distance in distances.items() if scale != factor)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("crop", [Crop(3, 5, 61, 40), Crop(3, 5, 61, 40, flip=True), Crop(10, 20, 32, 32)], ids=str)
+def test_an_image_is_written_into_a_batch(crop: Crop, channels: int) -> None:
+    """What torch makes of a copy of the crop stands in its row, and its neighbours stay as they are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, channels), dtype=np.uint8)
+    batch = image_memory(3, channels, 32).fill_(7)
+    written = decode_image(encode(pixels.squeeze(), "PNG"), always(crop), 32, channels, batch[1])
+    assert written.data_ptr() == batch[1].data_ptr()
+    box = torch.tensor(pixels)[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    expected = F.interpolate(box.permute(2, 0, 1)[None].contiguous(), (32, 32), mode="bicubic", antialias=True)[0]
+    assert torch.equal(batch[1], expected.flip(-1) if crop.flip else expected)
+    assert (batch[[0, 2]] == 7).all()
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 256), (201, 255), (403, 397)])

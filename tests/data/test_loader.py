@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.decode import decode_image
+from mmpretrain.data.decode import decode_image, image_memory
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage
-from mmpretrain.data.stream import Source, TarStream, read_captions, stacked, with_text
+from mmpretrain.data.stream import Source, TarStream, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.schedules import Clock, Now
@@ -687,20 +687,19 @@ def test_images_have_the_models_channels(channels: int, tokenizer: ClipTokenizer
         assert torch.equal(transparent[0], torch.from_numpy(np.array(flat.convert("L"))))
 
 
-class StackedHere(Dataset[bool]):
-    """Whether images are stacked in shared memory, and as they should be."""
+class MemoryHere(Dataset[bool]):
+    """Whether images are written to shared memory, channels last."""
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> bool:
-        images = list(torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4))
-        together = stacked(images)
-        assert torch.equal(together, torch.stack(images)) and together.permute(0, 2, 3, 1).is_contiguous()
-        return together.is_shared()
+        images = image_memory(2, 3, 4)
+        assert images.shape == (2, 3, 4, 4) and images.permute(0, 2, 3, 1).is_contiguous()
+        return images.is_shared()
 
 
-def test_workers_stack_images_in_the_memory_that_the_trainer_reads() -> None:
-    (here,) = DataLoader(StackedHere(), batch_size=None)
-    (in_worker,) = DataLoader(StackedHere(), batch_size=None, num_workers=1, multiprocessing_context="fork")
+def test_workers_write_images_to_the_memory_that_the_trainer_reads() -> None:
+    (here,) = DataLoader(MemoryHere(), batch_size=None)
+    (in_worker,) = DataLoader(MemoryHere(), batch_size=None, num_workers=1, multiprocessing_context="fork")
     assert (bool(here), bool(in_worker)) == (False, True)

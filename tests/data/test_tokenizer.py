@@ -1,6 +1,7 @@
 """CLIP's tokens and those of Hugging Face, against open_clip's own tokenizer."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
+from mmpretrain.data import tokenizer as module
 from mmpretrain.data.tokenizer import ClipTokenizer, FileTokenizer, HuggingFaceTokenizer
 from tests import tokenizers
 
@@ -21,6 +23,31 @@ TEXTS = [
     "!" * 90,
     "internationalization " * 9,
 ]
+
+
+ALPHABETS = {
+    "ascii": "".join(map(chr, range(128))),
+    "markup": "&<>;#lt gamp quot x0123 ",
+    "latin": "aB\u00e9\u00c3\u00a9\u00df\u0130\u01c5 '\u2019s-",  # with mojibake and letters whose lower case is longer
+    "greek": "\u03a3\u03b1\u03a3 .",  # a sigma's lower case depends on what follows
+    "spaces": "ab \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u200b\ufeff\u3000",
+    "wide": "\u4e2d\u6587\uff21\ufb01\U0001f408\u200d\U0001f3fd\u0301 e",
+}
+
+
+@pytest.mark.parametrize("alphabet", ALPHABETS)
+def test_ids_of_any_text_are_open_clips(alphabet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are remembered, a few of them only: ids do not depend on which."""
+    monkeypatch.setattr(module, "_MAX_KNOWN_WORDS", 100)
+    rng = random.Random(alphabet)
+    pieces = [*ALPHABETS[alphabet], "<start_of_text>", "<end_of_text>", "it's", "I'LL", "&amp;amp;amp;lt;", "don't 3rd"]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(0, 40))) for _ in range(1000)]
+    tokenizer, reference = ClipTokenizer(), SimpleTokenizer(context_length=77)
+    ids, lengths = tokenizer(texts)
+    assert torch.equal(torch.nn.functional.pad(ids, (0, 77 - ids.shape[1])), reference(texts))
+    assert len(tokenizer._known_words) <= 100 and len(tokenizer._bpe.cache) <= 100 + 2 * 40
+    for row in rng.choices(range(len(texts)), k=100):
+        assert tokenizer([texts[row]])[0][0].tolist() == ids[row, : lengths[row]].tolist()
 
 
 @pytest.mark.parametrize("context_length", [3, 8, 77, 128])
