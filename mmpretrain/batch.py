@@ -72,21 +72,22 @@ class Samples:
 
     def rows(self, rows: Tensor) -> "Samples":
         """Some of the samples, by their rows; their texts are not packed."""
-        return replace(self, packing=None)._map(lambda tensor: tensor[rows.to(tensor.device)])
+        return replace(self, packing=None).map(lambda tensor: tensor[rows.to(tensor.device)])
 
     def to(self, device: torch.device) -> "Samples":
         """The same samples on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Samples":
         """The same samples in page-locked memory (what `DataLoader(pin_memory=True)` calls)."""
-        return self._map(Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell CUDA's allocator that `stream` reads them, too."""
-        self._map(lambda tensor: tensor.record_stream(stream) or tensor)  # type: ignore[func-returns-value]
+        self.map(lambda tensor: tensor.record_stream(stream) or tensor)  # type: ignore[func-returns-value]
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Samples":
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Samples":
+        """`fn` of each tensor."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         mapped: dict[str, Any] = {
             name: fn(value) if isinstance(value, Tensor) else value for name, value in values.items()
@@ -107,6 +108,8 @@ class Batch:
     """When in the run the step stands: what scheduled values are functions of."""
     refused: tuple[Refused, ...] = ()
     """What was replaced while this batch was read."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """The number of terms of independent objectives, as far as they were counted (see `Task.counted`)."""
 
     def images(self, stream: str) -> Tensor:
         """A stream's images, uint8 [b, 3, h, w]. Raises: ValueError if it has none."""

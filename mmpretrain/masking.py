@@ -66,6 +66,26 @@ def num_kept(num_patches: int, ratio: float) -> int:
     return max(1, round(num_patches * (1 - ratio)))
 
 
+def chosen_tokens(
+    length: int, lengths: Tensor, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None
+) -> Tensor:
+    """Which tokens `mask_tokens` chooses of texts padded to `length`, bool [b, length]."""
+    columns = torch.arange(length, device=lengths.device)
+    can_be_chosen = (columns > 0) & (columns < (lengths - 1)[:, None])
+    return can_be_chosen & (_token_draws("token-chosen", length, seeds, spec, word_starts) < spec.ratio)
+
+
+def _token_draws(what: str, length: int, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None) -> Tensor:
+    """A draw for each token, float64 [b, length] in [0, 1); with whole words that of its word's first one."""
+    u = torch_uniform(seeds, length, hash64(what, spec.name))
+    if not spec.whole_words:
+        return u
+    if word_starts is None:
+        raise ValueError("whole words are to be hidden, but the tokenizer does not say where they begin")
+    columns = torch.arange(length, device=seeds.device)
+    return u.gather(1, torch.where(word_starts, columns, 0).cummax(dim=1).values)
+
+
 def mask_tokens(
     ids: Tensor, lengths: Tensor, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None
 ) -> TokenMask:
@@ -81,18 +101,9 @@ def mask_tokens(
 
     Raises: ValueError if whole words are asked for and `word_starts` is None.
     """
-    length = ids.shape[1]
-    u_chosen = torch_uniform(seeds, length, hash64("token-chosen", spec.name))
-    u_action = torch_uniform(seeds, length, hash64("token-action", spec.name))
-    others = torch_draws(seeds, length, hash64("token-other", spec.name)).remainder(spec.vocab_size)
-    columns = torch.arange(length, device=ids.device)
-    if spec.whole_words:
-        if word_starts is None:
-            raise ValueError("whole words are to be hidden, but the tokenizer does not say where they begin")
-        first = torch.where(word_starts, columns, 0).cummax(dim=1).values
-        u_chosen, u_action = u_chosen.gather(1, first), u_action.gather(1, first)
-    can_be_chosen = (columns > 0) & (columns < (lengths - 1)[:, None])
-    chosen = can_be_chosen & (u_chosen < spec.ratio)
+    chosen = chosen_tokens(ids.shape[1], lengths, seeds, spec, word_starts)
+    u_action = _token_draws("token-action", ids.shape[1], seeds, spec, word_starts)
+    others = torch_draws(seeds, ids.shape[1], hash64("token-other", spec.name)).remainder(spec.vocab_size)
     replaced = chosen & (u_action < spec.replaced)
     randomised = chosen & ~replaced & (u_action < spec.replaced + spec.randomised)
     hidden = torch.where(replaced, torch.full_like(ids, spec.mask_id), ids)
@@ -155,6 +166,18 @@ def random_patch_mask(seeds: Tensor, num_patches: int, spec: MaskSpec) -> PatchM
     ranks = order.argsort(dim=1)
     if fewest == most:
         return PatchMask(order[:, :most], None, ranks >= most)
-    u = torch_uniform(seeds, 1, hash64("num-keep", spec.name))[:, 0]
-    num_keep = fewest + (u * (most - fewest + 1)).long()
+    num_keep = _drawn_num_keep(seeds, fewest, most, spec)
     return PatchMask(order[:, :most], num_keep, ranks >= num_keep[:, None])
+
+
+def _drawn_num_keep(seeds: Tensor, fewest: int, most: int, spec: MaskSpec) -> Tensor:
+    u = torch_uniform(seeds, 1, hash64("num-keep", spec.name))[:, 0]
+    return fewest + (u * (most - fewest + 1)).long()
+
+
+def num_hidden(seeds: Tensor, num_patches: int, spec: MaskSpec) -> Tensor:
+    """How many patches `patch_mask` hides of all samples together, int64, without drawing which."""
+    most = num_kept(num_patches, spec.ratio[0])
+    # A block has one size, that of the smallest ratio.
+    fewest = most if spec.kind == "block" else num_kept(num_patches, spec.ratio[1])
+    return (num_patches - _drawn_num_keep(seeds, fewest, most, spec)).sum()

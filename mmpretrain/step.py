@@ -107,6 +107,13 @@ def _no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
     return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
 
+def _count(name: str, micro_batches: Sequence[Batch], task: Task) -> Tensor:
+    """The number of terms of an independent objective in the whole batch, at least one, a float64 scalar."""
+    own = sum(batch.counts[name] for batch in micro_batches)
+    # Filled and not copied: the device need not be waited for.
+    return distributed.all_reduce_sum(torch.full((), own, dtype=torch.float64, device=task.model.device)).clamp(min=1)
+
+
 def _zeros(tensors: Mapping[str, Tensor]) -> Tensors:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
 
@@ -130,11 +137,8 @@ def forward_backward(
         loss_scale: what the gradients come multiplied by, a scalar; None: nothing.
     """
     autocast = autocast or nullcontext()
-    counts: Tensors = {}
-    for batch in micro_batches:
-        for name, count in task.counts(batch, weights).items():
-            counts[name] = counts.get(name, 0) + count
-    counts = {name: distributed.all_reduce_sum(count).clamp(min=1) for name, count in counts.items()}
+    micro_batches = [task.counted(batch, weights) for batch in micro_batches]
+    counts = {name: _count(name, micro_batches, task) for name in task.independent if weights[name]}
     coupling = _Coupling(task)
     coupled_weights = {name: 0.0 if name in counts else weight for name, weight in weights.items()}
     if len(micro_batches) > 1 and any(coupled_weights.values()):

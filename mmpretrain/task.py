@@ -16,9 +16,12 @@ from mmpretrain.objectives import Couple, CoupledObjective, IndependentObjective
 class Encodings:
     """The encoder passes of one micro-batch, each run at most once, when an objective first asks for it."""
 
-    def __init__(self, model: ImageTextModel, batch: Batch) -> None:
+    def __init__(
+        self, model: ImageTextModel, batch: Batch, num_terms: Mapping[IndependentObjective, int] | None = None
+    ) -> None:
         self.batch = batch
         self._model = model
+        self._num_terms = num_terms or {}
         self._pixels: dict[str, Tensor] = {}
         self._masks: dict[tuple[str, MaskSpec], PatchMask] = {}
         self._images: dict[tuple[str, MaskSpec | None], Encoding] = {}
@@ -29,6 +32,10 @@ class Encodings:
     def samples(self, stream: str) -> Samples:
         """The stream's part of the micro-batch."""
         return self.batch.streams[stream]
+
+    def num_terms(self, objective: IndependentObjective) -> int | None:
+        """How many terms the micro-batch has of an objective, if the host knows."""
+        return self._num_terms.get(objective)
 
     def pixels(self, stream: str) -> Tensor:
         """The normalised images [b, 3, h, w]."""
@@ -136,13 +143,19 @@ class Task(nn.Module):
                 return float(objective.logit_scale.detach().exp())
         return None
 
-    def counts(self, batch: Batch, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """The number of terms that a micro-batch holds of each independent objective with a weight, float64 scalars."""
-        return {
-            name: objective.count(batch).double()
-            for name, objective in self.objectives.items()
-            if weights[name] and isinstance(objective, IndependentObjective)
-        }
+    @property
+    def independent(self) -> dict[str, IndependentObjective]:
+        """The independent objectives, by name."""
+        return {name: each for name, each in self.objectives.items() if isinstance(each, IndependentObjective)}
+
+    def counted(self, batch: Batch, weights: Mapping[str, float]) -> Batch:
+        """The same micro-batch with its number of terms of each independent objective that has a weight.
+
+        One that is on the device, and was not counted before it went there, is waited for.
+        """
+        missing = {name: each for name, each in self.independent.items() if weights[name] and name not in batch.counts}
+        counts = {name: objective.count(batch).item() for name, objective in missing.items()}
+        return replace(batch, counts={**batch.counts, **counts})
 
     def forward(
         self, batch: Batch, weights: Mapping[str, float], counts: Mapping[str, Tensor], couple: Couple
@@ -162,11 +175,13 @@ class Task(nn.Module):
             objectives' sums: `loss`, and what else they count.
         """
         torch.manual_seed(batch.seed)
-        encodings = Encodings(self.model, batch)
+        independent = self.independent
+        num_terms = {independent[name]: int(count) for name, count in batch.counts.items()}
+        encodings = Encodings(self.model, batch, num_terms)
         total = torch.zeros((), device=next(self.parameters()).device)
         sums: dict[str, dict[str, Tensor]] = {}
         # Coupled ones first: a pass that gathers their rows alone then draws the same dropout for them.
-        for name in sorted(self.objectives, key=lambda name: isinstance(self.objectives[name], IndependentObjective)):
+        for name in sorted(self.objectives, key=lambda name: name in independent):
             objective = self.objectives[name]
             if not weights[name]:
                 continue

@@ -184,9 +184,9 @@ class Trainer:
                     self.quarantine.add(batch.refused)
                 if state.step == 0 and self.writer is not None:
                     self.writer.pairs(micro_batches[0], self.tokenizer)
-                micro_batches = [self.transfer(batch) for batch in micro_batches]
                 now = Now(state.samples, self.clock)
                 weights = weights_at(self.weights, now)
+                micro_batches = [self.transfer(self.task.counted(batch, weights)) for batch in micro_batches]
                 if self.freeze.apply(now, weights):
                     self.wrapped = parallel.wrap(self.task, device)
 
@@ -299,8 +299,9 @@ class Trainer:
             {
                 "skipped": skipped,
                 "bad_steps": self.bad_steps,
-                "stop": torch.tensor(stop.received, device=self.device),
-                "save": torch.tensor(overdue and distributed.is_main(), device=self.device),
+                # Filled and not copied, which would wait for the device.
+                "stop": torch.full((), stop.received, device=self.device),
+                "save": torch.full((), overdue and distributed.is_main(), device=self.device),
             }
         )
 

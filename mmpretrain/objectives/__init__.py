@@ -53,6 +53,7 @@ class Encodings(Protocol):
     batch: Batch
 
     def samples(self, stream: str) -> Samples: ...
+    def num_terms(self, objective: "IndependentObjective") -> int | None: ...
     def pixels(self, stream: str) -> Tensor: ...
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask: ...
     def image(self, stream: str, mask: MaskSpec | None = None) -> Encoding: ...
@@ -75,7 +76,10 @@ class IndependentObjective(Protocol):
     def streams(self) -> tuple[str, ...]: ...
 
     def count(self, batch: Batch) -> Tensor:
-        """The number of terms of a micro-batch, a scalar, from seeds and masks alone: no encoder runs for it."""
+        """The number of terms of a micro-batch, a scalar, from seeds and masks alone: no encoder runs for it.
+
+        In training the micro-batch is still on the host: nothing waits for the device.
+        """
         ...
 
     def loss(self, encodings: Encodings) -> Terms:
@@ -135,3 +139,16 @@ def next_tokens(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """What is predicted at each place but the last: (the token after it int64 [b, L - 1], whether there is one, bool)."""
     places = torch.arange(ids.shape[1] - 1, device=ids.device)
     return ids[:, 1:], places < (lengths - 1)[:, None]
+
+
+Places = tuple[Tensor, Tensor]
+"""(rows, columns), int64 [n] each."""
+
+
+def places(mask: Tensor, number: int | None) -> Places:
+    """Where a mask, bool [b, L], is true: an index as the mask itself is.
+
+    `number`: how many there are, exactly; None: not known, so that the host waits for the device to count them.
+    """
+    found = mask.nonzero() if number is None else torch.nonzero_static(mask, size=number)
+    return found[:, 0], found[:, 1]

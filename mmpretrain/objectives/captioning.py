@@ -9,7 +9,7 @@ from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.fusion import FusionDecoder
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.rows import Rows
-from mmpretrain.objectives import Decode, Encodings, Example, Terms, next_tokens
+from mmpretrain.objectives import Decode, Encodings, Example, Terms, next_tokens, places
 from mmpretrain.seeds import hash64, torch_uniform
 from mmpretrain.usage import check_number
 
@@ -125,6 +125,7 @@ class Captioning(nn.Module):
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the cross-entropies, and of the hits as `accuracy`."""
         labels, is_label = next_tokens(*encodings.batch.texts(self.streams[0]))
-        states = self.decode(encodings)[:, : labels.shape[1]][is_label]
-        loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[is_label])
+        predicted = places(is_label, encodings.num_terms(self))
+        states = self.decode(encodings)[predicted]
+        loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[predicted])
         return loss, {"accuracy": hits}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings, Terms, next_tokens
+from mmpretrain.objectives import Encodings, Terms, next_tokens, places
 
 
 class CausalLM(nn.Module):
@@ -37,6 +37,7 @@ class CausalLM(nn.Module):
         """The sum of the cross-entropies, and of the hits as `accuracy`."""
         (stream,) = self.streams
         labels, is_label = next_tokens(*encodings.batch.texts(stream))
-        states = encodings.text(stream).tokens[:, : labels.shape[1]][is_label]
-        loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[is_label])
+        predicted = places(is_label, encodings.num_terms(self))
+        states = encodings.text(stream).tokens[predicted]
+        loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[predicted])
         return loss, {"accuracy": hits}

@@ -1,5 +1,6 @@
 """Masked autoencoding of images: MAE (He et al. 2022)."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
-from mmpretrain.masking import MaskSpec, PatchMask, num_kept, patch_mask
+from mmpretrain.masking import MaskSpec, PatchMask, num_hidden, num_kept
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.vit import sincos_positions
@@ -93,10 +94,9 @@ class MAE(nn.Module):
 
     def count(self, batch: Batch) -> Tensor:
         """The number of hidden patches of a micro-batch."""
-        samples = batch.streams[self.streams[0]]
-        return patch_mask(
-            samples.seeds, batch.grid_size(self.streams[0], self.patch_size), self.mask(batch.now)
-        ).hidden.sum()
+        (stream,) = self.streams
+        num_patches = math.prod(batch.grid_size(stream, self.patch_size))
+        return num_hidden(batch.streams[stream].seeds, num_patches, self.mask(batch.now))
 
     def mask(self, now: Now) -> MaskSpec:
         """What is hidden at a moment of the run."""

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
-from mmpretrain.masking import TokenMaskSpec, mask_tokens
+from mmpretrain.masking import TokenMaskSpec, chosen_tokens
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Decode, Encodings, Example, Terms, TokenIds
+from mmpretrain.objectives import Decode, Encodings, Example, Places, Terms, TokenIds, places
 from mmpretrain.schedules import Now, Scheduled, Value
 
 
@@ -100,16 +100,16 @@ class MLM(nn.Module):
     def count(self, batch: Batch) -> Tensor:
         """The number of chosen tokens of a micro-batch."""
         samples = batch.streams[self.streams[0]]
-        texts = batch.texts(self.streams[0])
-        return mask_tokens(*texts, samples.seeds, self.mask(batch.now), samples.word_starts).chosen.sum()
+        text, lengths = batch.texts(self.streams[0])
+        return chosen_tokens(text.shape[1], lengths, samples.seeds, self.mask(batch.now), samples.word_starts).sum()
 
-    def predict(self, encodings: Encodings) -> tuple[Tensor, Tensor]:
-        """(states of the chosen tokens [n, d], to be held against the vocabulary; which were chosen, bool [b, L])."""
+    def predict(self, encodings: Encodings) -> tuple[Tensor, Places]:
+        """(states of the chosen tokens [n, d], to be held against the vocabulary; where they stand)."""
         (stream,) = self.streams
         mask = self.mask(encodings.batch.now)
-        chosen = encodings.token_mask(stream, mask).chosen
+        chosen = places(encodings.token_mask(stream, mask).chosen, encodings.num_terms(self))
         # The vocabulary's product is the dearest of all: only for tokens that are predicted.
-        states = encodings.text(stream, mask).tokens[:, : chosen.shape[1]][chosen]
+        states = encodings.text(stream, mask).tokens[chosen]
         return self.norm(F.gelu(self.dense(states))), chosen
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
@@ -117,13 +117,12 @@ class MLM(nn.Module):
         text, lengths = encodings.batch.texts(self.streams[0])
         states, chosen = self.predict(encodings)
         logits = F.linear(states, encodings.token_embeddings, self.bias)
-        predicted = text.masked_scatter(chosen, logits.argmax(-1)).tolist()
+        predicted = torch.full_like(text, -1).index_put(chosen, logits.argmax(-1)).tolist()
         examples = []
         for row, length in enumerate(lengths.tolist()):
-            own, hidden = text[row, :length].tolist(), chosen[row].tolist()
             words = [
-                f"[{decode([predicted[row][i]])} → {decode([token])}]" if hidden[i] else decode([token])
-                for i, token in enumerate(own)
+                decode([token]) if guess < 0 else f"[{decode([guess])} → {decode([token])}]"
+                for token, guess in zip(text[row, :length].tolist(), predicted[row], strict=False)
             ]
             examples.append(Example([], " ".join(word for word in words if word)))
         return examples
