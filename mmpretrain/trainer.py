@@ -2,8 +2,6 @@
 
 import json
 import logging
-import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +21,7 @@ from mmpretrain.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
+from mmpretrain.measure import Window, is_better, train_values
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
 from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
@@ -36,8 +35,6 @@ from mmpretrain.transfer import Transfer
 from mmpretrain.workers import measured_workers
 
 log = logging.getLogger(__name__)
-
-_LARGEST_EXPONENT = 700.0  # of a float64
 
 Evaluate = Callable[[Callable[[], Task], int, int, bool, MetricsWriter | None], Mapping[str, float]]
 """(gives the task to be evaluated, samples before the step, samples after it, whether it was the last, what pictures are
@@ -64,15 +61,6 @@ class TrainerOptions:
     profile_steps: int
     workers: int | None
     parallel: Parallel
-
-
-@dataclass
-class _Window:
-    """What was measured since the last logged step."""
-
-    start: float
-    samples: int = 0
-    data_wait: float = 0.0
 
 
 class Trainer:
@@ -170,16 +158,15 @@ class Trainer:
 
     def _loop(self, stop: StopSignal) -> None:
         state, options, device = self.state, self.options, self.device
-        self.window = _Window(time.perf_counter())
+        self.window = Window()
         batches = iter(self.loader)
         with (
             ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
             profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
         ):
             while state.step < self.num_steps:
-                waited = time.perf_counter()
-                micro_batches = self._next(batches)
-                self.window.data_wait += time.perf_counter() - waited
+                with self.window.waiting():
+                    micro_batches = self._next(batches)
                 for batch in micro_batches:
                     self.quarantine.add(batch.refused)
                 if state.step == 0 and self.writer is not None:
@@ -209,7 +196,7 @@ class Trainer:
 
                 before = state.samples
                 state.step, state.samples = state.step + 1, state.samples + self.batch_size
-                self.window.samples += self.batch_size
+                self.window.add(self.batch_size)
                 is_last = state.step == self.num_steps
                 known = self.flags.read()
                 check_bad_step(known, state.step - 1, self.streams, self.clock, options.max_bad_steps)
@@ -220,16 +207,15 @@ class Trainer:
                     values |= self._measure(losses, weights, norms, lr_factor, progress)
                 progress.advance(state.step)
                 profile_step()
-                paused = time.perf_counter()
-                values |= self._evaluate(before, is_last)
-                if values and self.writer is not None:
-                    self.writer.scalars(state.step, state.samples, values)
-                if is_last:
-                    check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
-                    self._write_results()
-                if is_last or self.is_best or self._is_save_due(before) or known.get("save") or known.get("stop"):
-                    self._save()
-                self.window.start += time.perf_counter() - paused
+                with self.window.paused():
+                    values |= self._evaluate(before, is_last)
+                    if values and self.writer is not None:
+                        self.writer.scalars(state.step, state.samples, values)
+                    if is_last:
+                        check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
+                        self._write_results()
+                    if is_last or self.is_best or self._is_save_due(before) or known.get("save") or known.get("stop"):
+                        self._save()
                 if known.get("stop") and not is_last:
                     check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
                     log.warning("stopped by a signal at step %d; the same command goes on from there", state.step)
@@ -245,13 +231,12 @@ class Trainer:
         self, micro_batches: list[Batch], weights: Mapping[str, float], passes: torch.autocast, scale: Tensor | None
     ) -> dict[str, float]:
         """What each objective costs, and pictures of what it does. A collective."""
-        paused = time.perf_counter()
-        values = diagnose(self.task, micro_batches, weights, passes, scale)
-        task = self.whole()
-        if self.writer is not None:
-            for name, examples in show_examples(task, micro_batches[0], weights, passes, self.tokenizer.decode):
-                self.writer.examples(f"objectives/{name}", self.state.samples, examples)
-        self.window.start += time.perf_counter() - paused
+        with self.window.paused():
+            values = diagnose(self.task, micro_batches, weights, passes, scale)
+            task = self.whole()
+            if self.writer is not None:
+                for name, examples in show_examples(task, micro_batches[0], weights, passes, self.tokenizer.decode):
+                    self.writer.examples(f"objectives/{name}", self.state.samples, examples)
         return values
 
     def _forward_backward(
@@ -319,37 +304,19 @@ class Trainer:
     ) -> dict[str, float]:
         """This step's values; begins a new window. A collective."""
         self.quarantine.flush(self.state.samples)
-        window, state = self.window, self.state
-        means = {name: {key: float(mean) for key, mean in each.items()} for name, each in losses.reduced().items()}
-        seconds = time.perf_counter() - window.start
-        speed = window.samples / seconds
-        values = {"train/loss": sum(weights[name] * each["loss"] for name, each in means.items())}
-        values |= {f"train/{name}_{key}": mean for name, each in means.items() for key, mean in each.items()}
-        values |= {
-            f"train/{name}_perplexity": math.exp(min(each["loss"], _LARGEST_EXPONENT))
-            for name, each in means.items()
-            if getattr(self.task.objectives[name], "perplexity", False)
-        }
-        for name, shared in losses.shared.items():
-            scalars = {
-                key: value for key, value in shared.items() if value.numel() == 1
-            }  # the rest are a head's weights
-            values |= {f"train/{name}_{key}": float(value) for key, value in scalars.items()}
+        # First what waits for the device: the time below is then that of work done.
+        values = train_values(losses, weights, norms, self.task)
         values |= {
             f"train/{name}_weight": weights[name] for name, value in self.weights.items() if not value.is_constant
         }
         values["train/lr"] = self.optimizer.defaults["lr"] * lr_factor
-        values["train/grad_norm"] = float(norms["all"])
-        values |= {f"train/grad_norm_{tower}": float(norm) for tower, norm in norms.items() if tower != "all"}
-        values["system/samples_per_second"] = speed
         values["system/wall_seconds"] = self.earlier_seconds + time.perf_counter() - self.started
-        values["system/data_wait"] = window.data_wait / seconds
-        if self.device.type == "cuda":
-            values["system/gpu_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        values["system/host_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        state.train_seconds += seconds
-        progress.show(state.step, values["train/loss"], speed, (self.clock.total_samples - state.samples) / speed)
-        self.window = _Window(time.perf_counter())
+        values |= self.window.values(self.device)
+        self.state.train_seconds += self.window.seconds
+        speed = values["system/samples_per_second"]
+        seconds_left = (self.clock.total_samples - self.state.samples) / speed
+        progress.show(self.state.step, values["train/loss"], speed, seconds_left)
+        self.window = Window()
         return values
 
     def _evaluate(self, before: int, is_last: bool) -> Mapping[str, float]:
@@ -423,9 +390,3 @@ class Trainer:
     def _close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def is_better(metric: str, score: float, best: float | None) -> bool:
-    """Whether a score goes before the best so far; losses and perplexities fall, and what is no number never does."""
-    sign = -1 if metric.endswith(("loss", "perplexity")) else 1
-    return math.isfinite(score) and (best is None or sign * score > sign * best)

@@ -16,10 +16,10 @@ from mmpretrain.config import resolve
 from mmpretrain.data.order import step_positions
 from mmpretrain.ema import EMA
 from mmpretrain.loading import load_checkpoint
+from mmpretrain.measure import is_better
 from mmpretrain.precision import LossScale
 from mmpretrain.schedules import Now
 from mmpretrain.schema import register_schemas
-from mmpretrain.trainer import is_better
 from tests import runs, tiny
 
 
