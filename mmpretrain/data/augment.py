@@ -16,16 +16,32 @@ Augmentation = Callable[[Tensor], Tensor]
 
 
 def augmented(image: Tensor, augmentations: Sequence[Augmentation], seed: int) -> Tensor:
-    """Apply augmentations to one image, uint8 [c, h, w], every generator seeded from the sample's seed."""
+    """Apply augmentations to one image, uint8 [c, h, w], every generator seeded from the sample's seed.
+
+    Raises: ValueError if they leave another type or shape, which a batch of uint8 images would hold changed unseen.
+    """
     if not augmentations:
         return image
+    expected = _described(image)
     own = hash64(seed, "augment")
     random.seed(own)
     np.random.seed(own % 2**32)  # noqa: NPY002, what timm draws from
     with torch_seed(own):
         for augmentation in augmentations:
             image = augmentation(image)
+    if _described(image) != expected:
+        raise ValueError(
+            f"{', '.join(type(each).__name__ for each in augmentations)} turned an image {expected} into "
+            f"{_described(image)}; an augmentation returns what it gets: end `augment` with one that converts back "
+            "(torchvision.transforms.v2.ToDtype, v2.Resize), or leave out what changes it"
+        )
     return image
+
+
+def _described(image: Tensor) -> str:
+    return (
+        f"{image.dtype} {list(image.shape)}".removeprefix("torch.") if isinstance(image, Tensor) else repr(type(image))
+    )
 
 
 class TimmAugment:

@@ -45,6 +45,28 @@ def test_without_augmentation_the_image_is_itself_and_no_generator_moves() -> No
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    ("augmentation", "became"),
+    [
+        (v2.ToDtype(torch.float32, scale=True), r"float32 \[3, 24, 24\]"),
+        (v2.Grayscale(), r"uint8 \[1, 24, 24\]"),  # would be broadcast to three equal channels
+        (v2.CenterCrop(12), r"uint8 \[3, 12, 12\]"),
+        (v2.ToPILImage(), "<class 'PIL.Image.Image'>"),
+    ],
+)
+def test_an_augmentation_that_leaves_another_type_or_shape_is_refused(augmentation: Augmentation, became: str) -> None:
+    turned = (
+        f"{type(augmentation).__name__} turned an image uint8 \\[3, 24, 24\\] into {became}; an augmentation returns"
+    )
+    with pytest.raises(ValueError, match=f"^{turned}"):
+        augmented(image(), [augmentation], 3)
+
+
+def test_a_type_that_comes_back_at_the_end_is_taken() -> None:
+    there_and_back = [v2.ToDtype(torch.float32, scale=True), v2.ToDtype(torch.uint8, scale=True)]
+    assert torch.equal(augmented(image(), there_and_back, 3), image())
+
+
 @pytest.mark.parametrize("policy", ["nonsense", "rand-nope5"])
 def test_a_policy_that_timm_does_not_know_is_refused(policy: str) -> None:
     with pytest.raises(ValueError, match=rf"^policy is '{policy}'; expected one of timm's"):

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.data.decode import decode_image, image_memory
+from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import LocalStorage
@@ -687,19 +688,35 @@ def test_images_have_the_models_channels(channels: int, tokenizer: ClipTokenizer
         assert torch.equal(transparent[0], torch.from_numpy(np.array(flat.convert("L"))))
 
 
-class MemoryHere(Dataset[bool]):
-    """Whether images are written to shared memory, channels last."""
+class WhereImagesLie(Dataset[list[bool]]):
+    """Of each micro-batch, where it is read: whether its images and its views are in shared memory, channels last."""
 
-    def __len__(self) -> int:
-        return 1
+    def __init__(self, micro_batches: Dataset[Batch]) -> None:
+        self._micro_batches = micro_batches
 
-    def __getitem__(self, index: int) -> bool:
-        images = image_memory(2, 3, 4)
-        assert images.shape == (2, 3, 4, 4) and images.permute(0, 2, 3, 1).is_contiguous()
-        return images.is_shared()
+    def __getitem__(self, item: object) -> list[bool]:
+        samples = self._micro_batches[item].streams["pairs"]
+        assert samples.images is not None and samples.views is not None
+        for images in (samples.images, samples.views.flatten(0, 1)):
+            assert images.permute(0, 2, 3, 1).is_contiguous()
+        return [samples.images.is_shared(), samples.views.is_shared()]
 
 
-def test_workers_write_images_to_the_memory_that_the_trainer_reads() -> None:
-    (here,) = DataLoader(MemoryHere(), batch_size=None)
-    (in_worker,) = DataLoader(MemoryHere(), batch_size=None, num_workers=1, multiprocessing_context="fork")
-    assert (bool(here), bool(in_worker)) == (False, True)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_write_images_to_the_memory_that_the_trainer_reads(
+    workers: int, tars: list[str], tokenizer: ClipTokenizer
+) -> None:
+    """A batch of its own in shared memory is handed over as it is; any other is copied there first."""
+    augment = [v2.ColorJitter(0.4)]
+    views = [(RandomResizedCrop(), augment), (CenterCrop(), [])]
+    sources = [Source("pairs", Shards(list(tars)))]
+    stream = TarStream("pairs", sources, 8, 0, "txt", RandomResizedCrop(), 16, augment=augment, views=views)
+    loader = build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 2, num_micro_batches=2)
+    reader = DataLoader(
+        WhereImagesLie(loader.dataset),
+        sampler=loader.sampler,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context="fork" if workers else None,
+    )
+    assert list(reader) == [[workers > 0] * 2] * 4
