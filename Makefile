@@ -6,6 +6,8 @@ ENV    := .venv
 PYTHON ?= python3
 ARGS   ?=
 WORKERS ?= 2
+# As many workers as cores: threads of each would wait for one another.
+PYTEST  := OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -q -n $(WORKERS)
 
 INSTALLED := $(ENV)/.installed
 RUN       := $(ENV)/bin/python
@@ -23,10 +25,10 @@ train: data/shapes  ## Pre-train on the embedded data set and evaluate (ARGS="ov
 	$(RUN) -m mmpretrain.train experiment=quickstart $(ARGS)
 
 test: $(INSTALLED)  ## Run the test suite (ARGS="pytest's arguments")
-	@$(RUN) -m pytest -q -n $(WORKERS) $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: $(INSTALLED)  ## Run the test suite with what takes minutes
-	@$(RUN) -m pytest -q -n $(WORKERS) -m "" $(ARGS)
+	@$(PYTEST) -m "" $(ARGS)
 
 lint: $(INSTALLED)  ## Check style and layout
 	$(RUN) -m ruff check

@@ -105,13 +105,15 @@ _PRELOADED = (
     "mmpretrain.trainer",
     "torch.nn.parallel",
     "torch.utils.data",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "hydra._internal.hydra",
     "hydra.core.plugins",
 )
 
 
-def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """A process that calls a function of a module.
+def start(function: Callable[..., None], *arguments: Any, daemon: bool = False) -> BaseProcess:
+    """A process that calls a function of a module; a daemon ends with this process.
 
     It is forked from one that runs no tensor code, so that no thread is lost in the fork.
     """
@@ -126,7 +128,7 @@ def start(function: Callable[..., None], *arguments: Any) -> BaseProcess:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-    process = context.Process(target=function, args=arguments)
+    process = context.Process(target=function, args=arguments, daemon=daemon)
     process.start()
     return process
 

@@ -1,5 +1,6 @@
 """A pool of real gloo processes, started once and shared by all tests that need several ranks."""
 
+import multiprocessing
 import os
 import socket
 import traceback
@@ -8,7 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+
+from tests import runs
 
 
 def _free_port() -> int:
@@ -37,16 +39,13 @@ class Pool:
     """Ranks that wait for work; `run` calls a module-level function on each and returns what rank by rank came back."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
         port = _free_port()
         self._connections = []
         self._processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            self._processes.append(runs.start(_serve, rank, world_size, port, theirs, daemon=True))
             self._connections.append(ours)
-            self._processes.append(process)
 
     def run(self, fn: Callable[..., Any], *arguments: Any) -> list[Any]:
         for connection in self._connections:
