@@ -7,7 +7,7 @@ PYTHON ?= python3
 ARGS   ?=
 WORKERS ?= 2
 # As many workers as cores: threads of each would wait for one another.
-PYTEST  := OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -q -n $(WORKERS)
+PYTEST  := OMP_NUM_THREADS=1 $(ENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 INSTALLED := $(ENV)/.installed
 RUN       := $(ENV)/bin/python

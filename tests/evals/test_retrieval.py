@@ -1,7 +1,6 @@
 """Retrieval against brute force, and on several processes."""
 
 import json
-import multiprocessing
 import os
 from collections.abc import Mapping
 from math import comb
@@ -18,8 +17,8 @@ from mmpretrain.evals.embed import Classes
 from mmpretrain.evals.evaluation import evaluate
 from mmpretrain.evals.retrieval import Retrieval, match_ranks
 from mmpretrain.evals.zero_shot import ZeroShot
+from tests import runs
 from tests.evals.held_out import LABELS, embedded, make_context, make_model, make_set
-from tests.runs import group
 
 NUM_IMAGES, NUM_TEXTS = 11, 14
 PAIRS = [(i, i) for i in range(11)] + [(0, 11), (0, 12), (3, 13), (4, 2), (5, 2), (6, 2), (6, 0)]
@@ -124,16 +123,13 @@ def scores_of_a_rank(environment: Mapping[str, str], folder: Path) -> None:
 
 
 def test_scores_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmpretrain.build", "tests.evals.held_out"])
     worlds = {size: tmp_path / str(size) for size in (1, 2, 3)}
     processes = []
     for size, folder in worlds.items():
         folder.mkdir()
         make_set(folder)
-        for environment in group(size):
-            processes.append(context.Process(target=scores_of_a_rank, args=(environment, folder)))
-            processes[-1].start()
+        for environment in runs.group(size):
+            processes.append(runs.start(scores_of_a_rank, environment, folder))
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
