@@ -18,7 +18,7 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
     captions = str(emoji) if any(emoji.glob("*.tar")) else "24"
     vit = ["--model", "ViT-S-32-alt", "--batch", "32", "--captions", "16"]
     return {
-        "order": ["order", "--rounds", "3"],
+        "order": ["order", "--rounds", "5"],
         "data": ["data", "--rounds", "5", "--photographs", str(photographs)],
         "step_emoji": [
             "step",

@@ -3,11 +3,12 @@ r"""Memory and gradients of a large batch in micro-batches (gradient caching), w
     python -m analysis.benchmarks.grad_cache [--batch 4096] [--micro-batch 64] [--output grad_cache.json]
 
 Memory: the emoji model (conf/model/clip_tiny.yaml) with half of its patches dropped, float32, for images of 64 pixels, its
-own, and of 128. A step of the large batch in micro-batches, and one of a single micro-batch, each in a process of its
-own, in turn; the peak beyond what the process held before: inputs lie in memory already, the libraries' caches are warm,
-and the rows of the loss with their gradients, 2 x 2 x batch x width x 4 bytes, are taken away. Gradients of weights count:
-from the second micro-batch on they are there beside activations, so that the ratio falls as activations grow. `with state`
-adds weights and AdamW's moments, which both sides have. Medians over the rounds.
+own, and of 128. A step of the large batch in micro-batches, one of two micro-batches and one of a single one, each in a
+process of its own, in turn; the peak beyond what the process held before: inputs lie in memory already, the libraries'
+caches are warm, and the rows of the loss with their gradients, 2 x 2 x batch x width x 4 bytes, are taken away. Gradients of
+weights count: from the second micro-batch on their sum is there beside activations, in any way to accumulate gradients, so
+that the ratio falls as activations grow, and two micro-batches take what a hundred do. `with state` adds weights and AdamW's
+moments, which all have. Medians over the rounds.
 
 Gradients: a narrower model of the same kind, float64, the whole batch at once on one process against micro-batches on 1
 and on 2 gloo processes through DDP: the largest relative error of a parameter's gradient, at most 1e-9, the temperature's
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, peak_bytes, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
@@ -111,30 +114,34 @@ def arrays(batch_size: int, micro_batch_size: int) -> dict[str, np.ndarray]:
     return {name: gradient.numpy() for name, gradient in gradients(batch_size, micro_batch_size).items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--image-size", default="64,128")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--batch", type=arguments.positive, default=4096)
+    parser.add_argument("--micro-batch", type=arguments.positive, default=64)
+    parser.add_argument("--image-size", type=arguments.listed(arguments.positive), default="64,128")
+    parser.add_argument("--rounds", type=arguments.positive, default=1)
+    parser.add_argument("--output", type=arguments.writable)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
-        print(json.dumps(measure_memory(args.measure, args.micro_batch, int(args.image_size))))
+        print(json.dumps(measure_memory(args.measure, args.micro_batch, *args.image_size)))
         return
+    if args.batch % (2 * args.micro_batch):
+        parser.error(f"--batch {args.batch}: expected a multiple of 2 processes x {args.micro_batch} of --micro-batch")
     print(one_line())
     print(f"peak of a step, medians of {args.rounds}")
     print(f"{'pixels':>8}{'batch':>8}{'in':>6}{'MiB':>10}{'with state':>12}{'seconds':>9}")
-    medians: dict[str, dict[str, dict[str, float]]] = {}
-    ratios: dict[str, dict[str, float]] = {}
-    for size in args.image_size.split(","):
-        values: dict[str, list[dict[str, float]]] = {str(args.micro_batch): [], str(args.batch): []}
+    medians: dict[int, dict[int, dict[str, float]]] = {}
+    ratios: dict[int, dict[str, dict[str, float]]] = {}
+    for size in args.image_size:
+        values: dict[int, list[dict[str, float]]] = {
+            batch: [] for batch in (args.micro_batch, 2 * args.micro_batch, args.batch)
+        }
         command = [sys.executable, "-m", "analysis.benchmarks.grad_cache", "--micro-batch", str(args.micro_batch)]
-        for _ in range(args.rounds):
-            for batch in values:
-                own = [*command, "--image-size", size, "--measure", batch]
+        for turn in range(args.rounds):
+            for batch in values if turn % 2 == 0 else reversed(values):
+                own = [*command, "--image-size", str(size), "--measure", str(batch)]
                 done = subprocess.run(own, check=True, stdout=subprocess.PIPE, env={**os.environ, **AT_ONCE})
                 values[batch].append(json.loads(done.stdout))
         medians[size] = {
@@ -144,9 +151,16 @@ def main() -> None:
         for batch, median in medians[size].items():
             mib = f"{median['bytes'] / 2**20:>10,.0f}{median['with_state'] / 2**20:>12,.0f}"
             print(f"{size:>8}{batch:>8}{args.micro_batch:>6}{mib}{median['seconds']:>9.1f}")
-        one, every = medians[size].values()
-        ratios[size] = {key: every[key] / one[key] for key in ("bytes", "with_state")}
-        print(f"{'ratio':>22}{ratios[size]['bytes']:>10.2f}{ratios[size]['with_state']:>12.2f}", flush=True)
+        one, *more = medians[size].values()
+        ratios[size] = {
+            str(batch): {key: each[key] / one[key] for key in ("bytes", "with_state")}
+            for batch, each in zip(list(values)[1:], more, strict=True)
+        }
+        for larger, ratio in ratios[size].items():
+            print(
+                f"{f'{larger} over {args.micro_batch}':>22}{ratio['bytes']:>10.2f}{ratio['with_state']:>12.2f}",
+                flush=True,
+            )
     expected = gradients(args.batch, args.batch)
     found = {}
     for ranks in (1, 2):

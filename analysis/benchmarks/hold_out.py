@@ -9,7 +9,10 @@ train.tsv if not. Paths of images become absolute, so that the tables may lie an
 import argparse
 import csv
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+
+from analysis.benchmarks import arguments
 
 
 def is_held_out(value: str, one_in: int) -> bool:
@@ -17,15 +20,15 @@ def is_held_out(value: str, one_in: int) -> bool:
     return int(hashlib.sha256(value.encode()).hexdigest(), 16) % one_in == 0
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, help="TSV with a header")
+    parser.add_argument("table", type=arguments.existing, help="TSV with a header")
     parser.add_argument("--by", required=True, help="the column whose values are kept together")
     parser.add_argument("--image", required=True, help="the column of image paths, relative to the table's folder")
-    parser.add_argument("--one-in", type=int, default=10, help="of the values (default 10)")
+    parser.add_argument("--one-in", type=arguments.positive, default=10, help="of the values (default 10)")
     parser.add_argument("--output", required=True, type=Path, help="folder for train.tsv and val.tsv")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with args.table.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         columns = list(reader.fieldnames or [])

@@ -10,11 +10,14 @@ import io
 import os
 import random
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from analysis.benchmarks import arguments
 
 PHOTOGRAPHS = Path("../shared/data/grocery/images")
 QUALITY = 90
@@ -63,26 +66,27 @@ def write_tar(path: Path, photographs: list[Path], side: int, num_images: int, s
     return images
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for the tars")
-    parser.add_argument("--tars", default=16, type=int)
-    parser.add_argument("--images", default=2048, type=int, help="of each tar (default 2048)")
-    parser.add_argument("--side", default=512, type=int, help="of the JPEGs in pixels (default 512)")
+    parser.add_argument("--tars", default=16, type=arguments.positive)
+    parser.add_argument("--images", default=2048, type=arguments.positive, help="of each tar (default 2048)")
+    parser.add_argument("--side", default=512, type=arguments.positive, help="of the JPEGs in pixels (default 512)")
     parser.add_argument(
-        "--photographs", default=PHOTOGRAPHS, type=Path, help=f"folder of JPEGs (default {PHOTOGRAPHS})"
+        "--photographs", type=arguments.existing, help=f"folder of JPEGs (default {PHOTOGRAPHS}; noise without it)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    found = sorted(args.photographs.rglob("*.jpg"))
+    photographs = args.photographs or PHOTOGRAPHS
+    found = sorted(photographs.rglob("*.jpg"))
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         written = [
             pool.submit(write_tar, args.output / f"{i:06d}.tar", found, args.side, args.images, seed=i)
             for i in range(args.tars)
         ]
         sizes = [sum(map(len, tar.result())) for tar in written]
-    pictures = f"mosaics of {args.photographs}" if found else "smooth noise"
+    pictures = f"mosaics of {photographs}" if found else "smooth noise"
     print(
         f"{args.tars} tars of {args.images:,} pairs in {args.output}, {sum(sizes) / 2**20:,.0f} MiB of JPEGs: {pictures}"
     )

@@ -15,15 +15,17 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor
 
+from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, peak_bytes, write_record
 from mmpretrain.losses import info_nce
+from mmpretrain.profiling import synchronize
 
 NAMES = ("open_clip", "mmpretrain")
 SCALE = 100 / 7
@@ -59,23 +61,23 @@ def measure(name: str, batch: int, width: int, device: str) -> dict[str, float]:
     gradient_bytes = sum(tensor.nbytes for tensor in tensors)
     with peak_bytes(device) as peak:
         gradients(name, tensors)
+    synchronize(torch.device(device))
     started = time.perf_counter()
     gradients(name, tensors)
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(torch.device(device))
     return {"bytes": peak[0] - gradient_bytes, "seconds": time.perf_counter() - started}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=16384)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=arguments.positive, default=16384)
+    parser.add_argument("--width", type=arguments.positive, default=512)
+    parser.add_argument("--rounds", type=arguments.positive, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=arguments.writable)
     parser.add_argument("--measure", choices=NAMES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         print(json.dumps(measure(args.measure, args.batch, args.width, args.device)))
         return
@@ -84,8 +86,8 @@ def main() -> None:
         demand(f"gradients in {name}", worst, LIMITS[name][1])
     values: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     own = [sys.executable, "-m", "analysis.benchmarks.loss_memory", "--device", args.device]
-    for _ in range(args.rounds):
-        for name in NAMES:
+    for turn in range(args.rounds):
+        for name in NAMES if turn % 2 == 0 else reversed(NAMES):
             command = [*own, "--batch", str(args.batch), "--width", str(args.width), "--measure", name]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             values[name].append(json.loads(done.stdout.splitlines()[-1]))

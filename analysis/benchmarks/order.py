@@ -15,10 +15,11 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import one_line, peak_bytes, write_record
 from mmpretrain.data.order import Order, SourceOrder, step_positions
 
@@ -74,14 +75,14 @@ def measure(num_samples: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", default="1e6,1e7,1e8,1e9")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--samples", type=arguments.listed(arguments.positive), default="1e6,1e7,1e8,1e9")
+    parser.add_argument("--rounds", type=arguments.positive, default=5)
+    parser.add_argument("--output", type=arguments.writable)
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
@@ -92,7 +93,7 @@ def main() -> None:
     )
     print(f"{'samples':>14}{'first batch':>14}{'random batch':>14}{'next batch':>14}{'memory':>12}")
     medians: dict[str, dict[str, float]] = {}
-    for size in (int(float(each)) for each in args.samples.split(",")):
+    for size in args.samples:
         command = [sys.executable, "-m", "analysis.benchmarks.order", "--measure", str(size)]
         rounds = [
             json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

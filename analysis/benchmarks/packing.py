@@ -11,8 +11,9 @@ The same weights and the same captions, forward and backward, in turn, for a cau
 - `rows l`: the same with rows of l tokens;
 - `flex`, on CUDA: all captions in one row, attention by FlexAttention's block masks, compiled.
 
-All of the last block is computed everywhere. All ways give the same end-token states, to 1e-4 of the largest in float32, or
-the benchmark ends. `tokens` is what each of them computes; the table's head says how many the captions have.
+All of the last block is computed everywhere. In float32, whichever precision is timed, all ways give the same end-token
+states and gradients of the weights, to 1e-4 of the largest, or the benchmark ends. `tokens` is what each of them computes;
+the table's head says how many the captions have.
 """
 
 import argparse
@@ -21,15 +22,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, write_record
-from analysis.benchmarks.step import Work, build_model, real_batches, synthetic_batches
+from analysis.benchmarks.step import OPEN_CLIP_PRECISION, Work, build_model, real_batches, synthetic_batches
 from mmpretrain.batch import Packing
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.models.attention import attention
@@ -154,7 +155,7 @@ def measure(
     """Tokens and median seconds of each way. Raises: SystemExit if their states differ."""
     found = ways(text, ids, lengths, rows)
     context = autocast(ids.device, precision)
-    expected: Tensor | None = None
+    expected: list[Tensor] | None = None
     differences = [0.0]
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(rounds + 1):  # the first warms up
@@ -168,28 +169,34 @@ def measure(
             synchronize(ids.device)
             if turn > 0:
                 seconds[name].append(time.perf_counter() - started)
-            elif expected is None:
-                expected = states.detach()
-            else:
-                differences.append(float((states.detach() - expected).abs().max() / expected.abs().max()))
+                continue
+            gradients = torch.cat([p.grad.flatten() for p in text.parameters() if p.grad is not None])
+            given = [states.detach(), gradients]
+            expected = expected or given
+            differences += [float((a - b).abs().max() / b.abs().max()) for a, b in zip(given, expected, strict=True)]
     difference = float(torch.tensor(differences).max())  # which, unlike max(), keeps what is no number
     if precision == "fp32":
-        demand("states", difference, AGREEMENT)
+        demand("states or gradients", difference, AGREEMENT)
     medians = {name: {"tokens": found[name][0], "seconds": statistics.median(seconds[name])} for name in found}
     return {name: {**value, "difference": difference} for name, value in medians.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--captions", default="24", help="a folder of tars, or the tokens of every caption")
-    parser.add_argument("--rows", default="160", help="further lengths of rows, at least that of the longest caption")
-    parser.add_argument("--precision", default="fp32,bf16")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=arguments.positive, default=128)
+    parser.add_argument(
+        "--captions", type=arguments.captions, default="24", help="a folder of tars, or the tokens of every caption"
+    )
+    parser.add_argument(
+        "--rows", type=arguments.listed(arguments.positive), default="160", help="further lengths of rows (default 160)"
+    )
+    precision = arguments.listed(arguments.one_of(*OPEN_CLIP_PRECISION))
+    parser.add_argument("--precision", type=precision, default="fp32,bf16")
+    parser.add_argument("--rounds", type=arguments.positive, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--output", type=arguments.writable)
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     model = build_model("emoji_clip")
     text = model.text
@@ -199,16 +206,19 @@ def main() -> None:
     assert samples.text is not None and samples.lengths is not None
     by_length = samples.lengths.argsort()
     lengths = samples.lengths[by_length].to(device)
+    if min(args.rows) < lengths.max():
+        parser.error(f"--rows {min(args.rows)}: expected {int(lengths.max())} at least, the longest caption's length")
     ids = F.pad(samples.text[by_length], (0, text.context_length - samples.text.shape[1])).to(device)
     text.to(device)
     print(one_line())
     results: dict[str, dict[str, dict[str, float]]] = {}
     for causal in (True, False):
         text.causal = causal
-        for precision in args.precision.split(","):
+        if "fp32" not in args.precision:
+            measure(text, ids, lengths, "fp32", args.rows, 1)  # for its checks
+        for precision in args.precision:
             kind = f"{'causal' if causal else 'bidirectional'}, {precision}"
-            further = [int(length) for length in args.rows.split(",")]
-            medians = results[kind] = measure(text, ids, lengths, precision, further, args.rounds)
+            medians = results[kind] = measure(text, ids, lengths, precision, args.rows, args.rounds)
             print(f"\nemoji_clip's text encoder, {args.batch} captions of {int(lengths.sum()):,} tokens, {kind}")
             print(f"{'':<12}{'tokens':>9}{'ms':>9}{'of padded':>11}")
             for name, value in medians.items():

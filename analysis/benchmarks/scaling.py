@@ -3,23 +3,25 @@ r"""Pairs per second of one global batch on 1, 2 and 4 processes, with DDP and w
     python -m analysis.benchmarks.scaling [--processes 1,2,4] [--model emoji_clip] [--output scaling.json]
 
 The global batch, the weights and the optimiser are the same everywhere: more processes each take a smaller part of it, and
-the cores (or a GPU each). Noise images, captions of 8 to 24 tokens. Equality: the losses of the first `--steps` steps are
-those of one process, to 1e-5 of their value in float32, or the benchmark ends; in bf16 the difference is printed. A round
-runs each number of processes and strategy once, in turn; medians over the rounds. `efficiency` is the speed over that of
-one process; where the processes share the cores of one machine, 1 is as good as it can be.
+the cores (or a GPU each). Noise images, captions of 8 to 24 tokens. Equality: in float32, whichever precision is timed, the
+losses of the first `--steps` steps are those of one process, to 1e-5 of their value, or the benchmark ends; in bf16 the
+difference is printed. A round runs each number of processes and strategy once, every second one in the opposite order;
+medians over the rounds. `efficiency` is the speed over that of one process; where the processes share the cores of one
+machine, 1 is as good as it can be.
 """
 
 import argparse
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
+from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
-from analysis.benchmarks.step import AGREEMENT, BETAS, EPS, LR, WEIGHT_DECAY, build_model
+from analysis.benchmarks.step import AGREEMENT, BETAS, EPS, LR, OPEN_CLIP_PRECISION, WEIGHT_DECAY, build_model
 from mmpretrain import optim, parallel
 from mmpretrain.freeze import Freeze
 from mmpretrain.objectives.infonce import InfoNCE
@@ -64,38 +66,57 @@ def measure(
     return losses, (time.perf_counter() - started) / timed
 
 
-def main() -> None:
+def run(args: argparse.Namespace, kind: tuple[int, str], precision: str, timed: int) -> tuple[list[float], float]:
+    """`measure` on so many processes, with a strategy."""
+    world, strategy = kind
+    found: tuple[list[float], float] = on_ranks(
+        world, args.device, measure, args.model, args.batch, strategy, precision, args.device, args.steps, timed
+    )
+    return found
+
+
+def differences(losses: dict[tuple[int, str], list[float]], precision: str) -> dict[tuple[int, str], float]:
+    """The largest relative difference of each kind's losses to those of one process.
+
+    Raises: SystemExit if in float32 one is more than 1e-5.
+    """
+    expected = torch.tensor(losses[1, "ddp"])
+    found = {kind: float((torch.tensor(values) / expected - 1).abs().max()) for kind, values in losses.items()}
+    for (world, strategy), worst in found.items() if precision == "fp32" else ():
+        demand(f"losses of {strategy} on {world}", worst, AGREEMENT)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", default="1,2,4")
-    parser.add_argument("--model", default="emoji_clip", help="a model of open_clip, or emoji_clip")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--strategies", default="ddp,fsdp")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="steps whose losses are compared")
-    parser.add_argument("--timed", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=arguments.listed(arguments.positive), default="1,2,4")
+    parser.add_argument(
+        "--model", type=arguments.model, default="emoji_clip", help="a model of open_clip, or emoji_clip"
+    )
+    parser.add_argument("--batch", type=arguments.positive, default=128)
+    parser.add_argument("--strategies", type=arguments.listed(arguments.one_of("ddp", "fsdp")), default="ddp,fsdp")
+    parser.add_argument("--precision", choices=tuple(OPEN_CLIP_PRECISION), default="fp32")
+    parser.add_argument("--steps", type=arguments.positive, default=5, help="steps whose losses are compared")
+    parser.add_argument("--timed", type=arguments.positive, default=5, help="steps that are timed")
+    parser.add_argument("--rounds", type=arguments.positive, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    worlds = [int(each) for each in args.processes.split(",")]
-    kinds = [(1, "ddp")] + [(world, each) for world in worlds if world > 1 for each in args.strategies.split(",")]
+    parser.add_argument("--output", type=arguments.writable)
+    args = parser.parse_args(argv)
+    for world in args.processes:
+        if args.batch % world:
+            parser.error(f"--batch {args.batch}: expected a multiple of {world} processes")
+    kinds = [(1, "ddp")] + [(world, each) for world in args.processes if world > 1 for each in args.strategies]
     seconds: dict[tuple[int, str], list[float]] = {kind: [] for kind in kinds}
-    difference: dict[tuple[int, str], float] = {}
-    expected: list[float] = []
-    for _ in range(args.rounds):
-        for world, strategy in kinds:
-            losses, each = on_ranks(
-                world, args.device, measure, args.model, args.batch, strategy, args.precision, args.device, args.steps,
-                args.timed,
-            )  # fmt: skip
-            expected = expected or losses
-            relative = torch.tensor(losses) / torch.tensor(expected) - 1
-            worst = float(relative.abs().max())
-            if args.precision == "fp32":
-                demand(f"losses of {strategy} on {world}", worst, AGREEMENT)
-            difference[world, strategy] = max(worst, difference.get((world, strategy), 0.0))
-            seconds[world, strategy].append(each)
+    if args.precision != "fp32":
+        losses = {kind: run(args, kind, "fp32", 1)[0] for kind in kinds}
+        differences(losses, "fp32")
+    losses = {}
+    for turn in range(args.rounds):
+        for kind in kinds if turn % 2 == 0 else reversed(kinds):
+            losses[kind], each = run(args, kind, args.precision, args.timed)
+            seconds[kind].append(each)
+    difference = differences(losses, args.precision)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     print(one_line())
     print(f"{args.model}, global batch {args.batch}, {args.precision}, {args.device}, medians of {args.rounds}")

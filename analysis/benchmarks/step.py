@@ -6,13 +6,14 @@ r"""Training steps of mmpretrain and of open_clip's own loop, on the same weight
 Batches lie in memory, as each side's loader gives them: uint8 pixels and packed captions here, normalised float32
 pixels and captions padded to the context's end there. Both sides have the same weights, rows, AdamW groups, learning
 rate, decay and loss; a step is forward, backward, update and clamping of the temperature. open_clip's is its
-`open_clip_train.train.train_one_epoch`; ours is what `Trainer` does in a step, gradient norms included, the flags that it
-posts to other processes and what it logs aside. Nobody uses TF32. With `--best`
-both also run compiled: open_clip's --torchcompile, the one flag that it has for speed, and our parallel.compile.
+`open_clip_train.train.train_one_epoch`, which waits for a GPU in the first and in the last of each round's steps; ours is
+what `Trainer` does in a step, gradient norms included, the flags that it posts to other processes and what it logs aside.
+On a GPU rounds have so many steps that two waits do not count. Nobody uses TF32. With `--best` both also run compiled:
+open_clip's --torchcompile, and our parallel.compile.
 
-First both take `--steps` steps from the same weights: in float32 the losses must agree to 1e-5 of their value, or the
-benchmark ends; in bf16, where the two sides round differently, the difference is printed. Then each takes
-`--round-steps` steps in turn, `--rounds` times; the table has medians of wall seconds a step, and ratios.
+First both take `--steps` steps from the same weights in float32, whichever precision is timed: the losses must agree to
+1e-5 of their value, or the benchmark ends. In bf16, where the two sides round differently, the difference is printed. Then
+each takes `--round-steps` steps in turn, `--rounds` times; the table has medians of wall seconds a step, and ratios.
 FLOPs are counted twice, as executed and as if every caption had the whole context, forward and backward; the share of
 the peak (MFU) is of a product of two square matrices in the same precision, timed in the same run.
 """
@@ -21,8 +22,8 @@ import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,8 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.benchmarks import arguments
+from analysis.benchmarks.arguments import EMOJI_CLIP
 from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from mmpretrain import optim, targets
@@ -58,7 +61,7 @@ from mmpretrain.task import Task
 from mmpretrain.transfer import Transfer
 
 HERE = Path(__file__).resolve().parent
-EMOJI_CLIP = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
+EMOJI_CLIP_OF_OPEN_CLIP = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
 OPEN_CLIP_PRECISION = {"fp32": "fp32", "bf16": "amp_bf16"}
 LR, WEIGHT_DECAY, BETAS, EPS = 1e-4, 0.1, (0.9, 0.98), 1e-6
 AGREEMENT = 1e-5
@@ -77,7 +80,7 @@ class Work:
 
 def build_model(name: str) -> ImageTextModel:
     """`emoji_clip`, the model of conf/model/clip_tiny.yaml, or one of open_clip by its name."""
-    if name != "emoji_clip":
+    if name != EMOJI_CLIP:
         return open_clip_model(name)
     node = yaml.safe_load((HERE.parents[1] / "conf" / "model" / "clip_tiny.yaml").read_text(encoding="utf-8"))
     model: ImageTextModel = targets.instantiate(node, 0, "model")
@@ -86,15 +89,20 @@ def build_model(name: str) -> ImageTextModel:
 
 def build_open_clip(work: Work, task: Task) -> Any:
     """open_clip's model with the weights of ours."""
-    name = EMOJI_CLIP if work.model == "emoji_clip" else work.model
+    name = EMOJI_CLIP_OF_OPEN_CLIP if work.model == EMOJI_CLIP else work.model
     model = open_clip.create_model(name, load_weights=False, output_dict=True)
     model.load_state_dict(to_open_clip(task.model, task.logit_scale))
     return model.to(work.device)
 
 
 def synthetic_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
-    """Noise with captions of one length."""
+    """Noise with captions of one length. Raises: SystemExit for one longer than the model's context."""
     length = int(work.captions)
+    assert model.text is not None
+    if length > model.text.context_length:
+        raise SystemExit(
+            f"--captions {length}: {work.model} has a context of {model.text.context_length} tokens at most"
+        )
     parts = (noise(model, work.batch_size, length, length, seed) for seed in range(num))
     return [batch for samples in parts for batch in my_batches(samples)]
 
@@ -124,17 +132,23 @@ def as_open_clip(batch: Batch, model: ImageTextModel) -> tuple[Tensor, Tensor]:
     return model.normalize(samples.images.to(model.device)).contiguous().cpu(), text
 
 
-def check_groups(task: Task, theirs: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raises: SystemExit if the two sides would decay different parameters."""
-    names = {**open_clip_names(task.model), "logit_scale": "logit_scale"}
-    decayed = {
-        names[name.removeprefix("model.").removeprefix("objectives.infonce.")]
-        for group in optimizer.param_groups
+def check_groups(ours: "Ours", theirs: "OpenClip") -> None:
+    """Raises: SystemExit if the two sides would update a parameter differently."""
+    names = {**open_clip_names(ours.task.model), "logit_scale": "logit_scale"}
+    mine = {
+        names[name.removeprefix("model.").removeprefix("objectives.infonce.")]: _rule(group)
+        for group in ours.optimizer.param_groups
         for name in group["names"]
-        if group["weight_decay"]
     }
-    if decayed != {name for name, parameter in theirs.named_parameters() if _open_clip_decays(name, parameter)}:
-        raise SystemExit("the two sides decay different parameters")
+    by_parameter = {id(p): _rule(group) for group in theirs.optimizer.param_groups for p in group["params"]}
+    other = {name: by_parameter[id(p)] for name, p in theirs.original.named_parameters()}
+    if mine != other:
+        name = next(name for name in other if mine.get(name) != other[name])
+        raise SystemExit(f"{name} is updated by {mine.get(name)} here and by {other[name]} in open_clip")
+
+
+def _rule(group: dict[str, Any]) -> dict[str, Any]:
+    return {"lr": float(group["lr"]), "betas": tuple(group["betas"]), **{k: group[k] for k in ("eps", "weight_decay")}}
 
 
 def _open_clip_decays(name: str, parameter: Tensor) -> bool:
@@ -154,6 +168,7 @@ class Ours:
 
     def steps(self, first: int, num: int) -> None:
         """Steps `first` to `first + num`."""
+        torch.backends.cudnn.benchmark = False
         for i in range(first, first + num):
             batch = self.transfer(self.batches[i % len(self.batches)])
             losses = forward_backward(
@@ -169,7 +184,7 @@ class OpenClip:
     """Steps of open_clip's own loop."""
 
     def __init__(self, work: Work, model: Any, batches: list[tuple[Tensor, Tensor]], compiled: bool) -> None:
-        self.model = torch.compile(model) if compiled else model
+        self.original, self.model = model, torch.compile(model) if compiled else model
         self.batches, self.losses = batches, list[Tensor]()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
@@ -193,6 +208,7 @@ class OpenClip:
 
     def steps(self, first: int, num: int) -> None:
         """Steps `first` to `first + num`, as an epoch of its loop."""
+        torch.backends.cudnn.benchmark = True  # as its command has it
         batches = [self.batches[i % len(self.batches)] for i in range(first, first + num)]
         dataloader = _Epoch(batches)
         data = {"train": SimpleNamespace(dataloader=dataloader, set_epoch=lambda epoch: None)}
@@ -237,12 +253,12 @@ def flops(run: Callable[[], None]) -> float:
     return counter.get_total_flops()
 
 
-def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
-    """One precision: check that the losses agree, then time. Raises: SystemExit if they do not."""
+def make_sides(work: Work, num_batches: int, best: bool) -> dict[str, Side]:
+    """Both sides, with `best` compiled too, all from the same weights."""
     torch.manual_seed(0)
     model = build_model(work.model)
     make = synthetic_batches if work.captions.isdigit() else real_batches
-    batches = make(work, model, args.steps)
+    batches = make(work, model, num_batches)
     open_clip_batches = [as_open_clip(batch, model) for batch in batches]
     if work.device.type == "cuda":  # as the loaders of both sides give them
         batches = [batch.pin_memory() for batch in batches]
@@ -254,26 +270,40 @@ def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
         return Task(fresh, {"infonce": InfoNCE(fresh)})
 
     ours = Ours(work, new_task(), batches)
-    sides: dict[str, Side] = {
-        "open_clip": OpenClip(work, build_open_clip(work, ours.task), open_clip_batches, compiled=False)
-    }
-    if args.best:
+    theirs = OpenClip(work, build_open_clip(work, ours.task), open_clip_batches, compiled=False)
+    check_groups(ours, theirs)
+    sides: dict[str, Side] = {"open_clip": theirs}
+    if best:
         compiled = build_open_clip(work, ours.task)
         sides["open_clip_compiled"] = OpenClip(work, compiled, open_clip_batches, compiled=True)
     sides["mmpretrain"] = ours
-    if args.best:
+    if best:
         sides["mmpretrain_compiled"] = Ours(work, new_task(), batches, Parallel(compile=True))
-    check_groups(ours.task, build_open_clip(work, ours.task), ours.optimizer)
+    return sides
+
+
+def trace(sides: dict[str, Side], num_steps: int, precision: str) -> dict[str, float]:
+    """Take the first steps: the largest relative difference of each side's losses to open_clip's.
+
+    Raises: SystemExit if in float32 one is more than 1e-5.
+    """
     for side in sides.values():
-        side.steps(0, args.steps)
+        side.steps(0, num_steps)
     expected = torch.stack(sides["open_clip"].losses).cpu()
     difference = {
         name: float(((torch.stack(side.losses).cpu() - expected) / expected).abs().max())
         for name, side in sides.items()
     }
-    if work.precision == "fp32":
+    if precision == "fp32":
         for name, worst in difference.items():
             demand(f"losses of {name}", worst, AGREEMENT)
+    return difference
+
+
+def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
+    """One precision: check that the losses agree, then time. Raises: SystemExit if they do not."""
+    sides = make_sides(work, args.steps, args.best)
+    difference = trace(sides, args.steps, work.precision)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(args.rounds):
         for name in list(sides) if turn % 2 == 0 else reversed(sides):
@@ -315,28 +345,40 @@ def show(work: Work, result: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="ViT-S-32-alt", help="a model of open_clip, or emoji_clip")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--captions", default="16", help="tokens of every caption, or a folder of tars")
-    parser.add_argument("--precision", default="fp32,bf16")
-    parser.add_argument("--steps", type=int, default=10, help="steps whose losses are compared")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--round-steps", type=int, default=3)
-    parser.add_argument("--best", action="store_true", help="open_clip compiled, too")
+    parser.add_argument(
+        "--model", type=arguments.model, default="ViT-S-32-alt", help="a model of open_clip, or emoji_clip"
+    )
+    parser.add_argument("--batch", type=arguments.positive, default=32)
+    parser.add_argument(
+        "--captions", type=arguments.captions, default="16", help="tokens of every caption, or a folder of tars"
+    )
+    precision = arguments.listed(arguments.one_of(*OPEN_CLIP_PRECISION))
+    parser.add_argument("--precision", type=precision, default="fp32,bf16")
+    parser.add_argument("--steps", type=arguments.positive, default=10, help="steps whose losses are compared")
+    parser.add_argument("--rounds", type=arguments.positive, default=5)
+    parser.add_argument("--round-steps", type=arguments.positive, help="of each side (default 3; on a GPU 50)")
+    parser.add_argument("--best", action="store_true", help="both compiled, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.backends.cudnn.benchmark = True  # as open_clip's command has it
+    parser.add_argument("--output", type=arguments.writable)
+    args = parser.parse_args(argv)
+    args.round_steps = args.round_steps or (50 if args.device == "cuda" else 3)
+    torch.backends.cudnn.allow_tf32 = False
     logging.disable(logging.WARNING)  # open_clip's, of weights that it does not load
     print(one_line())
+    works = {
+        each: Work(args.model, args.batch, args.captions, each, torch.device(args.device)) for each in args.precision
+    }
+    if "fp32" not in works:
+        checked = replace(next(iter(works.values())), precision="fp32")
+        worst = max(trace(make_sides(checked, args.steps, args.best), args.steps, "fp32").values())
+        print(f"the losses of {args.steps} steps in float32 differ by {worst:.1e} at most")
     results = {}
-    for precision in args.precision.split(","):
-        work = Work(args.model, args.batch, args.captions, precision, torch.device(args.device))
-        results[precision] = run(work, args)
-        show(work, results[precision])
+    for name, work in works.items():
+        results[name] = run(work, args)
+        show(work, results[name])
     write_record(args, results=results)
 
 

@@ -34,8 +34,9 @@ For the speed alone, of any model of open_clip on any tars, such as those of `jp
     python -m analysis.benchmarks.train_vs_open_clip --data speed --data-root data/jpegs --model ViT-B-32 --batch 1024 \
         --epochs 3 --workers 14 --device cuda --open-clip-python ENV/bin/python --output b32.json
 
-`data_wait` is the share of the time that training waits for batches. That both sides' mathematics is the same is what
-`step.py` checks, for the same model.
+`data_wait` is the share of the time that training waits for batches, behind the first logged step. That both sides'
+mathematics is the same is what `step.py` checks, for the same model. On a GPU the two are compared in bf16 alone: in
+float32 open_clip's command computes in TF32.
 """
 
 import argparse
@@ -43,8 +44,10 @@ import json
 import shlex
 import shutil
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import commit, describe, one_line, write_record
 from analysis.benchmarks.step import OPEN_CLIP_PRECISION
 from analysis.benchmarks.training_commands import SIDES, TASKS, Work, open_clip_versions
@@ -96,17 +99,27 @@ def print_table(records: dict[str, list[dict[str, float]]]) -> None:
         print(f"{key:<26}" + "".join(f"{cell:>32}" for cell in cells))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, choices=sorted(TASKS))
     parser.add_argument("--data-root", required=True, type=Path, help="folder with train/*.tar and val/*.tar")
-    parser.add_argument("--classes", type=Path, help="class texts for grocery: label, coarse_label, description")
-    parser.add_argument("--open-clip-python", required=True, help="python of the environment with open_clip's trainer")
+    parser.add_argument(
+        "--classes", type=arguments.existing, help="class texts for grocery: label, coarse_label, description"
+    )
+    parser.add_argument(
+        "--open-clip-python",
+        type=arguments.existing,
+        required=True,
+        help="python of the environment with open_clip's trainer",
+    )
     parser.add_argument("--precision", default="bf16", choices=sorted(OPEN_CLIP_PRECISION))
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated (default 0,1,2)")
-    parser.add_argument("--epochs", default=20, type=int)
-    parser.add_argument("--model", help="with --data speed: a model of open_clip (default: the emoji model)")
-    parser.add_argument("--batch", default=128, type=int)
+    parser.add_argument("--seeds", type=arguments.listed(int), default="0,1,2", help="comma-separated (default 0,1,2)")
+    parser.add_argument("--epochs", default=20, type=arguments.positive)
+    parser.add_argument(
+        "--model", type=arguments.model, help="with --data speed: a model of open_clip (default: the emoji model)"
+    )
+    parser.add_argument("--batch", default=128, type=arguments.positive)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--workers", default=1, type=int, help="data processes of each side (default 1)")
     parser.add_argument("--recipe", default="", help="further Hydra overrides of a third side, for the time to quality")
@@ -115,13 +128,15 @@ def main() -> None:
     )
     parser.add_argument("--sides", help="run only some (default open_clip,mmpretrain and, if it is given, recipe)")
     parser.add_argument("--runs", default=Path("runs/train_vs_open_clip"), type=Path, help="where the runs are kept")
-    parser.add_argument("--output", required=True, type=Path, help="JSON with every record")
+    parser.add_argument("--output", required=True, type=arguments.writable, help="JSON with every record")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for mmpretrain.train")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if TASKS[args.data] == "zero_shot" and args.classes is None:
         parser.error(f"--data {args.data} needs --classes TSV (label, coarse_label, description)")
     if args.model is not None and args.data != "speed":
         parser.error(f"--model {args.model}: {args.data} is compared with the emoji model alone; expected --data speed")
+    if args.device == "cuda" and args.precision == "fp32":
+        parser.error("--precision fp32 with --device cuda: open_clip's command computes it in TF32; expected bf16")
     for split in ("train",) if args.data == "speed" else ("train", "val"):
         if not any((args.data_root / split).glob("*.tar")):
             parser.error(f"no *.tar in {args.data_root / split}; build it with: python -m data_tools build")
@@ -134,12 +149,13 @@ def main() -> None:
     work = Work(
         data=args.data, model=args.model, batch_size=args.batch, data_root=args.data_root.resolve(),
         classes=args.classes and args.classes.resolve(), precision=args.precision, epochs=args.epochs,
-        workers=args.workers, device=args.device, open_clip_python=args.open_clip_python, overrides=tuple(args.overrides),
-        recipe=tuple(shlex.split(args.recipe)), open_clip_args=tuple(shlex.split(args.open_clip_args)),
+        workers=args.workers, device=args.device, open_clip_python=str(args.open_clip_python),
+        overrides=tuple(args.overrides), recipe=tuple(shlex.split(args.recipe)),
+        open_clip_args=tuple(shlex.split(args.open_clip_args)),
     )  # fmt: skip
-    versions = open_clip_versions(args.open_clip_python)
+    versions = open_clip_versions(str(args.open_clip_python))
     records: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for turn, seed in enumerate(int(seed) for seed in args.seeds.split(",")):
+    for turn, seed in enumerate(args.seeds):
         for side in sides if turn % 2 == 0 else reversed(sides):
             what = "_".join([args.data, *([args.model, str(args.batch)] if args.model else []), args.precision])
             name = f"{what}_{args.epochs}epochs/{side}_seed{seed}"

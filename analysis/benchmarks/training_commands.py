@@ -9,6 +9,7 @@ import tarfile
 import time
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import open_clip
@@ -17,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from analysis.benchmarks.evaluate_open_clip import CHUNK, read_classes, read_samples, score
-from analysis.benchmarks.step import EMOJI_CLIP, OPEN_CLIP_PRECISION
+from analysis.benchmarks.step import EMOJI_CLIP_OF_OPEN_CLIP, OPEN_CLIP_PRECISION
 from mmpretrain.evals.embed import embed_texts
 from mmpretrain.loading import load_checkpoint
 
+SHORTEST_SECONDS = 10
 TASKS = {"emoji": "retrieval", "grocery": "zero_shot", "speed": None}
 LOG_LINE = re.compile(
     r"^(\S+) \| INFO \| Train Epoch: \d+ \[\s*(\d+)/.*Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+)", re.MULTILINE
@@ -48,7 +50,7 @@ class Work:
     @property
     def open_clip_model(self) -> str:
         """The model as open_clip names it."""
-        return self.model or EMOJI_CLIP
+        return self.model or EMOJI_CLIP_OF_OPEN_CLIP
 
     def of(self, side: str) -> dict[str, object]:
         """What of it one side does."""
@@ -78,7 +80,10 @@ def timed(command: list[str], log: Path) -> float:
 
 
 def open_clip_versions(python: str) -> dict[str, str]:
-    """Versions of what matters in open_clip's environment; ends the benchmark when its trainer is not there."""
+    """Versions of what matters in open_clip's environment.
+
+    Raises: SystemExit if its trainer is not there, or its torch is another than ours.
+    """
     code = "import json, open_clip, open_clip_train.main, torch, webdataset as wds;"
     code += (
         "print(json.dumps({'open_clip': open_clip.__version__, 'torch': torch.__version__, 'wds': wds.__version__}))"
@@ -89,7 +94,13 @@ def open_clip_versions(python: str) -> dict[str, str]:
         raise SystemExit(
             f"--open-clip-python {python}: its trainer does not import ({reason}); see --help for making it"
         )
-    return json.loads(result.stdout)
+    versions: dict[str, str] = json.loads(result.stdout)
+    if versions["torch"].partition("+")[0] != torch.__version__.partition("+")[0]:
+        raise SystemExit(
+            f"--open-clip-python {python} has torch {versions['torch']}, and this environment {torch.__version__}; "
+            "expected the same on both sides"
+        )
+    return versions
 
 
 def count_pairs(shards: list[Path]) -> int:
@@ -102,14 +113,28 @@ def count_pairs(shards: list[Path]) -> int:
 
 
 def read_open_clip_log(log: str, epochs: int) -> dict[str, float]:
-    """Pairs seen, and pairs per second from the first logged step to the last; its stamps are whole seconds."""
+    """Pairs seen; pairs per second, and the share of time spent waiting, from the first logged step to the last.
+
+    Its stamps are whole seconds; its pairs begin anew in each epoch; its times are means over the steps since the line
+    before, of which the first of an epoch tells one and the others several.
+    Raises: SystemExit for a log of less than ten seconds, which would tell no speed.
+    """
     lines = [(stamp, int(pairs), float(wait), float(step)) for stamp, pairs, wait, step in LOG_LINE.findall(log)]
-    first, last = (datetime.strptime(lines[i][0], "%Y-%m-%d,%H:%M:%S") for i in (0, -1))
+    stamps = [datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S") for stamp, *_ in lines]
+    seconds = (stamps[-1] - stamps[0]).total_seconds() if stamps else 0.0
+    if seconds < SHORTEST_SECONDS:
+        raise SystemExit(
+            f"open_clip's log tells {seconds:.0f} s of training; expected {SHORTEST_SECONDS} at least: add epochs"
+        )
     pairs = epochs * max(line[1] for line in lines)
+    waited = taken = 0.0
+    for before, (_, seen, wait, step) in pairwise(lines):
+        since = seen - before[1] if seen > before[1] else seen
+        waited, taken = waited + since * wait, taken + since * step
     return {
         "pairs": float(pairs),
-        "pairs_per_second": (pairs - lines[0][1]) / (last - first).total_seconds(),
-        "data_wait": sum(wait for _, _, wait, _ in lines[1:]) / sum(step for _, _, _, step in lines[1:]),
+        "pairs_per_second": (pairs - lines[0][1]) / seconds,
+        "data_wait": waited / taken,
     }
 
 
@@ -149,7 +174,7 @@ def score_open_clip(work: Work, weights: Path, run_dir: Path) -> dict[str, float
         return {}
     output = run_dir / "metrics.json"
     command = [work.open_clip_python, str(Path(__file__).with_name("evaluate_open_clip.py"))]
-    command += ["--model", EMOJI_CLIP, "--weights", str(weights)]
+    command += ["--model", EMOJI_CLIP_OF_OPEN_CLIP, "--weights", str(weights)]
     command += ["--shards", str(work.val_shards), "--task", task, "--output", str(output)]
     command += ["--classes", str(work.classes)] if work.classes is not None else []
     timed(command, run_dir / "evaluate.out")
@@ -170,11 +195,12 @@ def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     wall_seconds = timed(command, run_dir / "train.out")
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    waits = [record["system/data_wait"] for record in records if "system/data_wait" in record]
     return {
         "wall_seconds": wall_seconds,
         "pairs": float(results["samples"]),
         "pairs_per_second": results["pairs_per_second"],
-        "data_wait": statistics.mean(record["system/data_wait"] for record in records if "system/data_wait" in record),
+        "data_wait": statistics.mean(waits[1:] or waits),  # as of open_clip, behind the first logged step
         **score_mmpretrain(work, run),
     }
 
