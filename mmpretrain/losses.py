@@ -33,9 +33,9 @@ def info_nce(
         split: each process takes its part of the rows, in the order of ranks. The loss is then whole on all of them, and
             so are the gradients of text and scale; that of image is there for the process's own rows. A collective.
 
-    Returns: a scalar.
+    Returns: a scalar. Raises: ValueError for rows narrower than float32, as all losses here that go in chunks.
     """
-    chunks = _chunks(text, chunk_bytes, split)
+    chunks = _chunks(image, text, chunk_bytes, split)
     return cast(Tensor, _Contrast.apply(image, text, logit_scale, ids, None, chunks, torch.is_grad_enabled()))
 
 
@@ -59,7 +59,7 @@ def multi_positive_info_nce(
 
     Returns: a scalar.
     """
-    chunks = _chunks(text, chunk_bytes, split)
+    chunks = _chunks(image, text, chunk_bytes, split)
     return cast(Tensor, _Contrast.apply(image, text, logit_scale, None, groups, chunks, torch.is_grad_enabled()))
 
 
@@ -84,7 +84,7 @@ def sigmoid_loss(
 
     Returns: a scalar.
     """
-    chunks = _chunks(text, chunk_bytes, split)
+    chunks = _chunks(image, text, chunk_bytes, split)
     has_backward = torch.is_grad_enabled()
     return cast(Tensor, _PairwiseSigmoid.apply(image, text, logit_scale, logit_bias, ids, chunks, has_backward))
 
@@ -102,8 +102,13 @@ class _Chunks:
             distributed.all_reduce_sum(tensor)
 
 
-def _chunks(columns: Tensor, chunk_bytes: int, split: bool) -> _Chunks:
-    """Chunks of rows whose similarities to all `columns` take so many bytes; of this process's part, if split."""
+def _chunks(rows: Tensor, columns: Tensor, chunk_bytes: int, split: bool) -> _Chunks:
+    """Chunks of `rows` whose similarities to all `columns` take so many bytes; of this process's part, if split."""
+    for tensor in (rows, columns):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"rows are {tensor.dtype}; expected torch.float32 or float64: a contrastive loss needs them"
+            )
     size = max(1, chunk_bytes // (len(columns) * columns.element_size()))
     share = len(columns) // (distributed.world_size() if split else 1)
     first = distributed.rank() * share if split else 0

@@ -80,7 +80,7 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
 
     Returns: `whole()`, which gives the task with all of its present weights on every process, whose parts may be called
         one by one, by some processes oftener than by others; a collective where they are sharded, for evaluation.
-    Raises: ValueError for several processes without a strategy, and for FSDP2 where it cannot be.
+    Raises: ValueError for several processes without a strategy, and for FSDP2 or checkpointing where they cannot be.
     """
     world = distributed.world_size()
     if options.strategy == "none" and world > 1:
@@ -95,7 +95,17 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
     blocks = blocks_of(task)
     for block in blocks:
         if options.activation_checkpointing != "none":
-            contexts = {"context_fn": _saves_products} if options.activation_checkpointing == "selective" else {}
+            if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules()):
+                raise ValueError(
+                    f"parallel.activation_checkpointing is {options.activation_checkpointing}, but {type(block).__name__} "
+                    "has BatchNorm, whose means would move twice a step; use parallel.activation_checkpointing=none"
+                )
+            contexts = {}
+            if options.activation_checkpointing == "selective":
+                contexts = {"context_fn": _saves_products}
+                for module in block.modules():
+                    if getattr(module, "inplace", False):  # an activation that would overwrite what is kept
+                        module.inplace = False  # type: ignore[assignment]
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
         if options.compile:
             block.forward = torch.compile(block.forward)

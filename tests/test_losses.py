@@ -1,6 +1,7 @@
 """Losses against open_clip's and against plain loops."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -79,6 +80,17 @@ def test_a_second_derivative_is_refused(name: str) -> None:
     (gradient,) = torch.autograd.grad(loss.square(), image, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("loss", "others"),
+    [(info_nce, ()), (multi_positive_info_nce, (torch.arange(4),)), (sigmoid_loss, (torch.zeros(()),))],
+)
+def test_rows_narrower_than_float32_are_refused(loss: Callable[..., Tensor], others: tuple[Tensor, ...]) -> None:
+    rows = torch.eye(4, dtype=torch.bfloat16)
+    for image, text in ((rows, rows), (rows.float(), rows)):
+        with pytest.raises(ValueError, match=r"^rows are torch\.bfloat16; expected torch\.float32 or float64"):
+            loss(image, text, torch.ones(()), *others)
 
 
 def test_losses_without_gradients_are_the_same() -> None:

@@ -61,13 +61,16 @@ def check_size(height: int, width: int) -> None:
         raise BadSample(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
 
 
+_DEEP_GREY = ("I;16", "I;16B", "I;16L", "I")  # Pillow's conversions cut such values off at 255
+
+
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
     """An RGB image: transparency flattened onto `background`, 16-bit grey scaled to 8; EXIF is not looked at.
 
     Raises: BadSample if the pixels cannot be decoded (truncated or corrupt data).
     """
     try:
-        if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        if image.mode in _DEEP_GREY:
             grey = np.asarray(image).astype(np.float64) / 257.0
             return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -83,6 +86,8 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
 
 def _with_transparency(image: Image.Image) -> Image.Image:
     """An RGBA image. Raises: BadSample if the pixels cannot be decoded."""
+    if image.mode in _DEEP_GREY:
+        return to_rgb(image).convert("RGBA")
     try:
         return image.convert("RGBA")
     except MemoryError:

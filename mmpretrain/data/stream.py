@@ -160,6 +160,11 @@ class TarStream:
             raise ValueError(f"data.train.{name}.sources have weights {weights}; give every source a weight, or none")
         if transform is None and caption is None:
             raise ValueError(f"data.train.{name} has neither a caption nor a transform; name at least one")
+        if shorten != "truncate" and text_length is None:
+            raise ValueError(
+                f"data.train.{name}.shorten is {shorten}, but no length to shorten texts to is given; set "
+                f"data.train.{name}.text_length"
+            )
         self.name = name
         self.batch_size = Value(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
         self.sources = list(sources)
@@ -249,7 +254,7 @@ class TarStream:
         for own, (transform, augment), place in zip(seeds, views, out, strict=True):
             image = decode_image(data, partial(transform, seed=own), place.shape[-1], self._channels, place)
             if augment:
-                place.copy_(augmented(image, augment, own))
+                place.copy_(augmented(image.clone(), augment, own))  # what comes back may be another view of its input
 
     def _read_group(self, source: int, sample: int, caption: str | None) -> int:
         if self._group is None or self._group == "id":

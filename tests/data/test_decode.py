@@ -262,6 +262,8 @@ def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
     decoded = decode_image(encode(Image.fromarray(values), "PNG"), whole, 8)
     expected = np.rint(values / 257)  # 65535 is 255 * 257
     assert np.array_equal(decoded.numpy(), np.broadcast_to(expected, (3, 8, 8)))
+    transparent = decode_image(encode(Image.fromarray(values), "PNG"), whole, 8, 4)
+    assert torch.equal(transparent[:3], decoded) and transparent[3].unique().tolist() == [255]
 
 
 # ---------------------------------------------------------------- refusals

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from mmpretrain.batch import Batch, Samples
+from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
@@ -632,6 +633,26 @@ def test_captions_are_drawn_from_fields_by_their_weights(tokenizer: ClipTokenize
     assert [rows_of(b.streams["pairs"]) for b in read_batches(stream, tokenizer, 4)] == [
         rows_of(b.streams["pairs"]) for b in read_batches(again, tokenizer, 4)
     ]
+
+
+def test_what_shortens_nothing_is_refused(tars: list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"pairs\.shorten is block, but no length .* set data\.train\.pairs\.text_length$"
+    ):
+        TarStream("pairs", [Source("a", Shards(tars))], 8, 0, "txt", CenterCrop(), 16, shorten="block")
+
+
+def test_an_augmentation_may_give_its_input_back_turned(tars: list[str], tokenizer: ClipTokenizer) -> None:
+    """Images lie in the batch while they are augmented."""
+
+    def read(augment: list[Augmentation]) -> Tensor:
+        source = Source("a", Shards(tars))
+        stream = TarStream("pairs", [source], 8, 0, "txt", CenterCrop(), 16, augment=augment)
+        images = read_batches(stream, tokenizer, 1)[0].streams["pairs"].images
+        assert images is not None
+        return images
+
+    assert torch.equal(read([lambda image: image.mT]), read([]).mT)
 
 
 @pytest.mark.parametrize("caption", [{}, [], {"txt": 0}, {"txt": -1.0}, {"txt": "much"}])

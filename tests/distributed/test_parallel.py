@@ -98,6 +98,26 @@ def test_checkpointed_blocks_run_again_in_the_backward_pass(kind: str, calls: in
     assert norms == [calls]
 
 
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+def test_blocks_with_batch_norm_are_not_run_twice(kind: str) -> None:
+    task = make_task(("infonce",))
+    task.model.text.transformer["resblocks"][1].ln_2 = torch.nn.BatchNorm1d(16)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=rf"^parallel\.activation_checkpointing is {kind}, but \w+ has BatchNorm"):
+        parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", kind))  # type: ignore[arg-type]
+
+
+def test_what_is_kept_is_not_overwritten_by_an_activation_in_place() -> None:
+    gradients = []
+    for kind in ("none", "selective"):
+        task = make_task(("infonce",))
+        for block in task.model.text.transformer["resblocks"]:  # type: ignore[union-attr]
+            block.mlp.gelu = torch.nn.ReLU(inplace=True)
+        parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", kind))  # type: ignore[arg-type]
+        forward_backward(task, task, make_batches(1), {"infonce": 1.0})
+        gradients.append({name: p.grad for name, p in task.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "blocks"])
 def test_compiled_blocks_give_the_same_losses(kind: str) -> None:
