@@ -34,8 +34,9 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
             "2",
         ],
         "step_vit": ["step", *vit, "--rounds", "5", "--round-steps", "1"],
+        "patch_projection": ["patch_projection", "--rounds", "9"],
         "packing": ["packing", "--captions", captions, "--rounds", "5"],
-        "loss_memory": ["loss_memory", "--rounds", "3"],
+        "loss_memory": ["loss_memory", "--rounds", "5"],
         "grad_cache": ["grad_cache", "--image-size", "128"],
         "scaling": ["scaling", "--rounds", "1"],
     }

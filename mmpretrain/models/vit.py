@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmpretrain.masking import PatchMask
 from mmpretrain.models.attention import attention, choose_kernel
 from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.patch_projection import project_side_by_side
 
 
 class TimmEncoder(nn.Module):
@@ -81,6 +82,7 @@ class TimmEncoder(nn.Module):
             self.trunk.patch_embed.strict_img_size = False
             self.trunk.patch_embed.flatten = False
             self.trunk.patch_embed.output_fmt = Format.NHWC
+            project_side_by_side(self.trunk.patch_embed.proj)
             if self._can_pick():
                 self.trunk.blocks[-1].__class__ = PickingBlock  # the same parameters, one more way to be called
             if not self.num_patches:
