@@ -3,10 +3,10 @@ r"""Memory and time of the contrastive loss with its gradients, beside open_clip
     python -m analysis.benchmarks.loss_memory [--batch 16384] [--width 512] [--output loss_memory.json]
 
 Both get the same unit rows and the same scale, and give the loss and the gradients of both towers' rows and of the
-scale. Each runs in a process of its own, in turn, after a pass over a few rows; the table has medians over the rounds. One pass
-gives both memory and time: what it takes is given back behind it, so that a further one does the same. Memory is the
-process's peak beyond what it held before (Linux's VmHWM, or the CUDA allocator's peak), the gradients of the rows taken away,
-which both have to give. Equality is checked in float64 and in float32 on at most 8,192 of the rows, which are several chunks:
+scale. Each runs in a process of its own, in turn, after a pass over a few rows; the table has medians over the rounds. One
+pass gives both memory and time: what it takes is given back behind it, so that a further one does the same. Memory is the
+process's peak beyond what it held before (Linux's VmHWM, or the CUDA allocator's peak), the gradients of the rows taken
+away, which both have to give. Equality is checked in float64 and in float32 on at most 8,192 of the rows, several chunks:
 the largest relative error of a gradient is printed, and above 1e-12 and 5e-6 the benchmark ends.
 """
 
