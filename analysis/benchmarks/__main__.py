@@ -37,7 +37,7 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
         "patch_projection": ["patch_projection", "--rounds", "9"],
         "packing": ["packing", "--captions", captions, "--rounds", "5"],
         "loss_memory": ["loss_memory", "--rounds", "5"],
-        "grad_cache": ["grad_cache", "--image-size", "128"],
+        "grad_cache": ["grad_cache", "--image-size", "64"],
         "scaling": ["scaling", "--rounds", "1"],
     }
 

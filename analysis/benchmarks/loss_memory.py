@@ -11,10 +11,8 @@ the largest relative error of a gradient is printed, and above 1e-12 and 5e-6 th
 """
 
 import argparse
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
@@ -77,21 +75,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=arguments.positive, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=arguments.writable)
-    parser.add_argument("--measure", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.measure:
-        print(json.dumps(measure(args.measure, args.batch, args.width, args.device)))
-        return
     errors = {name: error(dtype, args.batch, args.width, args.device) for name, (dtype, _) in LIMITS.items()}
     for name, worst in errors.items():
         demand(f"gradients in {name}", worst, LIMITS[name][1])
     values: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
-    own = [sys.executable, "-m", "analysis.benchmarks.loss_memory", "--device", args.device]
-    for turn in range(args.rounds):
-        for name in NAMES if turn % 2 == 0 else reversed(NAMES):
-            command = [*own, "--batch", str(args.batch), "--width", str(args.width), "--measure", name]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            values[name].append(json.loads(done.stdout.splitlines()[-1]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["open_clip.loss", "mmpretrain.losses"])
+    with context.Pool(1, maxtasksperchild=1) as pool:
+        for turn in range(args.rounds):
+            for name in NAMES if turn % 2 == 0 else reversed(NAMES):
+                values[name].append(pool.apply(measure, (name, args.batch, args.width, args.device)))
     medians = {
         name: {key: statistics.median(value[key] for value in values[name]) for key in ("bytes", "seconds")}
         for name in NAMES

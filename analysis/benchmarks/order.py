@@ -23,7 +23,7 @@ from mmpretrain.data.order import Order, SourceOrder, step_positions
 
 BATCH_SIZE = 4096
 EPOCHS = 100
-NUM_CONSECUTIVE, NUM_RANDOM = 200, 20
+NUM_CONSECUTIVE, NUM_RANDOM = 200, 8
 
 
 def batch_at(order: Order, start: int) -> tuple[np.ndarray, np.ndarray]:

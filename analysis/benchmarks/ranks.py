@@ -19,10 +19,16 @@ def on_ranks(world_size: int, device: str, fn: Callable[..., Any], *arguments: A
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
+    server = mp.get_context("forkserver")
+    server.set_forkserver_preload(["mmpretrain.task", "mmpretrain.parallel", "analysis.benchmarks.step"])
+    results = server.SimpleQueue()
     threads = max(1, torch.get_num_threads() // world_size)
-    context = mp.spawn(
-        _rank, (world_size, port, threads, device, fn, arguments, results), nprocs=world_size, join=False
+    context = mp.start_processes(
+        _rank,
+        (world_size, port, threads, device, fn, arguments, results),
+        nprocs=world_size,
+        join=False,
+        start_method="forkserver",
     )
     while results.empty():  # a rank that fails raises here
         context.join(timeout=0.1)
