@@ -10,7 +10,7 @@ from mmpretrain.patches import patchify
 class PatchProjection(nn.Conv2d):
     """A convolution whose windows lie side by side; the same parameters, and the same values to rounding.
 
-    In bf16 on the CPU the product takes .6 to 1 of the convolution's time, in float32 up to 1.2
+    In bf16 on the CPU the product takes .6 to .8 of the convolution's time, in float32 .95 to 1.2
     (`analysis/benchmarks/patch_projection.py`); on CUDA it has not been measured.
     """
 
