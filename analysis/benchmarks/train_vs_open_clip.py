@@ -34,9 +34,11 @@ For the speed alone, of any model of open_clip on any tars, such as those of `jp
     python -m analysis.benchmarks.train_vs_open_clip --data speed --data-root data/jpegs --model ViT-B-32 --batch 1024 \
         --epochs 3 --workers 14 --device cuda --open-clip-python ENV/bin/python --output b32.json
 
-`data_wait` is the share of the time that training waits for batches, behind the first logged step. That both sides'
-mathematics is the same is what `step.py` checks, for the same model. On a GPU the two are compared in bf16 alone: in
-float32 open_clip's command computes in TF32.
+`data_wait` is the share of the time that training waits for batches, behind the first logged step. With `--data speed`
+`mfu_executed` and `mfu_full_context` are what pairs a second make of the speed of a matrix product, timed in the same run:
+the operations of a step on the first batch of the tars, as executed, and as if every caption had the whole context.
+That both sides' mathematics is the same is what `step.py` checks, for the same model. On a GPU the two are compared in bf16
+alone: in float32 open_clip's command computes in TF32.
 """
 
 import argparse
@@ -45,11 +47,16 @@ import shlex
 import shutil
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from analysis.benchmarks import arguments
+from analysis.benchmarks.arguments import EMOJI_CLIP
 from analysis.benchmarks.machine import commit, describe, one_line, write_record
-from analysis.benchmarks.step import OPEN_CLIP_PRECISION
+from analysis.benchmarks.step import OPEN_CLIP_PRECISION, flops, make_sides, matmul_flops_per_second
+from analysis.benchmarks.step import Work as StepWork
 from analysis.benchmarks.training_commands import SIDES, TASKS, Work, open_clip_versions
 
 TIMES = ("wall_seconds", "pairs_per_second")
@@ -99,6 +106,17 @@ def print_table(records: dict[str, list[dict[str, float]]]) -> None:
         print(f"{key:<26}" + "".join(f"{cell:>32}" for cell in cells))
 
 
+def add_mfu(records: dict[str, list[dict[str, float]]], work: StepWork) -> None:
+    """Put into each record what its pairs a second make of the speed of a matrix product."""
+    sides = make_sides(work, 1, best=False)
+    per_pair = {name: flops(partial(side.steps, 0, 1)) / work.batch_size for name, side in sides.items()}
+    peak = matmul_flops_per_second(work.precision, work.device)
+    for name, executed in per_pair.items():
+        for record in records[name]:
+            share = record["pairs_per_second"] / peak
+            record["mfu_executed"], record["mfu_full_context"] = share * executed, share * per_pair["open_clip"]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--model {args.model}: {args.data} is compared with the emoji model alone; expected --data speed")
     if args.device == "cuda" and args.precision == "fp32":
         parser.error("--precision fp32 with --device cuda: open_clip's command computes it in TF32; expected bf16")
+    if args.recipe and args.data == "speed":
+        parser.error(f"--recipe {args.recipe!r} with --data speed: expected data with scores that it is to reach")
     for split in ("train",) if args.data == "speed" else ("train", "val"):
         if not any((args.data_root / split).glob("*.tar")):
             parser.error(f"no *.tar in {args.data_root / split}; build it with: python -m data_tools build")
@@ -162,8 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             records[side].append(run_once(side, work, seed, (args.runs / name).resolve(), versions))
             print(f"{side} seed {seed}: {json.dumps(records[side][-1])}", flush=True)
     print(
-        f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {args.seeds}; {one_line()}; open_clip: {versions}"
+        f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {', '.join(map(str, args.seeds))}; {one_line()}; open_clip: {versions}"
     )
+    if args.data == "speed":
+        tars, device = str(args.data_root / "train"), torch.device(args.device)
+        add_mfu(records, StepWork(args.model or EMOJI_CLIP, args.batch, tars, args.precision, device))
     print_table(records)
     write_record(args, open_clip_environment=versions, records=records)
 

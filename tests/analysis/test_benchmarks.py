@@ -68,6 +68,10 @@ def test_what_differs_or_is_no_number_ends_a_benchmark(difference: float) -> Non
             "train_vs_open_clip --data speed --data-root x --open-clip-python . --output o --device cuda --precision fp32",
             "--precision fp32 with --device cuda: open_clip's command computes it in TF32; expected bf16",
         ),
+        (
+            "train_vs_open_clip --data speed --data-root . --open-clip-python . --output o --recipe objective=flip",
+            "--recipe 'objective=flip' with --data speed: expected data with scores that it is to reach",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_measured(
