@@ -181,9 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = f"{what}_{args.epochs}epochs/{side}_seed{seed}"
             records[side].append(run_once(side, work, seed, (args.runs / name).resolve(), versions))
             print(f"{side} seed {seed}: {json.dumps(records[side][-1])}", flush=True)
-    print(
-        f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {', '.join(map(str, args.seeds))}; {one_line()}; open_clip: {versions}"
-    )
+    seeds = ", ".join(map(str, args.seeds))
+    print(f"\n{args.data}, {args.precision}, {args.epochs} epochs, seeds {seeds}; {one_line()}; open_clip: {versions}")
     if args.data == "speed":
         tars, device = str(args.data_root / "train"), torch.device(args.device)
         add_mfu(records, StepWork(args.model or EMOJI_CLIP, args.batch, tars, args.precision, device))
