@@ -19,7 +19,7 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
     vit = ["--model", "ViT-S-32-alt", "--batch", "32", "--captions", "16"]
     return {
         "order": ["order", "--rounds", "5"],
-        "data": ["data", "--rounds", "5", "--photographs", str(photographs)],
+        "data": ["data", "--rounds", "5", *(["--photographs", str(photographs)] if photographs.exists() else [])],
         "step_emoji": [
             "step",
             "--model",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.benchmarks import __main__ as all_of_them
 from analysis.benchmarks import data, hold_out, jpeg_tars
 from analysis.benchmarks.machine import demand
 from analysis.benchmarks.step import OpenClip, Work, check_groups, make_sides, trace
@@ -118,12 +119,12 @@ def test_other_tokens_end_the_benchmark_of_data(tmp_path: Path) -> None:
     tar = tmp_path / "0.tar"
     images = jpeg_tars.write_tar(tar, [], 256, 64)
     (batch,) = build_loader({"pairs": data.mmpretrain_stream(tar)}, ClipTokenizer(), Clock(1, 1), 0, 1)
-    assert 0 <= data.check(tar, images[:2], batch) < 3
+    assert 0 <= data.check(tar, images[:2], [batch]) < 3
     text = batch.streams["pairs"].text
     assert text is not None
     text[3, 2] += 1
     with pytest.raises(SystemExit, match=r"has other tokens here than in open_clip$"):
-        data.check(tar, images[:2], batch)
+        data.check(tar, images[:2], [batch])
 
 
 LOG = """2026-11-21,10:00:00 | INFO | Start epoch 0
@@ -166,6 +167,13 @@ def test_values_are_held_out_whole_and_the_same_every_time(tmp_path: Path) -> No
     assert not bases["train"] & bases["val"] and 0 < len(bases["val"]) < 30
     assert sum(map(len, parts[0].values())) == 300
     assert Path(parts[0]["val"][0]["image"]).is_absolute()
+
+
+def test_photographs_that_are_not_there_are_not_asked_for(tmp_path: Path) -> None:
+    """`make bench` measures pictures of noise then."""
+    there = all_of_them.commands(tmp_path, tmp_path)["data"]
+    assert there[-2:] == ["--photographs", str(tmp_path)]
+    assert all_of_them.commands(tmp_path, tmp_path / "nowhere")["data"] == there[:-2]
 
 
 @pytest.mark.slow
