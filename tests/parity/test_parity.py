@@ -177,6 +177,6 @@ def test_captioning_beside_infonce_is_the_loss_of_coca() -> None:
         infonce.logit_scale.exp(), output_dict=True,
     )  # fmt: skip
     terms, _ = captioning.loss(encodings)
-    assert (2 * terms / captioning.count(batch)).item() == pytest.approx(float(theirs["caption_loss"]), rel=1e-10)
+    assert (2 * terms / captioning.count(batch)).item() == pytest.approx(theirs["caption_loss"].item(), rel=1e-10)
     contrastive = infonce.loss(*infonce.embed(encodings))
-    assert float(contrastive) == pytest.approx(float(theirs["contrastive_loss"]), rel=1e-10)
+    assert contrastive.item() == pytest.approx(theirs["contrastive_loss"].item(), rel=1e-10)
