@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     values: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["open_clip.loss", "mmpretrain.losses"])
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        for turn in range(args.rounds):
-            for name in NAMES if turn % 2 == 0 else reversed(NAMES):
-                values[name].append(pool.apply(measure, (name, args.batch, args.width, args.device)))
+    for turn in range(args.rounds):
+        for name in NAMES if turn % 2 == 0 else reversed(NAMES):
+            with ProcessPoolExecutor(1, mp_context=context) as pool:  # which says so if its process is killed
+                values[name].append(pool.submit(measure, name, args.batch, args.width, args.device).result())
     medians = {
         name: {key: statistics.median(value[key] for value in values[name]) for key in ("bytes", "seconds")}
         for name in NAMES

@@ -14,6 +14,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
@@ -89,8 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     medians: dict[str, dict[str, float]] = {}
     for size in args.samples:
         # Forked: nothing here has run a thread, and importing takes longer than measuring.
-        with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-            rounds = [pool.apply(measure, (size,)) for _ in range(args.rounds)]
+        context = multiprocessing.get_context("fork")
+        rounds = []
+        for _ in range(args.rounds):
+            with ProcessPoolExecutor(1, mp_context=context) as pool:  # which says so if its process is killed
+                rounds.append(pool.submit(measure, size).result())
         if not all(0 <= each["least"] <= each["most"] < size for each in rounds):
             raise SystemExit(f"a sample lies outside of the {size}")
         median = {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
