@@ -8,7 +8,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from data_tools.tables import caption_text, read_pairs
 from mmpretrain.data.decode import BadSample, decode_captions
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.storage import LocalStorage
 
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
 
@@ -32,13 +31,9 @@ def read_texts(source: str, caption: str) -> Iterator[str]:
 
 
 def _tar_captions(shards: Shards, field: str) -> Iterator[str]:
-    storage = LocalStorage()
     for sample in range(shards.num_samples):
-        member = shards.member(sample, (field.split(".")[0],))
-        if member is None:
-            continue
         try:
-            yield from decode_captions(storage.read(member[0], member[2], member[3]), field)
+            yield from decode_captions(shards.read(sample, (field.split(".")[0],)), field)
         except BadSample:
             continue
 

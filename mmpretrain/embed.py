@@ -24,8 +24,6 @@ from mmpretrain.data.decode import BadSample
 from mmpretrain.data.loader import ignore_signals
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.storage import LocalStorage
-from mmpretrain.data.stream import read_member
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.loading import Loaded, load_checkpoint
 from mmpretrain.precision import PrecisionName, autocast
@@ -102,7 +100,6 @@ class _Images(Dataset[Tensor | None]):
 
     def __init__(self, source: str | Sequence[str], preprocess: Preprocess) -> None:
         self._preprocess = preprocess
-        self._storage = LocalStorage()
         self._shards: Shards | None = None
         self._files: list[Path] = []
         if isinstance(source, str) and Path(source).is_dir() and not any(Path(source).glob("*.tar")):
@@ -126,7 +123,7 @@ class _Images(Dataset[Tensor | None]):
         try:
             if self._shards is None:
                 return self._preprocess(self._files[i])
-            return self._preprocess(read_member(self._shards, self._storage, i, IMAGE_EXTENSIONS))
+            return self._preprocess(self._shards.read(i, IMAGE_EXTENSIONS))
         except BadSample as error:
             log.warning("refused %s: %s", self.keys[i], error)
             return None

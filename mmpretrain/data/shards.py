@@ -11,6 +11,8 @@ import braceexpand
 import numpy as np
 import numpy.typing as npt
 
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.storage import read_range
 from mmpretrain.data.tar_index import load_index
 
 
@@ -124,6 +126,17 @@ class Shards:
                 if sizes[row] >= 0:
                     return self.paths[shard], extension, int(offsets[row]), int(sizes[row])
         return None
+
+    def read(self, sample_id: int, extensions: Sequence[str]) -> bytes:
+        """The bytes of the first extension that the sample has.
+
+        Raises: IndexError; BadSample if it has none of them; OSError if they cannot be read.
+        """
+        member = self.member(sample_id, extensions)
+        if member is None:
+            raise BadSample(f"it has no member {' or '.join(extensions)}")
+        path, _, offset, size = member
+        return read_range(path, offset, size)
 
     def _locate_one(self, sample_id: int) -> tuple[int, int]:
         if not 0 <= sample_id < self.num_samples:

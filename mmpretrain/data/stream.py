@@ -24,7 +24,6 @@ from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.data.shards import Shards, concatenated
 from mmpretrain.data.shorten import Shorten, shortened
-from mmpretrain.data.storage import LocalStorage, Storage
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
@@ -44,18 +43,6 @@ class Source:
     name: str
     shards: Shards
     weight: float | None = None
-
-
-def read_member(shards: Shards, storage: Storage, sample_id: int, extensions: Sequence[str]) -> bytes:
-    """The bytes of a sample's first member among `extensions`.
-
-    Raises: BadSample if it has none of them.
-    """
-    member = shards.member(sample_id, extensions)
-    if member is None:
-        raise BadSample(f"it has no member {' or '.join(extensions)}")
-    path, _, offset, size = member
-    return storage.read(path, offset, size)
 
 
 class CaptionFields:
@@ -89,9 +76,9 @@ def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
     return [fields] if isinstance(fields, str) else fields
 
 
-def read_captions(shards: Shards, storage: Storage, sample_id: int, field: str) -> list[str]:
+def read_captions(shards: Shards, sample_id: int, field: str) -> list[str]:
     """The captions under `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
-    return decode_captions(read_member(shards, storage, sample_id, (field.split(".")[0],)), field)
+    return decode_captions(shards.read(sample_id, (field.split(".")[0],)), field)
 
 
 class Stream(Protocol):
@@ -195,7 +182,6 @@ class TarStream:
         self._views = views
         sizes = [source.shards.num_samples for source in self.sources]
         self._first_id = np.cumsum([0, *sizes[:-1]])
-        self._storage: Storage = LocalStorage()
 
     def check_first_sample(self) -> None:
         """Read one sample of each source by every field, so that a wrong one ends the run at its start.
@@ -243,11 +229,11 @@ class TarStream:
         return f"{shards.path(int(shards.locate(samples)[0][0]))}:{shards.key(int(samples[0]))}"
 
     def _read_captions(self, source: int, sample: int, field: str) -> list[str]:
-        return read_captions(self.sources[source].shards, self._storage, sample, field)
+        return read_captions(self.sources[source].shards, sample, field)
 
     def _read_images(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> None:
         """Write the image and the stream's further views of it to `out`."""
-        data = read_member(self.sources[source].shards, self._storage, sample, IMAGE_EXTENSIONS)
+        data = self.sources[source].shards.read(sample, IMAGE_EXTENSIONS)
         assert self._transform is not None
         seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
         views = [(self._transform, self._augment), *self._views]
@@ -261,7 +247,7 @@ class TarStream:
             return int(self._first_id[source]) + sample
         if self._group == "caption":
             return hash64(caption or "")
-        member = read_member(self.sources[source].shards, self._storage, sample, (self._group.split(".")[0],))
+        member = self.sources[source].shards.read(sample, (self._group.split(".")[0],))
         return hash64(read_label(member, self._group))
 
     def _memory(self, n: int, size: int) -> tuple[Tensor, Tensor]:

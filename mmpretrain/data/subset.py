@@ -6,8 +6,8 @@ import logging
 import numpy as np
 import numpy.typing as npt
 
+from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shards import Shards
-from mmpretrain.data.storage import LocalStorage
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +56,11 @@ def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
 
 def _uids(shards: Shards) -> list[str]:
     """The `uid` in each sample's json; empty where it has none."""
-    storage = LocalStorage()
     uids = []
     for sample in range(shards.num_samples):
-        member = shards.member(sample, ("json",))
-        record = {} if member is None else json.loads(storage.read(member[0], member[2], member[3]))
+        try:
+            record = json.loads(shards.read(sample, ("json",)))
+        except BadSample:
+            record = {}
         uids.append(str(record.get("uid", f"none {sample}")))
     return uids

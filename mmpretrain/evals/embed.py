@@ -16,8 +16,7 @@ from mmpretrain.data.loader import ignore_signals
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
-from mmpretrain.data.storage import LocalStorage, Storage
-from mmpretrain.data.stream import read_captions, read_member
+from mmpretrain.data.stream import read_captions
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
@@ -78,7 +77,6 @@ Record = tuple[Tensor | None, list[str], int, str]
 class _Records(Dataset[Record]):
     def __init__(self, data: EvalSet) -> None:
         self._data = data
-        self._storage: Storage = LocalStorage()
 
     def __len__(self) -> int:
         return self._data.shards.num_samples
@@ -87,7 +85,7 @@ class _Records(Dataset[Record]):
         data = self._data
         if data.label is None:
             return -1
-        member = read_member(data.shards, self._storage, sample, (data.label.split(".")[0],))
+        member = data.shards.read(sample, (data.label.split(".")[0],))
         value = read_label(member, data.label)
         # `cls` is an index, also where classes are named by numbers.
         if data.label != "cls" and data.classes is not None and value in data.classes.names:
@@ -103,9 +101,9 @@ class _Records(Dataset[Record]):
     def __getitem__(self, sample: int) -> Record:
         data = self._data
         try:
-            encoded = read_member(data.shards, self._storage, sample, IMAGE_EXTENSIONS)
+            encoded = data.shards.read(sample, IMAGE_EXTENSIONS)
             image = data.preprocess(encoded)
-            captions = [] if data.caption is None else read_captions(data.shards, self._storage, sample, data.caption)
+            captions = [] if data.caption is None else read_captions(data.shards, sample, data.caption)
             return image, captions, self._label(sample), ""
         except BadSample as error:
             return None, [], -1, str(error)
@@ -113,7 +111,7 @@ class _Records(Dataset[Record]):
 
 def read_image(data: EvalSet, sample: int) -> Tensor:
     """One image of a data set as the model sees it, uint8 [c, h, w]. Raises: BadSample."""
-    return data.preprocess(read_member(data.shards, LocalStorage(), sample, IMAGE_EXTENSIONS))
+    return data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS))
 
 
 def embed_texts(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:

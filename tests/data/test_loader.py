@@ -21,7 +21,6 @@ from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
-from mmpretrain.data.storage import LocalStorage
 from mmpretrain.data.stream import Source, TarStream, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
@@ -79,7 +78,7 @@ def rows_of(samples: Samples) -> dict[int, Row]:
 
 def tokens_of(tokenizer: ClipTokenizer, shards: Shards, sample: int) -> tuple[int, ...]:
     """The tokens of a sample's `txt`, read beside the loader."""
-    return tuple(tokenizer(read_captions(shards, LocalStorage(), sample, "txt"))[0][0].tolist())
+    return tuple(tokenizer(read_captions(shards, sample, "txt"))[0][0].tolist())
 
 
 def read_steps(
@@ -163,7 +162,7 @@ def test_a_row_is_the_sample_that_its_id_names(
     tars: list[str], tokenizer: ClipTokenizer, reference: list[dict[str, dict[int, Row]]]
 ) -> None:
     """Read straight from the tars: id, seed, crop and caption belong together."""
-    stream, shards, storage = make_stream(tars), Shards(tars), LocalStorage()
+    stream, shards = make_stream(tars), Shards(tars)
     transform = RandomResizedCrop((0.5, 1.0), horizontal_flip=0.5)
     for position, (sample, seed, shape, pixels, tokens) in reference[5]["pairs"].items():
         assert isinstance(sample, int) and isinstance(seed, int) and isinstance(tokens, tuple)
@@ -171,7 +170,7 @@ def test_a_row_is_the_sample_that_its_id_names(
         member = shards.member(sample, ["jpg"])
         assert member is not None
         crop = functools.partial(transform, seed=seed % 2**64)
-        image = decode_image(storage.read(member[0], *member[2:]), crop, 16)
+        image = decode_image(shards.read(sample, ["jpg"]), crop, 16)
         assert (image.shape, image.numpy().tobytes()) == (shape, pixels)
         assert tokens == tokens_of(tokenizer, shards, sample)
         assert stream.sample_key(position) == f"{member[0]}:{shards.key(sample)}"
@@ -192,11 +191,9 @@ def test_further_views_are_crops_of_their_own_and_change_nothing_else(
     assert rows_of(samples) == rows_of(without.streams["pairs"]) and without.streams["pairs"].views is None
     assert samples.views is not None and samples.images is not None
     assert samples.views.shape == (24, 2, 3, 16, 16) and samples.views.dtype == torch.uint8
-    shards, storage = Shards(tars), LocalStorage()
+    shards = Shards(tars)
     for row in range(24):
-        member = shards.member(int(samples.ids[row]), ["jpg"])
-        assert member is not None
-        data = storage.read(member[0], *member[2:])
+        data = shards.read(int(samples.ids[row]), ["jpg"])
         for number in range(2):
             seed = hash64(int(samples.seeds[row]) % 2**64, "view", number)
             expected = decode_image(data, functools.partial(crop, seed=seed), 16)

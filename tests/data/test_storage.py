@@ -2,11 +2,23 @@
 
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mmpretrain.data.storage import LocalStorage
+from mmpretrain.data import storage
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.shards import Shards
+from mmpretrain.data.storage import read_range
+from tests.tars import write_tars
+
+
+@pytest.fixture(autouse=True)
+def no_open_files() -> Iterator[None]:
+    storage._opened.cache_clear()
+    yield
+    storage._opened.cache_clear()
 
 
 def open_files_under(folder: Path) -> int:
@@ -24,24 +36,22 @@ def test_reads_exactly_the_range(tmp_path: Path) -> None:
     data = bytes(range(256)) * 10
     path = tmp_path / "a.tar"
     path.write_bytes(data)
-    storage = LocalStorage()
     for offset, size in [(0, 2560), (0, 0), (5, 1), (1000, 1560), (2559, 1)]:
-        assert storage.read(str(path), offset, size) == data[offset : offset + size]
+        assert read_range(str(path), offset, size) == data[offset : offset + size]
 
 
 def test_a_missing_file_is_an_io_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
-        LocalStorage().read(str(tmp_path / "gone.tar"), 0, 1)
+        read_range(str(tmp_path / "gone.tar"), 0, 1)
 
 
 def test_a_file_cut_short_is_an_io_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(bytes(100))
-    storage = LocalStorage()
-    assert storage.read(str(path), 90, 10) == bytes(10)
+    assert read_range(str(path), 90, 10) == bytes(10)
     os.truncate(path, 95)
     with pytest.raises(OSError, match=r"expected 10 bytes at offset 90, got 5.*a\.tar"):
-        storage.read(str(path), 90, 10)
+        read_range(str(path), 90, 10)
     assert open_files_under(tmp_path) == 0
 
 
@@ -49,41 +59,40 @@ def test_a_failed_read_is_tried_again_on_the_file_that_lies_there_now(tmp_path: 
     path, whole = tmp_path / "a.tar", tmp_path / "whole"
     path.write_bytes(b"half")
     whole.write_bytes(b"half and half")
-    storage = LocalStorage()
-    assert storage.read(str(path), 0, 4) == b"half"
+    assert read_range(str(path), 0, 4) == b"half"
     whole.rename(path)
-    assert storage.read(str(path), 4, 9) == b" and half"
+    assert read_range(str(path), 4, 9) == b" and half"
 
 
-def test_few_files_stay_open(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{i}.tar" for i in range(300)]
-    for i, path in enumerate(paths):
-        path.write_bytes(i.to_bytes(4, "big"))
-    storage = LocalStorage()
+def test_few_files_stay_open_whatever_the_number_of_data_sets(tmp_path: Path) -> None:
+    samples = [{"txt": f"text {number}"} for number in range(240)]
+    paths = write_tars(tmp_path, samples, [2] * 120)
+    sets = [Shards(paths[10 * i : 10 * (i + 1)]) for i in range(12)]
     for _ in range(2):
-        assert [int.from_bytes(storage.read(str(path), 0, 4), "big") for path in paths] == list(range(300))
-        assert 1 < open_files_under(tmp_path) <= 256
+        texts = [shards.read(sample, ("txt",)).decode() for shards in sets for sample in range(shards.num_samples)]
+        assert texts == [f"text {number}" for number in range(240)]
+        assert 1 < open_files_under(tmp_path) <= 32
 
 
-def test_a_copy_opens_its_own_files(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(b"abc")
-    storage = LocalStorage()
-    storage.read(str(path), 0, 3)
-    copy = pickle.loads(pickle.dumps(storage))
-    assert open_files_under(tmp_path) == 1
-    assert copy.read(str(path), 1, 2) == b"bc"
-    assert open_files_under(tmp_path) == 2
+def test_a_copy_of_shards_reads_too(tmp_path: Path) -> None:
+    shards = Shards(write_tars(tmp_path, [{"txt": "one"}, {"txt": "two"}], [1, 1]))
+    assert shards.read(1, ("jpg", "txt")) == b"two"
+    copy = pickle.loads(pickle.dumps(shards))
+    assert [copy.read(sample, ("txt",)) for sample in range(2)] == [b"one", b"two"]
+    with pytest.raises(BadSample, match="it has no member jpg or png"):
+        copy.read(0, ("jpg", "png"))
 
 
 def test_a_forked_child_reads_beside_its_parent(tmp_path: Path) -> None:
-    path = tmp_path / "a.tar"
-    path.write_bytes(bytes(range(200)))
-    storage = LocalStorage()
-    storage.read(str(path), 0, 1)
+    paths = [tmp_path / f"{i}.tar" for i in range(2)]
+    for path in paths:
+        path.write_bytes(bytes(range(200)))
+    assert read_range(str(paths[0]), 0, 1) == b"\0"
     child = os.fork()
     if child == 0:
-        right = all(storage.read(str(path), i, 1)[0] == i for i in range(200))
+        right = all(read_range(str(path), i, 1)[0] == i for i in range(200) for path in paths)
+        storage._opened.cache_clear()
         os._exit(0 if right else 1)
-    assert all(storage.read(str(path), i, 1)[0] == i for i in range(200))
+    assert all(read_range(str(paths[0]), i, 1)[0] == i for i in range(200))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert read_range(str(paths[0]), 7, 1) == b"\x07" and open_files_under(tmp_path) == 1

@@ -16,7 +16,6 @@ from data_tools.__main__ import main
 from data_tools.tokenizers import train_tokenizer
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.storage import LocalStorage
 from mmpretrain.data.stream import Source, TarStream, read_captions
 from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer, tokenizer_of
 from mmpretrain.schedules import Clock
@@ -50,7 +49,7 @@ def shards_of(folder: Path) -> Shards:
 def samples(folder: Path) -> dict[str, str]:
     """Texts by their keys, sorted as the input was."""
     shards = shards_of(folder)
-    found = {shards.key(i): read_captions(shards, LocalStorage(), i, "txt")[0] for i in range(shards.num_samples)}
+    found = {shards.key(i): read_captions(shards, i, "txt")[0] for i in range(shards.num_samples)}
     assert len(found) == shards.num_samples
     return dict(sorted(found.items()))
 
