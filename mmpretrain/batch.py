@@ -103,7 +103,7 @@ class Batch:
 
     streams: Mapping[str, Samples]
     seed: int = 0
-    """Seeds dropout, where a model has it: drawn from the micro-batch's first sample; known on the host."""
+    """Seeds PyTorch's generator, for what a model does not draw by sample: the first sample's seed, known on the host."""
     now: Now = field(default_factory=Now)
     """When in the run the step stands: what scheduled values are functions of."""
     refused: tuple[Refused, ...] = ()

@@ -2,9 +2,10 @@
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,11 +19,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
+from mmpretrain.diagnose import unchanged_buffers
 from mmpretrain.precision import PrecisionName
+from mmpretrain.randomness import RandomnessWatch, SampleRandomness, checkpoint_contexts
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
 
+log = logging.getLogger(__name__)
+
 _ROUNDING = 0.02  # of a step: some optimisers compute in bf16
+_SPLIT = 1e-4  # of a loss in float32: what rounding may change where a micro-batch is split
+_NAMED_LAYERS = 8
 
 # Later releases of torch renamed it.
 _SYNC_BUFFERS = (
@@ -48,6 +55,62 @@ def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
         task.zero_grad()
     task.train()
     return reached
+
+
+def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> None:
+    """Find out whether the task draws at random, and let each of its samples draw from its own seed.
+
+    What a layer does not draw by sample depends on the number of processes and micro-batches. It is found by a step on a
+    small example in training mode. A collective.
+
+    Args:
+        task: its `randomness` is set.
+        example: two samples of each stream.
+        num_micro_batches: of a step, on one process.
+
+    Raises: ValueError that names such layers, with several processes or micro-batches; with one a warning names them.
+    """
+    weights = dict.fromkeys(task.objectives, 1.0)
+    watch = RandomnessWatch(task)
+    task.randomness = lambda: watch
+    with unchanged_buffers(task):
+        whole = forward_backward(task, task, [example], weights).reduced()
+        strangers = list(watch.otherwise)
+        if not (watch.by_sample or strangers):
+            task.randomness = None
+        elif not strangers and not any(
+            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules()
+        ):
+            task.randomness = partial(SampleRandomness, strict=False)
+            halves = forward_backward(task, task, _halves(example), weights).reduced()
+            if any(_relative(halves[name]["loss"], each["loss"]) > _SPLIT for name, each in whole.items()):
+                strangers = list(watch.by_sample)
+    task.zero_grad()
+    is_split = num_micro_batches > 1 or distributed.world_size() > 1
+    if strangers:
+        names = ", ".join(strangers[:_NAMED_LAYERS]) + (" and others" if len(strangers) > _NAMED_LAYERS else "")
+        message = f"{names} draw at random in ways that depend on a sample's neighbours"
+        if is_split:
+            raise ValueError(
+                f"{message}, so that training would depend on the number of processes ({distributed.world_size()}) and "
+                f"micro-batches ({num_micro_batches}); set their probabilities to 0, or use one of each"
+            )
+        log.warning("%s: training is reproducible, but on one process and with one micro-batch alone", message)
+    if task.randomness is not None:
+        task.randomness = partial(SampleRandomness, strict=is_split and not strangers)
+
+
+def _halves(example: Batch) -> list[Batch]:
+    """Each of an example's two samples as a micro-batch of its own."""
+    rows = [torch.tensor([row]) for row in range(2)]
+    return [
+        replace(example, streams={name: each.rows(row) for name, each in example.streams.items()}, counts={})
+        for row in rows
+    ]
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs() / expected.abs().clamp(min=1e-6))
 
 
 @dataclass(frozen=True)
@@ -100,13 +163,14 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
                     f"parallel.activation_checkpointing is {options.activation_checkpointing}, but {type(block).__name__} "
                     "has BatchNorm, whose means would move twice a step; use parallel.activation_checkpointing=none"
                 )
-            contexts = {}
+            keeps = None
             if options.activation_checkpointing == "selective":
-                contexts = {"context_fn": _saves_products}
+                keeps = _saves_products
                 for module in block.modules():
                     if getattr(module, "inplace", False):  # an activation that would overwrite what is kept
                         module.inplace = False  # type: ignore[assignment]
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+            contexts = partial(checkpoint_contexts, keeps)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
         if options.compile:
             block.forward = torch.compile(block.forward)
     if is_sharded:

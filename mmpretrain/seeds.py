@@ -64,21 +64,30 @@ def permutation(seed: int, n: int) -> np.ndarray:
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift of int64, which torch only shifts arithmetically."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def torch_draw(seeds: Tensor, counters: Tensor) -> Tensor:
+    """`draw` over tensors: seeds and counters int64, broadcast together -> int64, the bits of `draws`."""
+    x = seeds + (counters + 1) * _signed(GOLDEN)
+    x = x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_MULTIPLIERS[0]))
+    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MULTIPLIERS[1]))
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def torch_draws(seeds: Tensor, n: int, salt: int = 0) -> Tensor:
-    """Outputs 0 .. n-1 of the generators `seeds ^ salt`: int64 [b] -> int64 [b, n], the bits of `draws`."""
-    counters = torch.arange(1, n + 1, device=seeds.device, dtype=torch.int64)
-    x = (seeds ^ _signed(salt))[:, None] + counters * _signed(GOLDEN)
-    x = (x ^ _shift_right(x, 30)) * _signed(_MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 27)) * _signed(_MULTIPLIERS[1])
-    return x ^ _shift_right(x, 31)
+    """Outputs 0 .. n-1 of the generators `seeds ^ salt`: int64 [...] -> int64 [..., n]."""
+    return torch_draw((seeds ^ _signed(salt))[..., None], torch.arange(n, device=seeds.device))
+
+
+def unit_interval(bits: Tensor) -> Tensor:
+    """64 random bits, int64 -> float64 in [0, 1)."""
+    return _shift_right(bits, 11).double() * 2.0**-53
 
 
 def torch_uniform(seeds: Tensor, n: int, salt: int = 0) -> Tensor:
-    """`torch_draws` as float64 in [0, 1): int64 [b] -> float64 [b, n]."""
-    return _shift_right(torch_draws(seeds, n, salt), 11).double() * 2.0**-53
+    """`torch_draws` as float64 in [0, 1): int64 [...] -> float64 [..., n]."""
+    return unit_interval(torch_draws(seeds, n, salt))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A coupled loss needs every row of the batch. Its rows are gathered without gradi
 all of them as plain tensor code, and what flows back is each row's own gradient: the wrapped forward returns
 <rows, d rows>, whose gradient is that of the loss (gradient caching, Gao et al. 2021). With one micro-batch
 this happens inside the one forward; with more, a first pass without gradients collects the rows. Masks and
-dropout are functions of the samples' seeds, so that both passes are the same.
+dropout are functions of the samples' seeds (`randomness.py`), so that both passes are the same.
 """
 
 from collections import defaultdict
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
+from mmpretrain.seeds import hash64
 from mmpretrain.task import Task
 
 Tensors = dict[str, Tensor]
@@ -48,8 +49,9 @@ class StepLosses:
 class _Coupling:
     """The coupled losses of one step: collects rows, computes each loss once, hands out gradients."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, seed: int) -> None:
         self._task = task
+        self._seed = seed
         self.rows: dict[str, list[Tensors]] = defaultdict(list)
         self.losses: Tensors = {}
         self.shared: dict[str, Tensors] = {}
@@ -88,6 +90,7 @@ class _Coupling:
         with torch.enable_grad(), torch.autocast(device_type, enabled=False):
             for key in differentiable:
                 leaves[key].requires_grad_()
+            torch.manual_seed(self._seed)  # each rank computes the loss of the whole batch: all draw the same
             loss = self._task.coupled(name).loss(leaves, scalars)
             inputs = [leaves[key] for key in differentiable] + list(scalars.values())
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
@@ -139,7 +142,7 @@ def forward_backward(
     autocast = autocast or nullcontext()
     micro_batches = [task.counted(batch, weights) for batch in micro_batches]
     counts = {name: _count(name, micro_batches, task) for name in task.independent if weights[name]}
-    coupling = _Coupling(task)
+    coupling = _Coupling(task, hash64("coupled", micro_batches[0].now.samples) >> 1)
     coupled_weights = {name: 0.0 if name in counts else weight for name, weight in weights.items()}
     if len(micro_batches) > 1 and any(coupled_weights.values()):
         with torch.no_grad():

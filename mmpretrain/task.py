@@ -1,7 +1,9 @@
 """Encodings and Task: the model and its objectives as one module, with one forward pass for all of a step's losses."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +13,30 @@ from mmpretrain.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec, ma
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives import Couple, CoupledObjective, IndependentObjective, Objective
+from mmpretrain.randomness import SampleRandomness
 
 
 class Encodings:
-    """The encoder passes of one micro-batch, each run at most once, when an objective first asks for it."""
+    """The encoder passes of one micro-batch, each run at most once, when an objective first asks for it.
+
+    Args:
+        model: whose encoders are run.
+        batch: the micro-batch.
+        num_terms: how many terms it has, by objective.
+        random: what random layers draw from in training; None: PyTorch's generator.
+    """
 
     def __init__(
-        self, model: ImageTextModel, batch: Batch, num_terms: Mapping[IndependentObjective, int] | None = None
+        self,
+        model: ImageTextModel,
+        batch: Batch,
+        num_terms: Mapping[IndependentObjective, int] | None = None,
+        random: SampleRandomness | None = None,
     ) -> None:
         self.batch = batch
         self._model = model
         self._num_terms = num_terms or {}
+        self._random = random
         self._pixels: dict[str, Tensor] = {}
         self._masks: dict[tuple[str, MaskSpec], PatchMask] = {}
         self._images: dict[tuple[str, MaskSpec | None], Encoding] = {}
@@ -54,7 +69,8 @@ class Encodings:
         """The image encoder's output, on all patches or on those that `mask` keeps."""
         if (stream, mask) not in self._images:
             patch_mask = None if mask is None else self.patch_mask(stream, mask)
-            self._images[stream, mask] = self._model.image(self.pixels(stream), patch_mask)
+            encode = partial(self._model.image, self.pixels(stream), patch_mask)
+            self._images[stream, mask] = _encoded(encode, self._drawing(stream, "image", mask))
         return self._images[stream, mask]
 
     def view(self, stream: str, number: int) -> Encoding:
@@ -66,7 +82,8 @@ class Encodings:
                     f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; expected as "
                     "many {transform: ...} as its num_views, such as those that conf/objective/simclr.yaml gives to pairs"
                 )
-            self._views[stream, number] = self._model.image(self._model.normalize(views[:, number]))
+            encode = partial(self._model.image, self._model.normalize(views[:, number]))
+            self._views[stream, number] = _encoded(encode, self._drawing(stream, "view", number))
         return self._views[stream, number]
 
     def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask:
@@ -82,8 +99,15 @@ class Encodings:
         if (stream, mask) not in self._texts:
             text, lengths = self.batch.texts(stream)
             ids = text if mask is None else self.token_mask(stream, mask).ids
-            self._texts[stream, mask] = self._model.encode_text(ids, lengths, self.samples(stream).packing)
+            encode = partial(self._model.encode_text, ids, lengths, self.samples(stream).packing)
+            self._texts[stream, mask] = _encoded(encode, self._drawing(stream, "text", mask))
         return self._texts[stream, mask]
+
+    def _drawing(self, stream: str, *key: object) -> Callable[[], AbstractContextManager[None]]:
+        """What a pass over a stream's samples is run in."""
+        if self._random is None:
+            return nullcontext
+        return partial(self._random.of, self.samples(stream), stream, *key)
 
     @property
     def token_embeddings(self) -> Tensor:
@@ -104,11 +128,33 @@ class Encodings:
 
     def image_embedding(self, stream: str, mask: MaskSpec | None = None) -> Tensor:
         """The images, or what `mask` keeps of them, in the shared space, [b, e] of unit length."""
-        return self._model.project_image(self.image(stream, mask).pooled)
+        pooled = self.image(stream, mask).pooled
+        with self._drawing(stream, "image", mask)():
+            return self._model.project_image(pooled)
 
     def text_embedding(self, stream: str) -> Tensor:
         """The texts in the shared space, [b, e] of unit length."""
-        return self._model.project_text(self.text(stream).pooled)
+        pooled = self.text(stream).pooled
+        with self._drawing(stream, "text", None)():
+            return self._model.project_text(pooled)
+
+
+def _encoded(encode: Callable[[], Encoding], drawing: Callable[[], AbstractContextManager[None]]) -> Encoding:
+    """An encoder's output, each part of which is computed in `drawing()`."""
+    with drawing():
+        encoding = encode()
+    if drawing is nullcontext:
+        return encoding
+
+    def tokens() -> Tensor:
+        with drawing():
+            return encoding.tokens
+
+    def pooled(_: Encoding) -> Tensor:
+        with drawing():
+            return encoding.pooled
+
+    return Encoding(tokens, pooled)
 
 
 class Task(nn.Module):
@@ -118,6 +164,8 @@ class Task(nn.Module):
         super().__init__()
         self.model = model
         self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment, arg-type]
+        self.randomness: Callable[[], SampleRandomness] | None = partial(SampleRandomness, strict=False)
+        """Makes what a forward pass draws from; None where the task draws nothing (see `parallel.settle_randomness`)."""
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -174,27 +222,32 @@ class Task(nn.Module):
         Returns: the scalar whose gradients are this micro-batch's part of the step's, and the independent
             objectives' sums: `loss`, and what else they count.
         """
-        torch.manual_seed(batch.seed)
+        torch.manual_seed(batch.seed)  # for what draws in other ways than by sample
         independent = self.independent
         num_terms = {independent[name]: int(count) for name, count in batch.counts.items()}
-        encodings = Encodings(self.model, batch, num_terms)
         total = torch.zeros((), device=next(self.parameters()).device)
         sums: dict[str, dict[str, Tensor]] = {}
-        # Coupled ones first: a pass that gathers their rows alone then draws the same dropout for them.
-        for name in sorted(self.objectives, key=lambda name: name in independent):
-            objective = self.objectives[name]
-            if not weights[name]:
-                continue
-            if isinstance(objective, IndependentObjective):
-                terms = objective.loss(encodings)
-                loss, others = terms if isinstance(terms, tuple) else (terms, {})
-                sums[name] = {key: value.detach() for key, value in {"loss": loss, **others}.items()}
-                share = loss / counts[name].to(loss.dtype)
-            else:
-                rows, shared = objective.embed(encodings)
-                d_rows, d_shared = couple(name, rows, shared)
-                share = _inner(rows, d_rows) + _inner(shared, d_shared)
-            total = total + weights[name] * share
+        with nullcontext() if self.randomness is None else self.randomness() as random:
+            encodings = Encodings(self.model, batch, num_terms, random)
+            # Coupled ones first: a pass that gathers their rows alone then computes them from the same encodings.
+            for name in sorted(self.objectives, key=lambda name: name in independent):
+                objective = self.objectives[name]
+                if not weights[name]:
+                    continue
+                samples = batch.streams[objective.streams[0]]
+                drawing = nullcontext() if random is None else random.of(samples, "objective", name)
+                if isinstance(objective, IndependentObjective):
+                    with drawing:
+                        terms = objective.loss(encodings)
+                    loss, others = terms if isinstance(terms, tuple) else (terms, {})
+                    sums[name] = {key: value.detach() for key, value in {"loss": loss, **others}.items()}
+                    share = loss / counts[name].to(loss.dtype)
+                else:
+                    with drawing:
+                        rows, shared = objective.embed(encodings)
+                    d_rows, d_shared = couple(name, rows, shared)
+                    share = _inner(rows, d_rows) + _inner(shared, d_shared)
+                total = total + weights[name] * share
         return total, sums
 
     def constrain(self) -> None:

@@ -151,6 +151,7 @@ def _dry_run(
     freeze.check_trains(weights, clock)
     freeze.apply(Now(0, clock), first_weights)
     num_micro_batches = count_micro_batches(cfg.trainer.batch_size, options.micro_batch_size, task)
+    parallel.settle_randomness(task, example, num_micro_batches)
     batch = next(micro_batches(streams, tokenizer, clock, num_micro_batches)).to(task.model.device)
     # Whole and not compiled, so that operations can be counted; what is kept and what is computed again is the run's.
     measured = Parallel("ddp", options.parallel.activation_checkpointing)

@@ -113,6 +113,7 @@ class Trainer:
         example = example_batch(streams, tokenizer, self.clock).to(device)
         self.freeze = Freeze(task, options.freeze, parallel.reached_parameters(task, example))
         self.freeze.check_trains(weights, self.clock)
+        parallel.settle_randomness(task, example, self.num_micro_batches)
         if self.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
         saved = resume.find_checkpoint(folder, self.num_steps, fingerprint)

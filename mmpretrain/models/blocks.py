@@ -58,9 +58,12 @@ class Block(nn.Module):
     Args:
         width, num_heads, hidden: its shape; `hidden` is the MLP's.
         activation: the MLP's; None: GELU.
+        dropout: the probability with which an element of a residual branch is dropped.
     """
 
-    def __init__(self, width: int, num_heads: int, hidden: int, activation: nn.Module | None = None) -> None:
+    def __init__(
+        self, width: int, num_heads: int, hidden: int, activation: nn.Module | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = SelfAttention(width, num_heads)
@@ -71,12 +74,13 @@ class Block(nn.Module):
             ("c_proj", nn.Linear(hidden, width)),
         ]
         self.mlp = nn.Sequential(OrderedDict(layers))
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, is_causal: bool = False, picks: Tensor | None = None) -> Tensor:
         """[b, l, d] -> [b, l, d], or with `picks`, int64 [b, m], the states of some tokens alone, [b, m, d].
 
         mask, is_causal: as in `SelfAttention`.
         """
-        attended = self.attn(self.ln_1(x), mask, is_causal, picks)
+        attended = self.drop(self.attn(self.ln_1(x), mask, is_causal, picks))
         x = (x if picks is None else of_picks(x, picks)) + attended
-        return x + self.mlp(self.ln_2(x))
+        return x + self.drop(self.mlp(self.ln_2(x)))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Packing
-from mmpretrain.models.blocks import Block
+from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.rows import Rows
 from mmpretrain.usage import check_number
@@ -24,6 +24,7 @@ class TextTransformer(nn.Module):
         vocab_size, context_length, width, depth, num_heads, mlp_ratio: its shape.
         causal: tokens see only what stands before them; else all but padding.
         pool: `last` is the end token's state, `mean` the mean over tokens.
+        dropout: of the embeddings and of each residual branch; BERT's and GPT's is .1.
 
     Raises: ValueError if the heads do not divide the width, and for sizes below 1.
     """
@@ -42,12 +43,14 @@ class TextTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         causal: bool = True,
         pool: Literal["last", "mean"] = "last",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = {"vocab_size": vocab_size, "context_length": context_length, "width": width, "depth": depth}
         for name, size in {**sizes, "num_heads": num_heads}.items():
             check_number(f"model.text.{name}", size, at_least=1)
         check_number("model.text.mlp_ratio", mlp_ratio, above=0)
+        check_number("model.text.dropout", dropout, at_least=0, below=1)
         if width % num_heads:
             raise ValueError(f"model.text.width is {width}; expected a multiple of num_heads = {num_heads}")
         self.vocab_size = vocab_size
@@ -60,7 +63,8 @@ class TextTransformer(nn.Module):
         self.pool = pool
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        blocks = nn.ModuleList(Block(width, num_heads, int(width * mlp_ratio)) for _ in range(depth))
+        self.drop = nn.Dropout(dropout)
+        blocks = nn.ModuleList(Block(width, num_heads, int(width * mlp_ratio), dropout=dropout) for _ in range(depth))
         self.transformer = nn.ModuleDict({"resblocks": blocks})
         self.ln_final = nn.LayerNorm(width)
         self._init_weights(depth)
@@ -90,7 +94,7 @@ class TextTransformer(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
         """Encode token ids int64 [b, L] of texts of `lengths` [b], packed into rows or each in its own."""
         rows = Rows(lengths, ids.shape[1], packing)
-        x = self.token_embedding(rows.pack(ids)) + F.embedding(rows.places, self.positional_embedding)
+        x = self.drop(self.token_embedding(rows.pack(ids)) + F.embedding(rows.places, self.positional_embedding))
         mask = rows.mask(self.causal)
         is_causal = self.causal and mask is None
         *blocks, last = self.blocks
@@ -101,6 +105,9 @@ class TextTransformer(nn.Module):
             return rows.unpack(self.ln_final(last(x, mask, is_causal)))
 
         def pooled(encoding: Encoding) -> Tensor:
+            if self.pool == "last" and self.training and self.drop.p:
+                # The state that other objectives see: a block that is run twice would drop twice.
+                return of_picks(encoding.tokens, (lengths - 1)[:, None])[:, 0]
             if self.pool == "last":
                 return self.ln_final(rows.picked(last(x, mask, is_causal, rows.picks(lengths - 1))))
             states = encoding.tokens

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
-from torch import Tensor
+from timm.layers import DropBlock2d
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmpretrain import checkpoint, distributed, parallel
@@ -42,13 +44,18 @@ Result = tuple[dict[str, float], dict[str, Tensor]]
 BIDIRECTIONAL = ("mlm", "mlm_words", "mlm_texts")
 
 
-def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
+RANDOM = {"proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "pos_drop_rate": 0.1, "drop_path_rate": 0.2}
+"""Arguments of timm's for an image encoder that draws in every way it can."""
+
+
+def make_task(objectives: tuple[str, ...], text_dropout: float = 0.0, **image_args: Any) -> Task:
     """A tiny model in float64 with the objectives, the same on every rank."""
     torch.manual_seed(0)
     causal = not set(objectives) & set(BIDIRECTIONAL)
     args = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, **image_args}
     image = TimmEncoder("vit_base_patch16_clip_224", 32, args)
-    text = TextTransformer(vocab_size=50, context_length=CONTEXT, width=16, depth=2, num_heads=2, causal=causal)
+    shape = {"vocab_size": 50, "context_length": CONTEXT, "width": 16, "depth": 2, "num_heads": 2}
+    text = TextTransformer(**shape, causal=causal, dropout=text_dropout)  # type: ignore[arg-type]
     model = ImageTextModel(image, text, embed_dim=12)
     makers = {
         "infonce": lambda: InfoNCE(model),
@@ -77,18 +84,18 @@ def make_task(objectives: tuple[str, ...], **image_args: Any) -> Task:
     return Task(model, parts).double()
 
 
-def make_samples(rows: Tensor) -> Samples:
+def make_samples(rows: Tensor, batch_size: int = BATCH_SIZE) -> Samples:
     """Samples number `rows` of a fixed batch, packed as the loader does."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (BATCH_SIZE, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    text = torch.randint(1, 50, (BATCH_SIZE, CONTEXT), generator=generator)
-    lengths = torch.randint(2, CONTEXT + 1, (BATCH_SIZE,), generator=generator)
-    views = torch.randint(0, 256, (BATCH_SIZE, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    ids = torch.arange(BATCH_SIZE)
+    images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    text = torch.randint(1, 50, (batch_size, CONTEXT), generator=generator)
+    lengths = torch.randint(2, CONTEXT + 1, (batch_size,), generator=generator)
+    views = torch.randint(0, 256, (batch_size, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    ids = torch.arange(batch_size)
     ids[5] = 11  # a copy of sample 11, as where a batch crosses an epoch's end
     images[5], text[5], lengths[5] = images[11], text[11], lengths[11]
     length = row_length(lengths[rows], CONTEXT)
-    seeds = torch_draws(torch.tensor([hash64("ragged") >> 1]), BATCH_SIZE)[0]
+    seeds = torch_draws(torch.tensor([hash64("ragged") >> 1]), batch_size)[0]
     text = text[rows, :length]
     return Samples(
         rows, ids[rows], seeds[rows], images[rows], text, lengths[rows], packed(lengths[rows], length),
@@ -96,28 +103,42 @@ def make_samples(rows: Tensor) -> Samples:
     )  # fmt: skip
 
 
-def make_batches(num_micro_batches: int, seed: int = 7) -> list[Batch]:
+def make_batches(num_micro_batches: int, seed: int = 7, batch_size: int = BATCH_SIZE) -> list[Batch]:
     """This rank's micro-batches of the fixed batch."""
 
     def parts(num_samples: int) -> list[Samples]:
-        rows = torch.arange(num_samples) % BATCH_SIZE
+        rows = torch.arange(num_samples) % batch_size
         mine = rows.chunk(distributed.world_size())[distributed.rank()]
-        return [make_samples(part) for part in mine.chunk(num_micro_batches)]
+        return [make_samples(part, batch_size) for part in mine.chunk(num_micro_batches)]
 
     # Each stream has a batch size of its own.
-    streams = {"pairs": parts(BATCH_SIZE), "images": parts(2 * BATCH_SIZE), "texts": parts(3 * BATCH_SIZE)}
+    streams = {"pairs": parts(batch_size), "images": parts(2 * batch_size), "texts": parts(3 * batch_size)}
     return [Batch({name: samples[i] for name, samples in streams.items()}, seed) for i in range(num_micro_batches)]
 
 
-def step(objectives: tuple[str, ...], num_micro_batches: int, weights: dict[str, float]) -> Result:
-    """One step's losses and gradients; on several ranks through DDP."""
-    task = make_task(objectives)
-    batches = make_batches(num_micro_batches)
+def example_batch() -> Batch:
+    """Two samples of each stream."""
+    return Batch({name: make_samples(torch.arange(2)) for name in ("pairs", "images", "texts")})
+
+
+def step(
+    objectives: tuple[str, ...],
+    num_micro_batches: int,
+    weights: dict[str, float],
+    random: bool = False,
+    batch_size: int = BATCH_SIZE,
+    options: Parallel | None = None,
+) -> Result:
+    """One step's losses and gradients; on several ranks through DDP. `random`: with dropout and drop path."""
+    task = make_task(objectives, 0.1, **RANDOM) if random else make_task(objectives)
+    batches = make_batches(num_micro_batches, batch_size=batch_size)
     freeze = Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
+    if options is not None:
+        parallel.prepare(task, torch.device("cpu"), "fp32", options)
     wrapped = parallel.wrap(task, torch.device("cpu"))
     losses = forward_backward(wrapped, task, batches, weights)
     reduced = {name: float(means["loss"]) for name, means in losses.reduced().items()}
-    gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    gradients = {name: distributed.full(p.grad).clone() for name, p in task.named_parameters() if p.grad is not None}
     assert set(freeze.unreached).isdisjoint(gradients)
     return reduced, gradients
 
@@ -130,13 +151,14 @@ def train(
     load: Path | None = None,
     save: Path | None = None,
     frozen_steps: int = 0,
+    random: bool = False,
 ) -> list[dict[str, float]]:
     """The losses and gradient norms of a few steps of AdamW, and what evaluation and the average see after them.
 
     `load` is a checkpoint to go on from, `save` the folder for one at the end; the image tower is frozen for the first
-    `frozen_steps`.
+    `frozen_steps`; `random`: with dropout and drop path.
     """
-    task = make_task(objectives)
+    task = make_task(objectives, 0.1, **RANDOM) if random else make_task(objectives)
     until: dict[str, Duration | None] = (
         {"image": Duration.parse(f"{frozen_steps}steps", "until")} if frozen_steps else {}
     )
@@ -203,6 +225,46 @@ def bf16_losses(options: Parallel) -> list[float]:
         guarded_step(optimizer, grad_norms(optimizer)["all"], None)
         losses += [float(means["loss"]) for means in found.reduced().values()]
     return losses
+
+
+class Noise(nn.Module):
+    """Adds noise that a generator gives, whoever it is for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randperm(x.shape[-1], device=x.device) / x.shape[-1]
+
+
+class SharedDropBlock(nn.Module):
+    """Blocks that are dropped by sample, in numbers that are evened out over the micro-batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = DropBlock2d(0.4, block_size=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
+
+
+class OfTokens(nn.Module):
+    """Drops of tokens whose samples it has lost sight of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x.flatten(0, 1)[1:], 0.5, self.training).sum() + x
+
+
+def task_with(layer: nn.Module) -> Task:
+    task = make_task(("infonce", "mae"), 0.1)
+    task.model.image.trunk.blocks[0].mlp.add_module("drop2", layer)  # type: ignore[attr-defined]
+    return task
+
+
+def refused_randomness(layer: type[nn.Module]) -> str:
+    """What is said on several processes of a layer that does not draw by sample."""
+    try:
+        parallel.settle_randomness(task_with(layer()), example_batch(), 1)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def refused_strategy() -> str:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain.freeze import Freeze
-from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.parallel import reached_parameters
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Encodings
@@ -134,32 +133,6 @@ def test_an_objective_of_weight_0_is_not_computed(num_micro_batches: int) -> Non
     gradients = {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
     assert set(gradients) == set(expected)
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
-
-
-def dropout_step(num_micro_batches: int) -> Result:
-    """A step of a model with dropout; the reference runs each micro-batch in one graph under the same seeds."""
-    task = make_task(("infonce",), proj_drop_rate=0.2)
-    batches = make_batches(num_micro_batches)
-    losses = forward_backward(task, task, batches, WEIGHTS)
-    gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
-    return {name: float(means["loss"]) for name, means in losses.reduced().items()}, gradients
-
-
-def test_dropout_is_the_same_in_both_passes() -> None:
-    task = make_task(("infonce",), proj_drop_rate=0.2)
-    objective = task.objectives["infonce"]
-    assert isinstance(objective, InfoNCE)
-    parts = []
-    for batch in make_batches(4):
-        torch.manual_seed(batch.seed)
-        parts.append(objective.embed(Encodings(task.model, batch)))
-    rows = {key: torch.cat([rows[key] for rows, _ in parts]) for key in ("image", "text", "ids")}
-    loss = objective.loss(rows, parts[0][1])
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
-    assert_same(dropout_step(4), ({"infonce": float(loss.detach())}, gradients))
-    without = whole_batch_gradients(("infonce",))[0]["infonce"]
-    assert float(loss.detach()) != pytest.approx(without, rel=1e-3), "dropout did nothing"
 
 
 def test_a_mean_of_per_rank_means_would_have_been_noticed() -> None:

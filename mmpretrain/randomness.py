@@ -1,0 +1,338 @@
+"""Dropout, drop path and all else that a model draws, from the samples' seeds.
+
+PyTorch's random functions read one generator, so what a sample draws depends on its neighbours in the micro-batch. In
+`SampleRandomness` they are computed from the seed s of the sample that a row belongs to, the number c of the call in its
+pass p (one encoder or objective), and the element's position i_1, ..., i_k in its sample,
+
+    draw(... draw(draw(draw(s ^ hash(p, c), 0), i_1), i_2) ..., i_k)
+
+so that a sample draws the same on any number of ranks and micro-batches, in padded and in packed texts, in both passes of
+gradient caching, and when activation checkpointing computes a block again. `inspect_randomness` names the modules that
+draw in other ways.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mmpretrain.batch import Samples
+from mmpretrain.models.rows import Rows
+from mmpretrain.seeds import hash64, torch_draw, torch_draws, unit_interval
+
+
+@dataclass
+class _Pass:
+    """What one encoder or one objective computes on, and how often it has drawn."""
+
+    key: int
+    seeds: Tensor
+    """int64 [b], of the samples."""
+    owners: Tensor | None = None
+    """int64 [R, l], of texts packed into rows: the index of the text that owns each token."""
+    positions: Tensor | None = None
+    """int64 [R, l], the token's index in its text."""
+    num_calls: int = 0
+
+
+class SampleRandomness(TorchFunctionMode):
+    """Inside the block, PyTorch's random functions draw for the samples that `of` names.
+
+    Args:
+        strict: refuse to draw for a tensor whose rows are not the samples; else PyTorch's generator is used for it.
+    """
+
+    def __init__(self, strict: bool = True) -> None:
+        super().__init__()
+        self.strict = strict
+        self._passes: dict[tuple[object, ...], _Pass] = {}
+        self._current: list[_Pass] = []
+
+    @contextmanager
+    def of(self, samples: Samples, *key: object) -> Iterator[None]:
+        """Draw for the rows of `samples`, texts that are packed included.
+
+        Args:
+            samples: whose seeds are used.
+            key: names the pass, which may be entered several times.
+        """
+        if key not in self._passes:
+            self._passes[key] = _Pass(hash64(*map(str, key)), samples.seeds)
+            if samples.packing is not None and samples.lengths is not None:
+                rows = Rows(samples.lengths, samples.packing.row_length, samples.packing)
+                self._passes[key].owners, self._passes[key].positions = rows.owners().clamp(min=0), rows.places
+        self._current.append(self._passes[key])
+        try:
+            yield
+        finally:
+            self._current.pop()
+
+    def again(self) -> "SampleRandomness":
+        """A mode that draws from here on what this one is going to draw."""
+        other = SampleRandomness(self.strict)
+        other._current = [replace(each) for each in self._current]
+        return other
+
+    def __enter__(self) -> "SampleRandomness":
+        _active.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _active.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, or compute by sample what it would draw."""
+        if func in _BY_SAMPLE and self._current:
+            return self._draw(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+    @torch.compiler.disable  # compiled blocks are cut here: the number of the call is no constant of theirs
+    def _draw(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        drawn = _BY_SAMPLE[func](self, *args, **kwargs)
+        return func(*args, **kwargs) if drawn is NotImplemented else drawn
+
+    def bits(self, shape: Sequence[int], per_draw: int = 1) -> Tensor | None:
+        """Random bits for a tensor: int64 [*shape], or with several elements to a draw [*shape[:-1], n / per_draw].
+
+        None where the rows are not the samples. Raises: ValueError then, if `strict`.
+        """
+        now = self._current[-1]
+        salt = hash64(now.key, now.num_calls)
+        now.num_calls += 1
+        seeds = torch_draws(now.seeds, 1, salt)[:, 0]
+        if now.owners is not None and now.positions is not None and tuple(shape[:2]) == tuple(now.owners.shape):
+            seeds, inner = torch_draw(seeds[now.owners], now.positions), shape[2:]
+        elif shape and shape[0] and shape[0] % len(seeds) == 0:
+            inner = shape[1:]
+            if shape[0] > len(seeds):  # several rows for each sample one after the other, as windows of an image
+                seeds = torch_draws(seeds, shape[0] // len(seeds)).flatten()
+        elif self.strict:
+            raise ValueError(
+                f"a random layer draws for a tensor of shape {list(shape)}, whose rows are not the {len(seeds)} samples of "
+                "the micro-batch; expected [samples, ...]: draw before samples are flattened, or leave that layer out"
+            )
+        else:
+            return None
+        for size in inner[:-1]:
+            seeds = torch_draws(seeds, size)
+        return torch_draws(seeds, -(-inner[-1] // per_draw)) if inner else seeds
+
+    def uniform(self, shape: Sequence[int]) -> Tensor | None:
+        """float64 of `shape` in [0, 1); None as in `bits`."""
+        bits = self.bits(shape)
+        return None if bits is None else unit_interval(bits)
+
+    def dropped(self, x: Tensor, p: float) -> Tensor | None:
+        """x [...] with elements set to 0 with probability `p` (to 2^-16), the rest times 1 / (1 - p); None as in `bits`."""
+        # Sixteen bits of a draw for each of four elements: the draws are what dropout costs.
+        bits = self.bits(x.shape, per_draw=4)
+        if bits is None:
+            return None
+        is_per_row = bits.shape == x.shape and x.shape[-1] > 1
+        sixteen = bits.contiguous().view(torch.int16)
+        sixteen = sixteen[..., ::4] if is_per_row else sixteen[..., : x.shape[-1]]
+        kept = sixteen >= round(p * 2**16) - 2**15
+        return x * kept.to(x.dtype).mul_(0.0 if p == 1 else 1 / (1 - p))
+
+
+_active: list[SampleRandomness] = []
+
+
+def checkpoint_contexts(
+    inner: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None = None,
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """The contexts of a checkpointed block's passes (see `torch.utils.checkpoint.checkpoint`): both draw the same."""
+    first, second = (nullcontext(), nullcontext()) if inner is None else inner()
+    return first, (_within(_active[-1].again(), second) if _active else second)
+
+
+@contextmanager
+def _within(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+# ---------------------------------------------------------------- the functions that are computed by sample
+
+
+def _dropout(mode: SampleRandomness, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or p == 0:
+        return NotImplemented
+    dropped = mode.dropped(x, p)
+    if dropped is None:
+        return NotImplemented
+    return x.copy_(dropped) if inplace else dropped
+
+
+def _channel_dropout(
+    mode: SampleRandomness, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    """Whole channels [b, c, ...] are dropped."""
+    ones = x.new_ones(x.shape[:2] + (1,) * (x.ndim - 2))
+    noise = _dropout(mode, ones, p, training)
+    return noise if noise is NotImplemented else x.mul_(noise) if inplace else x * noise
+
+
+def _attention(
+    mode: SampleRandomness,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`F.scaled_dot_product_attention` written out where attention is dropped, as its documentation has it."""
+    if dropout_p == 0:
+        return NotImplemented
+    if enable_gqa:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    dropped = mode.dropped(scores.softmax(-1), dropout_p)
+    return NotImplemented if dropped is None else dropped.to(v.dtype) @ v
+
+
+def _bernoulli_(mode: SampleRandomness, x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Any:
+    u = mode.uniform(x.shape) if generator is None else None
+    return NotImplemented if u is None else x.copy_(u < p)
+
+
+def _bernoulli(mode: SampleRandomness, p: Tensor, *, generator: Any = None, out: Any = None) -> Any:
+    u = mode.uniform(p.shape) if generator is None and out is None else None
+    return NotImplemented if u is None else (u < p).to(p.dtype)
+
+
+def _normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    return torch.erfinv(2 * (u + 2.0**-54) - 1) * (std * math.sqrt(2)) + mean
+
+
+def _scaled(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return u * (high - low) + low
+
+
+def _fill_(
+    transform: Callable[..., Tensor],
+    mode: SampleRandomness,
+    x: Tensor,
+    *args: Any,
+    generator: Any = None,
+    **kwargs: Any,
+) -> Any:
+    u = mode.uniform(x.shape) if generator is None else None
+    return NotImplemented if u is None else x.copy_(transform(u, *args, **kwargs))
+
+
+def _like(transform: Callable[..., Tensor], mode: SampleRandomness, x: Tensor, **kwargs: Any) -> Any:
+    u = mode.uniform(x.shape)
+    return NotImplemented if u is None else torch.empty_like(x, **kwargs).copy_(transform(u))
+
+
+def _new(transform: Callable[..., Tensor], mode: SampleRandomness, *size: Any, **kwargs: Any) -> Any:
+    shape = kwargs.pop("size", size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size)
+    u = None if kwargs.get("generator") or kwargs.get("out") is not None else mode.uniform(shape)
+    return NotImplemented if u is None else torch.empty(*shape, **kwargs).copy_(transform(u))
+
+
+_BY_SAMPLE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.dropout: _dropout,
+    torch.dropout: _dropout,
+    F.dropout1d: _channel_dropout,
+    F.dropout2d: _channel_dropout,
+    F.dropout3d: _channel_dropout,
+    F.scaled_dot_product_attention: _attention,
+    torch.bernoulli: _bernoulli,
+    Tensor.bernoulli: _bernoulli,
+    Tensor.bernoulli_: _bernoulli_,
+    Tensor.uniform_: partial(_fill_, _scaled),
+    Tensor.normal_: partial(_fill_, _normal),
+    torch.rand_like: partial(_like, _scaled),
+    torch.randn_like: partial(_like, _normal),
+    torch.rand: partial(_new, _scaled),
+    torch.randn: partial(_new, _normal),
+}
+
+
+# ---------------------------------------------------------------- what draws in other ways
+
+
+class RandomnessWatch(SampleRandomness):
+    """Draws by sample, and notes which parts of a module draw, and which draw from PyTorch's generator instead."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(strict=False)
+        self.by_sample: dict[str, None] = {}
+        """The names of modules, each the innermost that draws by sample."""
+        self.otherwise: dict[str, None] = {}
+        """The names of modules, each the innermost that moves PyTorch's generator."""
+        self._module = module
+        self._inside: list[tuple[str, Tensor]] = []
+        self._device = next(module.parameters()).device
+
+    def _state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+
+    def __enter__(self) -> "RandomnessWatch":
+        self._hooks = [
+            hook
+            for name, module in self._module.named_modules()
+            if name  # the whole seeds the generator itself
+            for hook in (
+                module.register_forward_pre_hook(lambda *_, name=name: self._begin(name), prepend=True),
+                module.register_forward_hook(lambda *_: self._end(), always_call=True),
+            )
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    @contextmanager
+    def of(self, samples: Samples, *key: object) -> Iterator[None]:
+        """As `SampleRandomness.of`; what no module draws is noted under the pass's name."""
+        with super().of(samples, *key):
+            self._begin(".".join(str(part) for part in key if part is not None))
+            try:
+                yield
+            finally:
+                self._end()
+
+    def _begin(self, name: str) -> None:
+        self._note()
+        self._inside.append((name, self._state()))
+
+    def _end(self) -> None:
+        self._note()
+        self._inside.pop()
+        if self._inside:  # what the inner one drew is noted
+            self._inside[-1] = (self._inside[-1][0], self._state())
+
+    def _note(self) -> None:
+        if self._inside and not torch.equal(self._inside[-1][1], self._state()):
+            self.otherwise[self._inside[-1][0]] = None
+            self._inside[-1] = (self._inside[-1][0], self._state())
+
+    def bits(self, shape: Sequence[int], per_draw: int = 1) -> Tensor | None:
+        bits = super().bits(shape, per_draw)
+        if bits is not None and self._inside:
+            self.by_sample[self._inside[-1][0]] = None
+        return bits

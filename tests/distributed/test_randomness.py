@@ -1,0 +1,137 @@
+"""With dropout and drop path a step is the same on any number of ranks and micro-batches, and when it is computed again."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from mmpretrain import parallel
+from mmpretrain.parallel import Parallel
+from mmpretrain.randomness import SampleRandomness
+from tests.distributed.pool import Pool
+from tests.distributed.steps import (
+    RANDOM,
+    Noise,
+    OfTokens,
+    Result,
+    SharedDropBlock,
+    example_batch,
+    make_task,
+    refused_randomness,
+    step,
+    task_with,
+    train,
+)
+from tests.distributed.test_step import WEIGHTS, assert_same
+
+Pools = Callable[[int], Pool]
+BATCH_SIZE = 36  # divides over 1 to 4 ranks and 1 and 3 micro-batches
+OBJECTIVES = [
+    ("infonce",),
+    ("sigmoid",),
+    ("multi_positive",),
+    ("mae",),
+    ("mlm",),
+    ("causal_lm",),
+    ("captioning",),
+    ("coca",),
+    ("cappa",),
+    ("simclr",),
+    ("flip",),
+    ("flip_block",),
+    ("infonce", "mae"),
+    ("flip", "mae_images", "mlm_texts"),
+    ("infonce", "mae", "mlm"),
+    ("infonce", "simclr", "sigmoid"),
+    ("infonce", "coca", "causal_lm"),
+]
+
+
+@cache
+def on_one_process(objectives: tuple[str, ...]) -> Result:
+    return step(objectives, 1, WEIGHTS, True, BATCH_SIZE)
+
+
+@pytest.mark.parametrize("objectives", OBJECTIVES, ids="+".join)
+def test_dropout_does_something_and_micro_batches_do_nothing(objectives: tuple[str, ...]) -> None:
+    assert_same(step(objectives, 3, WEIGHTS, True, BATCH_SIZE), on_one_process(objectives))
+    without = step(objectives, 1, WEIGHTS, False, BATCH_SIZE)[0]
+    for name, loss in on_one_process(objectives)[0].items():
+        assert loss != pytest.approx(without[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("objectives", OBJECTIVES, ids="+".join)
+@pytest.mark.parametrize(
+    ("world_size", "num_micro_batches"),
+    [
+        (2, 3),
+        (3, 1),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 1), (3, 3), (4, 1), (4, 3))),
+    ],
+)
+def test_several_ranks_draw_what_one_does(
+    pool: Pools, objectives: tuple[str, ...], world_size: int, num_micro_batches: int
+) -> None:
+    for result in pool(world_size).run(step, objectives, num_micro_batches, WEIGHTS, True, BATCH_SIZE):
+        assert_same(result, on_one_process(objectives))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+@pytest.mark.parametrize("objectives", [("infonce", "mae"), ("infonce", "coca", "causal_lm")], ids="+".join)
+def test_blocks_that_are_computed_again_draw_what_they_drew(objectives: tuple[str, ...], kind: str) -> None:
+    for num_micro_batches in (1, 3):
+        found = step(objectives, num_micro_batches, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", kind))  # type: ignore[arg-type]
+        assert_same(found, on_one_process(objectives))
+
+
+def test_sharded_blocks_that_are_computed_again_draw_what_one_process_does(pool: Pools) -> None:
+    for found in pool(2).run(step, ("infonce", "mae"), 3, WEIGHTS, True, BATCH_SIZE, Parallel("fsdp", "blocks")):
+        assert_same(found, on_one_process(("infonce", "mae")))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_what_eager_ones_do() -> None:
+    found = step(("infonce",), 3, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", compile=True))
+    assert_same(found, on_one_process(("infonce",)))
+
+
+def test_a_run_goes_on_with_other_micro_batches(tmp_path: Path, pool: Pools) -> None:
+    mix = ("infonce", "mae_images", "mlm_texts")
+    whole = train(mix, Parallel(), 1, 6, random=True)
+    train(mix, Parallel(), 1, 3, save=tmp_path, random=True)
+    (saved,) = tmp_path.glob("step_*")
+    alone = train(mix, Parallel(), 4, 3, saved, random=True)
+    both = pool(2).run(train, mix, Parallel(), 2, 3, saved, None, 0, True)
+    for found in (alone, *both):
+        for ours, theirs in zip(found[:3], whole[3:6], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+# ---------------------------------------------------------------- what does not draw by sample
+
+
+@pytest.mark.parametrize("layer", [Noise, SharedDropBlock, OfTokens])
+def test_layers_that_cannot_draw_by_sample_are_named(
+    layer: type[nn.Module], pool: Pools, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "model.image.trunk.blocks.0.mlp.drop2"
+    with pytest.raises(ValueError, match=rf"{name}.* and micro-batches .3.; set"):
+        parallel.settle_randomness(task_with(layer()), example_batch(), 3)
+    assert all(name in told for told in pool(2).run(refused_randomness, layer))
+    task = task_with(layer())
+    parallel.settle_randomness(task, example_batch(), 1)
+    assert name in caplog.text and len(caplog.records) == 1
+    with task.randomness() as random:  # type: ignore[misc]
+        assert not random.strict
+    assert all(p.grad is None for p in task.parameters())
+
+
+def test_a_task_that_draws_nothing_is_run_without_the_mode() -> None:
+    task = make_task(("infonce", "mae", "mlm"))
+    parallel.settle_randomness(task, example_batch(), 3)
+    assert task.randomness is None
+    task = make_task(("infonce", "mae"), 0.1, **RANDOM)
+    parallel.settle_randomness(task, example_batch(), 3)
+    assert isinstance(task.randomness(), SampleRandomness) and task.randomness().strict  # type: ignore[misc]
