@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,31 @@ class Packing:
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Packing":
         """`fn` of each tensor."""
         return replace(self, slots=fn(self.slots), turns=fn(self.turns))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _by_value(self)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        _restore(self, state)
+
+
+def _by_value(of: Any, shared: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields for a pickle, tensors but those `shared` as arrays.
+
+    What a worker sends as a tensor lies in shared memory of its own and holds a file descriptor until it is freed.
+    """
+    values = {each.name: getattr(of, each.name) for each in fields(of)}
+    return {
+        name: value.numpy()
+        if isinstance(value, Tensor) and value.device.type == "cpu" and name not in shared
+        else value
+        for name, value in values.items()
+    }
+
+
+def _restore(to: Any, state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        object.__setattr__(to, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
 
 @dataclass(frozen=True)
@@ -95,6 +121,12 @@ class Samples:
         if self.packing is not None:
             mapped["packing"] = self.packing.map(fn)
         return Samples(**mapped)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _by_value(self, shared=("images", "views"))
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        _restore(self, state)
 
 
 @dataclass(frozen=True)

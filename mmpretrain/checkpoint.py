@@ -5,6 +5,7 @@ checkpoints/step_00001000/model.safetensors      the task's state: model.* and o
                           ema.safetensors        the averaged weights, where they are averaged
                           state.json             how far the run is
                           manifest.json          SHA-256 and size of each of them
+                          scores.json            of the step's evaluation, which is done after it is saved
 checkpoints/latest, checkpoints/best             the names of the newest and of the best one
 """
 
@@ -68,7 +69,6 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep_last: int,
-    is_best: bool = False,
 ) -> Path:
     """Write one checkpoint, point `latest` at it and delete all but the newest `keep_last` and the best one.
 
@@ -78,12 +78,11 @@ def save(
         tensors: `model`, `optimizer` and what else there is, each tensors by name.
         state: what else the run needs, JSON.
         keep_last: how many checkpoints stay; 0 keeps all.
-        is_best: whether `best` is to point at it, too.
 
     Returns: the checkpoint's folder.
     Raises: OSError if it cannot be written; the ones before it still stand.
     """
-    path = folder / f"step_{step:08d}"
+    path = path_of(folder, step)
     partial = folder / f"{_PARTIAL}{path.name}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -104,14 +103,39 @@ def save(
     partial.rename(path)
     _sync(folder)
     write_text(folder / "latest", path.name + "\n")
-    if is_best:
-        write_text(folder / "best", path.name + "\n")
+    prune(folder, keep_last)
+    return path
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step_{step:08d}"
+
+
+def mark_best(path: Path, keep_last: int) -> None:
+    """Point `best` at a checkpoint, and delete the one before if it is not among the newest `keep_last`."""
+    write_text(path.parent / "best", path.name + "\n")
+    prune(path.parent, keep_last)
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints and the best one; 0 keeps all."""
     if keep_last:
         best = (folder / "best").read_text().strip() if (folder / "best").exists() else None
         for old in _all(folder)[keep_last:]:
             if old.name != best:
                 shutil.rmtree(old)
-    return path
+
+
+def write_scores(path: Path, results: Mapping[str, float], best: float | None) -> None:
+    """Keep the last value of every evaluation beside a checkpoint, whose own is done."""
+    write_text(path / "scores.json", json.dumps({"results": results, "best": best}, indent=2) + "\n")
+
+
+def load_scores(path: Path) -> dict[str, Any] | None:
+    """What `write_scores` kept, if its evaluation was done."""
+    file = path / "scores.json"
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _all(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[
 _FREE = re.compile(
     r"run\.(name|dir)"
     r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|parallel\..*"
-    r"|data\.(workers|max_bad_fraction|val_batch_size|val(\..*)?)|" + _PLACES
+    r"|data\.(workers|timeout_seconds|max_bad_fraction|val_batch_size|val(\..*)?)|" + _PLACES
 )
 
 
@@ -144,6 +144,8 @@ def _check_ranges(config: TrainConfig) -> None:
             raise UsageError(f"data.workers is {data.workers!r}; expected auto or a number of processes, such as 4")
         check_number("data.workers", data.workers, at_least=0)
     check_number("data.val_batch_size", data.val_batch_size, at_least=1)
+    check_number("data.timeout_seconds", data.timeout_seconds, above=0)
+    check_number("parallel.timeout_seconds", config.parallel.timeout_seconds, above=0)
     check_number("data.max_bad_fraction", data.max_bad_fraction, at_least=0, at_most=1)
     for name, stream in data.train.items():
         if stream.max_samples is not None:

@@ -1,7 +1,10 @@
 """Ranks and collectives: the only file that speaks to other processes. Without torchrun, one process and no-ops."""
 
 import os
+import re
+import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -11,17 +14,50 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 Result = TypeVar("Result")
 
+# gloo and c10d have no error class for it.
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out (after|waiting)|socket timeout", re.IGNORECASE)
+_ALIVE = "mmpretrain/alive/"
+_ANSWER_SECONDS = 5.0
 
-def setup(device: torch.device) -> None:
-    """Join the group that torchrun's environment describes: nccl on CUDA, gloo elsewhere."""
+
+def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:
+    """Join the group that torchrun's environment describes: nccl on CUDA, gloo elsewhere.
+
+    `timeout_seconds`: how long a collective waits for the slowest process.
+    """
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
 
 
 def shut_down() -> None:
     """Leave the group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error is a collective's: another process was killed, or did not answer in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+
+
+def absent_ranks() -> list[int]:
+    """The processes that do not answer, after a collective failed. Called by each process that is alive."""
+    if not dist.is_initialized():
+        return []
+    store = dist.distributed_c10d._get_default_store()
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    absent = []
+    try:
+        store.set(f"{_ALIVE}{rank()}", "alive")
+        for other in range(world_size()):
+            try:
+                store.wait([f"{_ALIVE}{other}"], timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
+            except dist.DistStoreError:
+                absent.append(other)
+    except dist.DistError:
+        return [0]  # it holds the store
+    return [0] if rank() in absent else absent
 
 
 def local_rank() -> int:

@@ -16,12 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain import build, command, config, usage
 from mmpretrain.checkpoint import write_text
-from mmpretrain.data.decode import BadSample
-from mmpretrain.data.loader import ignore_signals
+from mmpretrain.data.image_batches import image_batches
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
@@ -95,7 +93,7 @@ def _texts(path: Path) -> list[str]:
     return texts
 
 
-class _Images(Dataset[Tensor | None]):
+class _Images:
     """The images of a folder, or of tars."""
 
     def __init__(self, source: str | Sequence[str], preprocess: Preprocess) -> None:
@@ -116,35 +114,22 @@ class _Images(Dataset[Tensor | None]):
             self.keys = [self._shards.key(sample) for sample in range(self._shards.num_samples)]
             self.fingerprint = self._shards.fingerprint
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def __getitem__(self, i: int) -> Tensor | None:
-        try:
-            if self._shards is None:
-                return self._preprocess(self._files[i])
-            return self._preprocess(self._shards.read(i, IMAGE_EXTENSIONS))
-        except BadSample as error:
-            log.warning("refused %s: %s", self.keys[i], error)
-            return None
+    def __call__(self, i: int, out: Tensor) -> None:
+        """Write image `i` to `out`, uint8 [c, h, w]. Raises: BadSample."""
+        self._preprocess(self._files[i] if self._shards is None else self._shards.read(i, IMAGE_EXTENSIONS), out)
 
 
 def _of_images(images: _Images, loaded: Loaded, cfg: EmbedConfig, start: int) -> Iterator[Tensor]:
     """Embeddings [b, e] of the images from `start` on, batch by batch; not a number where one cannot be decoded."""
-    loader = DataLoader(
-        images,
-        sampler=range(start, len(images)),
-        batch_size=cfg.batch_size,
-        collate_fn=list,
-        num_workers=cfg.workers,
-        multiprocessing_context="fork" if cfg.workers else None,
-        worker_init_fn=ignore_signals,
-    )
-    for batch in loader:
-        rows = torch.full((len(batch), loaded.model.embed_dim), torch.nan)
-        kept = [i for i, image in enumerate(batch) if image is not None]
-        if kept:
-            rows[kept] = loaded.model.embed_images(torch.stack([batch[i] for i in kept])).float().cpu()
+    size, channels = loaded.preprocess.image_size, loaded.preprocess.channels
+    numbers = range(start, len(images.keys))
+    for batch in image_batches(images, numbers, cfg.batch_size, channels, size, cfg.workers):
+        for number, reason in batch.refused:
+            log.warning("refused %s: %s", images.keys[number], reason)
+        rows = torch.full((len(batch.samples) + len(batch.refused), loaded.model.embed_dim), torch.nan)
+        if batch.samples:
+            rows[[number - start for number in batch.samples]] = loaded.model.embed_images(batch.images).float().cpu()
+        start += len(rows)
         yield rows
 
 

@@ -1,12 +1,10 @@
-"""What ends a run before its last step: a signal, too many refused samples, gradients that are not finite."""
+"""What ends a run before its last step: too many refused samples, gradients that are not finite."""
 
 import json
 import logging
-import signal
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType, TracebackType
 
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
@@ -18,39 +16,11 @@ from mmpretrain.schedules import Clock
 
 log = logging.getLogger(__name__)
 
-PREEMPTED_EXIT_CODE = 85
 _MIN_SAMPLES_FOR_BAD_FRACTION = 1000
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message is one line with the value, the expectation and the fix."""
-
-
-class StopSignal:
-    """SIGTERM or SIGINT asks for a checkpoint and an end.
-
-    A second SIGINT ends at once. A second SIGTERM does not: launchers pass on to their children what these got
-    themselves already.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
-
-    def __enter__(self) -> "StopSignal":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """The handlers as they were before; after a signal none, since the process is ending with its own exit code."""
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_IGN if self.received and kind is SystemExit else handler)
 
 
 class Quarantine:

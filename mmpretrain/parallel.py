@@ -120,6 +120,7 @@ class Parallel:
     strategy: Literal["ddp", "fsdp", "none"] = "ddp"
     activation_checkpointing: Literal["none", "blocks", "selective"] = "none"
     compile: bool = False
+    timeout_seconds: float = 600.0
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

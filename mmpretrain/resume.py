@@ -28,6 +28,8 @@ class TrainState:
     good_steps: int = 0
     best: float | None = None
     results: dict[str, float] = field(default_factory=dict)
+    pending: dict[str, float] | None = None
+    """What the step logs, until its evaluation is done."""
 
     def summary(self) -> dict[str, float]:
         """The content of results.json."""
@@ -79,4 +81,13 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> Train
     if ema is not None:
         ema.load(checkpoint.load_tensors(path, "ema.safetensors"))
     log.info("resumed from %s at step %d", path, state["step"])
+    if (scores := checkpoint.load_scores(path)) is not None:
+        state |= {**scores, "pending": None}
     return TrainState(**state)
+
+
+def is_evaluated(path: Path, num_steps: int) -> bool:
+    """Whether a checkpoint is of the run's last step, and that step's evaluation is done."""
+    state = checkpoint.load_state(path)
+    is_pending = state.get("pending") is not None and checkpoint.load_scores(path) is None
+    return bool(state["step"] >= num_steps) and not is_pending

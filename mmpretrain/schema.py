@@ -81,6 +81,7 @@ class ParallelConfig:
     strategy: Strategy = MISSING
     activation_checkpointing: ActivationCheckpointing = MISSING
     compile: bool = MISSING
+    timeout_seconds: float = MISSING
 
 
 @dataclass
@@ -146,6 +147,7 @@ class DataConfig:
     train: dict[str, StreamConfig] = field(default_factory=dict)
     val: dict[str, EvalSetConfig] = field(default_factory=dict)
     val_batch_size: int = MISSING
+    timeout_seconds: float = MISSING
 
 
 @dataclass

@@ -1,7 +1,13 @@
 """Pre-train a model: python -m mmpretrain.train experiment=quickstart [overrides]."""
 
+if __name__ == "__main__":
+    # By its own name, under which the processes of a sweep's launcher find the job; __main__ is another module there.
+    from mmpretrain import stop_signal
+
+    stop_signal.train()
+    raise SystemExit
+
 import fcntl
-import importlib
 import json
 import logging
 import sys
@@ -13,19 +19,31 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import build, checkpoint, command, config, distributed, dry_run, parallel, report, targets, usage
+from mmpretrain import (
+    build,
+    checkpoint,
+    command,
+    config,
+    distributed,
+    dry_run,
+    parallel,
+    report,
+    resume,
+    targets,
+    usage,
+)
+from mmpretrain.data.loader import Poll, no_poll
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
-from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
+from mmpretrain.evals.evaluation import Context, Evaluation, chosen_sets
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
-from mmpretrain.metrics import MetricsWriter, print_results
+from mmpretrain.metrics import print_results
 from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
 from mmpretrain.precision import autocast
-from mmpretrain.resume import check_fingerprint
 from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
 from mmpretrain.schema import TrainConfig
 from mmpretrain.task import Task
@@ -48,6 +66,12 @@ def _hydra_main(cfg: DictConfig) -> None:
         except TrainingError as error:
             log.error("error: %s", error)
             command.end_job(1)
+        except RuntimeError as error:
+            if not distributed.is_lost_peer(error):
+                raise
+            absent = ", ".join(map(str, distributed.absent_ranks())) or "unknown"
+            log.error("error: before training began, rank %s was lost (%s)", absent, str(error).splitlines()[0])
+            command.end_job(1)
         finally:
             distributed.shut_down()
 
@@ -59,7 +83,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
     """
     with usage.usage_errors():
         device = build.device_of(cfg.trainer.device)
-        distributed.setup(device)
+        distributed.setup(device, cfg.parallel.timeout_seconds)
         schedule: Schedule = targets.instantiate(cfg.schedule, cfg.run.seed, "schedule")
         folder = Path(str(cfg.run.dir))
         options = _options(cfg)
@@ -69,7 +93,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
 
-        def evaluation_context(task: Task) -> Context:
+        def evaluation_context(task: Task, check_stop: Poll = no_poll) -> Context:
             return Context(
                 model=task.model,
                 tokenizer=tokenizer,
@@ -77,6 +101,8 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
                 logit_scale=task.logit_scale,
                 batch_size=cfg.data.val_batch_size,
                 workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,
+                timeout_seconds=cfg.data.timeout_seconds,
+                check_stop=check_stop,
                 autocast=autocast(device, options.precision),
             )
 
@@ -93,21 +119,6 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             _conclude(finished, folder, rewrite=False)
             return finished
 
-        def run_evaluations(
-            whole: Callable[[], Task], before: int, after: int, is_last: bool, writer: MetricsWriter | None
-        ) -> Mapping[str, float]:
-            due = {name: e for name, e in evaluators.items() if is_last or clock.is_due(every[name], before, after)}
-            if not due:
-                return {}
-            context = evaluation_context(whole())
-            scores = evaluate(due, context)
-            if writer is not None:
-                for name, picture in context.shown.pictures.items():
-                    writer.image(name, after, picture)
-                for name, projection in context.shown.projections.items():
-                    writer.embeddings(name, after, *projection)
-            return scores
-
         trainer = Trainer(
             task=task.to(device),
             streams=streams,
@@ -115,7 +126,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             make_optimizer=_make_optimizer(cfg),
             schedule=schedule,
             weights=weights,
-            evaluate=run_evaluations,
+            evaluation=Evaluation(evaluators, every, clock, evaluation_context),
             options=options,
             fingerprint=fingerprint,
             folder=folder,
@@ -213,8 +224,12 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
         max_bad_fraction=cfg.data.max_bad_fraction,
         profile_steps=cfg.trainer.profile_steps,
         workers=None if cfg.data.workers == "auto" else cfg.data.workers,
+        data_timeout_seconds=cfg.data.timeout_seconds,
         parallel=Parallel(
-            cfg.parallel.strategy.value, cfg.parallel.activation_checkpointing.value, cfg.parallel.compile
+            cfg.parallel.strategy.value,
+            cfg.parallel.activation_checkpointing.value,
+            cfg.parallel.compile,
+            cfg.parallel.timeout_seconds,
         ),
     )
 
@@ -284,9 +299,9 @@ def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> d
         if not (folder / "results.json").exists():
             return None
         path = checkpoint.find_latest(folder / "checkpoints", set_aside=True)
-        if path is None or checkpoint.load_state(path)["step"] < num_steps:
+        if path is None or not resume.is_evaluated(path, num_steps):
             return None
-        check_fingerprint(path, fingerprint)
+        resume.check_fingerprint(path, fingerprint)
         results: dict[str, float] = json.loads((folder / "results.json").read_text())
         return results
 
@@ -299,8 +314,3 @@ def _conclude(results: Mapping[str, float], folder: Path, rewrite: bool) -> None
         if rewrite or not (folder / report.FILE).exists():
             report.write(folder)
         print_results(results, folder)
-
-
-if __name__ == "__main__":
-    # By its own name, under which the processes of a sweep's launcher find the job; __main__ is another module there.
-    importlib.import_module("mmpretrain.train").main()

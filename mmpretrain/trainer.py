@@ -4,23 +4,23 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from mmpretrain import checkpoint, distributed, optim, parallel, resume
 from mmpretrain.batch import Batch
-from mmpretrain.data.loader import build_loader
+from mmpretrain.data.loader import LoaderError, Poll, build_loader, received
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
-from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
+from mmpretrain.guards import Quarantine, TrainingError, check_bad_step
 from mmpretrain.measure import Window, is_better, train_values
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
 from mmpretrain.parallel import Parallel
@@ -30,15 +30,28 @@ from mmpretrain.profiling import profiled
 from mmpretrain.resume import TrainState
 from mmpretrain.schedules import Duration, Now, Schedule, Value
 from mmpretrain.step import StepLosses, forward_backward
+from mmpretrain.stop_signal import PREEMPTED_EXIT_CODE, Stopped, StopSignal
 from mmpretrain.task import Task
 from mmpretrain.transfer import Transfer
 from mmpretrain.workers import measured_workers
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[Callable[[], Task], int, int, bool, MetricsWriter | None], Mapping[str, float]]
-"""(gives the task to be evaluated, samples before the step, samples after it, whether it was the last, what pictures are
-written to) -> scores of the evaluations due."""
+_STOP_SECONDS = 5.0  # so long data may be waited for once a signal has come
+
+
+class Evaluation(Protocol):
+    """The evaluations of a run (see `mmpretrain.evals.evaluation`)."""
+
+    def due(self, before: int, after: int, is_last: bool) -> list[str]:
+        """The names of those that a step from `before` to `after` samples brings."""
+        ...
+
+    def run(
+        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: Poll
+    ) -> Mapping[str, float]:
+        """Their scores."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class TrainerOptions:
     max_bad_fraction: float
     profile_steps: int
     workers: int | None
+    data_timeout_seconds: float
     parallel: Parallel
 
 
@@ -73,7 +87,7 @@ class Trainer:
         make_optimizer: the optimiser of a task whose unreached parameters are frozen.
         schedule: the learning rate's factor.
         weights: the objectives' weights, as functions of the samples seen.
-        evaluate: runs the evaluations that are due.
+        evaluation: the evaluations, and when they are due.
         options: lengths, precision and limits.
         fingerprint: of the data; a checkpoint made on other data is refused.
         folder: the run's directory.
@@ -92,7 +106,7 @@ class Trainer:
         make_optimizer: Callable[[Task], torch.optim.Optimizer],
         schedule: Schedule,
         weights: Mapping[str, Value],
-        evaluate: Evaluate,
+        evaluation: Evaluation,
         options: TrainerOptions,
         fingerprint: Mapping[str, Any],
         folder: Path,
@@ -103,7 +117,7 @@ class Trainer:
         self.started = time.perf_counter()
         self.hparams = hparams or {}
         self.task, self.streams, self.tokenizer = task, streams, tokenizer
-        self.schedule, self.weights, self.evaluate = schedule, weights, evaluate
+        self.schedule, self.weights, self.evaluation = schedule, weights, evaluation
         self.options, self.fingerprint, self.folder, self.device = options, fingerprint, folder, device
 
         self.clock = clock_of(streams, options.duration)
@@ -139,12 +153,16 @@ class Trainer:
         self.transfer = Transfer(device)
         self.flags = distributed.LateFlags()
         self.results = self.state.summary()
-        self.saved_at, self.saved_step, self.is_best = time.perf_counter(), self.state.step, False
+        self.saved_at, self.saved_step = time.perf_counter(), self.state.step
         self.earlier_seconds = self.state.wall_seconds
+        self.is_whole = True  # the state is that after a whole step, all of which is logged
         self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
-            self.writer = MetricsWriter(folder, self.state.step, self.state.samples)
+            # What a step logs is written once it is evaluated; where that was cut short, it comes again.
+            logged = self.state.step - 1, self.state.samples - self.batch_size
+            is_pending = self.state.pending is not None
+            self.writer = MetricsWriter(folder, *(logged if is_pending else (self.state.step, self.state.samples)))
 
     def run(self) -> dict[str, float]:
         """Train to the end.
@@ -153,14 +171,26 @@ class Trainer:
         Raises: TrainingError if the run cannot go on; SystemExit(85) after a signal, with a checkpoint written.
         """
         with StopSignal() as stop:
-            self._loop(stop)
+            self.stop = stop
+            try:
+                if self.state.pending is not None:
+                    self._evaluate(self._due())
+                self._loop()
+            except Stopped:
+                self._end(f"stopped by a signal at step {self.state.step}; {self._rescue()}")
+            except LoaderError as error:
+                raise TrainingError(f"step {self.state.step + 1}: {error}; {self._rescue()}") from error
+            except RuntimeError as error:
+                if not distributed.is_lost_peer(error):
+                    raise
+                self._end_alone(error)
         self._close()
         return self.results
 
-    def _loop(self, stop: StopSignal) -> None:
+    def _loop(self) -> None:
         state, options, device = self.state, self.options, self.device
         self.window = Window()
-        batches = iter(self.loader)
+        batches = received(self.loader, options.data_timeout_seconds, self._poll)
         with (
             ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
             profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
@@ -168,8 +198,7 @@ class Trainer:
             while state.step < self.num_steps:
                 with self.window.waiting():
                     micro_batches = self._next(batches)
-                for batch in micro_batches:
-                    self.quarantine.add(batch.refused)
+                refused = [refusal for batch in micro_batches for refusal in batch.refused]
                 if state.step == 0 and self.writer is not None:
                     self.writer.pairs(micro_batches[0], self.tokenizer)
                 now = Now(state.samples, self.clock)
@@ -188,6 +217,7 @@ class Trainer:
                 losses = self._forward_backward(micro_batches, weights, passes, scale)
                 self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
+                self.is_whole = False
                 skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
                 self.task.constrain()
                 self.loss_scale.update(skipped)
@@ -197,31 +227,34 @@ class Trainer:
 
                 before = state.samples
                 state.step, state.samples = state.step + 1, state.samples + self.batch_size
+                self.quarantine.add(refused)
                 self.window.add(self.batch_size)
                 is_last = state.step == self.num_steps
                 known = self.flags.read()
                 check_bad_step(known, state.step - 1, self.streams, self.clock, options.max_bad_steps)
-                self._post_flags(skipped, stop)
+                self._post_flags(skipped)
 
                 values = diagnosis
                 if self.clock.is_due(options.log_every, before, state.samples) or is_last:
                     values |= self._measure(losses, weights, norms, lr_factor, progress)
                 progress.advance(state.step)
                 profile_step()
-                with self.window.paused():
-                    values |= self._evaluate(before, is_last)
-                    if values and self.writer is not None:
-                        self.writer.scalars(state.step, state.samples, values)
-                    if is_last:
-                        check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
-                        self._write_results()
-                    if is_last or self.is_best or self._is_save_due(before) or known.get("save") or known.get("stop"):
-                        self._save()
-                if known.get("stop") and not is_last:
+                due = self._due()
+                if is_last or (known.get("stop") and not due):
                     check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
-                    log.warning("stopped by a signal at step %d; the same command goes on from there", state.step)
-                    self._close()
-                    sys.exit(PREEMPTED_EXIT_CODE)
+                is_saving = is_last or self._is_save_due(before) or known.get("save") or known.get("stop")
+                with self.window.paused():
+                    if due or is_last:
+                        state.pending = values
+                    else:
+                        self._log(values)
+                    self.is_whole = True
+                    if is_saving:  # before evaluation, which takes longer and may fail
+                        self._save()
+                    if due or is_last:
+                        self._evaluate(due)
+                if known.get("stop") and not is_last:
+                    self._end(f"stopped by a signal at step {state.step}; the same command goes on from there")
 
     def _is_diagnosis_due(self) -> bool:
         """Before the first step, and whenever one begins at a multiple of `trainer.diagnose_every` or just behind it."""
@@ -270,14 +303,26 @@ class Trainer:
             return measured_workers(upcoming, step, self.device, min(self.num_micro_batches, 2))
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of one step. Raises: TrainingError where the data cannot be read."""
+        """The micro-batches of one step. Raises: TrainingError where the data cannot be read; LoaderError, Stopped."""
         try:
             return [next(batches) for _ in range(self.num_micro_batches)]
-        except (OSError, ValueError, RuntimeError) as error:  # the last: a worker was killed
+        except LoaderError:
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
             # A worker's error carries its whole traceback; the last line is what it said.
             raise TrainingError(f"the data cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
-    def _post_flags(self, skipped: Tensor, stop: StopSignal) -> None:
+    def _poll(self) -> None:
+        """While data are waited for. Raises: Stopped where a signal has waited long enough for them."""
+        if self.stop.is_overdue(_STOP_SECONDS):
+            raise Stopped
+
+    def _check_stop(self) -> None:
+        """Between the batches of an evaluation. A collective. Raises: Stopped on all processes once one has a signal."""
+        if distributed.all_reduce_max(torch.tensor(float(self.stop.received), device=self.device)) > 0:
+            raise Stopped
+
+    def _post_flags(self, skipped: Tensor) -> None:
         """Tell the other ranks what this step brought; they know it one step later."""
         every = self.options.checkpoint_every
         overdue = every.unit == "min" and time.perf_counter() - self.saved_at > 60 * every.value
@@ -286,7 +331,7 @@ class Trainer:
                 "skipped": skipped,
                 "bad_steps": self.bad_steps,
                 # Filled and not copied, which would wait for the device.
-                "stop": torch.full((), stop.received, device=self.device),
+                "stop": torch.full((), self.stop.received, device=self.device),
                 "save": torch.full((), overdue and distributed.is_main(), device=self.device),
             }
         )
@@ -320,26 +365,60 @@ class Trainer:
         self.window = Window()
         return values
 
-    def _evaluate(self, before: int, is_last: bool) -> Mapping[str, float]:
-        """The scores of the evaluations that are due, which results.json will hold."""
-        scores = dict(self.evaluate(self.whole, before, self.state.samples, is_last, self.writer))
+    def _due(self) -> list[str]:
+        """The evaluations that the last step brings."""
+        after = self.state.samples
+        return self.evaluation.due(after - self.batch_size, after, self.state.step == self.num_steps)
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        if values and self.writer is not None:
+            self.writer.scalars(self.state.step, self.state.samples, values)
+
+    def _evaluate(self, due: Sequence[str]) -> None:
+        """Evaluate the last step, and log its values and scores. A collective.
+
+        Raises: Stopped after a signal; the step is saved then, and is evaluated when the run goes on.
+        """
+        state = self.state
+        try:
+            scores = self._scores(due) if due else {}
+        except Stopped:
+            self._save()
+            raise
+        state.results.update(scores)
+        self._log({**(state.pending or {}), **scores})
+        state.pending = None
+        if state.step == self.num_steps:
+            self._write_results()
+        is_best = self._is_best(scores)
+        if is_best:
+            self._save()
+        if self.writer is not None and self.saved_step == state.step:
+            self.writer.flush()
+            path = checkpoint.path_of(self.folder / "checkpoints", state.step)
+            if is_best:
+                checkpoint.mark_best(path, self.options.keep_last)
+            checkpoint.write_scores(path, state.results, state.best)
+
+    def _scores(self, due: Sequence[str]) -> dict[str, float]:
+        """The scores of these evaluations, and of the averaged weights. A collective."""
+        samples, check_stop = self.state.samples, self._check_stop
+        scores = dict(self.evaluation.run(due, self.whole(), samples, self.writer, check_stop))
         if scores and self.ema is not None:
             with self.ema.applied():
-                averaged = self.evaluate(self.whole, before, self.state.samples, is_last, None)
+                averaged = self.evaluation.run(due, self.whole(), samples, None, check_stop)
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
-            self.state.results.update(scores)
-            self.is_best = self._is_best(scores, is_last)
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
         return scores
 
-    def _is_best(self, scores: Mapping[str, float], is_last: bool) -> bool:
+    def _is_best(self, scores: Mapping[str, float]) -> bool:
         """Whether the metric of `checkpoint.best` is better than ever before; losses and perplexities fall."""
         name = self.options.best
-        if name is None:
+        if name is None or not scores:
             return False
         if name not in scores:
-            if is_last and self.state.best is None:
+            if self.state.step == self.num_steps and self.state.best is None:
                 log.warning("checkpoint.best is %r, which no evaluation gave; they gave: %s", name, ", ".join(scores))
             return False
         if not is_better(name, scores[name], self.state.best):
@@ -350,11 +429,15 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint, which holds everything up to this step. A collective."""
         self.quarantine.flush(self.state.samples)
-        state = self.state
+        if (failure := distributed.broadcast_object(self._write_checkpoint())) is not None:
+            raise TrainingError(failure)
+
+    def _write_checkpoint(self) -> str | None:
+        """The failure, if there is one. A collective where weights are sharded."""
+        state, failure = self.state, None
         state.bad_steps, state.num_refused = float(self.bad_steps), self.quarantine.num_refused
         state.loss_scale, state.good_steps = self.loss_scale.state()
         state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
-        failure = None
         is_new = state.step > self.saved_step
         tensors = self._tensors() if is_new else {}
         if self.writer is not None and is_new:
@@ -362,15 +445,50 @@ class Trainer:
             try:
                 numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
                 checkpoint.save(
-                    self.folder / "checkpoints", state.step, tensors, {**asdict(state), **numbers},
-                    self.options.keep_last, self.is_best,
-                )  # fmt: skip
+                    self.folder / "checkpoints",
+                    state.step,
+                    tensors,
+                    {**asdict(state), **numbers},
+                    self.options.keep_last,
+                )
             except OSError as error:
                 failure = f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
-        failure = distributed.broadcast_object(failure)
-        if failure is not None:
-            raise TrainingError(failure)
-        self.saved_at, self.saved_step, self.is_best = time.perf_counter(), state.step, False
+        if failure is None:
+            self.saved_at, self.saved_step = time.perf_counter(), state.step
+        return failure
+
+    def _rescue(self) -> str:
+        """Save the last whole step without the other processes, where that can be done; says what there is."""
+        is_sharded = self.options.parallel.strategy == "fsdp" and distributed.world_size() > 1
+        if self.is_whole and not is_sharded and distributed.is_main():
+            failure = self._write_checkpoint()
+            if failure is not None:
+                return failure
+        return f"the same command goes on from step {self.saved_step}" if self.saved_step else "nothing is saved yet"
+
+    def _end(self, message: str) -> NoReturn:
+        """End after a signal, with what is saved."""
+        log.warning(message)
+        self._close()
+        sys.exit(PREEMPTED_EXIT_CODE)
+
+    def _end_alone(self, error: RuntimeError) -> NoReturn:
+        """End after another process was lost: save what can be saved, and name it.
+
+        Raises: TrainingError on the first process that is left; SystemExit on the others, with 85 after a signal.
+        """
+        step = self.state.step + 1
+        absent = distributed.absent_ranks()
+        rescued = self._rescue()
+        if self.stop.received:
+            self._end(f"stopped by a signal at step {self.state.step}; {rescued}")
+        if any(rank not in absent for rank in range(distributed.rank())):  # it says so
+            sys.exit(1)
+        named = ", ".join(map(str, absent))
+        lost = f"rank {named} is lost: killed, stopped, or waiting for its data" if absent else "a collective failed"
+        reason = str(error).strip().splitlines()[0]
+        limit = f"parallel.timeout_seconds = {self.options.parallel.timeout_seconds:g}"
+        raise TrainingError(f"step {step}: {lost} ({reason}; {limit}); {rescued}") from error
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps, on process 0. A collective."""
@@ -380,7 +498,7 @@ class Trainer:
         return {part: distributed.on_main(named) for part, named in tensors.items()}
 
     def _write_results(self) -> None:
-        """results.json stands before the last checkpoint does: a run whose last step is saved is finished."""
+        """results.json stands before the last step's scores do: a run whose last step is evaluated is finished."""
         self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
         self.results = self.state.summary()
         if distributed.is_main():

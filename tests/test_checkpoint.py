@@ -23,7 +23,10 @@ def tensors(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def save(folder: Path, step: int, keep_last: int = 0, is_best: bool = False) -> Path:
     model, optimizer = tensors(step)
     parts = {"model": model, "optimizer": optimizer}
-    return checkpoint.save(folder, step, parts, {**STATE, "step": step}, keep_last, is_best)
+    path = checkpoint.save(folder, step, parts, {**STATE, "step": step}, keep_last)
+    if is_best:
+        checkpoint.mark_best(path, keep_last)
+    return path
 
 
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:

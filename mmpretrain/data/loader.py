@@ -7,7 +7,11 @@ in order, so what was prefetched and not consumed is simply dropped at a kill.
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -16,6 +20,12 @@ from mmpretrain.data.order import step_positions, step_range
 from mmpretrain.data.stream import Stream, StreamItem
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.schedules import Clock, Now
+
+Item = TypeVar("Item")
+Poll = Callable[[], None]
+"""Called about every second while a loader is waited for; what it raises ends the wait."""
+
+_POLL_SECONDS = 1.0
 
 MicroBatchItem = tuple[int, Mapping[str, StreamItem]]
 """(samples seen before the step, what of each stream)."""
@@ -101,6 +111,98 @@ def build_loader(
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
     )
+
+
+class LoaderError(RuntimeError):
+    """A worker was killed, or does not answer; the message is one line that names it."""
+
+
+def no_poll() -> None:
+    """Wait for the loader and nothing else."""
+
+
+def received(loader: DataLoader[Item], timeout_seconds: float, poll: Poll = no_poll) -> Iterator[Item]:
+    """The loader's items.
+
+    Args:
+        loader: its workers are started now.
+        timeout_seconds: how long one item may take where workers read it.
+        poll: called about every second while an item is waited for.
+
+    Raises: LoaderError for a worker that was killed or does not answer; no worker is left then. What a worker raised.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    if loader.num_workers:
+        loader.timeout = _POLL_SECONDS
+    iterator: Any = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # PyTorch's handler would raise a worker's death wherever this process is, in the middle of a save too.
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+    return _received(iterator, getattr(iterator, "_workers", []), timeout_seconds, poll)
+
+
+def _received(
+    iterator: Iterator[Item], workers: list[BaseProcess], timeout_seconds: float, poll: Poll
+) -> Iterator[Item]:
+    began = time.monotonic()
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if lost := _lost(workers):
+                _kill(workers)
+                raise LoaderError(f"{lost}; start the same command again, with more memory if it ran out") from error
+            if not (workers and "timed out" in str(error)):
+                raise
+            if time.monotonic() - began > timeout_seconds:
+                told = _stopped(workers) or f"the {len(workers)} workers are alive, but slow or waiting for storage"
+                _kill(workers)
+                raise LoaderError(
+                    f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds): {told}"
+                ) from error
+            try:
+                poll()
+            except BaseException:
+                _kill(workers)
+                raise
+            continue
+        yield item
+        began = time.monotonic()
+
+
+def _lost(workers: list[BaseProcess]) -> str:
+    """Which workers have ended, and how; empty where none has."""
+    ended = {i: worker.exitcode for i, worker in enumerate(workers) if worker.exitcode not in (None, 0)}
+    return ", ".join(
+        f"worker {i} of the data loader (process {workers[i].pid}) "
+        + (
+            f"was killed by {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"ended with code {code}"
+        )
+        for i, code in ended.items()
+    )
+
+
+def _stopped(workers: list[BaseProcess]) -> str:
+    """Which workers do not run, by the state that Linux gives them; empty where none is known to be so."""
+    states = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits for a disk or a network file system"}
+    told = []
+    for i, worker in enumerate(workers):
+        state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if state in states:
+            told.append(f"worker {i} of the data loader (process {worker.pid}) {states[state]}")
+    return ", ".join(told)
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    """End what would be waited for when this process ends: one that is stopped hears no other signal."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
 
 
 def ignore_signals(worker: int) -> None:

@@ -26,13 +26,15 @@ class Preprocess:
         self.channels = channels
         self._crop: Callable[[int, int], Crop] = WholeImage() if squash else CenterCrop()
 
-    def __call__(self, image: Image.Image | bytes | str | Path) -> Tensor:
+    def __call__(self, image: Image.Image | bytes | str | Path, out: Tensor | None = None) -> Tensor:
         """An image, its encoded bytes or its file -> uint8 [channels, image_size, image_size].
+
+        It is written to `out`, one of `decode.image_memory`'s, or to new memory.
 
         Raises: ValueError (BadSample) if it cannot be decoded; OSError if the file cannot be read.
         """
         if isinstance(image, str | Path):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
-            return decode_image(image, self._crop, self.image_size, self.channels)
-        return resized(pixels_of(image, self.channels), self._crop(image.height, image.width), self.image_size)
+            return decode_image(image, self._crop, self.image_size, self.channels, out)
+        return resized(pixels_of(image, self.channels), self._crop(image.height, image.width), self.image_size, out)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.data.decode import BadSample, read_label
-from mmpretrain.data.loader import ignore_signals
+from mmpretrain.data.image_batches import image_batches
+from mmpretrain.data.loader import Poll, no_poll
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
@@ -70,19 +70,21 @@ class Embedded:
     refused: Sequence[Refused]
 
 
-Record = tuple[Tensor | None, list[str], int, str]
-"""(image uint8 [3, h, w] or None if it was refused, captions, label, the reason if it was refused)."""
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a data set's samples: the image, and (captions, label); -1 where there is no label."""
 
+    data: EvalSet
 
-class _Records(Dataset[Record]):
-    def __init__(self, data: EvalSet) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return self._data.shards.num_samples
+    def __call__(self, sample: int, out: Tensor | None = None) -> tuple[list[str], int]:
+        """Write the image of a sample to `out`, uint8 [c, h, w]. Raises: BadSample."""
+        data = self.data
+        data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS), out)
+        captions = [] if data.caption is None else read_captions(data.shards, sample, data.caption)
+        return captions, self._label(sample)
 
     def _label(self, sample: int) -> int:
-        data = self._data
+        data = self.data
         if data.label is None:
             return -1
         member = data.shards.read(sample, (data.label.split(".")[0],))
@@ -98,29 +100,27 @@ class _Records(Dataset[Record]):
             raise BadSample(f"its label {label} is none of the {len(data.classes.names)} classes")
         return label
 
-    def __getitem__(self, sample: int) -> Record:
-        data = self._data
-        try:
-            encoded = data.shards.read(sample, IMAGE_EXTENSIONS)
-            image = data.preprocess(encoded)
-            captions = [] if data.caption is None else read_captions(data.shards, sample, data.caption)
-            return image, captions, self._label(sample), ""
-        except BadSample as error:
-            return None, [], -1, str(error)
-
 
 def read_image(data: EvalSet, sample: int) -> Tensor:
     """One image of a data set as the model sees it, uint8 [c, h, w]. Raises: BadSample."""
     return data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS))
 
 
-def embed_texts(model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Texts -> [m, e] of unit length, float32, on the model's device; each rank does its share. A collective."""
+def embed_texts(
+    model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, check_stop: Poll = no_poll
+) -> Tensor:
+    """Texts -> [m, e] of unit length, float32, on the model's device; each rank does its share. A collective.
+
+    `check_stop` is called before each batch, by all ranks equally often.
+    """
     device = model.device
     mine = texts[_share(len(texts))]
     parts = []
-    for start in range(0, len(mine), batch_size):
-        ids, lengths = tokenizer(mine[start : start + batch_size])
+    for i in range(_num_batches(len(texts), batch_size)):
+        check_stop()
+        if not (some := mine[i * batch_size : (i + 1) * batch_size]):
+            continue
+        ids, lengths = tokenizer(some)
         packing = packed(lengths, ids.shape[1])
         packing = None if packing is None else packing.map(lambda tensor: tensor.to(device))
         encoding = model.encode_text(ids.to(device), lengths.to(device), packing)
@@ -135,8 +135,22 @@ def _share(count: int) -> slice:
     return slice(int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1]))
 
 
+def _num_batches(count: int, batch_size: int) -> int:
+    """The most batches that a rank's share of `count` things makes."""
+    largest_share = -(-count // distributed.world_size())
+    return -(-largest_share // batch_size)
+
+
 @torch.no_grad()
-def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size: int, workers: int) -> Embedded:
+def embed(
+    model: ImageTextModel,
+    tokenizer: Tokenizer,
+    data: EvalSet,
+    batch_size: int,
+    workers: int,
+    timeout_seconds: float = 600.0,
+    check_stop: Poll = no_poll,
+) -> Embedded:
     """Embed a data set; each rank does its share, and every rank gets the whole. A collective.
 
     Args:
@@ -145,35 +159,32 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
         data: what to embed.
         batch_size: samples that one device holds at once.
         workers: decoding processes of each rank.
+        timeout_seconds: how long a batch may take to be read.
+        check_stop: called before each batch, by all ranks equally often; what it raises ends the work.
 
     Samples that cannot be read are left out, with a warning that names them.
 
-    Raises: ValueError if no sample can be read.
+    Raises: ValueError if no sample can be read; LoaderError for a worker that is lost.
     """
     device = model.device
     share = _share(data.shards.num_samples)
-    loader = DataLoader(
-        _Records(data),
-        sampler=range(share.start, share.stop),
-        batch_size=batch_size,
-        collate_fn=list,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # others would import torch in every worker
-        worker_init_fn=ignore_signals,
-    )
+    batches = image_batches(
+        _Reader(data), range(share.start, share.stop), batch_size, data.preprocess.channels, data.preprocess.image_size,
+        workers, timeout_seconds,
+    )  # fmt: skip
     images, captions, labels, samples, refused = [], [], [], [], []
-    for sample, records in zip(range(share.start, share.stop, batch_size), loader, strict=True):
-        kept = [record for record in records if record[0] is not None]
-        for offset, (image, _, _, reason) in enumerate(records):
-            if image is None:
-                shard = data.shards.path(int(data.shards.locate(np.array([sample + offset]))[0][0]))
-                refused.append(Refused(data.name, shard, data.shards.key(sample + offset), reason))
-        if kept:
-            pixels = torch.stack([record[0] for record in kept if record[0] is not None]).to(device)
-            images.append(model.project_image(model.encode_image(pixels).pooled).float())
-            captions += [record[1] for record in kept]
-            samples += [sample + offset for offset, record in enumerate(records) if record[0] is not None]
-            labels += [record[2] for record in kept]
+    for _ in range(_num_batches(data.shards.num_samples, batch_size)):
+        check_stop()
+        if (batch := next(batches, None)) is None:
+            continue
+        for sample, reason in batch.refused:
+            shard = data.shards.path(int(data.shards.locate(np.array([sample]))[0][0]))
+            refused.append(Refused(data.name, shard, data.shards.key(sample), reason))
+        if batch.samples:
+            images.append(model.project_image(model.encode_image(batch.images.to(device)).pooled).float())
+            captions += [texts for texts, _ in batch.values]
+            labels += [label for _, label in batch.values]
+            samples += batch.samples
     local = torch.cat(images) if images else torch.zeros(0, model.embed_dim, device=device)
     all_images = distributed.gather_ragged_rows(local)
     gathered = distributed.gather_objects((captions, labels, refused, samples))
@@ -185,7 +196,7 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
     pairs = [(i, number[text]) for i, texts_of in enumerate(all_captions) for text in texts_of]
     return Embedded(
         images=all_images,
-        texts=embed_texts(model, tokenizer, list(distinct), batch_size),
+        texts=embed_texts(model, tokenizer, list(distinct), batch_size, check_stop),
         captions=list(distinct),
         samples=torch.tensor([sample for part in gathered for sample in part[3]], dtype=torch.int64),
         pairs=torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2),
@@ -196,13 +207,18 @@ def embed(model: ImageTextModel, tokenizer: Tokenizer, data: EvalSet, batch_size
 
 def check_readable(data: EvalSet) -> None:
     """Read some samples, so that a wrong field ends a run at its start. Raises: ValueError if none can be used."""
-    records = _Records(data)
-    reasons = [records[sample][3] for sample in range(min(_MAX_CHECKED, len(records)))]
-    if all(reasons):
-        raise ValueError(
-            f"data.val.{data.name}: none of its first {len(reasons)} samples can be used; of the first (key "
-            f"{data.shards.key(0)!r}): {reasons[0]}; mend the data, or data.val.{data.name}.caption and .label"
-        )
+    reader = _Reader(data)
+    reasons = []
+    for sample in range(min(_MAX_CHECKED, data.shards.num_samples)):
+        try:
+            reader(sample)
+            return
+        except BadSample as error:
+            reasons.append(str(error))
+    raise ValueError(
+        f"data.val.{data.name}: none of its first {len(reasons)} samples can be used; of the first (key "
+        f"{data.shards.key(0)!r}): {reasons[0]}; mend the data, or data.val.{data.name}.caption and .label"
+    )
 
 
 def _tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:

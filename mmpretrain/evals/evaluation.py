@@ -1,7 +1,7 @@
 """The evaluations of a run: which are due, on which data, each data set embedded once."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,9 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmpretrain.data.loader import Poll, no_poll
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embed import Embedded, EvalSet, embed, embed_texts, read_image
+from mmpretrain.metrics import MetricsWriter
 from mmpretrain.models.image_text import ImageTextModel, NoImages
+from mmpretrain.schedules import Clock, Duration
+from mmpretrain.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,10 @@ class Context:
     logit_scale: float | None
     batch_size: int
     workers: int
+    timeout_seconds: float = 600.0
+    """How long a batch may take to be read."""
+    check_stop: Poll = no_poll
+    """Called before each batch, by all ranks equally often; what it raises ends the evaluation."""
     autocast: AbstractContextManager[object] = field(default_factory=nullcontext)
     shown: Shown = field(default_factory=Shown)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
@@ -48,7 +56,10 @@ class Context:
         """The data set `name` in the shared space. A collective the first time."""
         if name not in self._embedded:
             with self.autocast:
-                self._embedded[name] = embed(self.model, self.tokenizer, self.sets[name], self.batch_size, self.workers)
+                self._embedded[name] = embed(
+                    self.model, self.tokenizer, self.sets[name], self.batch_size, self.workers, self.timeout_seconds,
+                    self.check_stop,
+                )  # fmt: skip
         return self._embedded[name]
 
     def image(self, name: str, row: int) -> Tensor:
@@ -66,7 +77,7 @@ class Context:
     def embedded_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts of the evaluator's own in the shared space, [m, e]. A collective."""
         with self.autocast:
-            return embed_texts(self.model, self.tokenizer, texts, self.batch_size)
+            return embed_texts(self.model, self.tokenizer, texts, self.batch_size, self.check_stop)
 
 
 class Evaluator(Protocol):
@@ -92,11 +103,45 @@ def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str,
     scores: dict[str, float] = {}
     was_training = context.model.training
     context.model.eval()
-    for name, evaluator in evaluators.items():
-        for data in chosen_sets(name, evaluator, context):
-            scores |= {f"eval-{data}/{metric}": value for metric, value in evaluator(data, context).items()}
-    context.model.train(was_training)
+    try:
+        for name, evaluator in evaluators.items():
+            for data in chosen_sets(name, evaluator, context):
+                context.check_stop()
+                scores |= {f"eval-{data}/{metric}": value for metric, value in evaluator(data, context).items()}
+    finally:
+        context.model.train(was_training)
     return scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluations of a run and when each of them is due."""
+
+    evaluators: Mapping[str, Evaluator]
+    every: Mapping[str, Duration]
+    clock: Clock
+    context: Callable[[Task, Poll], Context]
+    """(the task with all of its weights, `check_stop`) -> what evaluators see."""
+
+    def due(self, before: int, after: int, is_last: bool) -> list[str]:
+        """The evaluators that a step from `before` to `after` samples brings."""
+        return [name for name in self.evaluators if is_last or self.clock.is_due(self.every[name], before, after)]
+
+    def run(
+        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: Poll
+    ) -> Mapping[str, float]:
+        """The scores of some evaluators, whose pictures go to `writer`. A collective.
+
+        Raises: what `check_stop` does.
+        """
+        context = self.context(task, check_stop)
+        scores = evaluate({name: self.evaluators[name] for name in names}, context)
+        if writer is not None:
+            for name, picture in context.shown.pictures.items():
+                writer.image(name, samples, picture)
+            for name, projection in context.shown.projections.items():
+                writer.embeddings(name, samples, *projection)
+        return scores
 
 
 def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
