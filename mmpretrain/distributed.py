@@ -38,7 +38,9 @@ def shut_down() -> None:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error is a collective's: another process was killed, or did not answer in time."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_LOST.search(str(error))))
+    if not dist.is_initialized():
+        return isinstance(error, dist.DistError)
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_LOST.search(str(error))))
 
 
 def absent_ranks() -> list[int]:

@@ -113,18 +113,13 @@ def test_a_signal_while_torch_is_imported_ends_with_85(entry: list[str], pairs: 
 
 
 def test_signals_at_any_moment_of_the_start_end_with_85(pairs: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    moments = {
-        "the run's folder": lambda: run.exists(),
-        "the log": lambda: (run / "train.log").exists(),
-        "the configuration": lambda: (run / "config.yaml").exists(),
-        "the first step": lambda: has_steps(run, 1),
-    }
-    for what, has_come in moments.items():
-        command = runs.start_train(tmp_path, *LONG, f"data.root={pairs}")
-        command.wait_for(has_come, what)
+    for number, name in enumerate(["run", "run/train.log", "run/config.yaml", "run/metrics.jsonl"]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        command = runs.start_train(folder, *LONG, f"data.root={pairs}")
+        command.wait_for((folder / name).exists, name)
         command.send(signal.SIGTERM)
-        assert command.wait().code == 85, what
+        assert command.wait().code == 85, name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -5,10 +5,12 @@ in order, so what was prefetched and not consumed is simply dropped at a kill.
 """
 
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,66 +126,85 @@ def no_poll() -> None:
 def received(loader: DataLoader[Item], timeout_seconds: float, poll: Poll = no_poll) -> Iterator[Item]:
     """The loader's items.
 
+    A thread takes them from the workers: a worker that is stopped while it hands over a tensor would hold up whoever
+    takes it for ever.
+
     Args:
         loader: its workers are started now.
         timeout_seconds: how long one item may take where workers read it.
         poll: called about every second while an item is waited for.
 
-    Raises: LoaderError for a worker that was killed or does not answer; no worker is left then. What a worker raised.
+    Raises: LoaderError for a worker that was killed or does not answer; what a worker raised. No worker is left then.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    if loader.num_workers:
-        loader.timeout = _POLL_SECONDS
     iterator: Any = iter(loader)
+    if not loader.num_workers:
+        return iterator
     if threading.current_thread() is threading.main_thread():
         # PyTorch's handler would raise a worker's death wherever this process is, in the middle of a save too.
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    return _received(iterator, getattr(iterator, "_workers", []), timeout_seconds, poll)
+    return _received(iterator, iterator._workers, timeout_seconds, poll)
 
 
 def _received(
     iterator: Iterator[Item], workers: list[BaseProcess], timeout_seconds: float, poll: Poll
 ) -> Iterator[Item]:
-    began = time.monotonic()
-    while True:
+    taken: queue.Queue[Item | BaseException] = queue.Queue(maxsize=1)
+    is_wanted = True
+
+    def take() -> None:
         try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if lost := _lost(workers):
-                _kill(workers)
-                raise LoaderError(f"{lost}; start the same command again, with more memory if it ran out") from error
-            if not (workers and "timed out" in str(error)):
-                raise
-            if time.monotonic() - began > timeout_seconds:
-                told = _stopped(workers) or f"the {len(workers)} workers are alive, but slow or waiting for storage"
-                _kill(workers)
-                raise LoaderError(
-                    f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds): {told}"
-                ) from error
-            try:
-                poll()
-            except BaseException:
-                _kill(workers)
-                raise
-            continue
-        yield item
+            while is_wanted:
+                taken.put(next(iterator))
+        except BaseException as error:  # handed over: it is raised where items are waited for
+            taken.put(error)
+
+    threading.Thread(target=take, daemon=True).start()
+    try:
         began = time.monotonic()
+        while True:
+            try:
+                item = taken.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                _check_alive(workers)
+                if time.monotonic() - began > timeout_seconds:
+                    told = _stopped(workers) or f"the {len(workers)} workers are alive, but slow or waiting for storage"
+                    raise LoaderError(
+                        f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds): {told}"
+                    ) from None
+                poll()
+                continue
+            if isinstance(item, StopIteration):
+                return
+            if isinstance(item, BaseException):
+                if isinstance(item, ConnectionError | EOFError):  # a worker ended while it handed over a tensor
+                    wait([worker.sentinel for worker in workers], timeout=_POLL_SECONDS)
+                _check_alive(workers)
+                raise item
+            yield item
+            began = time.monotonic()
+    finally:
+        is_wanted = False
+        for worker in workers:  # one that is stopped hears no other signal, and would be waited for at the end
+            worker.kill()
+        while not taken.empty():  # the thread may wait for room
+            taken.get_nowait()
 
 
-def _lost(workers: list[BaseProcess]) -> str:
-    """Which workers have ended, and how; empty where none has."""
-    ended = {i: worker.exitcode for i, worker in enumerate(workers) if worker.exitcode not in (None, 0)}
-    return ", ".join(
-        f"worker {i} of the data loader (process {workers[i].pid}) "
-        + (
-            f"was killed by {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"ended with code {code}"
+def _check_alive(workers: list[BaseProcess]) -> None:
+    """Raises: LoaderError if a worker was killed."""
+    ended = {i: worker for i, worker in enumerate(workers) if worker.exitcode}
+    if ended:
+        told = ", ".join(
+            f"worker {i} of the data loader (process {worker.pid}) {_how(worker.exitcode)}"
+            for i, worker in ended.items()
         )
-        for i, code in ended.items()
-    )
+        raise LoaderError(f"{told}; start the same command again, with more memory if it ran out")
+
+
+def _how(code: int | None) -> str:
+    assert code is not None
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def _stopped(workers: list[BaseProcess]) -> str:
@@ -195,14 +216,6 @@ def _stopped(workers: list[BaseProcess]) -> str:
         if state in states:
             told.append(f"worker {i} of the data loader (process {worker.pid}) {states[state]}")
     return ", ".join(told)
-
-
-def _kill(workers: list[BaseProcess]) -> None:
-    """End what would be waited for when this process ends: one that is stopped hears no other signal."""
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join()
 
 
 def ignore_signals(worker: int) -> None:

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
-from mmpretrain.data.loader import build_loader
+from mmpretrain.data.loader import build_loader, received
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.stream import Source, TarStream, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
@@ -738,3 +738,24 @@ def test_workers_write_images_to_the_memory_that_the_trainer_reads(
         multiprocessing_context="fork" if workers else None,
     )
     assert list(reader) == [[workers > 0] * 2] * 4
+
+
+def test_a_batch_of_a_worker_holds_one_descriptor_a_stream(tars: list[str], tokenizer: ClipTokenizer) -> None:
+    def batches(workers: int, num_steps: int) -> Iterator[Batch]:
+        stream = make_stream(tars, batch_size=16)
+        return received(build_loader({"pairs": stream}, tokenizer, Clock(16, 700), 0, num_steps, workers=workers), 60)
+
+    kept = []
+    for batch in batches(1, 12):
+        kept.append(batch)
+        if len(kept) == 1:
+            before = len(os.listdir("/proc/self/fd"))
+    assert len(kept) == 12 and len(os.listdir("/proc/self/fd")) - before <= 12
+    (alone,) = batches(0, 1)
+    ours, theirs = kept[0].streams["pairs"], alone.streams["pairs"]
+    for name in ("positions", "ids", "seeds", "images", "text", "lengths", "word_starts"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert ours.packing is not None and theirs.packing is not None
+    assert torch.equal(ours.packing.slots, theirs.packing.slots) and torch.equal(
+        ours.packing.turns, theirs.packing.turns
+    )
