@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -17,7 +18,8 @@ Result = TypeVar("Result")
 # gloo and c10d have no error class for it.
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out (after|waiting)|socket timeout", re.IGNORECASE)
 _ALIVE = "mmpretrain/alive/"
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS, _LATE_ANSWER_SECONDS = 5.0, 0.1
+_broken: list[bool] = []  # not empty once a collective failed
 
 
 def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:
@@ -31,8 +33,8 @@ def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:
 
 
 def shut_down() -> None:
-    """Leave the group."""
-    if dist.is_initialized():
+    """Leave the group, unless it is broken: what is lost would be waited for."""
+    if dist.is_initialized() and not _broken:
         dist.destroy_process_group()
 
 
@@ -44,22 +46,28 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def absent_ranks() -> list[int]:
-    """The processes that do not answer, after a collective failed. Called by each process that is alive."""
+    """The processes that do not answer, after a collective failed. Called by each process that is alive, once."""
     if not dist.is_initialized():
         return []
+    _broken.append(True)
     store = dist.distributed_c10d._get_default_store()
-    deadline = time.monotonic() + _ANSWER_SECONDS
-    absent = []
-    try:
+    absent: list[int] = []
+
+    def ask() -> None:
+        deadline = time.monotonic() + _ANSWER_SECONDS
         store.set(f"{_ALIVE}{rank()}", "alive")
         for other in range(world_size()):
             try:
-                store.wait([f"{_ALIVE}{other}"], timedelta(seconds=max(deadline - time.monotonic(), 0.1)))
-            except dist.DistStoreError:
+                seconds = max(deadline - time.monotonic(), _LATE_ANSWER_SECONDS)
+                store.wait([f"{_ALIVE}{other}"], timedelta(seconds=seconds))
+            except dist.DistError:
                 absent.append(other)
-    except dist.DistError:
-        return [0]  # it holds the store
-    return [0] if rank() in absent else absent
+
+    # In a thread: a store whose host is stopped is waited for without a limit.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * _ANSWER_SECONDS + 2 * _LATE_ANSWER_SECONDS * world_size())
+    return [0] if thread.is_alive() or rank() in absent else sorted(absent)
 
 
 def local_rank() -> int:
