@@ -1,7 +1,9 @@
 """Bytes -> uint8 image and caption: what is decoded, its limits, and what is refused.
 
 JPEG goes through simplejpeg, decoded at 1/2, 1/4 or 1/8 where the crop stays larger than the target; all
-else goes through Pillow. One uint8 resize (bicubic, antialiased) serves both, so the path never shows.
+else goes through Pillow. A JPEG of which libjpeg says that data are missing or overwritten is refused; an overwritten
+stretch that decodes by chance as so many blocks cannot be told, nor can damage to a WebP of whole length: these formats
+have no checksums. One uint8 resize (bicubic, antialiased) serves both, so the path never shows.
 """
 
 import io
@@ -102,20 +104,38 @@ def _jpeg_factor(crop: Crop, size: int) -> int:
 
 
 def _decode_jpeg(data: bytes, plan: Callable[[int, int], Crop], size: int) -> tuple[np.ndarray, Crop] | None:
-    """(pixels uint8 [h, w, 3], the crop in those pixels), or None where Pillow has to look."""
+    """(pixels uint8 [h, w, 3], the crop in those pixels), or None where Pillow has to look. Raises: BadSample."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace not in ("YCbCr", "Gray", "RGB"):
-            return None
-        check_size(height, width)
-        crop = plan(height, width)
-        factor = _jpeg_factor(crop, size)
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
-    except BadSample:
-        raise
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a subsampling that it has no name for
         return None
-    return pixels, _scaled(crop, factor)
+    if colorspace not in ("YCbCr", "Gray", "RGB"):
+        return None
+    check_size(height, width)
+    crop = plan(height, width)
+    factor = _jpeg_factor(crop, size)
+    pixels = _undamaged(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
+    return None if pixels is None else (pixels, _scaled(crop, factor))
+
+
+# libjpeg warns and goes on where data are missing or overwritten: what it makes of them is grey, or noise.
+_DAMAGE = re.compile(
+    r"premature end|bad huffman code|bad arithmetic code|instead of rst|(\d+) extraneous bytes", re.IGNORECASE
+)
+_FEW_BYTES = 16  # cameras pad with some bytes; behind a hole hundreds are left over
+_END_OF_IMAGE = b"\xff\xd9"
+_PROGRESSIVE = b"\xff\xc2"
+
+
+def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | None:
+    """The pixels of a JPEG, or None where simplejpeg refuses it for what is no damage to them. Raises: BadSample."""
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace, **scale)  # type: ignore[no-any-return]
+    except ValueError as error:  # strict: libjpeg's first warning, too, is an error
+        damage = _DAMAGE.search(str(error))
+        if damage is None or (damage[1] is not None and int(damage[1]) <= _FEW_BYTES):
+            return None
+        raise BadSample(f"the JPEG is damaged ({error})") from error
 
 
 def _scaled(crop: Crop, factor: int) -> Crop:
@@ -142,9 +162,14 @@ def decode_image(
     Returns: uint8 [channels, size, size].
     Raises: BadSample if the bytes are no decodable image of an allowed format and size.
     """
-    decoded = _decode_jpeg(data, plan, size) if data[:2] == b"\xff\xd8" and channels == 3 else None
+    is_jpeg = data[:2] == b"\xff\xd8"
+    if is_jpeg and data[-2:] != _END_OF_IMAGE and _PROGRESSIVE not in data:
+        data += _END_OF_IMAGE  # where nothing else is missing, the image is whole; scans may be missing unseen
+    decoded = _decode_jpeg(data, plan, size) if is_jpeg and channels == 3 else None
     if decoded is None:
         image = open_image(data)
+        if is_jpeg:  # Pillow passes over libjpeg's warnings
+            _undamaged(data, "CMYK" if image.mode == "CMYK" else "RGB", min_factor=8)
         pixels, crop = pixels_of(image, channels), plan(image.height, image.width)
     else:
         pixels, crop = decoded

@@ -343,6 +343,71 @@ def test_truncated_images_are_refused(format: str, part: float) -> None:
         decode_image(data[: int(part * len(data))], whole, 16)
 
 
+def with_a_hole(data: bytes, kind: str) -> bytes:
+    """A JPEG that lost part of its middle, and yet ends as one does."""
+    middle, length = len(data) // 2, 600
+    if kind == "cut":
+        return data[:middle] + b"\xff\xd9"
+    noise = np.random.default_rng(0).integers(1, 255, length, dtype=np.uint8).tobytes()
+    return data[:middle] + (noise if kind == "overwritten" else b"") + data[middle + length :]
+
+
+@pytest.mark.parametrize("kind", ["cut", "removed", "overwritten"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("RGB", 1), ("RGB", 4), ("L", 3), ("CMYK", 3)])
+def test_a_jpeg_with_a_hole_is_refused(kind: str, options: dict[str, object], mode: str, channels: int) -> None:
+    """Pillow fills the rest with grey, or with what a decoder out of step makes of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    whole_image = encode(Image.fromarray(noise).convert(mode), quality=90, **options)
+    assert decode_image(whole_image, whole, 64, channels).shape == (channels, 64, 64)
+    with pytest.raises(BadSample, match=r"damaged|does not decode"):
+        decode_image(with_a_hole(whole_image, kind), whole, 64, channels)
+
+
+def subsampled_441() -> bytes:
+    """A grey JPEG that says 4:4:1, which simplejpeg has no name for."""
+    data = bytearray(encode(Image.new("YCbCr", (32, 32), (99, 128, 128)), subsampling="4:2:0"))
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == 0x22
+    data[frame + 11] = 0x14  # four blocks of brightness to one of each colour in both
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data + b"\0" * 5000,
+        lambda data: data + b"<!-- cached -->",
+        lambda data: data + data,
+        lambda data: data[:-2],
+        lambda data: data[:-2] + b"\0\1\2\3" + data[-2:],
+        lambda data: data[:2] + b"\xff\xe5\0\x06spam" + data[2:],
+        lambda data: data[:2] + b"\xff\xfe\0\x06spam" + data[2:],
+        lambda data: data[:-2] + b"\xff\xff" + data[-2:],
+        lambda data: data.replace(b"JFIF\0\1", b"JFIF\0\7", 1),
+    ],
+    ids=["zeros", "text", "twice", "no end", "padded", "app5", "comment", "fill", "revision"],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_harmless_oddities_of_a_jpeg_change_no_pixel(change: Callable[[bytes], bytes], channels: int) -> None:
+    data = encode(smooth_pixels(48, 64), quality=90)
+    assert change(data) != data
+    assert torch.equal(decode_image(change(data), whole, 32, channels), decode_image(data, whole, 32, channels))
+
+
+def test_the_first_image_of_a_multi_picture_jpeg_is_taken() -> None:
+    first, second = (Image.fromarray(smooth_pixels(48, 64, seed)) for seed in (0, 1))
+    data = encode(first, "MPO", save_all=True, append_images=[second], quality=90)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    for channels in (1, 3):
+        expected = decode_image(encode(first, quality=90), whole, 32, channels)
+        assert torch.equal(decode_image(data, whole, 32, channels), expected)
+
+
+def test_a_subsampling_without_a_name_is_decoded() -> None:
+    assert (decode_image(subsampled_441(), whole, 16) == 99).all()
+
+
 @pytest.mark.filterwarnings("ignore")  # Pillow comments on damaged metadata
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_damaged_bytes_give_an_image_or_a_bad_sample_and_no_other_error(format: str) -> None:
