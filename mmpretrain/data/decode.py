@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +131,7 @@ _PROGRESSIVE = b"\xff\xc2"
 def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | None:
     """The pixels of a JPEG, or None where simplejpeg refuses it for what is no damage to them. Raises: BadSample."""
     try:
-        return simplejpeg.decode_jpeg(data, colorspace, **scale)  # type: ignore[no-any-return]
+        return simplejpeg.decode_jpeg(data, colorspace, **scale)
     except ValueError as error:  # strict: libjpeg's first warning, too, is an error
         damage = _DAMAGE.search(str(error))
         if damage is None or (damage[1] is not None and int(damage[1]) <= _FEW_BYTES):
@@ -221,14 +222,40 @@ def read_json_field(data: bytes, path: str) -> Any:
     """
     try:
         value = json.loads(data)
+    except RecursionError as error:
+        raise BadSample("its json member does not parse (nested too deeply)") from error
     except ValueError as error:
         raise BadSample(f"its json member does not parse ({error})") from error
     for part in path.split("."):
         if not isinstance(value, dict) or part not in value:
-            fields = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
-            raise BadSample(f"its json has no field {path!r} (it has: {fields})")
+            raise BadSample(f"its json has no field {path!r} (it has: {_fields(value)})")
         value = value[part]
     return value
+
+
+def _fields(value: Any) -> str:
+    """The fields of what JSON gave, some of them; its type if it has none."""
+    if not isinstance(value, dict):
+        return type(value).__name__
+    names = [name if len(name) <= 40 and name.isprintable() else ascii(name[:40]) for name in sorted(value)[:10]]
+    return ", ".join(names) + (f" and {len(value) - 10} more" if len(value) > 10 else "")
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """The text, U+FFFD in place of each half of a pair that JSON escaped alone: no encoding has such halves."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"))  # Unicode's categories
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a symbol that show nothing
+
+
+def _is_visible(text: str) -> bool:
+    return any(unicodedata.category(character) not in _INVISIBLE and character not in _BLANK for character in text)
 
 
 def read_label(data: bytes, field: str) -> str:
@@ -238,7 +265,7 @@ def read_label(data: bytes, field: str) -> str:
     """
     value = data.decode(errors="replace")
     if field.startswith("json."):
-        value = str(read_json_field(data, field.removeprefix("json.")))
+        value = _without_lone_surrogates(str(read_json_field(data, field.removeprefix("json."))))
     if not value.strip():
         raise BadSample(f"its label {field!r} is empty")
     return value.strip()
@@ -257,7 +284,7 @@ def decode_captions(data: bytes, field: str) -> list[str]:
         data: the member's bytes.
         field: `txt`, or `json.<dotted path>`.
 
-    Raises: BadSample if there is no non-empty caption.
+    Raises: BadSample if there is no caption with a visible character.
     """
     if field.startswith("json."):
         value = read_json_field(data, field.removeprefix("json."))
@@ -267,7 +294,7 @@ def decode_captions(data: bytes, field: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise BadSample(f"its {field} member is not UTF-8 ({error.reason} at byte {error.start})") from error
     captions = value if isinstance(value, list) else [value]
-    captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+    captions = [caption.strip() for caption in captions if isinstance(caption, str) and _is_visible(caption)]
     if not captions:
-        raise BadSample(f"its caption field {field!r} is empty")
-    return captions
+        raise BadSample(f"its caption field {field!r} is empty (it has no visible character)")
+    return [_without_lone_surrogates(caption) for caption in captions]

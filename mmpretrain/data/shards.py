@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.storage import read_range
-from mmpretrain.data.tar_index import load_index
+from mmpretrain.data.tar_index import IMAGE_EXTENSIONS, load_index
+
+_MAX_IMAGE_BYTES = 1 << 29  # encoded: what 100 million pixels take without compression
+_MAX_TEXT_BYTES = 1 << 24  # parsed, json takes twenty times as much
 
 
 def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[str]:
@@ -130,12 +133,16 @@ class Shards:
     def read(self, sample_id: int, extensions: Sequence[str]) -> bytes:
         """The bytes of the first extension that the sample has.
 
-        Raises: IndexError; BadSample if it has none of them; OSError if they cannot be read.
+        Raises: IndexError; BadSample if it has none of them, or too large a one: 512 MiB for an image, 16 MiB for
+            anything else; OSError if they cannot be read.
         """
         member = self.member(sample_id, extensions)
         if member is None:
             raise BadSample(f"it has no member {' or '.join(extensions)}")
-        path, _, offset, size = member
+        path, extension, offset, size = member
+        limit = _MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else _MAX_TEXT_BYTES
+        if size > limit:
+            raise BadSample(f"its {extension} member has {size} bytes, more than the limit of {limit}")
         return read_range(path, offset, size)
 
     def _locate_one(self, sample_id: int) -> tuple[int, int]:

@@ -396,7 +396,7 @@ def test_one_of_several_captions_is_drawn_for_every_position(tmp_path: Path, tok
 # ---------------------------------------------------------------- bad samples and bad disks
 
 BAD: dict[int, tuple[Sample, str]] = {
-    3: ({"jpg": encode(smooth_pixels(40, 40))[:-100]}, "the image does not decode"),
+    3: ({"jpg": encode(smooth_pixels(40, 40))[:-100]}, "the JPEG is damaged"),
     5: ({"jpg": b"<html>404</html>"}, "no readable image"),
     8: ({"json": {"caption": "  "}}, "is empty"),
     11: ({"json": {"text": "no"}}, "no field 'caption' (it has: text)"),

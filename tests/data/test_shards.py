@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import (
     TarIndex,
@@ -326,6 +327,26 @@ def test_member_is_the_first_extension_present(tmp_path: Path) -> None:
     assert [(member[0], member[1]) for member in found if member] == [(str(path), "jpg"), (str(path), "png")]
     assert [path.read_bytes()[member[2] :][: member[3]] for member in found if member] == [b"jpeg", b"png"]
     assert shards.member(0, ["png", "webp"]) is None
+
+
+@pytest.mark.parametrize(
+    ("extension", "limit"), [("jpg", 1 << 29), ("json", 1 << 24), ("txt", 1 << 24), ("cls", 1 << 24)]
+)
+def test_a_member_beyond_the_limit_is_not_read(tmp_path: Path, extension: str, limit: int) -> None:
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:  # a sparse file: it takes a few kilobytes
+        for key, size in (("a", limit + 1), ("b", 1)):
+            header = tarfile.TarInfo(f"{key}.{extension}")
+            header.size = size
+            file.write(header.tobuf())
+            file.seek(-(-size // 512) * 512, io.SEEK_CUR)
+        file.write(bytes(1024))
+    shards = Shards([str(path)])
+    with pytest.raises(
+        BadSample, match=f"its {extension} member has {limit + 1} bytes, more than the limit of {limit}"
+    ):
+        shards.read(0, (extension,))
+    assert shards.read(1, (extension,)) == b"\0"
 
 
 def test_fingerprint_follows_the_data_not_the_place(tmp_path: Path) -> None:
