@@ -22,7 +22,7 @@ from mmpretrain.data.decode import (
 )
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
-from mmpretrain.data.shards import Shards, concatenated
+from mmpretrain.data.shards import Fingerprint, Shards, concatenated
 from mmpretrain.data.shorten import Shorten, shortened
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
@@ -165,7 +165,7 @@ class TarStream:
             [1.0 if source.weight is None else source.weight for source in self.sources],
             None if repeat_batches is None else repeat_batches * int(self.batch_size.values[0]),
         )
-        self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
+        self.fingerprints: dict[str, str] = {source.name: Fingerprint.of(source.shards) for source in self.sources}
         self._seed = hash64(seed, name)
         self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
         self._transform = transform
