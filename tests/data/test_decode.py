@@ -3,9 +3,13 @@
 import io
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import ftfy
 import numpy as np
@@ -15,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mmpretrain.data import decode
 from mmpretrain.data.decode import (
     MAX_PIXELS,
     BadSample,
@@ -27,6 +32,7 @@ from mmpretrain.data.decode import (
     read_label,
     to_rgb,
 )
+from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop
 from mmpretrain.seeds import draw
 from tests.tars import encode, smooth_pixels
@@ -310,6 +316,106 @@ def test_the_limit_itself_is_allowed() -> None:
         assert image.size == (8, 8)  # the header that the other tests write is a valid one
     with pytest.warns(Image.DecompressionBombWarning):
         assert open_image(png_header(10_000, 10_000)).size == (10_000, 10_000)
+
+
+MEASURE = """
+import sys
+from mmpretrain.data import decode
+from mmpretrain.data.transforms import WholeImage
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+
+limits = []
+check = decode._check_bytes
+decode._check_bytes = lambda *arguments: limits.append(arguments[2]) or check(*arguments)
+for argument in sys.argv[1:]:
+    path, channels = argument.split(",")
+    data = open(path, "rb").read()
+    try:
+        decode.decode_image(data, WholeImage(), 16, int(channels), max_bytes=0)
+    except decode.BadSample:
+        expected = limits[-1]
+    for _ in range(2):  # the first one loads the decoder
+        open("/proc/self/clear_refs", "w").write("5")
+        before = peak()
+        decode.decode_image(data, WholeImage(), 16, int(channels))
+        taken = peak() - before
+    print(taken, expected)
+"""
+
+
+def test_decoding_takes_no_more_memory_than_the_header_lets_expect(tmp_path: Path) -> None:
+    """In a process of its own. What a strip's conversion takes comes on top, and is the same for every size."""
+    side = 2000
+    grey = (np.add.outer(np.arange(side), np.arange(side)) // 9).astype(np.int32)
+    colour = Image.fromarray(np.stack([grey % 256, grey // 2 % 256, 255 - grey % 256], -1).astype(np.uint8))
+    deep = Image.fromarray((grey * 10).astype(np.uint16))
+    images = [
+        (colour, "PNG", {}), (colour.convert("P"), "PNG", {}), (colour.convert("P"), "PNG", {"transparency": 0}),
+        (colour.convert("RGBA"), "PNG", {}), (colour.convert("LA"), "PNG", {}), (deep, "PNG", {}),
+        (colour.convert("P"), "GIF", {}), (colour, "TIFF", {}), (colour.convert("CMYK"), "JPEG", {}),
+        (colour, "WEBP", {"method": 0}), (colour, "JPEG", {}), (colour, "JPEG", {"progressive": True}),
+        (colour, "JPEG", {"progressive": True, "subsampling": 0}),
+    ]  # fmt: skip
+    arguments = []
+    for number, (image, format, options) in enumerate(images):
+        path = tmp_path / str(number)
+        path.write_bytes(encode(image, format, **({"compress_level": 1} if format == "PNG" else {}), **options))
+        arguments += [f"{path},{channels}" for channels in (3, 1, 4)]
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    for argument, line in zip(arguments, measured.stdout.splitlines(), strict=True):
+        taken, expected = map(float, line.split())
+        assert taken < expected + (6 << 20), f"{argument}: {taken / side**2}, {expected / side**2} bytes a pixel"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("data", "mebibytes"),
+    [
+        (png_header(9_900, 10_000), "661 MiB"),  # RGB: 4 bytes in Pillow, 3 as the result
+        (jpeg_header(9_900, 10_000), None),
+        (jpeg_header(9_900, 10_000).replace(b"\xff\xc0", b"\xff\xc2"), "567 MiB"),
+    ],
+    ids=["png", "jpeg", "progressive jpeg"],
+)
+def test_an_image_that_takes_too_much_memory_is_refused_at_its_header(data: bytes, mebibytes: str | None) -> None:
+    """A progressive JPEG keeps the coefficients of the whole image, at any scale; any other one no more than pixels."""
+    reason = f"10000 x 9900 pixels take {mebibytes} to decode, more than the limit of 512 .data.max_image_bytes"
+    with pytest.raises(BadSample, match=reason if mebibytes else "damaged|does not decode"):
+        decode_image(data, whole, 8000)
+
+
+def test_the_limit_of_memory_can_be_set() -> None:
+    data = encode(smooth_pixels(100, 100), "PNG")
+    assert decode_image(data, whole, 16, max_bytes=70_000).shape == (3, 16, 16)
+    with pytest.raises(BadSample, match="100 x 100 pixels take 0 MiB to decode"):
+        decode_image(data, whole, 16, max_bytes=69_999)
+    with pytest.raises(BadSample, match="100 x 100 pixels take"):
+        Preprocess(16, max_image_bytes=69_999)(data)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGB", {}), ("RGB", {"transparency": (3, 4, 5)}), ("RGBA", {}), ("LA", {}), ("P", {}), ("P", {"transparency": 3}),
+     ("L", {}), ("L", {"transparency": 9}), ("1", {}), ("I;16", {})],
+)  # fmt: skip
+def test_strips_are_converted_as_the_whole_image_is(
+    channels: int, mode: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(smooth_pixels(70, 50))
+    image = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+    data = encode(image, "PNG", **options)
+    in_one = decode_image(data, whole, 32, channels)
+    monkeypatch.setattr(decode, "_STRIP_PIXELS", 50 * 8)
+    assert torch.equal(decode_image(data, whole, 32, channels), in_one)
 
 
 @pytest.mark.parametrize("format", ["PPM", "ICO", "JPEG2000", "TGA", "PDF"])
