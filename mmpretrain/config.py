@@ -260,7 +260,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a configuration by their full names, without what may differ between a run and its resumption."""
-    return {key: value for key, value in _flat(dict(plain)).items() if not _FREE.fullmatch(key)}
+    return {key: value for key, value in {**_BEFORE, **_flat(dict(plain))}.items() if not _FREE.fullmatch(key)}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
