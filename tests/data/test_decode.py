@@ -362,7 +362,7 @@ def test_decoding_takes_no_more_memory_than_the_header_lets_expect(tmp_path: Pat
     for number, (image, format, options) in enumerate(images):
         path = tmp_path / str(number)
         path.write_bytes(encode(image, format, **({"compress_level": 1} if format == "PNG" else {}), **options))
-        arguments += [f"{path},{channels}" for channels in (3, 1, 4)]
+        arguments += [f"{path},{channels}" for channels in ((3, 1, 4) if number == 0 else (3,))]
     measured = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments],
         check=True,
