@@ -205,8 +205,9 @@ class Fingerprint(str):
             return "the same shards in another order"
         if len(before) == len(now):
             return f"changed: {_some([path for path, a, b in zip(self.paths, before, now) if a != b])}"
-        new = [path for path, shard in zip(self.paths, now) if shard not in set(before)]
-        gone = len(set(before) - set(now))
+        known, present = set(before), set(now)
+        new = [path for path, shard in zip(self.paths, now) if shard not in known]
+        gone = len(known - present)
         told = f"{len(before)} shards then, {len(now)} now, {gone} gone or changed"
         return f"{told}; new or changed: {_some(new)}" if new else told
 
