@@ -122,6 +122,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             repeat_batches=stream.repeat_batches,
             text_length=stream.text_length,
             shorten=stream.shorten.value,
+            max_image_bytes=cfg.data.max_image_bytes,
         )
         streams[name].check_first_sample()
         if stream.transform is not None and stream.image_size is not None:
@@ -199,7 +200,9 @@ def build_tokenizer(node: targets.Node, task: Task) -> Tokenizer:
     return tokenizer
 
 
-def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel) -> dict[str, EvalSet]:
+def build_eval_sets(
+    sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel, max_image_bytes: int
+) -> dict[str, EvalSet]:
     """The held-out data sets, for a model's images. Raises: ValueError for missing shards, classes or fields."""
     for name, data in sets.items():
         if data.caption is not None:
@@ -208,7 +211,7 @@ def build_eval_sets(sets: Mapping[str, EvalSetConfig], root: str | None, model: 
         name: EvalSet(
             name=name,
             shards=_shards(f"data.val.{name}", data.shards, root),
-            preprocess=preprocess_of(model),
+            preprocess=preprocess_of(model, max_image_bytes),
             caption=data.caption,
             label=data.label,
             classes=None

@@ -32,6 +32,10 @@ _FREE = re.compile(
 )
 
 
+# What runs went by that were started before these keys were there.
+_BEFORE: Mapping[str, Any] = {"data.max_image_bytes": 1 << 29}
+
+
 def resolve(cfg: DictConfig) -> TrainConfig:
     """The composed configuration as plain objects, every `_target_` checked. Raises: UsageError."""
     _read_schedules(cfg)
@@ -146,6 +150,7 @@ def _check_ranges(config: TrainConfig) -> None:
     check_number("data.val_batch_size", data.val_batch_size, at_least=1)
     check_number("data.timeout_seconds", data.timeout_seconds, above=0)
     check_number("parallel.timeout_seconds", config.parallel.timeout_seconds, above=0)
+    check_number("data.max_image_bytes", data.max_image_bytes, at_least=1)
     check_number("data.max_bad_fraction", data.max_bad_fraction, at_least=0, at_most=1)
     for name, stream in data.train.items():
         if stream.max_samples is not None:
@@ -257,15 +262,18 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a configuration by their full names, without what may differ between a run and its resumption."""
-    return {key: value for key, value in _flat(dict(plain)).items() if not _FREE.fullmatch(key)}
+    return {key: value for key, value in {**_BEFORE, **_flat(dict(plain))}.items() if not _FREE.fullmatch(key)}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
     """What two configurations of one run differ in, as `key: saved -> now`, what may differ left out."""
     flat_saved, flat_now = _flat(dict(saved)), _flat(dict(now))
-    keys = sorted({**flat_saved, **flat_now})
+    both = {
+        key: [flat.get(key, _BEFORE.get(key, "absent")) for flat in (flat_saved, flat_now)]
+        for key in sorted({**flat_saved, **flat_now})
+    }
     return [
-        f"{key}: {json.dumps(flat_saved.get(key, 'absent'))} -> {json.dumps(flat_now.get(key, 'absent'))}"
-        for key in keys
-        if flat_saved.get(key, "absent") != flat_now.get(key, "absent") and key not in free and not _FREE.fullmatch(key)
+        f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
+        for key, (before, after) in both.items()
+        if before != after and key not in free and not _FREE.fullmatch(key)
     ]

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain import build, command, config, distributed, usage
 from mmpretrain.checkpoint import write_text
+from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.evaluation import Context, evaluate
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.metrics import print_results
@@ -50,7 +51,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        sets=build.build_eval_sets(sets, root, loaded.model),
+        sets=build.build_eval_sets(sets, root, loaded.model, of_run.get("max_image_bytes", MAX_IMAGE_BYTES)),
         logit_scale=loaded.scalars.get("logit_scale"),
         batch_size=cfg.data.val_batch_size or of_run["val_batch_size"],
         workers=cfg.data.workers,

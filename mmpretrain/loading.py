@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mmpretrain import checkpoint, config, targets
+from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel, TextEncoder
@@ -95,9 +96,9 @@ def _with_own_files(tokenizer: Mapping[str, Any], folder: Path) -> dict[str, Any
     return {**tokenizer, "path": str(kept)} if tokenizer.get("path") and kept.is_dir() else dict(tokenizer)
 
 
-def preprocess_of(model: ImageTextModel) -> Preprocess:
+def preprocess_of(model: ImageTextModel, max_image_bytes: int = MAX_IMAGE_BYTES) -> Preprocess:
     """What evaluation does to a model's images."""
-    return Preprocess(model.image.image_size, model.num_channels, model.squash)
+    return Preprocess(model.image.image_size, model.num_channels, model.squash, max_image_bytes)
 
 
 def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:

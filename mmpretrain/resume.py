@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmpretrain import checkpoint, distributed, optim
+from mmpretrain.data.shards import Fingerprint
 from mmpretrain.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,34 @@ def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]
 def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
     """Raises: ValueError if a checkpoint was made on other data than `fingerprint` is of."""
     known = checkpoint.load_state(path)["fingerprint"]
-    if changed := [name for name in {**known, **fingerprint} if known.get(name) != fingerprint.get(name)]:
+    changed = [
+        f"{name} has other shards or samples{change}"
+        for name in {**known, **fingerprint}
+        if (change := _change(known.get(name, {}), fingerprint.get(name, {}))) is not None
+    ]
+    if changed:
         raise ValueError(
-            f"the data changed since {path} was saved: {', '.join(changed)} has other shards or samples; "
+            f"the data changed since {path} was saved: {'; '.join(changed)}; "
             "expected the same data to go on: restore it, or start a new run (run.name=...)"
         )
+
+
+def _change(known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """What changed in one stream's sources, in brackets where that can be told; None if nothing did."""
+    changes: list[str] = []
+    for source in {**known, **now}:
+        saved, current = known.get(source), now.get(source)
+        if saved is None or current is None:
+            changes.append(f"source {source!r} is {'new' if saved is None else 'gone'}")
+        elif isinstance(current, Fingerprint):
+            if not current.is_of(saved):
+                changes.append(current.changes_since(saved))
+        elif saved != current:
+            changes.append("")
+    if not changes:
+        return None
+    told = "; ".join(change for change in changes if change)
+    return f" ({told})" if told else ""
 
 
 def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> TrainState:

@@ -143,6 +143,7 @@ class DataConfig:
     root: str = MISSING
     workers: Any = MISSING
     max_bad_fraction: float = MISSING
+    max_image_bytes: int = MISSING
     tokenizer: dict[str, Any] = MISSING
     train: dict[str, StreamConfig] = field(default_factory=dict)
     val: dict[str, EvalSetConfig] = field(default_factory=dict)

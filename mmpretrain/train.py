@@ -90,7 +90,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         task, weights = build.build_task(cfg)
         streams = build.build_streams(cfg, task)
         tokenizer = build.build_tokenizer(cfg.data.tokenizer, task)
-        sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model)
+        sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
 
         def evaluation_context(task: Task, check_stop: Poll = no_poll) -> Context:

@@ -184,6 +184,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         {"trainer__micro_batch_size": 4, "trainer__log_every": "5steps", "checkpoint__keep_last": 0},
         {"data__root": "moved", "data__workers": 0, "data__train__pairs__shards": ["a.tar", "b.tar"]},
         {"eval": {}, "data__val": {"val": {"shards": "val"}}},
+        {"data__max_image_bytes": 1 << 29},  # as a run was that did not know this key
     ],
 )
 def test_what_may_change_is_no_difference(changes: dict[str, Any]) -> None:
@@ -195,6 +196,7 @@ def test_what_may_change_is_no_difference(changes: dict[str, Any]) -> None:
     [
         ({"optimizer__lr": 0.002}, ["optimizer.lr: 0.001 -> 0.002"]),
         ({"optimizer__betas": [0.9, 0.95]}, ["optimizer.betas: [0.9, 0.98] -> [0.9, 0.95]"]),
+        ({"data__max_image_bytes": 1 << 30}, ["data.max_image_bytes: 536870912 -> 1073741824"]),
         ({"run__seed": 1, "trainer__batch_size": 8}, ["run.seed: 0 -> 1", "trainer.batch_size: 16 -> 8"]),
         ({"data__train__pairs__caption": None}, ['data.train.pairs.caption: "txt" -> null']),
         ({"objective": {"mae": {"weight": 1.0}}}, ['objective.mae.weight: "absent" -> 1.0']),

@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
+from mmpretrain.checkpoint import save
+from mmpretrain.data.shards import Fingerprint, Shards, expand_shards
+from mmpretrain.resume import check_fingerprint
 from tests import runs
 
 NUM_STEPS = 20
@@ -404,8 +407,22 @@ def test_data_that_changed_under_a_checkpoint_is_refused(short_run: Path, pairs:
     assert finished.code == 2
     (line,) = finished.stderr.splitlines()
     assert line.startswith("error: the data changed since ")
-    assert "data.train.pairs" in line
+    assert "data.train.pairs has other shards or samples (changed: " in line
+    assert "000001.tar" in line and "000000.tar" not in line
     assert "run.name=" in line
+
+
+def test_a_checkpoint_of_before_shards_had_hashes_of_their_own_goes_on(pairs: Path, tmp_path: Path) -> None:
+    shards = Shards(expand_shards("train", str(pairs)))
+    now = {"data.train.pairs": {"pairs": Fingerprint.of(shards)}}
+    for kept in (shards.fingerprint, str(Fingerprint.of(shards)), "another"):
+        known = {"data.train.pairs": {"pairs": kept}}
+        path = save(tmp_path / kept[:34], 1, {}, {"step": 1, "fingerprint": known}, 0)
+        if kept == "another":
+            with pytest.raises(ValueError, match=r"data\.train\.pairs has other shards or samples; expected"):
+                check_fingerprint(path, now)
+        else:
+            check_fingerprint(path, now)
 
 
 def test_moments_and_weights_are_those_of_the_checkpoint(short_run: Path) -> None:

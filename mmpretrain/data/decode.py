@@ -1,13 +1,16 @@
 """Bytes -> uint8 image and caption: what is decoded, its limits, and what is refused.
 
 JPEG goes through simplejpeg, decoded at 1/2, 1/4 or 1/8 where the crop stays larger than the target; all
-else goes through Pillow. One uint8 resize (bicubic, antialiased) serves both, so the path never shows.
+else goes through Pillow. A JPEG of which libjpeg says that data are missing or overwritten is refused; an overwritten
+stretch that decodes by chance as so many blocks cannot be told, nor can damage to a WebP of whole length: these formats
+have no checksums. One uint8 resize (bicubic, antialiased) serves both, so the path never shows.
 """
 
 import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,7 @@ from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
+MAX_IMAGE_BYTES = 1 << 29
 WHITE = (255, 255, 255)
 
 
@@ -61,6 +65,43 @@ def check_size(height: int, width: int) -> None:
         raise BadSample(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
 
 
+_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # Pillow's, a pixel; of all others 4
+_WEBP_BYTES = 9  # what libwebp holds besides, a pixel
+
+
+def check_memory(image: Image.Image, data: bytes, channels: int, max_bytes: int) -> None:
+    """Raises: BadSample if an opened image would take more than `max_bytes` of memory to decode."""
+    each = _STORED_BYTES.get(image.mode, 4) + (5 if channels == 1 else channels)  # torch resizes one channel as four
+    if image.format == "WEBP":
+        each += _WEBP_BYTES
+    elif image.format in ("JPEG", "MPO") and image.height * image.width * (each + 8) > max_bytes:
+        each += 2 * len(image.getbands()) * _keeps_coefficients(data)
+    _check_bytes(image.height, image.width, image.height * image.width * each, max_bytes)
+
+
+def _check_bytes(height: int, width: int, num_bytes: float, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise BadSample(
+            f"{width} x {height} pixels take {num_bytes / 2**20:.0f} MiB to decode, more than the limit of "
+            f"{max_bytes / 2**20:.0f} (data.max_image_bytes)"
+        )
+
+
+def _keeps_coefficients(data: bytes) -> bool:
+    """Whether libjpeg holds all coefficients of a JPEG, two bytes each, since its scans do not hold whole pixels."""
+    start, components = 2, 0
+    while start + 10 < len(data) and data[start] == 0xFF:
+        kind, size = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
+        if kind == 0xC2:  # progressive
+            return True
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            components = data[start + 9]
+        if kind == 0xDA:  # the first scan
+            return data[start + 4] < components
+        start += 1 if kind == 0xFF else 2 + size
+    return False
+
+
 _DEEP_GREY = ("I;16", "I;16B", "I;16L", "I")  # Pillow's conversions cut such values off at 255
 
 
@@ -70,9 +111,12 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     Raises: BadSample if the pixels cannot be decoded (truncated or corrupt data).
     """
     try:
+        if image.mode == "RGB" and "transparency" not in image.info:
+            image.load()
+            return image
         if image.mode in _DEEP_GREY:
-            grey = np.asarray(image).astype(np.float64) / 257.0
-            return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+            grey = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257  # x / 257, rounded
+            return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             flat = Image.new("RGBA", rgba.size, (*background, 255))
@@ -101,21 +145,48 @@ def _jpeg_factor(crop: Crop, size: int) -> int:
     return max(f for f in (1, 2, 4, 8) if f == 1 or min(crop.height, crop.width) >= f * size)
 
 
-def _decode_jpeg(data: bytes, plan: Callable[[int, int], Crop], size: int) -> tuple[np.ndarray, Crop] | None:
-    """(pixels uint8 [h, w, 3], the crop in those pixels), or None where Pillow has to look."""
+def _decode_jpeg(
+    data: bytes, plan: Callable[[int, int], Crop], size: int, max_bytes: int
+) -> tuple[np.ndarray, Crop] | None:
+    """(pixels uint8 [h, w, 3], the crop in those pixels), or None where Pillow has to look. Raises: BadSample."""
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace not in ("YCbCr", "Gray", "RGB"):
-            return None
-        check_size(height, width)
-        crop = plan(height, width)
-        factor = _jpeg_factor(crop, size)
-        pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
-    except BadSample:
-        raise
-    except ValueError:
+        height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, KeyError):  # KeyError: a subsampling that it has no name for
         return None
-    return pixels, _scaled(crop, factor)
+    if colorspace not in ("YCbCr", "Gray", "RGB"):
+        return None
+    check_size(height, width)
+    crop = plan(height, width)
+    factor = _jpeg_factor(crop, size)
+    decoded_bytes = 3 * (height // factor + 1) * (width // factor + 1)
+    if decoded_bytes + 6 * height * width > max_bytes and _keeps_coefficients(data):  # of the whole image, at any scale
+        decoded_bytes += _COEFFICIENT_BYTES.get(subsampling, 6) * height * width
+    _check_bytes(height, width, decoded_bytes, max_bytes)
+    pixels = _undamaged(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
+    return None if pixels is None else (pixels, _scaled(crop, factor))
+
+
+_COEFFICIENT_BYTES = {"Gray": 2, "420": 3, "411": 3, "422": 4, "440": 4, "444": 6}  # a pixel, in 16 bits each
+
+# libjpeg warns and goes on where data are missing or overwritten: what it makes of them is grey, or noise.
+_DAMAGE = re.compile(
+    r"premature end|bad huffman code|bad arithmetic code|instead of rst|(\d+) extraneous bytes", re.IGNORECASE
+)
+_FEW_BYTES = 16  # cameras pad with some bytes; behind a hole hundreds are left over
+_STRIP_PIXELS = 1 << 18
+_END_OF_IMAGE = b"\xff\xd9"
+_PROGRESSIVE = b"\xff\xc2"
+
+
+def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | None:
+    """The pixels of a JPEG, or None where simplejpeg refuses it for what is no damage to them. Raises: BadSample."""
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace, **scale)
+    except ValueError as error:  # strict: libjpeg's first warning, too, is an error
+        damage = _DAMAGE.search(str(error))
+        if damage is None or (damage[1] is not None and int(damage[1]) <= _FEW_BYTES):
+            return None
+        raise BadSample(f"the JPEG is damaged ({error})") from error
 
 
 def _scaled(crop: Crop, factor: int) -> Crop:
@@ -128,7 +199,12 @@ def _scaled(crop: Crop, factor: int) -> Crop:
 
 
 def decode_image(
-    data: bytes, plan: Callable[[int, int], Crop], size: int, channels: int = 3, out: Tensor | None = None
+    data: bytes,
+    plan: Callable[[int, int], Crop],
+    size: int,
+    channels: int = 3,
+    out: Tensor | None = None,
+    max_bytes: int = MAX_IMAGE_BYTES,
 ) -> Tensor:
     """Decode, crop and resize one image.
 
@@ -138,13 +214,20 @@ def decode_image(
         size: the side of the square result, in pixels.
         channels: 3 for RGB; 1 for grey (ITU-R 601, as Pillow's L); 4 for RGBA, whose transparency stays.
         out: where the result is written, one of `image_memory`'s; None: new memory.
+        max_bytes: the most memory that decoding may take, by the image's header; pixels beyond the crop count, too.
 
     Returns: uint8 [channels, size, size].
     Raises: BadSample if the bytes are no decodable image of an allowed format and size.
     """
-    decoded = _decode_jpeg(data, plan, size) if data[:2] == b"\xff\xd8" and channels == 3 else None
+    is_jpeg = data[:2] == b"\xff\xd8"
+    if is_jpeg and data[-2:] != _END_OF_IMAGE and _PROGRESSIVE not in data:
+        data += _END_OF_IMAGE  # where nothing else is missing, the image is whole; scans may be missing unseen
+    decoded = _decode_jpeg(data, plan, size, max_bytes) if is_jpeg and channels == 3 else None
     if decoded is None:
         image = open_image(data)
+        check_memory(image, data, channels, max_bytes)
+        if is_jpeg:  # Pillow passes over libjpeg's warnings
+            _undamaged(data, "CMYK" if image.mode == "CMYK" else "RGB", min_factor=8)
         pixels, crop = pixels_of(image, channels), plan(image.height, image.width)
     else:
         pixels, crop = decoded
@@ -152,11 +235,27 @@ def decode_image(
 
 
 def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
-    """The pixels of an image, uint8 [h, w, channels]; see `decode_image`. Raises: BadSample."""
-    if channels == 3:
-        return np.array(to_rgb(image))
-    pixels = np.array(_with_transparency(image) if channels == 4 else to_rgb(image).convert("L"))
-    return pixels.reshape(image.height, image.width, channels)
+    """The pixels of an image, uint8 [h, w, channels]; see `decode_image`. Raises: BadSample.
+
+    They are converted strip by strip: of a large image Pillow's conversions would hold several copies at once.
+    """
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
+    pixels = np.empty((image.height, image.width, channels), np.uint8)
+    height = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        bottom = min(top + height, image.height)
+        strip = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+        if channels == 4:
+            strip = _with_transparency(strip)
+        else:
+            strip = to_rgb(strip) if channels == 3 else to_rgb(strip).convert("L")
+        pixels[top:bottom] = np.asarray(strip).reshape(bottom - top, image.width, channels)
+    return pixels
 
 
 def image_memory(n: int, channels: int, size: int) -> Tensor:
@@ -196,14 +295,40 @@ def read_json_field(data: bytes, path: str) -> Any:
     """
     try:
         value = json.loads(data)
+    except RecursionError as error:
+        raise BadSample("its json member does not parse (nested too deeply)") from error
     except ValueError as error:
         raise BadSample(f"its json member does not parse ({error})") from error
     for part in path.split("."):
         if not isinstance(value, dict) or part not in value:
-            fields = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
-            raise BadSample(f"its json has no field {path!r} (it has: {fields})")
+            raise BadSample(f"its json has no field {path!r} (it has: {_fields(value)})")
         value = value[part]
     return value
+
+
+def _fields(value: Any) -> str:
+    """The fields of what JSON gave, some of them; its type if it has none."""
+    if not isinstance(value, dict):
+        return type(value).__name__
+    names = [name if len(name) <= 40 and name.isprintable() else ascii(name[:40]) for name in sorted(value)[:10]]
+    return ", ".join(names) + (f" and {len(value) - 10} more" if len(value) > 10 else "")
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """The text, U+FFFD in place of each half of a pair that JSON escaped alone: no encoding has such halves."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"))  # Unicode's categories
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a symbol that show nothing
+
+
+def _is_visible(text: str) -> bool:
+    return any(unicodedata.category(character) not in _INVISIBLE and character not in _BLANK for character in text)
 
 
 def read_label(data: bytes, field: str) -> str:
@@ -213,7 +338,7 @@ def read_label(data: bytes, field: str) -> str:
     """
     value = data.decode(errors="replace")
     if field.startswith("json."):
-        value = str(read_json_field(data, field.removeprefix("json.")))
+        value = _without_lone_surrogates(str(read_json_field(data, field.removeprefix("json."))))
     if not value.strip():
         raise BadSample(f"its label {field!r} is empty")
     return value.strip()
@@ -232,7 +357,7 @@ def decode_captions(data: bytes, field: str) -> list[str]:
         data: the member's bytes.
         field: `txt`, or `json.<dotted path>`.
 
-    Raises: BadSample if there is no non-empty caption.
+    Raises: BadSample if there is no caption with a visible character.
     """
     if field.startswith("json."):
         value = read_json_field(data, field.removeprefix("json."))
@@ -242,7 +367,7 @@ def decode_captions(data: bytes, field: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise BadSample(f"its {field} member is not UTF-8 ({error.reason} at byte {error.start})") from error
     captions = value if isinstance(value, list) else [value]
-    captions = [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
+    captions = [caption.strip() for caption in captions if isinstance(caption, str) and _is_visible(caption)]
     if not captions:
-        raise BadSample(f"its caption field {field!r} is empty")
-    return captions
+        raise BadSample(f"its caption field {field!r} is empty (it has no visible character)")
+    return [_without_lone_surrogates(caption) for caption in captions]

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from mmpretrain.data.decode import Crop, decode_image, pixels_of, resized
+from mmpretrain.data.decode import MAX_IMAGE_BYTES, Crop, decode_image, pixels_of, resized
 from mmpretrain.data.transforms import CenterCrop, WholeImage
 
 
@@ -19,11 +19,15 @@ class Preprocess:
         image_size: the side of the result, in pixels.
         channels: 3, or 1 (grey) or 4 (with transparency).
         squash: whether the whole image is resized to a square.
+        max_image_bytes: the most memory that decoding an image may take.
     """
 
-    def __init__(self, image_size: int, channels: int = 3, squash: bool = False) -> None:
+    def __init__(
+        self, image_size: int, channels: int = 3, squash: bool = False, max_image_bytes: int = MAX_IMAGE_BYTES
+    ) -> None:
         self.image_size = image_size
         self.channels = channels
+        self.max_image_bytes = max_image_bytes
         self._crop: Callable[[int, int], Crop] = WholeImage() if squash else CenterCrop()
 
     def __call__(self, image: Image.Image | bytes | str | Path, out: Tensor | None = None) -> Tensor:
@@ -36,5 +40,5 @@ class Preprocess:
         if isinstance(image, str | Path):
             image = Path(image).read_bytes()
         if isinstance(image, bytes):
-            return decode_image(image, self._crop, self.image_size, self.channels, out)
+            return decode_image(image, self._crop, self.image_size, self.channels, out, self.max_image_bytes)
         return resized(pixels_of(image, self.channels), self._crop(image.height, image.width), self.image_size, out)

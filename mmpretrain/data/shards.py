@@ -1,19 +1,25 @@
 """Sets of tars: what a pattern names, and random access to their samples by number."""
 
+import base64
 import glob
 import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import braceexpand
 import numpy as np
 import numpy.typing as npt
 
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.storage import read_range
-from mmpretrain.data.tar_index import load_index
+from mmpretrain.data.storage import FileChanged, read_range
+from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
+from mmpretrain.data.tar_index import IMAGE_EXTENSIONS, cached_index_path, index_path, load_index
+
+_MAX_NAMED = 5
+_MAX_IMAGE_BYTES = 1 << 29  # encoded: what 100 million pixels take without compression
+_MAX_TEXT_BYTES = 1 << 24  # parsed, json takes twenty times as much
 
 
 def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[str]:
@@ -90,11 +96,20 @@ class Shards:
     def fingerprint(self) -> str:
         """Hex digest over each shard's base name, count and digest and what is kept, wherever the shards lie."""
         digest = hashlib.blake2b(digest_size=16)
-        for path, index in zip(self.paths, self.indexes):
-            digest.update(json.dumps([os.path.basename(path), index.num_samples, index.digest]).encode() + b"\n")
+        for identity in self._identities():
+            digest.update(identity)
         if self.kept is not None:
             digest.update(self.kept.tobytes())
         return digest.hexdigest()
+
+    def shard_fingerprints(self) -> list[str]:
+        """The same of each shard alone, in 4 characters (24 bits)."""
+        hashes = (hashlib.blake2b(identity, digest_size=3).digest() for identity in self._identities())
+        return [base64.b64encode(value).decode() for value in hashes]
+
+    def _identities(self) -> Iterator[bytes]:
+        for path, index in zip(self.paths, self.indexes):
+            yield json.dumps([os.path.basename(path), index.num_samples, index.digest]).encode() + b"\n"
 
     def locate(self, sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Shard numbers and rows inside them (both int64 [n]) of samples (int64 [n]); raises IndexError."""
@@ -130,13 +145,27 @@ class Shards:
     def read(self, sample_id: int, extensions: Sequence[str]) -> bytes:
         """The bytes of the first extension that the sample has.
 
-        Raises: IndexError; BadSample if it has none of them; OSError if they cannot be read.
+        Raises: IndexError; BadSample if it has none of them, or too large a one: 512 MiB for an image, 16 MiB for
+            anything else; OSError if they cannot be read; FileChanged, an OSError that says what to do, if the tar is
+            not the one that was indexed: another size or time of modification, or another header in front of the
+            member. Bytes of a member that were edited in place, all these left as they were, are not noticed.
         """
+        shard, row = self._locate_one(sample_id)
         member = self.member(sample_id, extensions)
         if member is None:
             raise BadSample(f"it has no member {' or '.join(extensions)}")
-        path, _, offset, size = member
-        return read_range(path, offset, size)
+        path, extension, offset, size = member
+        limit = _MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else _MAX_TEXT_BYTES
+        if size > limit:
+            raise BadSample(f"its {extension} member has {size} bytes, more than the limit of {limit}")
+        index = self.indexes[shard]
+        block = read_range(path, offset - HEADER_BYTES, HEADER_BYTES + size, index.tar_bytes, index.mtime_ns)
+        if header_sum(block[:HEADER_BYTES]) != index.header_sums[extension][row]:
+            raise FileChanged(
+                f"{path} is not what its index says (another header at byte {offset - HEADER_BYTES}), though of the same "
+                f"size and time of modification: remove {index_path(path)}, or {cached_index_path(path)}, and start again"
+            )
+        return block[HEADER_BYTES:]
 
     def _locate_one(self, sample_id: int) -> tuple[int, int]:
         if not 0 <= sample_id < self.num_samples:
@@ -145,6 +174,47 @@ class Shards:
             sample_id = int(self.kept[sample_id])
         shard = bisect_right(self._ends_list, sample_id)
         return shard, sample_id - (self._ends_list[shard - 1] if shard else 0)
+
+
+class Fingerprint(str):
+    """A fingerprint as checkpoints keep it, `HASH:` and 4 characters of each shard; it knows the names of those."""
+
+    paths: Sequence[str]
+
+    @classmethod
+    def of(cls, shards: Shards) -> "Fingerprint":
+        fingerprint = cls(f"{shards.fingerprint}:{''.join(shards.shard_fingerprints())}")
+        fingerprint.paths = shards.paths
+        return fingerprint
+
+    def is_of(self, saved: str) -> bool:
+        """Whether the data are those of a fingerprint that a checkpoint kept; of old ones there is the hash alone."""
+        return saved.partition(":")[0] == self.partition(":")[0]
+
+    def changes_since(self, saved: str) -> str:
+        """Which shards are others than those of a fingerprint that a checkpoint kept; empty if it does not tell."""
+        before, now = (
+            [text[i : i + 4] for i in range(0, len(text), 4)]
+            for text in (saved.partition(":")[2], self.partition(":")[2])
+        )
+        if not before:
+            return ""
+        if before == now:
+            return "the same shards, of which other samples are kept"
+        if sorted(before) == sorted(now):
+            return "the same shards in another order"
+        if len(before) == len(now):
+            return f"changed: {_some([path for path, a, b in zip(self.paths, before, now) if a != b])}"
+        known, present = set(before), set(now)
+        new = [path for path, shard in zip(self.paths, now) if shard not in known]
+        gone = len(known - present)
+        told = f"{len(before)} shards then, {len(now)} now, {gone} gone or changed"
+        return f"{told}; new or changed: {_some(new)}" if new else told
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = len(paths) - _MAX_NAMED
+    return ", ".join(paths[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def concatenated(parts: Sequence[Shards]) -> Shards:

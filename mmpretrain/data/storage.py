@@ -24,15 +24,28 @@ class _File:
 _opened = lru_cache(maxsize=_OPEN_FILES)(_File)
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes at `offset` of a file.
+class FileChanged(OSError):
+    """A file is not the one that was indexed."""
+
+
+def read_range(path: str, offset: int, size: int, file_bytes: int, mtime_ns: int) -> bytes:
+    """Exactly `size` bytes at `offset` of a file of `file_bytes` bytes that was last modified at `mtime_ns`.
 
     An I/O error is no property of the sample: it is retried, then raised, and ends the run.
-    Raises: OSError if the file cannot be opened or read, or ends before `offset + size`.
+    Raises: FileChanged if the file has another size or time of modification; OSError if it cannot be opened or read,
+        or ends before `offset + size`.
     """
     for attempt in range(_RETRIES):
         try:
-            data = os.pread(_opened(path).descriptor, size, offset)
+            descriptor = _opened(path).descriptor
+            data = os.pread(descriptor, size, offset)
+            stat = os.fstat(descriptor)  # after the read, which an edit may have overtaken
+            if (stat.st_size, stat.st_mtime_ns) != (file_bytes, mtime_ns):
+                raise FileChanged(
+                    f"{path} was changed or replaced while it was read: {stat.st_size} bytes, modified at "
+                    f"{stat.st_mtime_ns} ns, indexed with {file_bytes} at {mtime_ns}; restore it and go on, or start a "
+                    "new run on what it is now"
+                )
             if len(data) == size:
                 return data
             raise OSError(errno.EIO, f"expected {size} bytes at offset {offset}, got {len(data)}", path)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation, augmented
 from mmpretrain.data.decode import (
+    MAX_IMAGE_BYTES,
     BadSample,
     check_caption_field,
     decode_captions,
@@ -22,7 +23,7 @@ from mmpretrain.data.decode import (
 )
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
-from mmpretrain.data.shards import Shards, concatenated
+from mmpretrain.data.shards import Fingerprint, Shards, concatenated
 from mmpretrain.data.shorten import Shorten, shortened
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
@@ -118,6 +119,7 @@ class TarStream:
         image_size: the side of the images, in pixels.
         text_length: the most tokens of a text, start and end among them; None leaves it to the tokenizer.
         shorten: what of a longer text is kept (see `data.shorten`).
+        max_image_bytes: the most memory that decoding an image may take; larger ones are refused.
         channels: of the images: 3, or 1 (grey) or 4 (with transparency).
         augment: what is done to the cropped image, in this order.
         group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
@@ -141,6 +143,7 @@ class TarStream:
         repeat_batches: int | None = None,
         text_length: Scheduled | None = None,
         shorten: Shorten = "truncate",
+        max_image_bytes: int = MAX_IMAGE_BYTES,
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -165,7 +168,7 @@ class TarStream:
             [1.0 if source.weight is None else source.weight for source in self.sources],
             None if repeat_batches is None else repeat_batches * int(self.batch_size.values[0]),
         )
-        self.fingerprints = {source.name: source.shards.fingerprint for source in self.sources}
+        self.fingerprints: dict[str, str] = {source.name: Fingerprint.of(source.shards) for source in self.sources}
         self._seed = hash64(seed, name)
         self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
         self._transform = transform
@@ -177,6 +180,7 @@ class TarStream:
         )
         self._shorten = shorten
         self._channels = channels
+        self._max_image_bytes = max_image_bytes
         self._augment = augment
         self._group = group
         self._views = views
@@ -238,7 +242,9 @@ class TarStream:
         seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
         views = [(self._transform, self._augment), *self._views]
         for own, (transform, augment), place in zip(seeds, views, out, strict=True):
-            image = decode_image(data, partial(transform, seed=own), place.shape[-1], self._channels, place)
+            image = decode_image(
+                data, partial(transform, seed=own), place.shape[-1], self._channels, place, self._max_image_bytes
+            )
             if augment:
                 place.copy_(augmented(image.clone(), augment, own))  # what comes back may be another view of its input
 

@@ -6,14 +6,16 @@ import zlib
 from collections.abc import Iterator
 from typing import Protocol
 
-_BLOCK = 512
-_END_OF_ARCHIVE = bytes(_BLOCK)
+HEADER_BYTES = _BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_MAX_PADDING = 20 << 10  # an archive ends with two blocks of zeros, padded to records of 10 KiB
 _REGULAR_KINDS = frozenset((b"0", b"\0", b"7"))
 _EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # these describe the members behind them
 _KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever the size of a link or folder says
 _MAX_EXTENDED_BYTES = 1 << 20
 _WHOLE_BYTES = 1 << 13
 _NEEDED_PAX = re.compile(rb"path=|size=|GNU\.sparse")  # path, size: most pax headers hold a time and no more
+_PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
 
 
 class _Digest(Protocol):
@@ -37,9 +39,17 @@ def as_text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple[bytes, int, int]]:
-    """Yields (name, data offset, size) of each regular file of the open tar `fd`.
+def header_sum(header: bytes) -> int:
+    """What tells one header block from another: uint32."""
+    return zlib.adler32(header)
 
+
+def regular_members(
+    fd: int, tar_bytes: int, digest: _Digest, problems: list[str]
+) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yields (name, data offset, size, `header_sum` of the block before the data) of each regular file of the tar `fd`.
+
+    What is odd where the tar ends, or seems to, is appended to `problems`; what stands behind its end is not read.
     `digest` gets each header with the block before it, members of up to 8 KiB (captions, labels, json) whole, and of
     larger ones their first block and one in the middle: reading all of every image would take as long as training on
     them. Raises Damage where the tar cannot be followed further, Cut where it ends inside a member.
@@ -64,7 +74,13 @@ def regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple[
         if data > limit:
             raise Damage(f"truncated: no end-of-archive block at byte {position}, the file has {tar_bytes}")
         header = pair[-_BLOCK:]
-        if header == _END_OF_ARCHIVE:
+        if header == _ZEROS:
+            zero_bytes = _count_zeros(fd, position, tar_bytes)
+            if problem := _end_problem(position, zero_bytes, tar_bytes):
+                problems.append(problem)
+            if zero_bytes < 2 * _BLOCK and data < tar_bytes:
+                position = data
+                continue
             return
         try:  # the usual layout: six digits of checksum, eleven of size
             checksum, size = int(header[148:154], 8), int(header[124:135], 8)
@@ -75,7 +91,8 @@ def regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple[
         # The checksum is the sum of all bytes, its own field counted as eight spaces. Adler-32's low half is 1 + the
         # sum of the bytes modulo 65521, ten times faster than adding them here.
         field = header[148:156]
-        rest = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * 32
+        sum_of_header = zlib.adler32(header)
+        rest = (sum_of_header & 0xFFFF) - 1 - sum(field) + 8 * 32
         if (rest - checksum) % 65521 and (rest - _number(field)) % 65521:
             raise Damage(f"no tar header at byte {position}")
         kind = header[156:157]
@@ -121,7 +138,34 @@ def regular_members(fd: int, tar_bytes: int, digest: _Digest) -> Iterator[tuple[
             digest.update(window[data - start : data - start + wanted] if at_hand else os.pread(fd, wanted, data))
             if size > wanted:
                 digest.update(os.pread(fd, _BLOCK, data + size // 2))
-            yield name, data, size
+            yield name, data, size, sum_of_header
+
+
+def _count_zeros(fd: int, position: int, tar_bytes: int) -> int:
+    """How many bytes from `position` on are zero."""
+    end = position
+    while end < tar_bytes and (chunk := os.pread(fd, 1 << 20, end)):
+        if kept := chunk.lstrip(b"\0"):
+            return end + len(chunk) - len(kept) - position
+        end += len(chunk)
+    return end - position
+
+
+def _end_problem(position: int, zero_bytes: int, tar_bytes: int) -> str | None:
+    """What is wrong with a block of zeros where a header should be, if it does not just end the archive."""
+    after = position + zero_bytes // _BLOCK * _BLOCK
+    if zero_bytes < 2 * _BLOCK:
+        return f"a lone block of zeros at byte {position}, where a member or the two that end an archive should be"
+    if position + zero_bytes < tar_bytes:
+        return (
+            f"not read: bytes {after} to {tar_bytes}, for the archive ends at byte {position}; tars that were "
+            "concatenated must be packed again, zeros inside a tar are damage"
+        )
+    if zero_bytes > _MAX_PADDING:
+        return (
+            f"{zero_bytes} bytes of zeros from byte {position} to the end, where some thousand end an archive: damage?"
+        )
+    return None
 
 
 def _number(field: bytes, base: int = 8) -> int:
@@ -136,14 +180,16 @@ def _number(field: bytes, base: int = 8) -> int:
 
 
 def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:
-    """The `LENGTH KEYWORD=VALUE` lines of a pax header."""
+    """The `LENGTH KEYWORD=VALUE` lines of a pax header that say where a member is, and what it is called."""
     records = {}
-    while content and content[0]:
-        digits, _, _ = content.partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        keyword, equals, value = content[len(digits) + 1 : length].partition(b"=")
-        if not equals or length > len(content) or not value.endswith(b"\n"):
+    start = 0
+    while start < len(content) and content[start]:
+        found = _PAX_LENGTH.match(content, start)
+        end = start + int(found[1]) if found else 0
+        keyword, equals, value = content[found.end() if found else end : end].partition(b"=")
+        if not equals or end > len(content) or not value.endswith(b"\n"):
             raise Damage(f"malformed pax header at byte {position}")
-        records[keyword] = value[:-1]
-        content = content[length:]
+        if keyword in (b"path", b"size") or keyword.startswith(b"GNU.sparse"):
+            records[keyword] = value[:-1]
+        start = end
     return records

@@ -5,16 +5,18 @@ as long as both agree; the tar itself stays what WebDataset or img2dataset wrote
 """
 
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import re
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,8 @@ from mmpretrain.data.tar_headers import Cut, Damage, as_text, regular_members
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what training reads a sample's image from
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
 
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
+_MAX_EXTENSIONS = 256
 _NAMED_PER_PROBLEM = 10
 _METADATA_NAME = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these names, and so do we
 _logger = logging.getLogger(__name__)
@@ -34,7 +37,8 @@ _logger = logging.getLogger(__name__)
 class TarIndex:
     """Where the members of a tar's n samples lie.
 
-    `members` maps an extension to offsets and sizes in bytes (int64 [n] each; size -1 where a sample lacks it).
+    `members` maps an extension to offsets and sizes in bytes (int64 [n] each; size -1 where a sample lacks it);
+    `header_sums` maps it to what tells the header block in front of each member from others (uint32 [n]).
     The keys are one UTF-8 blob (uint8) and the end of each in it (int64 [n]): a tenth of what n strings take.
     `digest` covers every header, members of up to 8 KiB whole, and the beginning, middle and end of larger ones;
     `problems` names what is wrong with the tar.
@@ -43,6 +47,7 @@ class TarIndex:
     key_blob: npt.NDArray[np.uint8]
     key_ends: npt.NDArray[np.int64]
     members: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
+    header_sums: dict[str, npt.NDArray[np.uint32]]
     tar_bytes: int
     mtime_ns: int
     digest: str
@@ -69,12 +74,13 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     """Scans a tar's headers and groups its members into samples by WebDataset's rule.
 
     Consecutive members with one key (the path up to the first dot of the base name) are one sample; the rest
-    of the name, lower-cased, is the extension. Damage and odd samples are named in `problems`; a sample that the
-    file's end cuts is left out. Raises ValueError where the file is no plain tar at all, and OSError.
+    of the name, lower-cased, is the extension, of which the 256 most frequent are kept. Damage and odd samples are
+    named in `problems`; a sample that the file's end cuts is left out. Raises ValueError where the file is no plain
+    tar at all, and OSError.
     """
     keys: list[bytes] = []
     starts: list[int] = []
-    columns: dict[bytes, tuple[list[int], list[int], list[int]]] = {}  # extension -> rows, offsets, sizes
+    columns: dict[bytes, tuple[list[int], list[int], list[int], list[int]]] = {}  # rows, offsets, sizes, header sums
     problems: list[str] = []
     digest = hashlib.sha256()  # in hardware: three times faster than blake2b
     previous: bytes | None = None
@@ -82,7 +88,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     try:
         stat = os.fstat(fd)
         try:
-            for name, offset, size in regular_members(fd, stat.st_size, digest):
+            for name, offset, size, header in regular_members(fd, stat.st_size, digest, problems):
                 split = _split_name(name)
                 if split is None:
                     continue
@@ -94,14 +100,15 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
                 row = len(keys) - 1
                 column = columns.get(extension)
                 if column is None:
-                    column = columns[extension] = ([], [], [])
-                rows, offsets, sizes = column
+                    column = columns[extension] = ([], [], [], [])
+                rows, offsets, sizes, headers = column
                 if rows and rows[-1] == row:
                     problems.append(f"duplicate member {as_text(name)!r} at byte {offset}: the first one counts")
                     continue
                 rows.append(row)
                 offsets.append(offset)
                 sizes.append(size)
+                headers.append(header)
         except Damage as damage:
             if not keys and stat.st_size and not isinstance(damage, Cut):
                 raise ValueError(f"{path}: {damage}; expected a plain, uncompressed tar") from None
@@ -113,24 +120,41 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
         os.close(fd)
 
     count = len(keys)
-    members = {}
-    for extension, (rows, offsets, sizes) in sorted(columns.items()):
-        if rows and rows[-1] == count:  # of the sample that was cut
-            rows, offsets, sizes = rows[:-1], offsets[:-1], sizes[:-1]
+    members, header_sums = {}, {}
+    for extension in sorted(_frequent(columns, problems)):
+        column = columns[extension]
+        if column[0][-1] == count:  # of the sample that was cut
+            for values in column:
+                values.pop()
+        rows, offsets, sizes, headers = column
         if rows:
             placed = np.zeros(count, np.int64), np.full(count, -1, np.int64)
             placed[0][rows], placed[1][rows] = offsets, sizes
             members[as_text(extension)] = placed
+            header_sums[as_text(extension)] = np.zeros(count, np.uint32)
+            header_sums[as_text(extension)][rows] = headers
     problems += _sample_problems(keys, starts, members)
     return TarIndex(
         key_blob=np.frombuffer(b"".join(keys), np.uint8),
         key_ends=np.cumsum(np.fromiter(map(len, keys), np.int64, count)),
         members=members,
+        header_sums=header_sums,
         tar_bytes=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
         digest=digest.hexdigest(),
         problems=problems,
     )
+
+
+def _frequent(columns: Mapping[bytes, tuple[list[int], ...]], problems: list[str]) -> list[bytes]:
+    """The most frequent extensions: names with a dot in their middle would make one of every member."""
+    extensions = sorted(columns, key=lambda extension: (-len(columns[extension][0]), extension))
+    if left_out := extensions[_MAX_EXTENSIONS:]:
+        problems.append(
+            f"{len(extensions)} extensions, of which the {_MAX_EXTENSIONS} most frequent are kept (not such as "
+            f"{as_text(left_out[0])[:40]!r}): a key ends at the first dot of a member's name; rename the members"
+        )
+    return extensions[:_MAX_EXTENSIONS]
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes] | None:
@@ -215,6 +239,7 @@ def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
                 key_ends=index.key_ends,
                 offsets=np.array([offsets for offsets, _ in index.members.values()], np.int64).reshape(shape),
                 sizes=np.array([sizes for _, sizes in index.members.values()], np.int64).reshape(shape),
+                header_sums=np.array(list(index.header_sums.values()), np.uint32).reshape(shape),
             )
             file.flush()
             os.fchmod(file.fileno(), 0o644)
@@ -224,47 +249,114 @@ def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
             raise
 
 
+class OldIndex(ValueError):
+    """A stored index of another version."""
+
+
 def read_index(path: str | os.PathLike[str]) -> TarIndex:
-    """Reads a stored index; raises FileNotFoundError, and ValueError for a damaged one or another version."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            header = json.loads(arrays["header"].tobytes())
-            if header["version"] != _INDEX_VERSION:
-                raise ValueError(f"version {header['version']}, expected {_INDEX_VERSION}")
-            offsets, sizes, key_ends = arrays["offsets"], arrays["sizes"], arrays["key_ends"]
-            if not offsets.shape == sizes.shape == (len(header["extensions"]), len(key_ends)):
-                raise ValueError(f"offsets {offsets.shape} and sizes {sizes.shape} for {len(key_ends)} keys")
-            return TarIndex(
-                key_blob=arrays["key_blob"],
-                key_ends=key_ends,
-                members={extension: (offsets[i], sizes[i]) for i, extension in enumerate(header["extensions"])},
-                tar_bytes=header["tar_bytes"],
-                mtime_ns=header["mtime_ns"],
-                digest=header["digest"],
-                problems=header["problems"],
-            )
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
-        raise ValueError(f"{path}: unusable index ({error}); it is made again") from error
+    """Reads a stored index.
+
+    Nothing larger than the file is allocated, and nothing is believed that cannot be so of a tar of the size that the
+    index names. Raises OSError (FileNotFoundError) where it cannot be opened, and ValueError where it is no such index,
+    OldIndex where it is one of another version.
+    """
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                file_bytes = os.fstat(file.fileno()).st_size
+                if any(max(info.file_size, info.compress_size) > file_bytes for info in archive.infolist()):
+                    raise ValueError(f"an array is larger than the file's {file_bytes} bytes")
+                header = json.loads(_stored_array(archive, "header", np.uint8, 1).tobytes())
+                if header["version"] != _INDEX_VERSION:
+                    raise OldIndex(f"{path}: index of version {header['version']}, expected {_INDEX_VERSION}")
+                return _valid_index(
+                    header,
+                    _stored_array(archive, "key_blob", np.uint8, 1),
+                    _stored_array(archive, "key_ends", np.int64, 1),
+                    _stored_array(archive, "offsets", np.int64, 2),
+                    _stored_array(archive, "sizes", np.int64, 2),
+                    _stored_array(archive, "header_sums", np.uint32, 2),
+                )
+        except OldIndex:
+            raise
+        except Exception as error:  # zipfile, NumPy and json say what they dislike in many ways, OSError among them
+            reason = f"{type(error).__name__}: {error}".split("\n")[0]
+            raise ValueError(f"{path}: unusable index ({reason}); it is made again") from error
+
+
+def _stored_array(archive: zipfile.ZipFile, name: str, dtype: npt.DTypeLike, num_dimensions: int) -> npt.NDArray[Any]:
+    """An array of an uncompressed .npz, without copying it. Raises ValueError, and what zipfile does."""
+    info = archive.getinfo(f"{name}.npy")
+    # Its size is what the directory says; of what is not compressed no more than the file has is read.
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{name} is compressed")
+    file = io.BytesIO(archive.read(info))
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{name} is no array of version 1.0")
+    shape, fortran_order, found = np.lib.format.read_array_header_1_0(file)
+    if found != dtype or fortran_order or len(shape) != num_dimensions:
+        raise ValueError(f"{name} is {found} {shape}, expected {np.dtype(dtype)} of {num_dimensions} dimensions")
+    data = file.getbuffer()[file.tell() :]
+    if math.prod(shape) * found.itemsize != len(data):
+        raise ValueError(f"{name} has {len(data)} bytes for {shape} numbers")
+    return np.frombuffer(data, found).reshape(shape)
+
+
+def _valid_index(
+    header: Mapping[str, Any],
+    key_blob: npt.NDArray[np.uint8],
+    key_ends: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    sizes: npt.NDArray[np.int64],
+    header_sums: npt.NDArray[np.uint32],
+) -> TarIndex:
+    """The index, if its parts fit each other and a tar of `tar_bytes`; else raises ValueError, KeyError or TypeError."""
+    extensions, problems, tar_bytes = header["extensions"], header["problems"], header["tar_bytes"]
+    for texts in (extensions, problems, [header["digest"]]):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("extensions, problems and digest are no texts")
+    if type(tar_bytes) is not int or type(header["mtime_ns"]) is not int:
+        raise ValueError("tar_bytes and mtime_ns are no whole numbers")
+    if len(set(extensions)) < len(extensions) or not (
+        offsets.shape == sizes.shape == header_sums.shape == (len(extensions), len(key_ends))
+    ):
+        raise ValueError(f"offsets {offsets.shape}, sizes {sizes.shape} for {len(key_ends)} keys of {extensions}")
+    bounds = np.concatenate([[0], key_ends])
+    if not (bounds[1:] > bounds[:-1]).all() or bounds[-1] != len(key_blob):
+        raise ValueError("key_ends do not ascend to the end of key_blob")
+    # Not offsets + sizes, which can overflow.
+    inside = (sizes >= 0) & (offsets >= 512) & (offsets % 512 == 0) & (offsets <= tar_bytes)
+    if not (inside & (sizes <= tar_bytes - offsets) | (sizes == -1)).all():
+        raise ValueError(f"members outside of the tar's {tar_bytes} bytes")
+    return TarIndex(
+        key_blob=key_blob,
+        key_ends=key_ends,
+        members={extension: (offsets[i], sizes[i]) for i, extension in enumerate(extensions)},
+        header_sums={extension: header_sums[i] for i, extension in enumerate(extensions)},
+        tar_bytes=tar_bytes,
+        mtime_ns=header["mtime_ns"],
+        digest=header["digest"],
+        problems=problems,
+    )
 
 
 def load_index(tar: str | os.PathLike[str]) -> TarIndex:
     """A tar's stored index if the tar's size and modification time agree, else a fresh one, stored.
 
-    Raises what `index_tar` does. Where neither the tar's folder nor the cache is writable, it logs a warning.
+    A stored index that cannot be read, or is damaged, is told in a warning and made again. Raises what `index_tar`
+    does. Where neither the tar's folder nor the cache is writable, it logs a warning.
     """
     stat = os.stat(tar)
     for path in (index_path(tar), cached_index_path(tar)):
         try:
             index = read_index(path)
         except FileNotFoundError:
+            continue
+        except OldIndex as error:
+            _logger.info("%s; it is made again", error)
+            continue
+        except OSError as error:
+            _logger.warning("%s: the stored index cannot be read (%s); the tar is scanned", path, error.strerror)
             continue
         except ValueError as error:
             _logger.warning("%s", error)

@@ -1,5 +1,7 @@
 """Text -> token ids and their number: open_clip's, Hugging Face's and local tokenizers behind one small interface."""
 
+import heapq
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +15,27 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 from torch import Tensor
 
 _MAX_KNOWN_WORDS = 1 << 18
+_MAX_KNOWN_LENGTH = 64
 """What is remembered of words stays within some tens of MB, whatever the texts."""
+
+_MIN_CHARACTERS = 1 << 14
+_CHARACTERS_PER_TOKEN = 64
+# The entities of an ampersand. Cleaning takes a pass over the text for each one that is nested in another.
+_AMPERSAND = r"(?:amp|#0{0,20}38|#x0{0,20}26);"
+
+
+def _beginning(text: str, context_length: int) -> str:
+    """As much of a text as its first `context_length` tokens can come from: 64 characters a token, at least 16,384.
+
+    Texts of crawled data are up to megabytes long, of which a tokenizer would encode all to keep the first tokens.
+    """
+    return text[: max(_MIN_CHARACTERS, _CHARACTERS_PER_TOKEN * context_length)]
+
+
+def _cleanable(text: str, context_length: int) -> str:
+    """The beginning of a text, with no more ampersands nested in each other than it has tokens."""
+    nested = f"(&(?:{_AMPERSAND}){{{context_length}}})(?:{_AMPERSAND})+"
+    return re.sub(nested, r"\1", _beginning(text, context_length), flags=re.IGNORECASE)
 
 
 class Tokenizer(Protocol):
@@ -58,6 +80,7 @@ class ClipTokenizer:
         self._bpe = SimpleTokenizer()
         self._clean, self._bpe.clean_fn = self._bpe.clean_fn, str  # it is given words of texts already cleaned
         self._first_words = dict(self._bpe.cache)  # the special tokens
+        self._bpe_of_short, self._bpe.bpe = self._bpe.bpe, self._byte_pairs
         self._known_words: dict[str, list[int]] = {}
         self.context_length = context_length
         self.vocab_size: int = self._bpe.vocab_size
@@ -70,16 +93,29 @@ class ClipTokenizer:
             [self._bpe.decoder[i].endswith("</w>") or i in special for i in range(self.vocab_size)]
         )
 
+    def _byte_pairs(self, word: str) -> str:
+        """What open_clip's `bpe` gives, the tokens of a word joined by spaces, in time n log n instead of n squared."""
+        if len(word) <= _MAX_KNOWN_LENGTH:
+            return self._bpe_of_short(word)
+        return " ".join(_merged([*word[:-1], f"{word[-1]}</w>"], self._bpe.bpe_ranks))
+
     def _encode(self, text: str) -> list[int]:
+        text = _beginning(text, self.context_length)
         # Cleaning mends encodings, HTML entities and control characters: it finds nothing to do in plain ASCII.
         is_plain = text.isascii() and text.isprintable() and "&" not in text
         # No token reaches over a space, so that words are encoded one by one and remembered.
-        words = (text.lower() if is_plain else self._clean(text)).split()
-        ids = [self._bpe.sot_token_id, *(i for word in words for i in self._word_ids(word))]
+        words = (text.lower() if is_plain else self._clean(_cleanable(text, self.context_length))).split()
+        ids = [self._bpe.sot_token_id]
+        for word in words:
+            if len(ids) >= self.context_length:
+                break
+            ids += self._word_ids(word)
         return [*ids[: self.context_length - 1], self._bpe.eot_token_id]
 
     def _word_ids(self, word: str) -> list[int]:
         ids = self._known_words.get(word)
+        if ids is None and len(word) > _MAX_KNOWN_LENGTH:
+            return self._bpe.encode(word)
         if ids is None:
             if len(self._known_words) >= _MAX_KNOWN_WORDS:
                 self._known_words.clear()
@@ -98,6 +134,35 @@ class ClipTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text that token ids stand for, special tokens left out."""
         return self._bpe.decode([i for i in ids if i not in self._bpe.all_special_ids]).strip()
+
+
+def _merged(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding of `pieces`: all pairs of the lowest rank are merged, from left to right, and so on."""
+    before, behind = list(range(-1, len(pieces) - 1)), list(range(1, len(pieces) + 1))
+    pairs: list[tuple[int, int, str, str]] = []  # rank, where the first one stands, what both are
+
+    def consider(left: int, right: int) -> None:
+        if left >= 0 and right < len(pieces) and (rank := ranks.get((pieces[left], pieces[right]))) is not None:
+            heapq.heappush(pairs, (rank, left, pieces[left], pieces[right]))
+
+    for left in range(len(pieces) - 1):
+        consider(left, left + 1)
+    while pairs:
+        rank, merged = pairs[0][0], []
+        while pairs and pairs[0][0] == rank:
+            _, left, first, second = heapq.heappop(pairs)
+            right = behind[left]
+            if right == len(pieces) or (pieces[left], pieces[right]) != (first, second):
+                continue  # one of them has become part of another
+            pieces[left], pieces[right] = first + second, ""
+            behind[left] = behind[right]
+            if behind[left] < len(pieces):
+                before[behind[left]] = left
+            merged.append(left)
+        for left in merged:
+            consider(before[left], left)
+            consider(left, behind[left])
+    return [piece for piece in pieces if piece]
 
 
 def _check_end(ids: Sequence[int], end_id: int | None, end: str, where: str) -> None:
@@ -146,7 +211,8 @@ class FileTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
-        return _padded([encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))], self.pad_id)
+        cut = [_beginning(text, self.context_length) for text in texts]
+        return _padded([encoding.ids for encoding in self._tokenizer.encode_batch(cut)], self.pad_id)
 
     def word_starts(self, ids: Tensor) -> Tensor:
         """Token ids int64 [n, L] -> where a word begins, bool [n, L]."""
@@ -212,7 +278,7 @@ class HuggingFaceTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
-        cleaned = [self._clean(text) for text in texts]
+        cleaned = [self._clean(_cleanable(text, self.context_length)) for text in texts]
         encoded = self._tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
         return _padded(encoded, self.pad_id or 0)
 

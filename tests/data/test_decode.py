@@ -3,10 +3,15 @@
 import io
 import json
 import math
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
 import torch
@@ -14,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mmpretrain.data import decode
 from mmpretrain.data.decode import (
     MAX_PIXELS,
     BadSample,
@@ -23,8 +29,10 @@ from mmpretrain.data.decode import (
     image_memory,
     open_image,
     read_json_field,
+    read_label,
     to_rgb,
 )
+from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop
 from mmpretrain.seeds import draw
 from tests.tars import encode, smooth_pixels
@@ -310,6 +318,106 @@ def test_the_limit_itself_is_allowed() -> None:
         assert open_image(png_header(10_000, 10_000)).size == (10_000, 10_000)
 
 
+MEASURE = """
+import sys
+from mmpretrain.data import decode
+from mmpretrain.data.transforms import WholeImage
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
+
+limits = []
+check = decode._check_bytes
+decode._check_bytes = lambda *arguments: limits.append(arguments[2]) or check(*arguments)
+for argument in sys.argv[1:]:
+    path, channels = argument.split(",")
+    data = open(path, "rb").read()
+    try:
+        decode.decode_image(data, WholeImage(), 16, int(channels), max_bytes=0)
+    except decode.BadSample:
+        expected = limits[-1]
+    for _ in range(2):  # the first one loads the decoder
+        open("/proc/self/clear_refs", "w").write("5")
+        before = peak()
+        decode.decode_image(data, WholeImage(), 16, int(channels))
+        taken = peak() - before
+    print(taken, expected)
+"""
+
+
+def test_decoding_takes_no_more_memory_than_the_header_lets_expect(tmp_path: Path) -> None:
+    """In a process of its own. What a strip's conversion takes comes on top, and is the same for every size."""
+    side = 2000
+    grey = (np.add.outer(np.arange(side), np.arange(side)) // 9).astype(np.int32)
+    colour = Image.fromarray(np.stack([grey % 256, grey // 2 % 256, 255 - grey % 256], -1).astype(np.uint8))
+    deep = Image.fromarray((grey * 10).astype(np.uint16))
+    images = [
+        (colour, "PNG", {}), (colour.convert("P"), "PNG", {}), (colour.convert("P"), "PNG", {"transparency": 0}),
+        (colour.convert("RGBA"), "PNG", {}), (colour.convert("LA"), "PNG", {}), (deep, "PNG", {}),
+        (colour.convert("P"), "GIF", {}), (colour, "TIFF", {}), (colour.convert("CMYK"), "JPEG", {}),
+        (colour, "WEBP", {"method": 0}), (colour, "JPEG", {}), (colour, "JPEG", {"progressive": True}),
+        (colour, "JPEG", {"progressive": True, "subsampling": 0}),
+    ]  # fmt: skip
+    arguments = []
+    for number, (image, format, options) in enumerate(images):
+        path = tmp_path / str(number)
+        path.write_bytes(encode(image, format, **({"compress_level": 1} if format == "PNG" else {}), **options))
+        arguments += [f"{path},{channels}" for channels in ((3, 1, 4) if number == 0 else (3,))]
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    for argument, line in zip(arguments, measured.stdout.splitlines(), strict=True):
+        taken, expected = map(float, line.split())
+        assert taken < expected + (6 << 20), f"{argument}: {taken / side**2}, {expected / side**2} bytes a pixel"
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("data", "mebibytes"),
+    [
+        (png_header(9_900, 10_000), "661 MiB"),  # RGB: 4 bytes in Pillow, 3 as the result
+        (jpeg_header(9_900, 10_000), None),
+        (jpeg_header(9_900, 10_000).replace(b"\xff\xc0", b"\xff\xc2"), "567 MiB"),
+    ],
+    ids=["png", "jpeg", "progressive jpeg"],
+)
+def test_an_image_that_takes_too_much_memory_is_refused_at_its_header(data: bytes, mebibytes: str | None) -> None:
+    """A progressive JPEG keeps the coefficients of the whole image, at any scale; any other one no more than pixels."""
+    reason = f"10000 x 9900 pixels take {mebibytes} to decode, more than the limit of 512 .data.max_image_bytes"
+    with pytest.raises(BadSample, match=reason if mebibytes else "damaged|does not decode"):
+        decode_image(data, whole, 8000)
+
+
+def test_the_limit_of_memory_can_be_set() -> None:
+    data = encode(smooth_pixels(100, 100), "PNG")
+    assert decode_image(data, whole, 16, max_bytes=70_000).shape == (3, 16, 16)
+    with pytest.raises(BadSample, match="100 x 100 pixels take 0 MiB to decode"):
+        decode_image(data, whole, 16, max_bytes=69_999)
+    with pytest.raises(BadSample, match="100 x 100 pixels take"):
+        Preprocess(16, max_image_bytes=69_999)(data)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGB", {}), ("RGB", {"transparency": (3, 4, 5)}), ("RGBA", {}), ("LA", {}), ("P", {}), ("P", {"transparency": 3}),
+     ("L", {}), ("L", {"transparency": 9}), ("1", {}), ("I;16", {})],
+)  # fmt: skip
+def test_strips_are_converted_as_the_whole_image_is(
+    channels: int, mode: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(smooth_pixels(70, 50))
+    image = image.convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+    data = encode(image, "PNG", **options)
+    in_one = decode_image(data, whole, 32, channels)
+    monkeypatch.setattr(decode, "_STRIP_PIXELS", 50 * 8)
+    assert torch.equal(decode_image(data, whole, 32, channels), in_one)
+
+
 @pytest.mark.parametrize("format", ["PPM", "ICO", "JPEG2000", "TGA", "PDF"])
 def test_formats_beyond_the_list_are_refused(format: str) -> None:
     with pytest.raises(BadSample, match="no readable image"):
@@ -341,6 +449,71 @@ def test_truncated_images_are_refused(format: str, part: float) -> None:
     data = encode(noise, format)
     with pytest.raises(BadSample):
         decode_image(data[: int(part * len(data))], whole, 16)
+
+
+def with_a_hole(data: bytes, kind: str) -> bytes:
+    """A JPEG that lost part of its middle, and yet ends as one does."""
+    middle, length = len(data) // 2, 600
+    if kind == "cut":
+        return data[:middle] + b"\xff\xd9"
+    noise = np.random.default_rng(0).integers(1, 255, length, dtype=np.uint8).tobytes()
+    return data[:middle] + (noise if kind == "overwritten" else b"") + data[middle + length :]
+
+
+@pytest.mark.parametrize("kind", ["cut", "removed", "overwritten"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("RGB", 1), ("RGB", 4), ("L", 3), ("CMYK", 3)])
+def test_a_jpeg_with_a_hole_is_refused(kind: str, options: dict[str, object], mode: str, channels: int) -> None:
+    """Pillow fills the rest with grey, or with what a decoder out of step makes of it."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    whole_image = encode(Image.fromarray(noise).convert(mode), quality=90, **options)
+    assert decode_image(whole_image, whole, 64, channels).shape == (channels, 64, 64)
+    with pytest.raises(BadSample, match=r"damaged|does not decode"):
+        decode_image(with_a_hole(whole_image, kind), whole, 64, channels)
+
+
+def subsampled_441() -> bytes:
+    """A grey JPEG that says 4:4:1, which simplejpeg has no name for."""
+    data = bytearray(encode(Image.new("YCbCr", (32, 32), (99, 128, 128)), subsampling="4:2:0"))
+    frame = data.index(b"\xff\xc0")
+    assert data[frame + 11] == 0x22
+    data[frame + 11] = 0x14  # four blocks of brightness to one of each colour in both
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data + b"\0" * 5000,
+        lambda data: data + b"<!-- cached -->",
+        lambda data: data + data,
+        lambda data: data[:-2],
+        lambda data: data[:-2] + b"\0\1\2\3" + data[-2:],
+        lambda data: data[:2] + b"\xff\xe5\0\x06spam" + data[2:],
+        lambda data: data[:2] + b"\xff\xfe\0\x06spam" + data[2:],
+        lambda data: data[:-2] + b"\xff\xff" + data[-2:],
+        lambda data: data.replace(b"JFIF\0\1", b"JFIF\0\7", 1),
+    ],
+    ids=["zeros", "text", "twice", "no end", "padded", "app5", "comment", "fill", "revision"],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_harmless_oddities_of_a_jpeg_change_no_pixel(change: Callable[[bytes], bytes], channels: int) -> None:
+    data = encode(smooth_pixels(48, 64), quality=90)
+    assert change(data) != data
+    assert torch.equal(decode_image(change(data), whole, 32, channels), decode_image(data, whole, 32, channels))
+
+
+def test_the_first_image_of_a_multi_picture_jpeg_is_taken() -> None:
+    first, second = (Image.fromarray(smooth_pixels(48, 64, seed)) for seed in (0, 1))
+    data = encode(first, "MPO", save_all=True, append_images=[second], quality=90)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    for channels in (1, 3):
+        expected = decode_image(encode(first, quality=90), whole, 32, channels)
+        assert torch.equal(decode_image(data, whole, 32, channels), expected)
+
+
+def test_a_subsampling_without_a_name_is_decoded() -> None:
+    assert (decode_image(subsampled_441(), whole, 16) == 99).all()
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow comments on damaged metadata
@@ -394,11 +567,40 @@ def test_captions_of_json(value: object, field: str, expected: list[str]) -> Non
         (b'{"caption": []}', "json.caption", "is empty"),
         (b'{"caption": ["", " "]}', "json.caption", "is empty"),
         (b'{"caption": 7}', "json.caption", "is empty"),
+        ("\u200b\u200d\ufeff".encode(), "txt", "is empty .it has no visible character"),
+        ("\u202e\u2066 \x00\x1b\u00ad\ufe0f\u3164".encode(), "txt", "is empty"),
+        (json.dumps({"caption": ["\u200b", "\u2028"]}).encode(), "json.caption", "is empty"),
+        (b'{"caption": "\\ud800"}', "json.caption", "is empty"),
+        (b"[" * 100_000, "json.caption", "json member does not parse .nested too deeply"),
+        (b'{"a":' * 100_000, "json.caption", "json member does not parse .nested too deeply"),
+        (b"9" * 100_000, "json.caption", "json"),
     ],
 )
 def test_a_sample_without_caption_is_refused_with_the_reason(data: bytes, field: str, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         decode_captions(data, field)
+
+
+@pytest.mark.parametrize(
+    "text", ["\u2764\ufe0f", "\u200bcat", "1\u20e3", "\U0001f468\u200d\U0001f469", "\ue000", "\u0e33"]
+)
+def test_a_caption_with_one_visible_character_stays_as_it_is(text: str) -> None:
+    assert decode_captions(text.encode(), "txt") == [text]
+
+
+def test_half_of_a_surrogate_pair_is_replaced_as_cleaning_does() -> None:
+    """JSON can escape one alone, as captions that were cut in other encodings have them; no encoding has such text."""
+    data = rb'{"caption": "cut \ud83d", "label": "\ude00x", "whole": "\ud83d\ude00"}'
+    assert decode_captions(data, "json.caption") == ["cut \ufffd"] == [ftfy.fix_text("cut \ud83d")]
+    assert decode_captions(data, "json.whole") == ["\U0001f600"]
+    assert read_label(data, "json.label") == "\ufffdx"
+
+
+def test_of_many_or_long_fields_some_are_named() -> None:
+    data = json.dumps({f"{i:03d}": 0 for i in range(500)} | {"\n" * 1000: 0}).encode()
+    with pytest.raises(BadSample, match=r"\(it has: .*, 008 and 491 more\)$") as error:
+        read_json_field(data, "caption")
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
 def test_a_json_field_of_any_type_is_read() -> None:

@@ -20,7 +20,7 @@ from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader, received
-from mmpretrain.data.shards import Shards
+from mmpretrain.data.shards import Fingerprint, Shards
 from mmpretrain.data.stream import Source, TarStream, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
@@ -268,7 +268,7 @@ def test_sources_without_weights_are_one_data_set(tmp_path: Path, tokenizer: Cli
     ids = torch.cat([batch.streams["pairs"].ids for batch in batches])
     assert ids.sort().values.tolist() == list(range(60))
     assert all(0 < (batch.streams["pairs"].ids < 20).sum() < 20 for batch in batches)  # both in every batch
-    assert stream.order.num_samples == 60 and stream.fingerprints == {"a+b": Shards(paths).fingerprint}
+    assert stream.order.num_samples == 60 and stream.fingerprints == {"a+b": Fingerprint.of(Shards(paths))}
 
 
 def test_weighted_sources_hold_their_quotas_in_every_batch(tmp_path: Path, tokenizer: ClipTokenizer) -> None:
@@ -281,7 +281,7 @@ def test_weighted_sources_hold_their_quotas_in_every_batch(tmp_path: Path, token
         assert int((pairs.ids < 20).sum()) == 15
         for sample, row in zip(pairs.ids.tolist(), rows_of(pairs).values(), strict=True):  # ids number all sources
             assert row[-1] == tokens_of(tokenizer, shards, sample)
-    assert stream.fingerprints == {"a": Shards(paths[:1]).fingerprint, "b": Shards(paths[1:]).fingerprint}
+    assert stream.fingerprints == {"a": Fingerprint.of(Shards(paths[:1])), "b": Fingerprint.of(Shards(paths[1:]))}
 
 
 def test_some_weights_and_some_none_are_refused(tars: list[str]) -> None:
@@ -396,7 +396,7 @@ def test_one_of_several_captions_is_drawn_for_every_position(tmp_path: Path, tok
 # ---------------------------------------------------------------- bad samples and bad disks
 
 BAD: dict[int, tuple[Sample, str]] = {
-    3: ({"jpg": encode(smooth_pixels(40, 40))[:-100]}, "the image does not decode"),
+    3: ({"jpg": encode(smooth_pixels(40, 40))[:-100]}, "the JPEG is damaged"),
     5: ({"jpg": b"<html>404</html>"}, "no readable image"),
     8: ({"json": {"caption": "  "}}, "is empty"),
     11: ({"json": {"text": "no"}}, "no field 'caption' (it has: text)"),

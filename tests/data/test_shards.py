@@ -1,15 +1,20 @@
 """Offset indexes against tarfile and webdataset themselves, and random access over several tars."""
 
 import io
+import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 
-from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.shards import Fingerprint, Shards, expand_shards
+from mmpretrain.data.storage import FileChanged
 from mmpretrain.data.tar_index import (
     TarIndex,
     cached_index_path,
@@ -200,6 +205,81 @@ def test_what_is_no_tar_is_refused_in_one_line(tmp_path: Path, content: bytes) -
     assert "\n" not in str(error.value)
 
 
+def end_of_members(path: Path) -> int:
+    """Where the archive's end begins."""
+    index = index_tar(path)
+    ends = [int((offsets + sizes).max()) for offsets, sizes in index.members.values()]
+    return -(-max(ends) // 512) * 512
+
+
+def test_a_shard_that_is_zero_from_its_middle_on_is_told(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs([f"{i:02d}" for i in range(20)], image=b"x" * 5000))
+    middle = int(index_tar(path).members["txt"][0][9]) + 512
+    data = path.read_bytes()
+    path.write_bytes(data[:middle] + bytes(len(data) - middle))
+    index = index_tar(path)
+    assert index.num_samples == 10
+    (problem,) = index.problems
+    assert problem.startswith(f"{len(data) - middle} bytes of zeros from byte {middle} to the end")
+
+
+@pytest.mark.parametrize("zero_bytes", [1024, 1536, 10_240, 11_264])
+def test_zeros_that_end_an_archive_are_no_problem(tmp_path: Path, zero_bytes: int) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    path.write_bytes(path.read_bytes()[: end_of_members(path)] + bytes(zero_bytes))
+    assert index_tar(path).problems == []
+
+
+@pytest.mark.parametrize("lost", ["nothing", "a header"])
+def test_a_lone_block_of_zeros_is_told_and_reading_goes_on(tmp_path: Path, lost: str) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a", "b", "c"]))
+    data = path.read_bytes()
+    place = int(index_tar(path).members["jpg"][0][1]) - 512
+    path.write_bytes(data[:place] + bytes(512) + data[place + (512 if lost == "a header" else 0) :])
+    index = index_tar(path)
+    lone = f"a lone block of zeros at byte {place}, where a member or the two that end an archive should be"
+    if lost == "nothing":
+        assert index.keys == ["a", "b", "c"] and index.problems == [lone]
+    else:  # what follows is the member's content
+        assert index.keys == ["a"] and index.problems == [lone, f"no tar header at byte {place + 512}"]
+    path.write_bytes(data[:3072] + bytes(512))
+    assert index_tar(path).problems[0].startswith("a lone block of zeros at byte 3072")
+
+
+@pytest.mark.parametrize("behind", ["tar", "garbage"])
+def test_what_follows_the_end_of_an_archive_is_told(tmp_path: Path, behind: str) -> None:
+    path, other = (write_tar(tmp_path / f"{name}.tar", pairs([name])) for name in "ab")
+    first = path.read_bytes()
+    path.write_bytes(first + (other.read_bytes() if behind == "tar" else b"\1" * 100))
+    index = index_tar(path)
+    assert index.keys == ["a"]
+    (problem,) = index.problems
+    assert problem.startswith(f"not read: bytes {len(first)} to {path.stat().st_size}")
+
+
+def test_a_long_pax_header_is_read_in_one_pass(tmp_path: Path) -> None:
+    """As many records as there is room for, and a length of more digits than Python takes for a number."""
+    extended = tarfile.TarInfo("pax")
+    extended.type, extended.size = tarfile.XHDTYPE, 1 << 20
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    whole = path.read_bytes()
+    for content, keys in ((b"12 path=b.x\n" + b"6 a=b\n" * 170_000, ["b"]), (b"9" * 5000 + b" path=b.x\n", [])):
+        header = extended.tobuf(tarfile.USTAR_FORMAT) + content.ljust(1 << 20, b"\0")
+        path.write_bytes(header + whole)
+        if keys:
+            assert index_tar(path).keys[:1] == keys
+        else:
+            with pytest.raises(ValueError, match="malformed pax header at byte 0"):
+                index_tar(path)
+
+
+def test_names_with_dots_in_their_middle_do_not_make_a_column_each(tmp_path: Path) -> None:
+    members = [*pairs([f"{i:03d}" for i in range(300)]), *[(f"x{i}.{i}_0.7.jpg", b"x") for i in range(300)]]
+    index = index_tar(write_tar(tmp_path / "a.tar", members))
+    assert len(index.members) == 256 and {"jpg", "txt"} <= index.members.keys()
+    assert index.problems[0].startswith("302 extensions, of which the 256 most frequent are kept (not such as ")
+
+
 def test_sparse_members_are_named_not_misread(tmp_path: Path) -> None:
     members = tarfile.TarInfo("b.jpg")
     members.type = tarfile.GNUTYPE_SPARSE
@@ -270,9 +350,113 @@ def test_the_stored_index_is_used_while_the_tar_stays_and_refreshed_when_it_chan
     write_tar(path, pairs(["b"]))  # of the same size
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert load_index(path).keys == ["a"]  # the stored one: nothing says that the tar changed
+    with pytest.raises(FileChanged, match=r"a\.tar is not what its index says \(another header at byte 0\).*remove "):
+        Shards([str(path)]).read(0, ["jpg"])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert load_index(path).keys == ["b"]
     assert read_index(index_path(path)).keys == ["b"]
+
+
+def rewritten_index(path: Path, compressed: bool = False, **changed: object) -> None:
+    """A stored index with other arrays, or other values in its header."""
+    with np.load(path) as arrays:
+        parts = dict(arrays)
+    header = json.loads(parts["header"].tobytes())
+    for name, value in changed.items():
+        if name in parts:
+            parts[name] = np.asarray(value(parts[name]) if callable(value) else value)
+        else:
+            header[name] = value
+    if "header" not in changed:
+        parts["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    (np.savez_compressed if compressed else np.savez)(path, **parts)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"offsets": lambda offsets: offsets.astype(np.int32)},
+        {"offsets": lambda offsets: offsets.astype(np.float64)},
+        {"offsets": lambda offsets: offsets + (1 << 40)},
+        {"offsets": lambda offsets: offsets - 4096},
+        {"offsets": lambda offsets: offsets + 1},
+        {"offsets": lambda offsets: offsets * 0 + (2**63 - 512)},
+        {"offsets": lambda offsets: offsets[:, :1]},
+        {"offsets": lambda offsets: offsets[0]},
+        {"sizes": lambda sizes: sizes - 100},
+        {"sizes": lambda sizes: sizes * 0 + (2**63 - 1)},
+        {"header_sums": lambda sums: sums.astype(np.int64)},
+        {"key_ends": lambda ends: ends[::-1]},
+        {"key_ends": lambda ends: ends * 0},
+        {"key_ends": lambda ends: ends + 1},
+        {"key_ends": np.array([2**62, -(2**63)])},
+        {"key_blob": lambda blob: blob[:-1]},
+        {"header": np.frombuffer(b"\xff\xfe{}", np.uint8)},
+        {"header": np.frombuffer(b"[" * 100_000, np.uint8)},
+        {"header": np.frombuffer(b"[]", np.uint8)},
+        {"extensions": ["jpg", "jpg"]},
+        {"extensions": [1, 2]},
+        {"extensions": "jt"},
+        {"problems": None},
+        {"digest": 7},
+        {"mtime_ns": 1.5},
+        {"tar_bytes": 10**30},
+        {"tar_bytes": 0},
+        {"compressed": True},
+    ],
+)
+def test_an_index_that_cannot_be_is_made_again(
+    tmp_path: Path, changed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a", "b"]))
+    load_index(path)
+    stored = index_path(path)
+    whole = stored.read_bytes()
+    rewritten_index(stored, **changed)
+    with pytest.raises(ValueError, match=r"a\.tar\.index\.npz: unusable index \(.*\); it is made again$"):
+        read_index(stored)
+    assert load_index(path).keys == ["a", "b"] and stored.read_bytes() == whole
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "a.tar.index.npz" in caplog.text
+
+
+def test_an_index_of_another_version_is_made_again_without_alarm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a", "b"]))
+    load_index(path)
+    rewritten_index(index_path(path), version=3)
+    assert load_index(path).keys == ["a", "b"] and not caplog.records
+    assert read_index(index_path(path)).keys == ["a", "b"]
+
+
+@pytest.mark.parametrize("where", ["shape", "directory"])
+def test_planted_sizes_allocate_nothing(tmp_path: Path, where: str) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a", "b"]))
+    load_index(path)
+    data = bytearray(index_path(path).read_bytes())
+    if where == "shape":
+        place = data.index(b"(2, 2)")
+        data[place : place + 12] = b"(2, 9999999)"
+    else:
+        entry = data.index(b"PK\1\2")
+        data[entry + 20 : entry + 28] = (0xFFFF_FFF0).to_bytes(4, "little") * 2
+    index_path(path).write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="unusable index"):
+        read_index(index_path(path))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_an_index_that_cannot_be_opened_is_told_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    index_path(path).mkdir()
+    assert load_index(path).keys == ["a"]
+    assert f"{index_path(path)}: the stored index cannot be read (Is a directory)" in caplog.text
+    assert read_index(cached_index_path(path)).keys == ["a"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "pickle"])
@@ -326,6 +510,68 @@ def test_member_is_the_first_extension_present(tmp_path: Path) -> None:
     assert [(member[0], member[1]) for member in found if member] == [(str(path), "jpg"), (str(path), "png")]
     assert [path.read_bytes()[member[2] :][: member[3]] for member in found if member] == [b"jpeg", b"png"]
     assert shards.member(0, ["png", "webp"]) is None
+
+
+@pytest.mark.parametrize(
+    ("extension", "limit"), [("jpg", 1 << 29), ("json", 1 << 24), ("txt", 1 << 24), ("cls", 1 << 24)]
+)
+def test_a_member_beyond_the_limit_is_not_read(tmp_path: Path, extension: str, limit: int) -> None:
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:  # a sparse file: it takes a few kilobytes
+        for key, size in (("a", limit + 1), ("b", 1)):
+            header = tarfile.TarInfo(f"{key}.{extension}")
+            header.size = size
+            file.write(header.tobuf())
+            file.seek(-(-size // 512) * 512, io.SEEK_CUR)
+        file.write(bytes(1024))
+    shards = Shards([str(path)])
+    with pytest.raises(
+        BadSample, match=f"its {extension} member has {limit + 1} bytes, more than the limit of {limit}"
+    ):
+        shards.read(0, (extension,))
+    assert shards.read(1, (extension,)) == b"\0"
+
+
+@pytest.mark.parametrize("how", ["replaced", "edited", "cut", "touched"])
+def test_a_shard_that_changes_while_it_is_read_ends_the_reading(tmp_path: Path, how: str) -> None:
+    paths = [str(write_tar(tmp_path / f"{i}.tar", pairs(["a", "b"], image=b"x" * 9000))) for i in range(40)]
+    shards = Shards(paths)
+    assert shards.read(0, ["jpg"]) == b"x" * 9000
+    if how == "replaced":
+        write_tar(tmp_path / "new", pairs(["a", "b"], image=b"y" * 9000)).rename(paths[0])
+        assert shards.read(1, ["jpg"]) == b"x" * 9000  # the file that is open is still the old one
+        assert [shards.read(sample, ["txt"]) for sample in range(2, 80)] == [b"caption"] * 78
+    elif how == "edited":
+        with open(paths[0], "r+b") as file:
+            file.write(b"y")
+    else:
+        os.truncate(paths[0], 11_000) if how == "cut" else os.utime(paths[0], ns=(0, 0))
+    with pytest.raises(
+        FileChanged, match=r"0\.tar was changed or replaced while it was read: .*; restore it and go on"
+    ):
+        shards.read(1, ["jpg"])
+    assert shards.read(2, ["jpg"]) == b"x" * 9000
+
+
+def test_the_fingerprint_says_which_shards_changed(tmp_path: Path) -> None:
+    def fingerprint(*keys: str, kept: list[int] | None = None) -> Fingerprint:
+        paths = [str(write_tar(tmp_path / f"{i}.tar", pairs([key]))) for i, key in enumerate(keys)]
+        return Fingerprint.of(Shards(paths, None if kept is None else np.array(kept)))
+
+    saved = str(fingerprint("a", "b", "c"))
+    assert fingerprint("a", "b", "c").is_of(saved) and len(saved) == 33 + 3 * 4
+    hash_alone = saved.partition(":")[0]  # as older checkpoints have it
+    assert hash_alone == Shards([str(tmp_path / f"{i}.tar") for i in range(3)]).fingerprint
+    assert fingerprint("a", "b", "c").is_of(hash_alone)
+    for changed, told in (
+        (fingerprint("a", "x", "c"), f"changed: {tmp_path}/1.tar"),
+        (fingerprint("a", "b"), "3 shards then, 2 now, 1 gone or changed"),
+        (fingerprint("a", "b", "c", "d"), f"3 shards then, 4 now, 0 gone or changed; new or changed: {tmp_path}/3.tar"),
+        (fingerprint("a", "b", "c", kept=[0, 2]), "the same shards, of which other samples are kept"),
+        (fingerprint(*"1234567"), "3 shards then, 7 now, 3 gone or changed; new or changed: "),
+    ):
+        assert not changed.is_of(saved) and not changed.is_of(hash_alone)
+        assert changed.changes_since(saved).startswith(told) and changed.changes_since(hash_alone) == ""
 
 
 def test_fingerprint_follows_the_data_not_the_place(tmp_path: Path) -> None:

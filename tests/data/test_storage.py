@@ -10,7 +10,7 @@ import pytest
 from mmpretrain.data import storage
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shards import Shards
-from mmpretrain.data.storage import read_range
+from mmpretrain.data.storage import FileChanged, read_range
 from tests.tars import write_tars
 
 
@@ -32,36 +32,42 @@ def open_files_under(folder: Path) -> int:
     return sum(target.startswith(f"{folder}{os.sep}") for target in targets)
 
 
+def read(path: Path, offset: int, size: int) -> bytes:
+    stat = path.stat()
+    return read_range(str(path), offset, size, stat.st_size, stat.st_mtime_ns)
+
+
 def test_reads_exactly_the_range(tmp_path: Path) -> None:
     data = bytes(range(256)) * 10
     path = tmp_path / "a.tar"
     path.write_bytes(data)
     for offset, size in [(0, 2560), (0, 0), (5, 1), (1000, 1560), (2559, 1)]:
-        assert read_range(str(path), offset, size) == data[offset : offset + size]
+        assert read(path, offset, size) == data[offset : offset + size]
 
 
 def test_a_missing_file_is_an_io_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
-        read_range(str(tmp_path / "gone.tar"), 0, 1)
+        read_range(str(tmp_path / "gone.tar"), 0, 1, 1, 0)
 
 
-def test_a_file_cut_short_is_an_io_error_that_names_it(tmp_path: Path) -> None:
+def test_a_range_beyond_the_end_is_an_io_error_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    path.write_bytes(bytes(100))
-    assert read_range(str(path), 90, 10) == bytes(10)
-    os.truncate(path, 95)
+    path.write_bytes(bytes(95))
     with pytest.raises(OSError, match=r"expected 10 bytes at offset 90, got 5.*a\.tar"):
-        read_range(str(path), 90, 10)
+        read(path, 90, 10)
     assert open_files_under(tmp_path) == 0
 
 
 def test_a_failed_read_is_tried_again_on_the_file_that_lies_there_now(tmp_path: Path) -> None:
-    path, whole = tmp_path / "a.tar", tmp_path / "whole"
+    path = tmp_path / "a.tar"
     path.write_bytes(b"half")
+    assert read(path, 0, 4) == b"half"
+    whole = tmp_path / "whole"
     whole.write_bytes(b"half and half")
-    assert read_range(str(path), 0, 4) == b"half"
     whole.rename(path)
-    assert read_range(str(path), 4, 9) == b" and half"
+    assert read(path, 4, 9) == b" and half"
+    with pytest.raises(FileChanged, match=r"a\.tar was changed or replaced .* 13 bytes, .* indexed with 4 at 7"):
+        read_range(str(path), 0, 4, 4, 7)
 
 
 def test_few_files_stay_open_whatever_the_number_of_data_sets(tmp_path: Path) -> None:
@@ -87,12 +93,12 @@ def test_a_forked_child_reads_beside_its_parent(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.tar" for i in range(2)]
     for path in paths:
         path.write_bytes(bytes(range(200)))
-    assert read_range(str(paths[0]), 0, 1) == b"\0"
+    assert read(paths[0], 0, 1) == b"\0"
     child = os.fork()
     if child == 0:
-        right = all(read_range(str(path), i, 1)[0] == i for i in range(200) for path in paths)
+        right = all(read(path, i, 1)[0] == i for i in range(200) for path in paths)
         storage._opened.cache_clear()
         os._exit(0 if right else 1)
-    assert all(read_range(str(paths[0]), i, 1)[0] == i for i in range(200))
+    assert all(read(paths[0], i, 1)[0] == i for i in range(200))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert read_range(str(paths[0]), 7, 1) == b"\x07" and open_files_under(tmp_path) == 1
+    assert read(paths[0], 7, 1) == b"\x07" and open_files_under(tmp_path) == 1

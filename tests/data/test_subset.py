@@ -115,6 +115,14 @@ def test_names_that_several_samples_share_are_refused(tmp_path: Path) -> None:
         select(twice, save(tmp_path / "keep.npy", np.zeros((1, 2), np.uint64)))
 
 
+def test_samples_without_a_readable_uid_are_left_out(tmp_path: Path) -> None:
+    samples = make_samples(4)
+    for sample, record in zip(samples, (b"[" * 100_000, b"{", b"[1]", b'{"uid": "%032x"}' % 7), strict=True):
+        sample["json"] = record
+    tars = Shards(write_tars(tmp_path, samples, [4]))
+    assert select(tars, save(tmp_path / "keep.npy", np.array([[0, 7]], np.uint64))).tolist() == [3]
+
+
 def test_several_arrays_are_no_subset(shards: Shards, tmp_path: Path) -> None:
     np.savez(tmp_path / "keep.npz", a=np.array(["000001"]))
     with pytest.raises(ValueError, match=r"keep\.npz', several arrays; expected one \.npy"):

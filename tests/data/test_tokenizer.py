@@ -2,11 +2,14 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
 from mmpretrain.data import tokenizer as module
@@ -59,6 +62,68 @@ def test_ids_are_open_clips(context_length: int) -> None:
     assert ids.shape == (len(TEXTS), int(lengths.max()))
     assert torch.equal(torch.nn.functional.pad(ids, (0, context_length - ids.shape[1])), expected)
     assert torch.equal(lengths, (expected == reference.eot_token_id).int().argmax(1) + 1)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.sampled_from(["ab", "aA", "etaoinshrdlu", "\U0001f60d\U0001f602", "\u4e2d\u6587", "!?."]), st.data())
+def test_ids_of_a_long_word_are_open_clips(alphabet: str, data: st.DataObject) -> None:
+    """They are merged in another way than those of short ones."""
+    word = data.draw(st.text(alphabet, min_size=65, max_size=300))
+    assert LONG_CONTEXT([word])[0][0].tolist()[1:-1] == REFERENCE.encode(word)
+
+
+LONG_CONTEXT, REFERENCE = ClipTokenizer(2000), SimpleTokenizer()
+
+
+def test_pairs_are_merged_rank_by_rank() -> None:
+    """Where one token comes about in two ways, a pair with it may come before the one that made it."""
+    ranks = {("abc", "a"): 0, ("b", "c"): 1, ("a", "bc"): 2}
+    assert module._merged([*"abcabc"], ranks) == ["abc", "abc"]
+    assert module._merged([*"abca"], ranks) == ["abca"]
+    assert module._merged([*"aaaaa"], {("a", "a"): 0}) == ["aa", "aa", "a"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=100_000)),
+        "&" + "amp;" * 25_000,
+        "\u00e9 " * 4_000_000,
+        "\U0001f60d" * 100_000,
+        "\ud83d" * 100_000,
+    ],
+    ids=["letters", "entities", "megabytes", "emoji", "surrogates"],
+)
+def test_a_text_of_any_length_is_encoded_at_once(text: str, tmp_path: Path) -> None:
+    """Of these open_clip's own encoding takes minutes, or would."""
+    pytest.importorskip("transformers")
+    folder = str(tokenizers.hugging_face_tokenizer(tmp_path))
+    file = FileTokenizer(f"{folder}/tokenizer.json", pad="</s>", end="</s>")
+    started = time.perf_counter()
+    assert ClipTokenizer()([text])[1].tolist() == [3 if text[0] == "&" else 77]  # nested ampersands are one
+    assert HuggingFaceTokenizer(folder)([text])[1].tolist() == [2 if text[0] == "&" else 77]
+    if text[0] != "\ud83d":  # no caption has any: see decode_captions
+        assert file([text])[1].tolist() == [77]
+    assert time.perf_counter() - started < 20  # it takes less than one
+
+
+def test_what_is_cut_changes_no_id() -> None:
+    tokenizer, reference = ClipTokenizer(), SimpleTokenizer(context_length=77)
+    texts = [
+        "&" + "amp;" * 200 + " <b>",
+        "&" + "AMP;#38;#x26;amp;" * 60,
+        "a" + " " * 16_000 + "word " * 5_000,
+        "Ã© caf\u00e9 " * 4_000,
+    ]
+    ids, _ = tokenizer(texts)
+    assert torch.equal(torch.nn.functional.pad(ids, (0, 77 - ids.shape[1])), reference(texts))
+
+
+def test_long_words_are_not_remembered() -> None:
+    tokenizer = ClipTokenizer()
+    tokenizer(["a" * 65, "b" * 64, "c" * 10_000 + " d"])
+    assert list(tokenizer._known_words) == ["b" * 64]
+    assert max(map(len, tokenizer._bpe.cache)) <= 64
 
 
 def test_the_length_is_counted_where_padding_is_a_real_token() -> None:
