@@ -41,6 +41,7 @@ def build(
     image_size: Annotated[int | None, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = None,
     format: Annotated[str | None, typer.Option(help="jpg, png or webp [default: the input's]")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    max_image_bytes: Annotated[int, typer.Option(min=1, help="Larger files are refused.")] = 1 << 29,
     background: Annotated[str, typer.Option(help="Behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
@@ -72,7 +73,7 @@ def build(
         caption_columns=captions,
         label_column=label,
         classes_file=classes,
-        image=ImageOptions(image_size, format, parse_color(background), quality),
+        image=ImageOptions(image_size, format, parse_color(background), quality, max_image_bytes),
         samples_per_shard=samples_per_shard,
         seed=seed,
     )

@@ -174,7 +174,7 @@ class ShardTask:
 
 
 def _finish_shard(task: ShardTask) -> WrittenShard:
-    return finish_shard(task.path, _members(task))
+    return finish_shard(task.path, _members(task), len(task.records))
 
 
 def _members(task: ShardTask) -> Iterator[dict[str, str | bytes]]:

@@ -82,7 +82,7 @@ def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str
 
 
 def _finish_shard(task: _Task) -> WrittenShard:
-    return finish_shard(task.path, _members(task))
+    return finish_shard(task.path, _members(task), task.high - task.low)
 
 
 def _members(task: _Task) -> Iterator[dict[str, str | bytes]]:

@@ -39,9 +39,14 @@ def shard_bounds(num_samples: int, samples_per_shard: int) -> list[tuple[int, in
     return list(pairwise(num_samples * shard // num_shards for shard in range(num_shards + 1)))
 
 
-def finish_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
-    """Writes a shard, unless a killed build with the same plan has; then no sample is asked for."""
-    return describe_shard(path) if path.exists() else write_shard(path, samples)
+def finish_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]], num_samples: int) -> WrittenShard:
+    """Writes a shard, unless a killed build with the same plan has written all of it; then no sample is asked for.
+
+    `samples` may turn out fewer than `num_samples`.
+    """
+    if path.exists() and (shard := describe_shard(path)).num_samples == num_samples:
+        return shard
+    return write_shard(path, samples)
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
@@ -62,6 +67,12 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> Wri
         temporary.unlink(missing_ok=True)
         raise
     return describe_shard(path)
+
+
+def delete_shard(path: Path) -> None:
+    """Deletes a shard and its index, if they are there."""
+    path.unlink(missing_ok=True)
+    index_path(path).unlink(missing_ok=True)
 
 
 def describe_shard(path: Path) -> WrittenShard:
@@ -99,8 +110,7 @@ def open_output(output: Path, plan: str) -> None:
         (output / MANIFEST).unlink(missing_ok=True)
         for tar in output.glob("*.tar"):
             if _SHARD_NAME.fullmatch(tar.name):
-                tar.unlink()
-                index_path(tar).unlink(missing_ok=True)
+                delete_shard(tar)
         write_atomically(journal, plan)
     for leftover in output.glob(".*.tmp"):
         leftover.unlink()

@@ -12,6 +12,7 @@ import webdataset
 from PIL import Image
 
 from data_tools.__main__ import main
+from data_tools.shard_writer import open_output
 from data_tools.tables import read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import index_tar
@@ -86,6 +87,60 @@ def test_refused_rows_are_reported_and_the_shards_stay_equal(make_pairs, tmp_pat
     reasons = ["no such file", "no readable image", "no caption: caption empty", "no path in column 'path'"]
     for refusal, reason in zip(refused, reasons):
         assert reason in refusal["reason"]
+
+
+def test_a_hostile_file_is_refused_and_the_rest_is_built(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    hostile = {2: "x" * 300, 3: "loop.png", 4: "pipe.png", 5: "zero.png", 6: ".", 7: "giant.jpg", 8: "broken.png"}
+    (pairs.parent / "loop.png").symlink_to("loop.png")
+    os.mkfifo(pairs.parent / "pipe.png")
+    (pairs.parent / "zero.png").symlink_to("/dev/zero")
+    (pairs.parent / "broken.png").symlink_to("/proc/self/mem")
+    with open(pairs.parent / "giant.jpg", "wb") as file:
+        file.truncate(10**12)  # sparse
+    Image.new("RGB", (16384, 1)).save(pairs.parent / "8.png")
+    text = pairs.read_text()
+    for row_number, name in hostile.items():
+        text = text.replace(f"{row_number - 1}.png", name)
+    pairs.write_text(text)
+    assert build(pairs, tmp_path / "out", "--format", "webp") == 0
+    assert sorted(sample["__key__"] for sample in samples(tmp_path / "out")) == ["00000001", "00000010"]
+    assert [refusal["row_number"] for refusal in refusals(tmp_path / "out")] == list(range(2, 10))
+    reasons = {refusal["row_number"]: str(refusal["reason"]) for refusal in refusals(tmp_path / "out")}
+    assert reasons[7] == "1000000000000 bytes, more than the limit of 536870912 (--max-image-bytes)"
+    assert reasons[9].startswith("16384 x 1 pixels, webp allows sides of 16383")
+
+
+def test_the_limit_of_an_image_is_an_option(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(2)
+    size = (pairs.parent / "0.png").stat().st_size
+    Image.new("RGB", (8, 8)).save(pairs.parent / "0.png")
+    assert (pairs.parent / "0.png").stat().st_size < size
+    assert build(pairs, tmp_path / "out", "--max-image-bytes", str(size - 1)) == 0
+    assert [refusal["row_number"] for refusal in refusals(tmp_path / "out")] == [2]
+
+
+def test_files_that_change_between_check_and_writing_are_refused(
+    make_pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = make_pairs(7)
+
+    def change_then_open(output: Path, plan: str) -> None:
+        (pairs.parent / "1.png").unlink()
+        (pairs.parent / "2.png").write_bytes(b"no picture")
+        open_output(output, plan)
+
+    monkeypatch.setattr("data_tools.build.open_output", change_then_open)
+    assert build(pairs, tmp_path / "out", "--samples-per-shard", "1", "--label", "kind") == 0
+    assert sorted(int(sample["__key__"]) for sample in samples(tmp_path / "out")) == [1, 4, 5, 6, 7]
+    reasons = {refusal["row_number"]: refusal["reason"] for refusal in refusals(tmp_path / "out")}
+    assert reasons[2] == "the file changed during the build: no such file"
+    assert str(reasons[3]).startswith("the file changed during the build: no readable image")
+    assert len(reasons) == 2 and Shards(expand_shards(str(tmp_path / "out"))).counts.tolist() == [1] * 5
+    counts = {row["label"]: row["count"] for row in read_pairs(tmp_path / "out" / "classes.tsv").rows}
+    assert counts == {"ant": "1", "cat": "3", "dog": "1"}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["num_samples"], manifest["num_refused"], len(manifest["shards"])) == (5, 2, 5)
 
 
 def test_labels_become_class_indexes(make_pairs, tmp_path: Path) -> None:
