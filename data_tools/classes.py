@@ -29,7 +29,10 @@ def read_classes(path: Path, column: str) -> Classes:
     """
     if not path.is_file():
         raise ValueError(f"--classes {str(path)!r}: no such file; expected one label a line, or a TSV with a header")
-    lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {str(path)!r}: not UTF-8 at byte {error.start}; convert it") from error
     if lines and "\t" in lines[0]:
         if path.suffix != ".tsv":
             raise ValueError(f"--classes {str(path)!r}: a table with tabs, expected the suffix .tsv; rename it")

@@ -8,7 +8,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from data_tools.classes import one_line
-from data_tools.samples import SURROGATE
+from data_tools.tables import SURROGATE
 from mmpretrain.data.decode import BadSample, read_json_field
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.classes import Classes, one_line
-from data_tools.tables import Table, caption_text, row_json
-
-SURROGATE = re.compile("[\ud800-\udfff]")
+from data_tools.tables import SURROGATE, Table, caption_text, row_json
 
 
 @dataclass(frozen=True)
