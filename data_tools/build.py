@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from data_tools.classes import Classes, classes_of, read_classes, write_classes
+from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, read_classes, write_classes
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
 from data_tools.pool import run_tasks
 from data_tools.samples import Refusal, Sample, accept_rows, key_problem
@@ -26,6 +26,9 @@ from mmpretrain.data.decode import BadSample
 from mmpretrain.seeds import hash64, permutation
 
 ROWS_PER_CHECK = 64
+
+FileState = tuple[int, int]
+"""Of a file that was read: its size in bytes and modification time in ns."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,19 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
 
     accepted, refused = accept_rows(table, options.image_column, options.caption_columns, options.label_column, classes)
     # Images are looked at before anything is written, so that the shards come out equal whatever is refused.
-    samples, states = [], []
+    samples: list[Sample] = []
+    states: dict[int, FileState] = {}
     for sample, checked in zip(accepted, _check_images(accepted, options.image, workers)):
         if isinstance(checked, str):
             refused.append(Refusal(sample.row_number, str(sample.path), checked))
         else:
             samples.append(sample)
-            states.append(checked)
+            states[sample.row_number] = checked
     _require_samples(pairs, len(samples), refused)
     if options.label_column is not None and classes is None:
         classes = classes_of([sample.label for sample in samples if sample.label is not None])
+        samples = _without_unknown(samples, classes, refused)
+        _require_samples(pairs, len(samples), refused)
 
     open_output(output, _plan(samples, states, classes, options))
     order = permutation(hash64("build", options.seed), len(samples))
@@ -126,6 +132,17 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
     return result
 
 
+def _without_unknown(samples: Sequence[Sample], classes: Classes, refused: list[Refusal]) -> list[Sample]:
+    """The samples whose labels are among the classes of integers; the others are refused."""
+    known = set(classes.labels)
+    for sample in samples:
+        if sample.label not in known:
+            limit = f"expected below {MAX_INTEGER_CLASSES}; list the labels in --classes"
+            reason = f"class index {str(sample.label)[:20]}: {limit}"
+            refused.append(Refusal(sample.row_number, str(sample.path), reason))
+    return [sample for sample in samples if sample.label in known]
+
+
 def _require_samples(pairs: Path, number: int, refused: list[Refusal]) -> None:
     """Sorts what is refused. Raises: ValueError, with the first reason, if nothing is left."""
     refused.sort(key=lambda refusal: refusal.row_number)
@@ -138,17 +155,16 @@ def _options_json(options: BuildOptions) -> dict[str, object]:
     return asdict(options) | {"classes_file": classes_file.name if classes_file else None}
 
 
-FileState = tuple[int, int]
-"""Of a file that was read: its size in bytes and modification time in ns."""
-
-
 def _plan(
-    samples: Sequence[Sample], states: Sequence[FileState], classes: Classes | None, options: BuildOptions
+    samples: Sequence[Sample], states: Mapping[int, FileState], classes: Classes | None, options: BuildOptions
 ) -> str:
-    """A hash (hex) of all that decides the shards' bytes; a file's size and time stand for its content."""
+    """A hash (hex) of all that decides the shards' bytes; a file's size and time stand for its content.
+
+    `states` are the files', by row number.
+    """
     plan = hashlib.sha256(json.dumps([_options_json(options), classes and classes.labels]).encode())
-    for sample, state in zip(samples, states):
-        plan.update(repr((sample, *state)).encode("utf-8", "surrogatepass"))
+    for sample in samples:
+        plan.update(repr((sample, *states[sample.row_number])).encode("utf-8", "surrogatepass"))
     return plan.hexdigest()
 
 

@@ -59,6 +59,8 @@ def accept_rows(
             label = "" if value is None else one_line(str(value))
             if not label:
                 reason = reason or f"no label in column {label_column!r}"
+            elif SURROGATE.search(label):
+                reason = reason or "the label is no valid Unicode: it has half a surrogate pair"
             elif known is not None and label not in known:
                 reason = reason or f"label {label!r} is not in the class list"
         if reason is not None:

@@ -128,8 +128,11 @@ def write_refusals(output: Path, refusals: Iterable[str]) -> None:
 
 
 def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a UTF-8 text file, whole or in parts, beside itself and renames it into place."""
+    """Writes a UTF-8 text file, whole or in parts, beside itself and renames it into place.
+
+    Lone surrogates, as in names of files that are not UTF-8, are written as JSON escapes them: `\\udcff`.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines([text] if isinstance(text, str) else text)
     os.replace(temporary, path)

@@ -111,6 +111,48 @@ def test_a_hostile_file_is_refused_and_the_rest_is_built(make_pairs, tmp_path: P
     assert reasons[9].startswith("16384 x 1 pixels, webp allows sides of 16383")
 
 
+def test_half_surrogate_pairs_are_refused_or_replaced(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"path": "a.png", "caption": "fine", "kind": "cat", "note": "fine"}
+    changes = [{}, {"path": "\ud800.png"}, {"caption": "\ud800"}, {"kind": "\ud800"}, {"note\udc00": "\ud800"}]
+    changes += [{"path": "\udcff.png"}, {"key": "\ud800"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | change) + "\n" for change in changes))
+    assert build(tmp_path / "pairs.jsonl", tmp_path / "out", "--label", "kind") == 0
+    found = {int(sample["__key__"]): json.loads(sample["json"]) for sample in samples(tmp_path / "out")}
+    assert found == {1: row, 5: row | {"note\ufffd": "\ufffd"}, 7: row | {"key": "\ufffd"}}
+    refused = {refusal["row_number"]: refusal for refusal in refusals(tmp_path / "out")}
+    assert list(refused) == [2, 3, 4, 6]
+    assert refused[6]["image"] == str(tmp_path / "\udcff.png") and refused[6]["reason"] == "no such file"
+    for number in (3, 4):
+        assert "half a surrogate pair" in str(refused[number]["reason"])
+
+
+def test_files_whose_names_are_not_utf8_are_built(make_pairs, tmp_path: Path, capsys) -> None:
+    folder = make_pairs(2).parent
+    (folder / "0.png").rename(folder / "\udcff.png")
+    (folder / "\udcff.txt").write_text("caption")
+    output = tmp_path / "\udcfe"
+    assert main(["build", str(folder), "--output", str(output), "--workers", "1"]) == 0
+    assert "1 samples in 1 shards" in capsys.readouterr().out and len(samples(output)) == 1
+    (folder / "\udcff.txt").rename(folder / "1.txt")
+    assert main(["build", str(folder), "--output", str(tmp_path / "other"), "--workers", "1"]) == 0
+    assert refusals(tmp_path / "other")[0]["reason"] == "\udcff.png: no \udcff.txt beside it"
+
+
+def test_a_label_that_is_too_large_an_index_is_refused(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs = make_pairs(4, number=["0", "1000000", "1" * 5000, "2"])
+    assert build(pairs, tmp_path / "out", "--label", "number") == 0
+    assert sorted(sample["cls"] for sample in samples(tmp_path / "out")) == [b"0", b"2"]
+    limit = "expected below 1000000; list the labels in --classes"
+    assert [refusal["reason"] for refusal in refusals(tmp_path / "out")] == [
+        f"class index 1000000: {limit}",
+        f"class index {'1' * 20}: {limit}",
+    ]
+    pairs.write_text("path\tcaption\tnumber\n0.png\tc\t1234567\n")
+    assert build(pairs, tmp_path / "other", "--label", "number") == 2
+    assert f"every row is refused, the first because: class index 1234567: {limit}" in capsys.readouterr().err
+
+
 def test_the_limit_of_an_image_is_an_option(make_pairs, tmp_path: Path) -> None:
     pairs = make_pairs(2)
     size = (pairs.parent / "0.png").stat().st_size
