@@ -9,19 +9,11 @@ from pathlib import Path
 
 from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, read_classes, write_classes
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
+from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
 from data_tools.samples import Refusal, Sample, accept_rows, key_problem
-from data_tools.shard_writer import (
-    WrittenShard,
-    close_output,
-    delete_shard,
-    finish_shard,
-    open_output,
-    shard_bounds,
-    shard_path,
-    write_refusals,
-)
-from data_tools.tables import read_pairs
+from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard, shard_bounds, shard_path
+from data_tools.tables import Table, read_pairs
 from mmpretrain.data.decode import BadSample
 from mmpretrain.seeds import hash64, permutation
 
@@ -75,6 +67,21 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
     elif options.classes_file is not None:
         raise ValueError(f"--classes {str(options.classes_file)!r}: expected --label COLUMN beside it")
 
+    texts = [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
+    with locked_output(output, texts):
+        return _build(pairs, table, output, texts, classes, options, workers)
+
+
+def _build(
+    pairs: Path,
+    table: Table,
+    output: Path,
+    texts: Sequence[str],
+    classes: Classes | None,
+    options: BuildOptions,
+    workers: int,
+) -> BuildResult:
+    """Builds in a locked folder; `texts` are the names of the files beside the shards."""
     accepted, refused = accept_rows(table, options.image_column, options.caption_columns, options.label_column, classes)
     # Images are looked at before anything is written, so that the shards come out equal whatever is refused.
     samples: list[Sample] = []
@@ -91,12 +98,14 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
         samples = _without_unknown(samples, classes, refused)
         _require_samples(pairs, len(samples), refused)
 
-    open_output(output, _plan(samples, states, classes, options))
+    bounds = shard_bounds(len(samples), options.samples_per_shard)
+    paths = [shard_path(output, shard) for shard in range(len(bounds))]
+    open_output(output, _plan(samples, states, classes, options), [*(path.name for path in paths), *texts])
     order = permutation(hash64("build", options.seed), len(samples))
     class_ids = {label: index for index, label in enumerate(classes.labels)} if classes else {}
     tasks = [
-        ShardTask(shard_path(output, shard), [samples[i] for i in order[low:high]], class_ids, options.image)
-        for shard, (low, high) in enumerate(shard_bounds(len(samples), options.samples_per_shard))
+        ShardTask(path, [samples[i] for i in order[low:high]], class_ids, options.image)
+        for path, (low, high) in zip(paths, bounds)
     ]
     shards = []
     for shard, changed in run_tasks(_finish_shard, tasks, workers, "writing shards"):
@@ -108,9 +117,7 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
         left_out = {refusal.row_number for refusal in refused}
         written = [sample for sample in samples if sample.row_number not in left_out]
         labels = [sample.label for sample in written if sample.label is not None]
-        write_classes(output / "classes.tsv", classes, labels, [sample.caption for sample in written])
-    else:
-        (output / "classes.tsv").unlink(missing_ok=True)  # an earlier build's
+        write_classes(output / CLASSES, classes, labels, [sample.caption for sample in written])
     write_refusals(output, (json.dumps(asdict(refusal), ensure_ascii=False) for refusal in refused))
     result = BuildResult(
         shards=shards,

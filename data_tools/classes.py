@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.shard_writer import write_atomically
+from data_tools.output import write_atomically
 from data_tools.tables import read_pairs
 
 _INDEX = re.compile(r"0|[1-9][0-9]*")

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from data_tools.__main__ import main
-from data_tools.shard_writer import open_output
+from data_tools.output import open_output
 from data_tools.tables import read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import index_tar
@@ -167,10 +168,10 @@ def test_files_that_change_between_check_and_writing_are_refused(
 ) -> None:
     pairs = make_pairs(7)
 
-    def change_then_open(output: Path, plan: str) -> None:
+    def change_then_open(output: Path, plan: str, files: Sequence[str]) -> None:
         (pairs.parent / "1.png").unlink()
         (pairs.parent / "2.png").write_bytes(b"no picture")
-        open_output(output, plan)
+        open_output(output, plan, files)
 
     monkeypatch.setattr("data_tools.build.open_output", change_then_open)
     assert build(pairs, tmp_path / "out", "--samples-per-shard", "1", "--label", "kind") == 0
@@ -318,7 +319,10 @@ def test_shards_of_a_killed_build_with_other_images_are_not_kept(make_pairs, tmp
     pairs = make_pairs(4)
     output = tmp_path / "out"
     assert build(pairs, output, "--samples-per-shard", "2") == 0
-    (output / "manifest.json").rename(output / "building.json")  # a journal of another plan
+    (output / "manifest.json").unlink()
+    journal = {"made_by": "mmpretrain data_tools", "plan": "other", "files": ["000000.tar", "000001.tar"]}
+    (output / "building.json").write_text(json.dumps(journal))
+    (output / "refused.jsonl").unlink()
     Image.new("RGB", (8, 8), "red").save(pairs.parent / "0.png")
     assert build(pairs, output, "--samples-per-shard", "2") == 0
     assert build(pairs, tmp_path / "fresh", "--samples-per-shard", "2") == 0
