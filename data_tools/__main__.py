@@ -34,7 +34,13 @@ def build(
         Path, typer.Argument(help="TSV, CSV, JSONL or Parquet; or a folder of images with .txt beside them.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
-    image: Annotated[str, typer.Option(help="Column of image paths, relative to the table's folder.")] = "image",
+    image: Annotated[str, typer.Option(help="Column of image paths, relative to the image root.")] = "image",
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images; / admits any absolute path.", show_default="the table's")
+    ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Admit paths that leave the image root.")
+    ] = False,
     caption: Annotated[str, typer.Option(help="Column(s) of captions, joined by ', ': caption,tags.")] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
     classes: Annotated[Path | None, typer.Option(help="Class list that gives the order of the labels.")] = None,
@@ -50,6 +56,9 @@ def build(
 ) -> None:
     """Make shuffled, equal-sized WebDataset shards of images and captions.
 
+    A row whose path leaves the image root, by ../ or as an absolute path, is refused.
+    Symbolic links inside the root are followed wherever they lead.
+
     Examples:
 
       python -m data_tools build emoji.tsv --image filepath --caption caption,tags --output data/emoji
@@ -57,6 +66,8 @@ def build(
       python -m data_tools build photos/ --image-size 256 --format jpg --output data/photos
 
       python -m data_tools build val.csv --label breed --classes data/dogs/classes.tsv --output data/dogs/val
+
+      python -m data_tools build captions.jsonl --image-root /data/photos --output data/photos
     """
     from data_tools.build import BuildOptions
     from data_tools.build import build as build_shards
@@ -70,6 +81,8 @@ def build(
     started = time.monotonic()
     options = BuildOptions(
         image_column=image,
+        image_root=image_root,
+        allow_outside=allow_outside,
         caption_columns=captions,
         label_column=label,
         classes_file=classes,

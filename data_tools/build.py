@@ -11,7 +11,7 @@ from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, read_cl
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
 from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
-from data_tools.samples import Refusal, Sample, accept_rows, key_problem
+from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
 from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard, shard_bounds, shard_path
 from data_tools.tables import Table, read_pairs
 from mmpretrain.data.decode import BadSample
@@ -25,9 +25,11 @@ FileState = tuple[int, int]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What, the pairs aside, decides the bytes of the shards."""
+    """What, the pairs aside, decides the bytes of the shards; `image_root` None is the table's folder."""
 
     image_column: str = "image"
+    image_root: Path | None = None
+    allow_outside: bool = False
     caption_columns: tuple[str, ...] = ("caption",)
     label_column: str | None = None
     classes_file: Path | None = None
@@ -55,6 +57,13 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
 
     Raises ValueError for a table, a column or a folder that does not serve, and where every row is refused.
     """
+    if options.image_root is not None:
+        if pairs.is_dir():
+            raise ValueError(
+                f"--image-root {str(options.image_root)!r}: expected a table beside it, {pairs} is a folder"
+            )
+        if not options.image_root.is_dir():
+            raise ValueError(f"--image-root {str(options.image_root)!r}: no such folder")
     table = read_pairs(pairs)
     table.require(options.image_column, "--image")
     for column in options.caption_columns:
@@ -82,7 +91,10 @@ def _build(
     workers: int,
 ) -> BuildResult:
     """Builds in a locked folder; `texts` are the names of the files beside the shards."""
-    accepted, refused = accept_rows(table, options.image_column, options.caption_columns, options.label_column, classes)
+    root = ImageRoot(options.image_root or table.folder, options.allow_outside)
+    accepted, refused = accept_rows(
+        table, root, options.image_column, options.caption_columns, options.label_column, classes
+    )
     # Images are looked at before anything is written, so that the shards come out equal whatever is refused.
     samples: list[Sample] = []
     states: dict[int, FileState] = {}
@@ -158,8 +170,10 @@ def _require_samples(pairs: Path, number: int, refused: list[Refusal]) -> None:
 
 
 def _options_json(options: BuildOptions) -> dict[str, object]:
-    classes_file = options.classes_file
-    return asdict(options) | {"classes_file": classes_file.name if classes_file else None}
+    return asdict(options) | {
+        "image_root": str(options.image_root) if options.image_root else None,
+        "classes_file": options.classes_file.name if options.classes_file else None,
+    }
 
 
 def _plan(

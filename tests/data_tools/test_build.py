@@ -112,6 +112,43 @@ def test_a_hostile_file_is_refused_and_the_rest_is_built(make_pairs, tmp_path: P
     assert reasons[9].startswith("16384 x 1 pixels, webp allows sides of 16383")
 
 
+def test_images_outside_of_the_root_are_refused(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs = make_pairs(8)
+    folder = pairs.parent
+    (tmp_path / "rawer").mkdir()  # whose name begins as the root's
+    for number, path in {1: "../1.png", 2: f"{tmp_path}/2.png", 5: "sub/../../5.png", 6: "../rawer/6.png"}.items():
+        (folder / f"{number}.png").rename(os.path.normpath(folder / path))
+        pairs.write_text(pairs.read_text().replace(f"\n{number}.png", f"\n{path}"))
+    (folder / "4.png").rename(tmp_path / "4.png")
+    (folder / "4.png").symlink_to(tmp_path / "4.png")  # the user's own arrangement
+    (folder / "deep").symlink_to(tmp_path / "rawer")
+    text = pairs.read_text().replace("\n0.png", f"\n{folder}/0.png").replace("\n3.png", "\nsub/../3.png")
+    pairs.write_text(text.replace("\n7.png", "\ndeep/../7.png"))  # the root's own, whatever `deep` is
+    assert build(pairs, tmp_path / "out") == 0
+    assert sorted(int(sample["__key__"]) for sample in samples(tmp_path / "out")) == [1, 4, 5, 8]
+    assert [refusal["row_number"] for refusal in refusals(tmp_path / "out")] == [2, 3, 6, 7]
+    reason = f"its path leaves {str(folder)!r}: name the images' folder with --image-root, or trust the table"
+    assert all(str(refusal["reason"]).startswith(reason) for refusal in refusals(tmp_path / "out"))
+    assert build(pairs, tmp_path / "trusted", "--allow-outside") == 0
+    assert len(samples(tmp_path / "trusted")) == 8
+    pairs.write_text("path\tcaption\n../1.png\tc\n")
+    assert build(pairs, tmp_path / "none") == 2
+    assert f"every row is refused, the first because: {reason}" in capsys.readouterr().err
+
+
+def test_images_lie_in_the_root_that_is_named(make_pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(3).rename(tmp_path / "pairs.tsv")
+    monkeypatch.chdir(tmp_path)
+    for root in ("raw", str(tmp_path / "raw"), "./raw/"):
+        assert build(pairs, tmp_path / "out", "--image-root", root) == 0
+        assert len(samples(tmp_path / "out")) == 3
+    assert build(Path("pairs.tsv"), tmp_path / "out") == 2
+    pairs.write_text(pairs.read_text().replace("\n", f"\n{tmp_path}/raw/"))
+    for root in ("/", "."):
+        assert build(Path("pairs.tsv"), tmp_path / "out", "--image-root", root) == 0
+        assert len(samples(tmp_path / "out")) == 3
+
+
 def test_half_surrogate_pairs_are_refused_or_replaced(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     row = {"path": "a.png", "caption": "fine", "kind": "cat", "note": "fine"}
@@ -337,6 +374,7 @@ def test_shards_of_a_killed_build_with_other_images_are_not_kept(make_pairs, tmp
         (["--label", "knid"], "--label 'knid': no such column; did you mean 'kind'?"),
         (["--classes", "none.txt"], "--classes 'none.txt': expected --label COLUMN beside it"),
         (["--label", "kind", "--classes", "none.txt"], "--classes 'none.txt': no such file"),
+        (["--image-root", "none"], "--image-root 'none': no such folder"),
         (["--format", "gif"], "--format 'gif': expected one of jpg, png, webp"),
         (["--background", "green"], "--background 'green': expected R,G,B"),
         (["--samples-per-shard", "0"], "--samples-per-shard '0': Invalid value"),
@@ -369,7 +407,8 @@ def test_real_emoji(shared_data: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "few.tsv"
     lines = (shared_data / "emoji" / "val.tsv").read_text().splitlines()[:21]
     pairs.write_text("\n".join(lines).replace("\timages/", f"\t{shared_data}/emoji/images/"))
-    assert build(pairs, tmp_path / "out", "--image", "filepath", "--caption", "caption,tags") == 0
+    columns = ["--image", "filepath", "--caption", "caption,tags", "--image-root", str(shared_data / "emoji")]
+    assert build(pairs, tmp_path / "out", *columns) == 0
     found = samples(tmp_path / "out")
     rows = {row["key"]: row for row in read_pairs(pairs).rows}
     assert len(found) == 20 and refusals(tmp_path / "out") == []
