@@ -241,11 +241,13 @@ def tokenizer(
     """
     from itertools import chain
 
-    from data_tools.tokenizers import read_texts, train_tokenizer
+    from data_tools.tokenizers import read_texts, train_tokenizer, usable_texts
 
-    trained = train_tokenizer(
-        chain.from_iterable(read_texts(source, caption) for source in texts), vocab_size, lowercase
-    )
+    left_out: list[str] = []
+    read = chain.from_iterable(read_texts(source, caption) for source in texts)
+    trained = train_tokenizer(usable_texts(read, left_out), vocab_size, lowercase)
+    if left_out:
+        print(f"note: {len(left_out)} texts are left out, the first because: {left_out[0]}", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)
     trained.save(str(output))
     print(f"{output}: {trained.get_vocab_size():,} tokens")

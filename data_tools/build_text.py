@@ -86,7 +86,7 @@ def _build_text(
         bounds = shard_bounds(len(packed), options.samples_per_shard)
         paths = [shard_path(output, shard) for shard in range(len(bounds))]
         open_output(output, _plan(packed, options), [*(path.name for path in paths), REFUSALS])
-        write_refusals(output, (record.decode() for record in refused))
+        write_refusals(output, (record.decode("utf-8", "surrogatepass") for record in refused))
         order = permutation(hash64("build-text", options.seed), len(packed))
         shards = (ShardTask(path, [packed[i] for i in order[low:high]]) for path, (low, high) in zip(paths, bounds))
         result = TextResult(
@@ -131,7 +131,7 @@ def _groups(files: Sequence[Path], options: TextOptions, refused: Spool) -> Iter
     num_characters = 0
     for document in read_documents(files, options.field, options.document):
         if isinstance(document, RefusedDocument):
-            refused.append(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8", "replace"))
+            refused.append(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8", "surrogatepass"))
             continue
         group.append(document)
         num_characters += len(document.text)
