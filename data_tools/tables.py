@@ -139,7 +139,7 @@ def _read_text(path: Path) -> tuple[str, bool]:
 def _read_tsv(path: Path) -> Table:
     text, is_utf8 = _read_text(path)
     if is_quoted_tsv(text):
-        return _from_quoted(text, path, is_utf8, "\t")
+        return _from_quoted(text, path, is_utf8, delimiter="\t")
     # Not str.splitlines, which also cuts at characters that captions may hold, such as U+2028.
     return _from_records((line.removesuffix("\r").split("\t") for line in text.split("\n")), path, is_utf8)
 
@@ -147,7 +147,7 @@ def _read_tsv(path: Path) -> Table:
 def is_quoted_tsv(text: str) -> bool:
     """Whether a TSV is quoted as CSV is; most are not, and their captions may hold quotation marks.
 
-    It is if every field with a quotation mark is well quoted, and either all of the header's fields are, or some
+    It is if all of the header's fields are quoted; or if every field with a quotation mark is well quoted, and some
     field needed it: for doubled quotation marks, or for a tab or line end without which the rows come out uneven.
     """
     if '"' not in text:
@@ -161,7 +161,7 @@ def is_quoted_tsv(text: str) -> bool:
     while position < len(text):
         match = _FIELD.match(text, position)
         if match is None:
-            return False
+            return header_quoted and not in_header
         value, separator = match.groups()
         if in_header:
             header_quoted = header_quoted and value.startswith('"')
@@ -173,23 +173,23 @@ def is_quoted_tsv(text: str) -> bool:
 
 def _read_csv(path: Path) -> Table:
     text, is_utf8 = _read_text(path)
-    return _from_quoted(text, path, is_utf8, ",", strict=True)
+    return _from_quoted(text, path, is_utf8, delimiter=",")
 
 
-def _from_quoted(text: str, path: Path, is_utf8: bool, delimiter: str, strict: bool = False) -> Table:
+def _from_quoted(text: str, path: Path, is_utf8: bool, delimiter: str) -> Table:
     limit = csv.field_size_limit(sys.maxsize)  # the length of whole rows is checked
     try:
-        return _from_records(_quoted_records(text, delimiter, strict), path, is_utf8)
+        return _from_records(_quoted_records(text, delimiter), path, is_utf8)
     finally:
         csv.field_size_limit(limit)
 
 
-def _quoted_records(text: str, delimiter: str, strict: bool) -> Iterator[list[str] | str]:
+def _quoted_records(text: str, delimiter: str) -> Iterator[list[str] | str]:
     """The records of a quoted table; of a line that begins none, the reason, and the next line begins anew."""
     lines = list(io.StringIO(text, newline=""))
     first = 0
     while first < len(lines):
-        reader = csv.reader((lines[i] for i in range(first, len(lines))), delimiter=delimiter, strict=strict)
+        reader = csv.reader((lines[i] for i in range(first, len(lines))), delimiter=delimiter, strict=True)
         begin = first
         try:
             for values in reader:

@@ -142,6 +142,12 @@ def test_a_line_that_begins_no_record_is_refused_alone(tmp_path: Path) -> None:
     assert all(text.startswith(reason) for _, text in table.refused)
 
 
+def test_a_wrong_quotation_mark_does_not_make_a_quoted_tsv_plain(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text('"path"\t"caption"\n"a"\t"b"c"\n"d"\t"e\tf"\n')
+    table = read_pairs(tmp_path / "pairs.tsv")
+    assert table.rows == [{"path": "d", "caption": "e\tf"}] and [number for number, _ in table.refused] == [1]
+
+
 def test_a_field_may_be_long_up_to_the_limit_of_a_row(tmp_path: Path) -> None:
     caption = "x" * 200_000  # beyond what Python's csv takes unasked
     (tmp_path / "pairs.csv").write_text(f"path,caption\na,{caption}\n")
