@@ -73,15 +73,28 @@ def _lock(output: Path) -> int:
                 raise ValueError(
                     f"--output {str(output)!r}: cannot be locked ({error.strerror}); name a folder elsewhere"
                 ) from error
-            if time.monotonic() > until:
+            if _is_held_by_a_living(output / _LOCK) or time.monotonic() > until:
                 raise ValueError(
                     f"--output {str(output)!r}: another build is writing there; wait for it, or name another folder"
                 ) from error
             time.sleep(0.05)
             continue
         if os.fstat(lock).st_nlink:
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
             return lock
         os.close(lock)  # whoever held it has deleted it since
+
+
+def _is_held_by_a_living(lock: Path) -> bool:
+    """Whether the build that took the lock runs, so that not only workers of a killed one hold it."""
+    try:
+        os.kill(int(lock.read_text()), 0)
+    except PermissionError:
+        return True
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        return False
+    return True
 
 
 def check_output(output: Path, files: Iterable[str] = ()) -> None:

@@ -123,10 +123,7 @@ def test_a_folder_that_nothing_was_written_to_is_removed(make_pairs, tmp_path: P
 
 
 @pytest.mark.parametrize("command", ["build", "build-text", "shapes"])
-def test_a_second_build_at_the_same_time_is_refused(
-    make_pairs, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    monkeypatch.setattr("data_tools.output._LOCK_SECONDS", 0.0)
+def test_a_second_build_at_the_same_time_is_refused(make_pairs, tmp_path: Path, capsys, command: str) -> None:
     (tmp_path / "a.txt").write_text("text")
     arguments = {
         "build": [str(make_pairs(2)), "--image", "path"],
