@@ -34,13 +34,20 @@ def build(
         Path, typer.Argument(help="TSV, CSV, JSONL or Parquet; or a folder of images with .txt beside them.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
-    image: Annotated[str, typer.Option(help="Column of image paths, relative to the table's folder.")] = "image",
+    image: Annotated[str, typer.Option(help="Column of image paths, relative to the image root.")] = "image",
+    image_root: Annotated[
+        Path | None, typer.Option(help="Folder of the images; / admits any absolute path.", show_default="the table's")
+    ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Admit paths that leave the image root.")
+    ] = False,
     caption: Annotated[str, typer.Option(help="Column(s) of captions, joined by ', ': caption,tags.")] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
     classes: Annotated[Path | None, typer.Option(help="Class list that gives the order of the labels.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = None,
     format: Annotated[str | None, typer.Option(help="jpg, png or webp [default: the input's]")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    max_image_bytes: Annotated[int, typer.Option(min=1, help="Larger files are refused.")] = 1 << 29,
     background: Annotated[str, typer.Option(help="Behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
@@ -49,6 +56,9 @@ def build(
 ) -> None:
     """Make shuffled, equal-sized WebDataset shards of images and captions.
 
+    A row whose path leaves the image root, by ../ or as an absolute path, is refused.
+    Symbolic links inside the root are followed wherever they lead.
+
     Examples:
 
       python -m data_tools build emoji.tsv --image filepath --caption caption,tags --output data/emoji
@@ -56,6 +66,8 @@ def build(
       python -m data_tools build photos/ --image-size 256 --format jpg --output data/photos
 
       python -m data_tools build val.csv --label breed --classes data/dogs/classes.tsv --output data/dogs/val
+
+      python -m data_tools build captions.jsonl --image-root /data/photos --output data/photos
     """
     from data_tools.build import BuildOptions
     from data_tools.build import build as build_shards
@@ -69,10 +81,12 @@ def build(
     started = time.monotonic()
     options = BuildOptions(
         image_column=image,
+        image_root=image_root,
+        allow_outside=allow_outside,
         caption_columns=captions,
         label_column=label,
         classes_file=classes,
-        image=ImageOptions(image_size, format, parse_color(background), quality),
+        image=ImageOptions(image_size, format, parse_color(background), quality, max_image_bytes),
         samples_per_shard=samples_per_shard,
         seed=seed,
     )
@@ -227,11 +241,13 @@ def tokenizer(
     """
     from itertools import chain
 
-    from data_tools.tokenizers import read_texts, train_tokenizer
+    from data_tools.tokenizers import read_texts, train_tokenizer, usable_texts
 
-    trained = train_tokenizer(
-        chain.from_iterable(read_texts(source, caption) for source in texts), vocab_size, lowercase
-    )
+    left_out: list[str] = []
+    read = chain.from_iterable(read_texts(source, caption) for source in texts)
+    trained = train_tokenizer(usable_texts(read, left_out), vocab_size, lowercase)
+    if left_out:
+        print(f"note: {len(left_out)} texts are left out, the first because: {left_out[0]}", file=sys.stderr)
     output.parent.mkdir(parents=True, exist_ok=True)
     trained.save(str(output))
     print(f"{output}: {trained.get_vocab_size():,} tokens")

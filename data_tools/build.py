@@ -2,35 +2,34 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
-from data_tools.classes import Classes, classes_of, read_classes, write_classes
-from data_tools.images import ImageOptions, check_image, encode_image, read_bytes
+from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, read_classes, write_classes
+from data_tools.images import ImageOptions, check_image, encode_image, read_image
+from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
-from data_tools.samples import Refusal, Sample, accept_rows, key_problem
-from data_tools.shard_writer import (
-    WrittenShard,
-    close_output,
-    finish_shard,
-    open_output,
-    shard_bounds,
-    shard_path,
-    write_refusals,
-)
-from data_tools.tables import read_pairs
+from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
+from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard, shard_bounds, shard_path
+from data_tools.tables import Table, read_pairs
 from mmpretrain.data.decode import BadSample
 from mmpretrain.seeds import hash64, permutation
 
 ROWS_PER_CHECK = 64
 
+FileState = tuple[int, int]
+"""Of a file that was read: its size in bytes and modification time in ns."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What, the pairs aside, decides the bytes of the shards."""
+    """What, the pairs aside, decides the bytes of the shards; `image_root` None is the table's folder."""
 
     image_column: str = "image"
+    image_root: Path | None = None
+    allow_outside: bool = False
     caption_columns: tuple[str, ...] = ("caption",)
     label_column: str | None = None
     classes_file: Path | None = None
@@ -58,6 +57,13 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
 
     Raises ValueError for a table, a column or a folder that does not serve, and where every row is refused.
     """
+    if options.image_root is not None:
+        if pairs.is_dir():
+            raise ValueError(
+                f"--image-root {str(options.image_root)!r}: expected a table beside it, {pairs} is a folder"
+            )
+        if not options.image_root.is_dir():
+            raise ValueError(f"--image-root {str(options.image_root)!r}: no such folder")
     table = read_pairs(pairs)
     table.require(options.image_column, "--image")
     for column in options.caption_columns:
@@ -70,35 +76,63 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
     elif options.classes_file is not None:
         raise ValueError(f"--classes {str(options.classes_file)!r}: expected --label COLUMN beside it")
 
-    accepted, refused = accept_rows(table, options.image_column, options.caption_columns, options.label_column, classes)
+    texts = [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
+    with locked_output(output, texts):
+        return _build(pairs, table, output, texts, classes, options, workers)
+
+
+def _build(
+    pairs: Path,
+    table: Table,
+    output: Path,
+    texts: Sequence[str],
+    classes: Classes | None,
+    options: BuildOptions,
+    workers: int,
+) -> BuildResult:
+    """Builds in a locked folder; `texts` are the names of the files beside the shards."""
+    root = ImageRoot(options.image_root or table.folder, options.allow_outside)
+    accepted, refused = accept_rows(
+        table, root, options.image_column, options.caption_columns, options.label_column, classes
+    )
     # Images are looked at before anything is written, so that the shards come out equal whatever is refused.
-    reasons = _check_images(accepted, options.image, workers)
-    samples = [sample for sample, reason in zip(accepted, reasons) if reason is None]
-    for sample, reason in zip(accepted, reasons):
-        if reason is not None:
-            refused.append(Refusal(sample.row_number, str(sample.path), reason))
-    refused.sort(key=lambda refusal: refusal.row_number)
-    if not samples:
-        raise ValueError(f"pairs {str(pairs)!r}: every row is refused, the first because: {refused[0].reason}")
-
-    labels = [sample.label for sample in samples if sample.label is not None]
+    samples: list[Sample] = []
+    states: dict[int, FileState] = {}
+    for sample, checked in zip(accepted, _check_images(accepted, options.image, workers)):
+        if isinstance(checked, str):
+            refused.append(Refusal(sample.row_number, str(sample.path), checked))
+        else:
+            samples.append(sample)
+            states[sample.row_number] = checked
+    _require_samples(pairs, len(samples), refused)
     if options.label_column is not None and classes is None:
-        classes = classes_of(labels)
-    open_output(output, _plan(samples, classes, options))
-    if classes is not None:
-        write_classes(output / "classes.tsv", classes, labels, [sample.caption for sample in samples])
-    else:
-        (output / "classes.tsv").unlink(missing_ok=True)  # an earlier build's
-    write_refusals(output, (json.dumps(asdict(refusal), ensure_ascii=False) for refusal in refused))
+        classes = classes_of([sample.label for sample in samples if sample.label is not None])
+        samples = _without_unknown(samples, classes, refused)
+        _require_samples(pairs, len(samples), refused)
 
+    bounds = shard_bounds(len(samples), options.samples_per_shard)
+    paths = [shard_path(output, shard) for shard in range(len(bounds))]
+    open_output(output, _plan(samples, states, classes, options), [*(path.name for path in paths), *texts])
     order = permutation(hash64("build", options.seed), len(samples))
     class_ids = {label: index for index, label in enumerate(classes.labels)} if classes else {}
     tasks = [
-        ShardTask(shard_path(output, shard), [samples[i] for i in order[low:high]], class_ids, options.image)
-        for shard, (low, high) in enumerate(shard_bounds(len(samples), options.samples_per_shard))
+        ShardTask(path, [samples[i] for i in order[low:high]], class_ids, options.image)
+        for path, (low, high) in zip(paths, bounds)
     ]
+    shards = []
+    for shard, changed in run_tasks(_finish_shard, tasks, workers, "writing shards"):
+        shards += [shard] if shard is not None else []
+        refused += changed
+    _require_samples(pairs, len(shards), refused)
+
+    if classes is not None:
+        left_out = {refusal.row_number for refusal in refused}
+        written = [sample for sample in samples if sample.row_number not in left_out]
+        labels = [sample.label for sample in written if sample.label is not None]
+        write_classes(output / CLASSES, classes, labels, [sample.caption for sample in written])
+    write_refusals(output, (json.dumps(asdict(refusal), ensure_ascii=False) for refusal in refused))
     result = BuildResult(
-        shards=list(run_tasks(_finish_shard, tasks, workers, "writing shards")),
+        shards=shards,
         num_refused=len(refused),
         num_classes=len(classes.labels) if classes else None,
         key_problem=key_problem(table),
@@ -117,39 +151,60 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
     return result
 
 
+def _without_unknown(samples: Sequence[Sample], classes: Classes, refused: list[Refusal]) -> list[Sample]:
+    """The samples whose labels are among the classes of integers; the others are refused."""
+    known = set(classes.labels)
+    for sample in samples:
+        if sample.label not in known:
+            limit = f"expected below {MAX_INTEGER_CLASSES}; list the labels in --classes"
+            reason = f"class index {str(sample.label)[:20]}: {limit}"
+            refused.append(Refusal(sample.row_number, str(sample.path), reason))
+    return [sample for sample in samples if sample.label in known]
+
+
+def _require_samples(pairs: Path, number: int, refused: list[Refusal]) -> None:
+    """Sorts what is refused. Raises: ValueError, with the first reason, if nothing is left."""
+    refused.sort(key=lambda refusal: refusal.row_number)
+    if not number:
+        raise ValueError(f"pairs {str(pairs)!r}: every row is refused, the first because: {refused[0].reason}")
+
+
 def _options_json(options: BuildOptions) -> dict[str, object]:
-    classes_file = options.classes_file
-    return asdict(options) | {"classes_file": classes_file.name if classes_file else None}
+    return asdict(options) | {
+        "image_root": str(options.image_root) if options.image_root else None,
+        "classes_file": options.classes_file.name if options.classes_file else None,
+    }
 
 
-def _plan(samples: Sequence[Sample], classes: Classes | None, options: BuildOptions) -> str:
-    """A hash (hex) of all that decides the shards' bytes; a file's size and time stand for its content."""
+def _plan(
+    samples: Sequence[Sample], states: Mapping[int, FileState], classes: Classes | None, options: BuildOptions
+) -> str:
+    """A hash (hex) of all that decides the shards' bytes; a file's size and time stand for its content.
+
+    `states` are the files', by row number.
+    """
     plan = hashlib.sha256(json.dumps([_options_json(options), classes and classes.labels]).encode())
     for sample in samples:
-        stat = sample.path.stat()
-        plan.update(repr((sample, stat.st_size, stat.st_mtime_ns)).encode("utf-8", "surrogatepass"))
+        plan.update(repr((sample, *states[sample.row_number])).encode("utf-8", "surrogatepass"))
     return plan.hexdigest()
 
 
-def _check_images(samples: Sequence[Sample], options: ImageOptions, workers: int) -> list[str | None]:
-    """Why each sample's image is refused; None where it is not."""
+def _check_images(samples: Sequence[Sample], options: ImageOptions, workers: int) -> Iterator[FileState | str]:
+    """The state of each sample's file, or why its image is refused."""
     paths = [sample.path for sample in samples]
     tasks = [(paths[i : i + ROWS_PER_CHECK], options) for i in range(0, len(paths), ROWS_PER_CHECK)]
-    return [reason for reasons in run_tasks(_check_some, tasks, workers, "checking images") for reason in reasons]
+    return chain.from_iterable(run_tasks(_check_some, tasks, workers, "checking images"))
 
 
-def _check_some(task: tuple[list[Path], ImageOptions]) -> list[str | None]:
+def _check_some(task: tuple[list[Path], ImageOptions]) -> list[FileState | str]:
     paths, options = task
-    reasons: list[str | None] = []
+    checked: list[FileState | str] = []
     for path in paths:
         try:
-            check_image(path, options)
-            reasons.append(None)
+            checked.append(check_image(path, options))
         except BadSample as error:
-            reasons.append(str(error))
-        except PermissionError:
-            reasons.append("no permission to read the file")
-    return reasons
+            checked.append(str(error))
+    return checked
 
 
 @dataclass(frozen=True)
@@ -160,16 +215,24 @@ class ShardTask:
     image: ImageOptions
 
 
-def _finish_shard(task: ShardTask) -> WrittenShard:
-    return finish_shard(task.path, _members(task))
+def _finish_shard(task: ShardTask) -> tuple[WrittenShard | None, list[Refusal]]:
+    """The shard, None if no sample is left for it, and the rows whose files changed since they were checked."""
+    changed: list[Refusal] = []
+    shard = finish_shard(task.path, _members(task, changed), len(task.samples))
+    if not shard.num_samples:
+        delete_shard(task.path)
+        return None, changed
+    return shard, changed
 
 
-def _members(task: ShardTask) -> Iterator[dict[str, str | bytes]]:
+def _members(task: ShardTask, changed: list[Refusal]) -> Iterator[dict[str, str | bytes]]:
     for sample in task.samples:
         try:
-            extension, data = encode_image(read_bytes(sample.path), task.image)
+            extension, data = encode_image(read_image(sample.path, task.image), task.image)
         except BadSample as error:
-            raise ValueError(f"{sample.path}: changed during the build ({error}); run the command again") from error
+            reason = f"the file changed during the build: {error}"
+            changed.append(Refusal(sample.row_number, str(sample.path), reason))
+            continue
         members: dict[str, str | bytes] = {"__key__": sample.key, extension: data}
         members |= {"txt": sample.caption.encode(), "json": sample.json}
         if sample.label is not None:

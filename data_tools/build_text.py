@@ -14,18 +14,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from data_tools.documents import Document, RefusedDocument, read_documents, text_files
+from data_tools.output import REFUSALS, check_output, close_output, locked_output, open_output, write_refusals
 from data_tools.packing import CountTokens, PackedText, pack
 from data_tools.pool import run_tasks
-from data_tools.shard_writer import (
-    WrittenShard,
-    check_output,
-    close_output,
-    finish_shard,
-    open_output,
-    shard_bounds,
-    shard_path,
-    write_refusals,
-)
+from data_tools.shard_writer import WrittenShard, finish_shard, shard_bounds, shard_path
 from data_tools.spool import Spool
 from mmpretrain.data.tokenizer import tokenizer_of
 from mmpretrain.seeds import hash64, permutation
@@ -68,9 +60,16 @@ def build_text(inputs: Sequence[str], output: Path, options: TextOptions, worker
     Raises ValueError for input, a tokenizer or a folder that does not serve, and where no document is accepted.
     """
     files = text_files(inputs, output)
-    check_output(output)
+    check_output(output, [REFUSALS])
     _token_counter(options.tokenizer)  # a wrong one is named before anything is read
-    output.mkdir(parents=True, exist_ok=True)
+    with locked_output(output, [REFUSALS]):
+        return _build_text(inputs, files, output, options, workers)
+
+
+def _build_text(
+    inputs: Sequence[str], files: Sequence[Path], output: Path, options: TextOptions, workers: int
+) -> TextResult:
+    """Builds in a locked folder."""
     num_documents = num_tokens = 0
     with Spool(output) as packed, Spool(output) as refused:
         tasks = _groups(files, options, refused)
@@ -84,15 +83,12 @@ def build_text(inputs: Sequence[str], output: Path, options: TextOptions, worker
             raise ValueError(
                 f"INPUT {' '.join(inputs)}: no document in {len(files)} files; {first}expected at least one"
             )
-        open_output(output, _plan(packed, options))
-        (output / "classes.tsv").unlink(missing_ok=True)  # an earlier build's of pairs
-        write_refusals(output, (record.decode() for record in refused))
-        order = permutation(hash64("build-text", options.seed), len(packed))
         bounds = shard_bounds(len(packed), options.samples_per_shard)
-        shards = (
-            ShardTask(shard_path(output, shard), [packed[i] for i in order[low:high]])
-            for shard, (low, high) in enumerate(bounds)
-        )
+        paths = [shard_path(output, shard) for shard in range(len(bounds))]
+        open_output(output, _plan(packed, options), [*(path.name for path in paths), REFUSALS])
+        write_refusals(output, (record.decode("utf-8", "surrogatepass") for record in refused))
+        order = permutation(hash64("build-text", options.seed), len(packed))
+        shards = (ShardTask(path, [packed[i] for i in order[low:high]]) for path, (low, high) in zip(paths, bounds))
         result = TextResult(
             shards=list(run_tasks(_finish_shard, shards, workers, "writing shards")),
             num_documents=num_documents,
@@ -135,7 +131,7 @@ def _groups(files: Sequence[Path], options: TextOptions, refused: Spool) -> Iter
     num_characters = 0
     for document in read_documents(files, options.field, options.document):
         if isinstance(document, RefusedDocument):
-            refused.append(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8", "replace"))
+            refused.append(json.dumps(asdict(document), ensure_ascii=False).encode("utf-8", "surrogatepass"))
             continue
         group.append(document)
         num_characters += len(document.text)
@@ -174,7 +170,7 @@ class ShardTask:
 
 
 def _finish_shard(task: ShardTask) -> WrittenShard:
-    return finish_shard(task.path, _members(task))
+    return finish_shard(task.path, _members(task), len(task.records))
 
 
 def _members(task: ShardTask) -> Iterator[dict[str, str | bytes]]:

@@ -1,12 +1,16 @@
 """Class indexes: from labels to the integers of `cls`, and the class list `classes.tsv`."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.output import write_atomically
 from data_tools.tables import read_pairs
 
-MAX_INTEGER_CLASSES = 1_000_000
+_INDEX = re.compile(r"0|[1-9][0-9]*")
+_INDEX_DIGITS = 6
+MAX_INTEGER_CLASSES = 10**_INDEX_DIGITS
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,10 @@ def read_classes(path: Path, column: str) -> Classes:
     """
     if not path.is_file():
         raise ValueError(f"--classes {str(path)!r}: no such file; expected one label a line, or a TSV with a header")
-    lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {str(path)!r}: not UTF-8 at byte {error.start}; convert it") from error
     if lines and "\t" in lines[0]:
         if path.suffix != ".tsv":
             raise ValueError(f"--classes {str(path)!r}: a table with tabs, expected the suffix .tsv; rename it")
@@ -51,14 +58,14 @@ def read_classes(path: Path, column: str) -> Classes:
 
 
 def classes_of(labels: Sequence[str]) -> Classes:
-    """The classes of a data set's own labels: integers as they are, else the sorted distinct labels."""
+    """The classes of a data set's own labels: integers as they are, else the sorted distinct labels.
+
+    Integers from `MAX_INTEGER_CLASSES` on are left out.
+    """
     distinct = set(labels)
-    if distinct and all(label.isascii() and label.isdigit() and str(int(label)) == label for label in distinct):
-        highest = max(map(int, distinct))
-        if highest >= MAX_INTEGER_CLASSES:
-            raise ValueError(
-                f"class index {highest}: expected below {MAX_INTEGER_CLASSES}; list the labels in --classes"
-            )
+    if all(_INDEX.fullmatch(label) for label in distinct):
+        # By their digits: Python does not convert integers of thousands of them.
+        highest = max((int(label) for label in distinct if len(label) <= _INDEX_DIGITS), default=-1)
         ordered = [str(index) for index in range(highest + 1)]
     else:
         ordered = sorted(distinct)
@@ -78,4 +85,4 @@ def write_classes(path: Path, classes: Classes, labels: Sequence[str], captions:
         if len(shared[label]) == 1:
             text = one_line(next(iter(shared[label])))
         lines.append(f"{index}\t{label}\t{counts[label]}\t{text}\n")
-    path.write_text("".join(lines), encoding="utf-8")
+    write_atomically(path, lines)

@@ -1,5 +1,6 @@
 """How a command line of several commands starts and ends: wrong use in one line, exit codes."""
 
+import io
 import sys
 
 import typer
@@ -10,6 +11,8 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException:
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
     """Runs one command of an app; wrong use is answered in one line and with exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         return app(arguments, standalone_mode=False) or 0
     except _USAGE_ERROR as error:

@@ -8,12 +8,16 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from data_tools.classes import one_line
-from data_tools.samples import SURROGATE
+from data_tools.tables import SURROGATE
 from mmpretrain.data.decode import BadSample, read_json_field
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 DOCUMENTS = ("paragraph", "line", "file")
+MAX_TEXT_BYTES = 1 << 28
+"""Of a document of plain text."""
+MAX_JSON_BYTES = 1 << 24
+"""Of a JSON line, which takes some twenty times as much memory if it is made to."""
 
 
 @dataclass(frozen=True)
@@ -70,55 +74,96 @@ def _is_text(file: Path) -> bool:
 
 
 def read_documents(files: Sequence[Path], field: str, document: str) -> Iterator[Document | RefusedDocument]:
-    """The documents of files in their order, each run of whitespace in them one space.
+    """The documents of files in their order, each run of whitespace in them one space, and what is refused.
 
     Args:
         files: as `text_files` names them.
         field: of JSON lines: the text's, `a.b` for one inside another.
         document: of plain text: what is one, `paragraph` (between blank lines), `line` or `file`.
-
-    Raises: ValueError for plain text that is not UTF-8, and a broken gzip file.
     """
     for number, file in enumerate(files):
-        if file.name.endswith(TEXT_SUFFIXES):
-            yield from (Document(number, line, text) for line, text in _plain_texts(file, document))
-            continue
-        for line, data in enumerate(_lines(file), start=1):
-            if data.strip():
-                try:
-                    yield Document(number, line, _json_text(data, field))
-                except BadSample as error:
-                    yield RefusedDocument(str(file), line, str(error))
+        is_plain = file.name.endswith(TEXT_SUFFIXES)
+        for line, text in _plain_texts(file, document) if is_plain else _json_texts(file, field):
+            if isinstance(text, BadSample):
+                yield RefusedDocument(str(file), line, str(text))
+            else:
+                yield Document(number, line, text)
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """A file's lines, unpacked, without a byte order mark."""
+def read_lines(file: Path, max_bytes: int) -> Iterator[bytes | BadSample]:
+    """A file's lines, unpacked, without a byte order mark.
+
+    In place of a longer line than `max_bytes`, and of the rest of a file that cannot be read, stands the reason.
+    """
     try:
         with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
-            yield from (data.removeprefix(b"\xef\xbb\xbf") if i == 0 else data for i, data in enumerate(lines))
+            begin = b"\xef\xbb\xbf"
+            while data := lines.readline(max_bytes + 1):
+                num_bytes = len(data)
+                if num_bytes <= max_bytes:
+                    yield data.removeprefix(begin)
+                else:
+                    while not data.endswith(b"\n") and (data := lines.readline(1 << 20)):
+                        num_bytes += len(data)
+                    yield _too_long(num_bytes, max_bytes)
+                begin = b""
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{file}: not a whole gzip file ({error}); expected one, fetch or pack it again") from error
+        yield BadSample(f"no whole gzip file from here on ({error}); fetch or pack it again")
+    except OSError as error:
+        yield BadSample(f"the file cannot be read from here on ({error.strerror or error})")
 
 
-def _plain_texts(file: Path, document: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of each document of plain text."""
-    first = 1
+def _too_long(num_bytes: int, max_bytes: int) -> BadSample:
+    return BadSample(f"{num_bytes} bytes or more, over the limit of {max_bytes}")
+
+
+def _plain_texts(file: Path, document: str) -> Iterator[tuple[int, str | BadSample]]:
+    """(first line, text, or why it is refused) of each document of plain text."""
+    first = num_bytes = 0  # line numbers count from 1
     texts: list[str] = []
-    for line, data in enumerate(_lines(file), start=1):
-        try:
-            text = one_line(data.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file}: not UTF-8 on line {line} ({error.reason}); convert it, e.g. with iconv -t utf-8"
-            ) from error
+    problem: BadSample | None = None
+    for line, data in enumerate(read_lines(file, MAX_TEXT_BYTES), start=1):
+        text = decode_line(data)
+        if isinstance(text, str):
+            text = one_line(text)
+            num_bytes += len(text)
+            if text and num_bytes > MAX_TEXT_BYTES:
+                text = _too_long(num_bytes, MAX_TEXT_BYTES)
         if text:
-            first = first if texts else line
-            texts.append(text)
-        if texts and (document == "line" or (document == "paragraph" and not text)):
-            yield first, " ".join(texts)
+            first = first or line
+        if isinstance(text, BadSample):
+            problem = problem or BadSample(f"line {line}: {text}")
             texts = []
-    if texts:
-        yield first, " ".join(texts)
+        elif text and problem is None:
+            texts.append(text)
+        if first and (document == "line" or (document == "paragraph" and not text)):
+            yield first, problem or " ".join(texts)
+            first = num_bytes = 0
+            texts, problem = [], None
+    if first:
+        yield first, problem or " ".join(texts)
+
+
+def decode_line(data: bytes | BadSample) -> str | BadSample:
+    """A line of `read_lines` as text, or why it is refused."""
+    if isinstance(data, BadSample):
+        return data
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadSample(f"not UTF-8 ({error.reason}); convert it, e.g. with iconv -t utf-8")
+
+
+def _json_texts(file: Path, field: str) -> Iterator[tuple[int, str | BadSample]]:
+    """(line, text, or why it is refused) of each JSON line."""
+    for line, data in enumerate(read_lines(file, MAX_JSON_BYTES), start=1):
+        if isinstance(data, BadSample):
+            yield line, data
+        elif data.strip():
+            try:
+                yield line, _json_text(data, field)
+            except BadSample as error:
+                yield line, error
 
 
 def _json_text(data: bytes, field: str) -> str:

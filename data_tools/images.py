@@ -2,17 +2,18 @@
 
 import io
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from data_tools.files import read_file
 from mmpretrain.data.decode import WHITE, BadSample, open_image, to_rgb
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 WRITTEN_FORMATS = ("jpg", "png", "webp")
+MAX_SIDE = {"jpg": 65500, "webp": 16383}  # libjpeg's and libwebp's
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -26,36 +27,68 @@ UPRIGHT = {
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """`short_side` in pixels (larger images are reduced to it); `format` None keeps the input's."""
+    """`short_side` in pixels (larger images are reduced to it); `format` None keeps the input's.
+
+    Files of more than `max_bytes` are refused unread; uncompressed 8-bit RGBA of as many pixels as `decode` takes has
+    400 MB.
+    """
 
     short_side: int | None = None
     format: str | None = None
     background: tuple[int, int, int] = WHITE
     quality: int = 95
+    max_bytes: int = 1 << 29
 
 
-def check_image(path: Path, options: ImageOptions) -> None:
-    """Raises BadSample where `encode_image` would, without encoding."""
-    data = read_bytes(path)
+def check_image(path: Path, options: ImageOptions) -> tuple[int, int]:
+    """An image file's size in bytes and modification time in ns.
+
+    Raises: BadSample where `read_image` or `encode_image` would, without encoding.
+    """
+    data, state = read_file(path, options.max_bytes, "--max-image-bytes")
     image = _decode(data)
     if not can_keep(image, data, options):
+        _check_sides(image, options)
         to_rgb(image, options.background)  # some modes fail only here
+    return state.st_size, state.st_mtime_ns
+
+
+def read_image(path: Path, options: ImageOptions) -> bytes:
+    """An image file's bytes. Raises: BadSample where it cannot be read or is too large."""
+    return read_file(path, options.max_bytes, "--max-image-bytes")[0]
 
 
 def _decode(data: bytes) -> Image.Image:
     image = open_image(data)
     try:
         image.load()
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # nothing is read here but these bytes, and Pillow says what it dislikes in many ways
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
     return image
 
 
-def read_bytes(path: Path) -> bytes:
-    """A regular file's bytes; raises BadSample where there is none."""
-    if not path.is_file():
-        raise BadSample("no such file")
-    return path.read_bytes()
+def _written_extension(image: Image.Image, options: ImageOptions) -> str:
+    return options.format or EXTENSIONS.get(image.format or "", "jpg")
+
+
+def _reduced(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    if short_side is None or min(size) <= short_side:
+        return size
+    scale = short_side / min(size)
+    return round(size[0] * scale), round(size[1] * scale)
+
+
+def _check_sides(image: Image.Image, options: ImageOptions) -> None:
+    """Raises: BadSample if a side is longer than the format that is written allows."""
+    extension = _written_extension(image, options)
+    width, height = _reduced(image.size, options.short_side)
+    if max(width, height) > MAX_SIDE.get(extension, max(width, height)):
+        raise BadSample(
+            f"{width} x {height} pixels, {extension} allows sides of {MAX_SIDE[extension]}: --format png, or a "
+            "smaller --image-size"
+        )
 
 
 def can_keep(image: Image.Image, data: bytes, options: ImageOptions) -> bool:
@@ -77,7 +110,9 @@ def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; damaged EXIF, frequent on the web, counts as none, as in viewers."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error):
+    except MemoryError:
+        raise
+    except Exception:  # as above
         return 1
     return value if value in range(1, 9) else 1
 
@@ -88,15 +123,15 @@ def encode_image(data: bytes, options: ImageOptions) -> tuple[str, bytes]:
     Of an animation it is the first frame.
     """
     image = _decode(data)
-    extension = options.format or EXTENSIONS.get(image.format or "", "jpg")
+    extension = _written_extension(image, options)
     if can_keep(image, data, options):
         return extension, data
+    _check_sides(image, options)
     rgb = to_rgb(image, options.background)
     if (turn := orientation(image)) in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[turn])
-    if options.short_side is not None and min(rgb.size) > options.short_side:
-        scale = options.short_side / min(rgb.size)
-        rgb = rgb.resize((round(rgb.width * scale), round(rgb.height * scale)), Image.Resampling.LANCZOS)
+    if (size := _reduced(rgb.size, options.short_side)) != rgb.size:
+        rgb = rgb.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     rgb.info = {}  # neither EXIF, which the turn has made untrue, nor a palette's transparency
     if extension == "png":

@@ -1,5 +1,6 @@
 """`index`: offset indexes of any tars that WebDataset or img2dataset wrote."""
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ def index_tars(tars: Sequence[str], workers: int) -> list[IndexedTar]:
 def _index_one(tar: str) -> IndexedTar:
     started = time.process_time()
     try:
+        if not os.path.isfile(tar):  # to open a pipe would wait for ever
+            raise ValueError("expected a regular file")
         index = index_tar(tar)
     except (ValueError, OSError) as error:
         return IndexedTar(tar, 0, 0.0, None, [str(error)])

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
@@ -29,6 +30,8 @@ def run_tasks(
     """Yields function(task) in the tasks' order; one worker is this process.
 
     Of an iterator, tasks are drawn a few ahead of the results: neither need fit into memory.
+
+    Raises: ValueError if a worker is killed, and what the function does.
     """
     total = len(tasks) if isinstance(tasks, Sized) else None
     if workers <= 1 or (total is not None and total <= 1):
@@ -41,6 +44,11 @@ def run_tasks(
             ahead = deque(pool.submit(function, task) for task in islice(remaining, TASKS_AHEAD * workers))
             more = (pool.submit(function, task) for task in remaining)
             yield from _progress(_results(ahead, more), total, description)
+        except BrokenProcessPool as error:
+            raise ValueError(
+                f"{description}: a worker process was killed, as the system does for lack of memory; run the command "
+                f"again, with fewer than --workers {workers}"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

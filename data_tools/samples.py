@@ -1,14 +1,16 @@
 """Rows of a table -> samples with a key, an image file, a caption and a label, and what is refused."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from data_tools.classes import Classes, one_line
-from data_tools.tables import Table, caption_text, row_json
-
-SURROGATE = re.compile("[\ud800-\udfff]")
+from data_tools.tables import SURROGATE, Table, caption_text, row_json
+from mmpretrain.data.decode import BadSample
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,43 @@ class Refusal:
     reason: str
 
 
+@dataclass(frozen=True)
+class ImageRoot:
+    """The folder that a table's image paths are relative to; none may leave it, unless `allow_outside`.
+
+    Symbolic links inside it may, for they are the doing of whoever has the folder, not of who wrote the table.
+    """
+
+    folder: Path
+    allow_outside: bool = False
+
+    @cached_property
+    def _prefix(self) -> str:
+        return f"{os.path.abspath(self.folder).rstrip('/')}/"
+
+    def locate(self, image: str) -> Path:
+        """The file of an image path. Raises: BadSample if it is outside."""
+        if "\0" in image:  # some versions of normpath cut there
+            raise BadSample("no such file (its path has a NUL byte)")
+        # This path is opened, too: after a symbolic link, `..` would lead elsewhere than it says.
+        path = os.path.normpath(os.path.join(self.folder, image))
+        if not self.allow_outside and not f"{os.path.abspath(path)}/".startswith(self._prefix):
+            raise BadSample(
+                f"its path leaves {str(self.folder)!r}: name the images' folder with --image-root, or trust the "
+                "table with --allow-outside"
+            )
+        return Path(path)
+
+
 def accept_rows(
     table: Table,
+    root: ImageRoot,
     image_column: str,
     caption_columns: Sequence[str],
     label_column: str | None,
     classes: Classes | None,
 ) -> tuple[list[Sample], list[Refusal]]:
-    """Samples of the rows that have a path, a caption and, if asked for, a known label; the others' reasons.
+    """Samples of the rows that have a path in `root`, a caption and, if asked for, a known label; the others' reasons.
 
     Keys come from the column `key` where it can name the samples, else they are the row numbers.
     """
@@ -47,28 +78,39 @@ def accept_rows(
     refused = [Refusal(number, "", reason) for number, reason in table.refused]
     for row, number in zip(table.rows, table.row_numbers):
         image = row.get(image_column)
-        caption = caption_text(row, caption_columns)
-        label = None
-        reason = None
-        if not isinstance(image, str) or not image:
-            reason = f"no path in column {image_column!r}"
-        elif not caption:
-            reason = f"no caption: {', '.join(caption_columns)} empty"
-        elif SURROGATE.search(caption):
-            reason = "the caption is no valid Unicode: it has half a surrogate pair"
-        if label_column is not None:
-            value = row.get(label_column)
-            label = "" if value is None else one_line(str(value))
-            if not label:
-                reason = reason or f"no label in column {label_column!r}"
-            elif known is not None and label not in known:
-                reason = reason or f"label {label!r} is not in the class list"
-        if reason is not None:
-            refused.append(Refusal(number, str(image or ""), reason))
-            continue
-        key = str(row["key"]) if use_keys else f"{number:08d}"
-        samples.append(Sample(key, table.folder / str(image), caption, label, row_json(row), number))
+        try:
+            if not isinstance(image, str) or not image:
+                raise BadSample(f"no path in column {image_column!r}")
+            caption = _caption(row, caption_columns)
+            label = _label(row, label_column, known) if label_column is not None else None
+            key = str(row["key"]) if use_keys else f"{number:08d}"
+            samples.append(Sample(key, root.locate(image), caption, label, row_json(row), number))
+        except BadSample as error:
+            refused.append(Refusal(number, str(image or ""), str(error)))
     return samples, refused
+
+
+def _caption(row: dict[str, Any], columns: Sequence[str]) -> str:
+    """The row's caption. Raises: BadSample if it has none that can be written."""
+    caption = caption_text(row, columns)
+    if not caption:
+        raise BadSample(f"no caption: {', '.join(columns)} empty")
+    if SURROGATE.search(caption):
+        raise BadSample("the caption is no valid Unicode: it has half a surrogate pair")
+    return caption
+
+
+def _label(row: dict[str, Any], column: str, known: set[str] | None) -> str:
+    """The row's label on one line. Raises: BadSample if it has none, or none of those that are `known`."""
+    value = row.get(column)
+    label = "" if value is None else one_line(str(value))
+    if not label:
+        raise BadSample(f"no label in column {column!r}")
+    if SURROGATE.search(label):
+        raise BadSample("the label is no valid Unicode: it has half a surrogate pair")
+    if known is not None and label not in known:
+        raise BadSample(f"label {label!r} is not in the class list")
+    return label
 
 
 def key_problem(table: Table) -> str | None:

@@ -3,22 +3,17 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_tools.drawing import draw_scene
+from data_tools.output import CLASSES as CLASS_LIST
+from data_tools.output import close_output, locked_output, open_output, write_atomically
 from data_tools.pool import run_tasks
 from data_tools.scenes import CLASSES, HELD_OUT, TRAINED, Scene, make_scene
-from data_tools.shard_writer import (
-    WrittenShard,
-    close_output,
-    finish_shard,
-    open_output,
-    shard_bounds,
-    shard_path,
-    write_atomically,
-)
+from data_tools.shard_writer import WrittenShard, finish_shard, shard_bounds, shard_path
 from mmpretrain.seeds import hash64, permutation
 
 SAMPLES_PER_SHARD = 1008
@@ -54,18 +49,33 @@ def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str
     """Builds `train`, `val`, `composition` and a `classes.tsv` of every colour and shape under `output`.
 
     The main pairs of `composition` occur nowhere else, neither as main nor as second object. Raises ValueError
-    where a folder holds tars that no build wrote.
+    where a file that no build wrote is in the way, or another build is writing.
     """
     sizes = {"train": options.train, "val": options.val, "composition": options.composition}
+    lines = [f"{i}\t{' '.join(pair)}\t{int(pair in HELD_OUT)}\n" for i, pair in enumerate(CLASSES)]
+    class_list = "index\tlabel\theld_out\n" + "".join(lines)
+    path = output / CLASS_LIST
+    if path.exists() and path.read_text(errors="replace") != class_list:
+        raise ValueError(f"--output {str(output)!r}: holds {CLASS_LIST}, which no build wrote; name another folder")
+    with ExitStack() as locks:
+        for split in sizes:
+            locks.enter_context(locked_output(output / split))
+        write_atomically(path, class_list)
+        return _build_splits(output, sizes, options, workers)
+
+
+def _build_splits(
+    output: Path, sizes: Mapping[str, int], options: ShapesOptions, workers: int
+) -> dict[str, list[WrittenShard]]:
+    """Builds the splits, of so many samples each, in locked folders."""
     tasks = []
     for split, num_samples in sizes.items():
         plan = json.dumps([DRAWING_VERSION, split, num_samples, options.image_size, options.seed])
-        open_output(output / split, hashlib.sha256(plan.encode()).hexdigest())
-        for shard, (low, high) in enumerate(shard_bounds(num_samples, SAMPLES_PER_SHARD)):
-            path = shard_path(output / split, shard)
+        bounds = shard_bounds(num_samples, SAMPLES_PER_SHARD)
+        paths = [shard_path(output / split, shard) for shard in range(len(bounds))]
+        open_output(output / split, hashlib.sha256(plan.encode()).hexdigest(), [path.name for path in paths])
+        for path, (low, high) in zip(paths, bounds):
             tasks.append(_Task(path, split, num_samples, low, high, options.image_size, options.seed))
-    lines = [f"{i}\t{' '.join(pair)}\t{int(pair in HELD_OUT)}\n" for i, pair in enumerate(CLASSES)]
-    write_atomically(output / "classes.tsv", "index\tlabel\theld_out\n" + "".join(lines))
 
     shards: dict[str, list[WrittenShard]] = {split: [] for split in sizes}
     for task, written in zip(tasks, list(run_tasks(_finish_shard, tasks, workers, "drawing shapes"))):
@@ -82,7 +92,7 @@ def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str
 
 
 def _finish_shard(task: _Task) -> WrittenShard:
-    return finish_shard(task.path, _members(task))
+    return finish_shard(task.path, _members(task), task.high - task.low)
 
 
 def _members(task: _Task) -> Iterator[dict[str, str | bytes]]:

@@ -1,9 +1,7 @@
-"""Shards on disk: the same bytes for the same samples, each complete or absent, in a folder of one build."""
+"""Shards on disk: the same bytes for the same samples, each complete or absent."""
 
 import hashlib
-import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,10 +10,6 @@ from pathlib import Path
 from webdataset import TarWriter
 
 from mmpretrain.data.tar_index import index_path, index_tar, write_index
-
-JOURNAL = "building.json"  # there while a build is under way; it holds the build's plan
-MANIFEST = "manifest.json"  # there when it is complete
-_SHARD_NAME = re.compile(r"\d{6,}\.tar")
 
 
 @dataclass(frozen=True)
@@ -39,9 +33,14 @@ def shard_bounds(num_samples: int, samples_per_shard: int) -> list[tuple[int, in
     return list(pairwise(num_samples * shard // num_shards for shard in range(num_shards + 1)))
 
 
-def finish_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
-    """Writes a shard, unless a killed build with the same plan has; then no sample is asked for."""
-    return describe_shard(path) if path.exists() else write_shard(path, samples)
+def finish_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]], num_samples: int) -> WrittenShard:
+    """Writes a shard, unless a killed build with the same plan has written all of it; then no sample is asked for.
+
+    `samples` may turn out fewer than `num_samples`.
+    """
+    if path.exists() and (shard := describe_shard(path)).num_samples == num_samples:
+        return shard
+    return write_shard(path, samples)
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
@@ -64,6 +63,12 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> Wri
     return describe_shard(path)
 
 
+def delete_shard(path: Path) -> None:
+    """Deletes a shard and its index, if they are there."""
+    path.unlink(missing_ok=True)
+    index_path(path).unlink(missing_ok=True)
+
+
 def describe_shard(path: Path) -> WrittenShard:
     """Reads a shard back: indexes it and hashes its bytes."""
     index = index_tar(path)
@@ -75,51 +80,3 @@ def describe_shard(path: Path) -> WrittenShard:
         while chunk := file.read(1 << 20):
             sha256.update(chunk)
     return WrittenShard(path.name, index.num_samples, index.tar_bytes, index.digest, sha256.hexdigest())
-
-
-def check_output(output: Path) -> None:
-    """Raises ValueError for a file, or a folder that holds tars that no build wrote."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {str(output)!r}: is a file; expected a folder, new or an earlier build's")
-    tars = sorted(output.glob("*.tar"))
-    if tars and not (output / JOURNAL).exists() and not (output / MANIFEST).exists():
-        raise ValueError(f"--output {str(output)!r}: holds {tars[0].name}, which no build wrote; name another folder")
-
-
-def open_output(output: Path, plan: str) -> None:
-    """Readies a folder: shards of a killed build with the same plan stay, those of other builds go.
-
-    Raises what `check_output` does.
-    """
-    check_output(output)
-    output.mkdir(parents=True, exist_ok=True)
-    journal = output / JOURNAL
-    if not journal.exists() or journal.read_text() != plan:
-        write_atomically(journal, "")  # from here on the folder is an unfinished build, whose shards are not to be kept
-        (output / MANIFEST).unlink(missing_ok=True)
-        for tar in output.glob("*.tar"):
-            if _SHARD_NAME.fullmatch(tar.name):
-                tar.unlink()
-                index_path(tar).unlink(missing_ok=True)
-        write_atomically(journal, plan)
-    for leftover in output.glob(".*.tmp"):
-        leftover.unlink()
-
-
-def close_output(output: Path, manifest: Mapping[str, object]) -> None:
-    """Writes the manifest, which says that the build is complete."""
-    write_atomically(output / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    (output / JOURNAL).unlink()
-
-
-def write_refusals(output: Path, refusals: Iterable[str]) -> None:
-    """Writes `refused.jsonl`: one JSON object for each row or document that was refused, in the input's order."""
-    write_atomically(output / "refused.jsonl", (refusal + "\n" for refusal in refusals))
-
-
-def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a UTF-8 text file, whole or in parts, beside itself and renames it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-    os.replace(temporary, path)

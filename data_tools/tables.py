@@ -5,14 +5,27 @@ import difflib
 import io
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_tools.files import read_file
+from mmpretrain.data.decode import BadSample
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_ROW_CHARACTERS = 1 << 24
+MAX_DEPTH = 64
+"""Of lists and objects inside each other in one row."""
+
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
-_FIELD = re.compile(r'("(?:[^"]|"")*"|[^"\t\r\n]*)(\t|\r?\n|\Z)')
+_FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|[^"\t\r\n]*)(\t|\r?\n|\Z)')
+_UNREADABLE = (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError)  # as pyarrow says it
+_TOO_DEEP = f"lists or objects inside each other more than {MAX_DEPTH} deep"
+_NOT_UTF8 = "not UTF-8; convert the table, e.g. with iconv -t utf-8"
 
 
 @dataclass
@@ -27,6 +40,14 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
     row_numbers: list[int] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, number: int, row: dict[str, Any] | str) -> None:
+        """Adds a row, or the reason why it is refused."""
+        if isinstance(row, str):
+            self.refused.append((number, row))
+        else:
+            self.rows.append(row)
+            self.row_numbers.append(number)
 
     def require(self, column: str, option: str) -> None:
         """Raises ValueError, listing the columns, where there is none of this name."""
@@ -50,19 +71,33 @@ def read_pairs(path: Path) -> Table:
             f"pairs {str(path)!r}: no such file; expected a .tsv, .csv, .jsonl or .parquet file or a folder"
         )
     elif path.suffix in _READERS:
-        try:
-            table = _READERS[path.suffix](path)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}: not UTF-8 at byte {error.start}; convert it, e.g. with iconv -t utf-8"
-            ) from error
+        _check_fits_memory(path)
+        table = _READERS[path.suffix](path)
     else:
         expected = "a folder or a file in " + ", ".join(_READERS)
         raise ValueError(f"pairs {str(path)!r}: unknown kind {path.suffix!r}; expected {expected}")
     if not table.rows and not table.refused:
         what = "images" if path.is_dir() else "rows"
         raise ValueError(f"pairs {str(path)!r}: no {what} in it; expected at least one")
+    if not table.columns:
+        raise ValueError(f"pairs {str(path)!r}: every row is refused, the first because: {table.refused[0][1]}")
     return table
+
+
+def _check_fits_memory(path: Path) -> None:
+    """Raises: ValueError for a table that is too large to be read; its rows take several times its size."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    if (num_bytes := path.stat().st_size) > limit:
+        raise ValueError(f"{path}: {num_bytes} bytes; expected at most a quarter of the memory, {limit}; split it")
+
+
+def _unless_deep(row: dict[str, Any]) -> dict[str, Any] | str:
+    return _TOO_DEEP if _is_deeper(row, MAX_DEPTH) else row
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(levels == 0 or _is_deeper(item, levels - 1) for item in items)
 
 
 def _read_folder(path: Path) -> Table:
@@ -70,27 +105,49 @@ def _read_folder(path: Path) -> Table:
     images = (file for file in path.rglob("*") if file.suffix[1:].lower() in _IMAGE_SUFFIXES)
     for number, image in enumerate(sorted(images), start=1):
         beside = image.with_suffix(".txt")
-        if beside.is_file():
-            caption = beside.read_text(encoding="utf-8")
-            table.rows.append({"image": image.relative_to(path).as_posix(), "caption": caption})
-            table.row_numbers.append(number)
+        try:
+            if not beside.is_file():
+                raise BadSample(f"no {beside.name} beside it")
+            caption = _text_of(beside)
+        except BadSample as error:
+            table.add(number, f"{image.relative_to(path)}: {error}")
         else:
-            table.refused.append((number, f"{image.relative_to(path)}: no {beside.name} beside it"))
+            table.add(number, {"image": image.relative_to(path).as_posix(), "caption": caption})
     return table
 
 
+def _text_of(path: Path) -> str:
+    """A text file's content, each line end one "\\n". Raises: BadSample."""
+    try:
+        text = read_file(path, MAX_ROW_CHARACTERS)[0].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{path.name} is not UTF-8 at byte {error.start}; convert it") from error
+    except BadSample as error:
+        raise BadSample(f"{path.name}: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_text(path: Path) -> tuple[str, bool]:
+    """A table's text, and whether all of it is UTF-8; bytes that are not become lone surrogates."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        return data.decode("utf-8-sig", "surrogateescape"), False
+
+
 def _read_tsv(path: Path) -> Table:
-    text = path.read_bytes().decode("utf-8-sig")
+    text, is_utf8 = _read_text(path)
     if is_quoted_tsv(text):
-        return _from_records(csv.reader(io.StringIO(text, newline=""), delimiter="\t"), path)
+        return _from_quoted(text, path, is_utf8, delimiter="\t")
     # Not str.splitlines, which also cuts at characters that captions may hold, such as U+2028.
-    return _from_records((line.removesuffix("\r").split("\t") for line in text.split("\n")), path)
+    return _from_records((line.removesuffix("\r").split("\t") for line in text.split("\n")), path, is_utf8)
 
 
 def is_quoted_tsv(text: str) -> bool:
     """Whether a TSV is quoted as CSV is; most are not, and their captions may hold quotation marks.
 
-    It is if every field with a quotation mark is well quoted, and either all of the header's fields are, or some
+    It is if all of the header's fields are quoted; or if every field with a quotation mark is well quoted, and some
     field needed it: for doubled quotation marks, or for a tab or line end without which the rows come out uneven.
     """
     if '"' not in text:
@@ -104,7 +161,7 @@ def is_quoted_tsv(text: str) -> bool:
     while position < len(text):
         match = _FIELD.match(text, position)
         if match is None:
-            return False
+            return header_quoted and not in_header
         value, separator = match.groups()
         if in_header:
             header_quoted = header_quoted and value.startswith('"')
@@ -115,48 +172,94 @@ def is_quoted_tsv(text: str) -> bool:
 
 
 def _read_csv(path: Path) -> Table:
-    return _from_records(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True), path)
+    text, is_utf8 = _read_text(path)
+    return _from_quoted(text, path, is_utf8, delimiter=",")
 
 
-def _from_records(records: Iterable[Sequence[str]], path: Path) -> Table:
-    iterator = iter(records)
+def _from_quoted(text: str, path: Path, is_utf8: bool, delimiter: str) -> Table:
+    limit = csv.field_size_limit(sys.maxsize)  # the length of whole rows is checked
     try:
-        columns = list(next(iterator, []))
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"{path}: its header names a column twice ({', '.join(columns)}); rename one")
-        table = Table(columns=columns, folder=path.parent)
-        for number, values in enumerate(iterator, start=1):
-            if len(values) == len(columns):
-                table.rows.append(dict(zip(columns, values)))
-                table.row_numbers.append(number)
-            elif any(values):
-                table.refused.append((number, f"{len(values)} fields, the header has {len(columns)}"))
-    except csv.Error as error:
-        raise ValueError(
-            f"{path}: not a readable table ({error}); expected one record a line, quoted as RFC 4180"
-        ) from error
+        return _from_records(_quoted_records(text, delimiter), path, is_utf8)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _quoted_records(text: str, delimiter: str) -> Iterator[list[str] | str]:
+    """The records of a quoted table; of a line that begins none, the reason, and the next line begins anew."""
+    lines = list(io.StringIO(text, newline=""))
+    first = 0
+    while first < len(lines):
+        reader = csv.reader((lines[i] for i in range(first, len(lines))), delimiter=delimiter, strict=True)
+        begin = first
+        try:
+            for values in reader:
+                yield values
+                begin = first + reader.line_num
+            return
+        except csv.Error as error:
+            yield f"not a record of a quoted table ({error})"
+            first = begin + 1
+
+
+def _from_records(records: Iterable[Sequence[str] | str], path: Path, is_utf8: bool) -> Table:
+    iterator = iter(records)
+    columns = next(iterator, [])
+    if isinstance(columns, str):
+        raise ValueError(f"{path}: its header is {columns}; expected names of columns, quoted as RFC 4180")
+    if any(SURROGATE.search(column) for column in columns):
+        raise ValueError(f"{path}: its header is {_NOT_UTF8}")
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path}: its header names a column twice ({', '.join(columns)}); rename one")
+    table = Table(columns=list(columns), folder=path.parent)
+    for number, values in enumerate(iterator, start=1):
+        if isinstance(values, str):
+            table.add(number, values)
+        elif len(values) != len(columns):
+            if any(values):
+                table.add(number, f"{len(values)} fields, the header has {len(columns)}")
+        elif (length := sum(map(len, values))) > MAX_ROW_CHARACTERS:
+            table.add(number, _too_long(length))
+        elif not is_utf8 and any(SURROGATE.search(value) for value in values):
+            table.add(number, _NOT_UTF8)
+        else:
+            table.add(number, dict(zip(columns, values)))
     return table
+
+
+def _too_long(num_characters: int) -> str:
+    return f"{num_characters} characters, more than the limit of {MAX_ROW_CHARACTERS}"
 
 
 def _read_jsonl(path: Path) -> Table:
     columns: dict[str, None] = {}  # an ordered set
     table = Table(columns=[], folder=path.parent)
-    for number, line in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            table.refused.append((number, f"not JSON ({error})"))
-            continue
-        if isinstance(row, dict):
-            columns |= dict.fromkeys(row)
-            table.rows.append(row)
-            table.row_numbers.append(number)
-        else:
-            table.refused.append((number, f"{type(row).__name__}, expected a JSON object"))
+    text, is_utf8 = _read_text(path)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            row = _json_row(line, is_utf8)
+            table.add(number, row)
+            if isinstance(row, dict):
+                columns |= dict.fromkeys(row)
     table.columns = list(columns)
     return table
+
+
+def _json_row(line: str, is_utf8: bool) -> dict[str, Any] | str:
+    """The row of a JSON line, or why it is refused."""
+    if len(line) > MAX_ROW_CHARACTERS:
+        return _too_long(len(line))
+    if not is_utf8 and SURROGATE.search(line):
+        return _NOT_UTF8
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return f"not JSON ({error})"
+    except RecursionError:
+        return _TOO_DEEP
+    if not isinstance(row, dict):
+        return f"{type(row).__name__}, expected a JSON object"
+    few = line.count("[") + line.count("{") <= MAX_DEPTH  # as in nearly all: the counts are quick
+    return row if few else _unless_deep(row)
 
 
 def _read_parquet(path: Path) -> Table:
@@ -165,10 +268,43 @@ def _read_parquet(path: Path) -> Table:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
+        columns = list(file.schema_arrow.names)
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{path}: names a column twice ({', '.join(columns)}); rename one")
+        table = Table(columns, path.parent)
+        number = 0
+        for batch in file.iter_batches():
+            for row in _python_rows(batch):
+                number += 1
+                table.add(number, row)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-    return Table(list(file.schema_arrow.names), path.parent, rows, list(range(1, len(rows) + 1)))
+    return table
+
+
+def _python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a `pyarrow.RecordBatch`; the reason in place of one with a value that cannot be had."""
+    import pyarrow
+
+    try:
+        rows = batch.to_pylist()
+        yield from map(_unless_deep, rows) if any(map(pyarrow.types.is_nested, batch.schema.types)) else rows
+    except _UNREADABLE:  # some value is beyond Python's type: one by one
+        for i in range(batch.num_rows):
+            try:
+                yield _unless_deep({name: _python_value(batch.column(name)[i]) for name in batch.schema.names})
+            except _UNREADABLE as error:
+                yield f"a value cannot be read ({error})".split("\n")[0]
+
+
+def _python_value(scalar: Any) -> Any:
+    """A `pyarrow.Scalar` as Python's object, or as text where Python's cannot hold it, as times in ns."""
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except _UNREADABLE:
+        return str(scalar.cast(pyarrow.string()).as_py())
 
 
 _READERS = {
@@ -196,7 +332,10 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def row_json(row: dict[str, Any]) -> bytes:
-    """A row as one JSON object; what JSON has no word for becomes text, NaN null, bytes their number."""
+    """A row as one JSON object; what JSON has no word for becomes text, NaN null, bytes their number.
+
+    Half of a surrogate pair, which is no Unicode and which most readers of JSON refuse, becomes U+FFFD.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -209,4 +348,4 @@ def row_json(row: dict[str, Any]) -> bytes:
             return f"{len(value)} bytes"
         return value if value is None or isinstance(value, str | int | float) else str(value)
 
-    return json.dumps(plain(row), ensure_ascii=False).encode("utf-8", "replace")
+    return SURROGATE.sub("\ufffd", json.dumps(plain(row), ensure_ascii=False)).encode()

@@ -1,41 +1,69 @@
 """Training a tokenizer on one's own texts, with the `tokenizers` library."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data_tools.tables import caption_text, read_pairs
+from data_tools.documents import MAX_TEXT_BYTES, decode_line, read_lines
+from data_tools.tables import SURROGATE, Table, caption_text, read_pairs
 from mmpretrain.data.decode import BadSample, decode_captions
 from mmpretrain.data.shards import Shards, expand_shards
 
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
 
 
-def read_texts(source: str, caption: str) -> Iterator[str]:
+def read_texts(source: str, caption: str) -> Iterator[str | BadSample]:
     """The texts of a `.txt` file (a line each), a table's caption columns, or tars' captions (`txt`, `json.<field>`).
+
+    In place of one that cannot be read stands the reason.
 
     Raises: ValueError for a source or column that is not there.
     """
     path = Path(source)
     if path.suffix == ".txt" and path.is_file():
-        yield from (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        yield from _lines(path)
     elif path.suffix in (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet"):
-        table = read_pairs(path)
-        columns = [column.strip() for column in caption.split(",")]
-        for column in columns:
-            table.require(column, "--caption")
-        yield from (text for row in table.rows if (text := caption_text(row, columns)))
+        yield from _table_captions(read_pairs(path), [column.strip() for column in caption.split(",")])
     else:
         yield from _tar_captions(Shards(expand_shards(source)), caption)
 
 
-def _tar_captions(shards: Shards, field: str) -> Iterator[str]:
+def _lines(path: Path) -> Iterator[str | BadSample]:
+    for data in read_lines(path, MAX_TEXT_BYTES):
+        text = decode_line(data)
+        if isinstance(text, BadSample):
+            yield text
+        else:
+            yield from (line for line in text.splitlines() if line.strip())
+
+
+def _table_captions(table: Table, columns: Sequence[str]) -> Iterator[str | BadSample]:
+    for column in columns:
+        table.require(column, "--caption")
+    yield from (text for row in table.rows if (text := caption_text(row, columns)))
+    yield from (BadSample(f"row {number}: {reason}") for number, reason in table.refused)
+
+
+def _tar_captions(shards: Shards, field: str) -> Iterator[str | BadSample]:
     for sample in range(shards.num_samples):
         try:
-            yield from decode_captions(shards.read(sample, (field.split(".")[0],)), field)
-        except BadSample:
+            captions = decode_captions(shards.read(sample, (field.split(".")[0],)), field)
+        except BadSample as error:
+            yield error
             continue
+        yield from captions
+
+
+def usable_texts(texts: Iterable[str | BadSample], left_out: list[str]) -> Iterator[str]:
+    """The texts that a tokenizer can be trained on; why others cannot goes to `left_out`."""
+    for text in texts:
+        if isinstance(text, BadSample):
+            left_out.append(str(text))
+        elif SURROGATE.search(text):
+            left_out.append("a text is no valid Unicode: it has half a surrogate pair")
+        else:
+            yield text
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, lowercase: bool) -> Tokenizer:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import webdataset
 from PIL import Image
 
 from data_tools.__main__ import main
+from data_tools.output import open_output
 from data_tools.tables import read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import index_tar
@@ -86,6 +88,139 @@ def test_refused_rows_are_reported_and_the_shards_stay_equal(make_pairs, tmp_pat
     reasons = ["no such file", "no readable image", "no caption: caption empty", "no path in column 'path'"]
     for refusal, reason in zip(refused, reasons):
         assert reason in refusal["reason"]
+
+
+def test_a_hostile_file_is_refused_and_the_rest_is_built(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(10)
+    hostile = {2: "x" * 300, 3: "loop.png", 4: "pipe.png", 5: "zero.png", 6: ".", 7: "giant.jpg", 8: "broken.png"}
+    (pairs.parent / "loop.png").symlink_to("loop.png")
+    os.mkfifo(pairs.parent / "pipe.png")
+    (pairs.parent / "zero.png").symlink_to("/dev/zero")
+    (pairs.parent / "broken.png").symlink_to("/proc/self/mem")
+    with open(pairs.parent / "giant.jpg", "wb") as file:
+        file.truncate(10**12)  # sparse
+    Image.new("RGB", (16384, 1)).save(pairs.parent / "8.png")
+    text = pairs.read_text()
+    for row_number, name in hostile.items():
+        text = text.replace(f"{row_number - 1}.png", name)
+    pairs.write_text(text)
+    assert build(pairs, tmp_path / "out", "--format", "webp") == 0
+    assert sorted(sample["__key__"] for sample in samples(tmp_path / "out")) == ["00000001", "00000010"]
+    assert [refusal["row_number"] for refusal in refusals(tmp_path / "out")] == list(range(2, 10))
+    reasons = {refusal["row_number"]: str(refusal["reason"]) for refusal in refusals(tmp_path / "out")}
+    assert reasons[7] == "1000000000000 bytes, more than the limit of 536870912 (--max-image-bytes)"
+    assert reasons[9].startswith("16384 x 1 pixels, webp allows sides of 16383")
+
+
+def test_images_outside_of_the_root_are_refused(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs = make_pairs(8)
+    folder = pairs.parent
+    (tmp_path / "rawer").mkdir()  # whose name begins as the root's
+    for number, path in {1: "../1.png", 2: f"{tmp_path}/2.png", 5: "sub/../../5.png", 6: "../rawer/6.png"}.items():
+        (folder / f"{number}.png").rename(os.path.normpath(folder / path))
+        pairs.write_text(pairs.read_text().replace(f"\n{number}.png", f"\n{path}"))
+    (folder / "4.png").rename(tmp_path / "4.png")
+    (folder / "4.png").symlink_to(tmp_path / "4.png")  # the user's own arrangement
+    (folder / "deep").symlink_to(tmp_path / "rawer")
+    text = pairs.read_text().replace("\n0.png", f"\n{folder}/0.png").replace("\n3.png", "\nsub/../3.png")
+    pairs.write_text(text.replace("\n7.png", "\ndeep/../7.png"))  # the root's own, whatever `deep` is
+    assert build(pairs, tmp_path / "out") == 0
+    assert sorted(int(sample["__key__"]) for sample in samples(tmp_path / "out")) == [1, 4, 5, 8]
+    assert [refusal["row_number"] for refusal in refusals(tmp_path / "out")] == [2, 3, 6, 7]
+    reason = f"its path leaves {str(folder)!r}: name the images' folder with --image-root, or trust the table"
+    assert all(str(refusal["reason"]).startswith(reason) for refusal in refusals(tmp_path / "out"))
+    assert build(pairs, tmp_path / "trusted", "--allow-outside") == 0
+    assert len(samples(tmp_path / "trusted")) == 8
+    pairs.write_text("path\tcaption\n../1.png\tc\n")
+    assert build(pairs, tmp_path / "none") == 2
+    assert f"every row is refused, the first because: {reason}" in capsys.readouterr().err
+
+
+def test_images_lie_in_the_root_that_is_named(make_pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(3).rename(tmp_path / "pairs.tsv")
+    monkeypatch.chdir(tmp_path)
+    for root in ("raw", str(tmp_path / "raw"), "./raw/"):
+        assert build(pairs, tmp_path / "out", "--image-root", root) == 0
+        assert len(samples(tmp_path / "out")) == 3
+    assert build(Path("pairs.tsv"), tmp_path / "out") == 2
+    pairs.write_text(pairs.read_text().replace("\n", f"\n{tmp_path}/raw/"))
+    for root in ("/", "."):
+        assert build(Path("pairs.tsv"), tmp_path / "out", "--image-root", root) == 0
+        assert len(samples(tmp_path / "out")) == 3
+
+
+def test_half_surrogate_pairs_are_refused_or_replaced(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"path": "a.png", "caption": "fine", "kind": "cat", "note": "fine"}
+    changes = [{}, {"path": "\ud800.png"}, {"caption": "\ud800"}, {"kind": "\ud800"}, {"note\udc00": "\ud800"}]
+    changes += [{"path": "\udcff.png"}, {"key": "\ud800"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row | change) + "\n" for change in changes))
+    assert build(tmp_path / "pairs.jsonl", tmp_path / "out", "--label", "kind") == 0
+    found = {int(sample["__key__"]): json.loads(sample["json"]) for sample in samples(tmp_path / "out")}
+    assert found == {1: row, 5: row | {"note\ufffd": "\ufffd"}, 7: row | {"key": "\ufffd"}}
+    refused = {refusal["row_number"]: refusal for refusal in refusals(tmp_path / "out")}
+    assert list(refused) == [2, 3, 4, 6]
+    assert refused[6]["image"] == str(tmp_path / "\udcff.png") and refused[6]["reason"] == "no such file"
+    for number in (3, 4):
+        assert "half a surrogate pair" in str(refused[number]["reason"])
+
+
+def test_files_whose_names_are_not_utf8_are_built(make_pairs, tmp_path: Path, capsys) -> None:
+    folder = make_pairs(2).parent
+    (folder / "0.png").rename(folder / "\udcff.png")
+    (folder / "\udcff.txt").write_text("caption")
+    output = tmp_path / "\udcfe"
+    assert main(["build", str(folder), "--output", str(output), "--workers", "1"]) == 0
+    assert "1 samples in 1 shards" in capsys.readouterr().out and len(samples(output)) == 1
+    (folder / "\udcff.txt").rename(folder / "1.txt")
+    assert main(["build", str(folder), "--output", str(tmp_path / "other"), "--workers", "1"]) == 0
+    assert refusals(tmp_path / "other")[0]["reason"] == "\udcff.png: no \udcff.txt beside it"
+
+
+def test_a_label_that_is_too_large_an_index_is_refused(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs = make_pairs(4, number=["0", "1000000", "1" * 5000, "2"])
+    assert build(pairs, tmp_path / "out", "--label", "number") == 0
+    assert sorted(sample["cls"] for sample in samples(tmp_path / "out")) == [b"0", b"2"]
+    limit = "expected below 1000000; list the labels in --classes"
+    assert [refusal["reason"] for refusal in refusals(tmp_path / "out")] == [
+        f"class index 1000000: {limit}",
+        f"class index {'1' * 20}: {limit}",
+    ]
+    pairs.write_text("path\tcaption\tnumber\n0.png\tc\t1234567\n")
+    assert build(pairs, tmp_path / "other", "--label", "number") == 2
+    assert f"every row is refused, the first because: class index 1234567: {limit}" in capsys.readouterr().err
+
+
+def test_the_limit_of_an_image_is_an_option(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(2)
+    size = (pairs.parent / "0.png").stat().st_size
+    Image.new("RGB", (8, 8)).save(pairs.parent / "0.png")
+    assert (pairs.parent / "0.png").stat().st_size < size
+    assert build(pairs, tmp_path / "out", "--max-image-bytes", str(size - 1)) == 0
+    assert [refusal["row_number"] for refusal in refusals(tmp_path / "out")] == [2]
+
+
+def test_files_that_change_between_check_and_writing_are_refused(
+    make_pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = make_pairs(7)
+
+    def change_then_open(output: Path, plan: str, files: Sequence[str]) -> None:
+        (pairs.parent / "1.png").unlink()
+        (pairs.parent / "2.png").write_bytes(b"no picture")
+        open_output(output, plan, files)
+
+    monkeypatch.setattr("data_tools.build.open_output", change_then_open)
+    assert build(pairs, tmp_path / "out", "--samples-per-shard", "1", "--label", "kind") == 0
+    assert sorted(int(sample["__key__"]) for sample in samples(tmp_path / "out")) == [1, 4, 5, 6, 7]
+    reasons = {refusal["row_number"]: refusal["reason"] for refusal in refusals(tmp_path / "out")}
+    assert reasons[2] == "the file changed during the build: no such file"
+    assert str(reasons[3]).startswith("the file changed during the build: no readable image")
+    assert len(reasons) == 2 and Shards(expand_shards(str(tmp_path / "out"))).counts.tolist() == [1] * 5
+    counts = {row["label"]: row["count"] for row in read_pairs(tmp_path / "out" / "classes.tsv").rows}
+    assert counts == {"ant": "1", "cat": "3", "dog": "1"}
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["num_samples"], manifest["num_refused"], len(manifest["shards"])) == (5, 2, 5)
 
 
 def test_labels_become_class_indexes(make_pairs, tmp_path: Path) -> None:
@@ -221,7 +356,10 @@ def test_shards_of_a_killed_build_with_other_images_are_not_kept(make_pairs, tmp
     pairs = make_pairs(4)
     output = tmp_path / "out"
     assert build(pairs, output, "--samples-per-shard", "2") == 0
-    (output / "manifest.json").rename(output / "building.json")  # a journal of another plan
+    (output / "manifest.json").unlink()
+    journal = {"made_by": "mmpretrain data_tools", "plan": "other", "files": ["000000.tar", "000001.tar"]}
+    (output / "building.json").write_text(json.dumps(journal))
+    (output / "refused.jsonl").unlink()
     Image.new("RGB", (8, 8), "red").save(pairs.parent / "0.png")
     assert build(pairs, output, "--samples-per-shard", "2") == 0
     assert build(pairs, tmp_path / "fresh", "--samples-per-shard", "2") == 0
@@ -236,6 +374,7 @@ def test_shards_of_a_killed_build_with_other_images_are_not_kept(make_pairs, tmp
         (["--label", "knid"], "--label 'knid': no such column; did you mean 'kind'?"),
         (["--classes", "none.txt"], "--classes 'none.txt': expected --label COLUMN beside it"),
         (["--label", "kind", "--classes", "none.txt"], "--classes 'none.txt': no such file"),
+        (["--image-root", "none"], "--image-root 'none': no such folder"),
         (["--format", "gif"], "--format 'gif': expected one of jpg, png, webp"),
         (["--background", "green"], "--background 'green': expected R,G,B"),
         (["--samples-per-shard", "0"], "--samples-per-shard '0': Invalid value"),
@@ -268,7 +407,8 @@ def test_real_emoji(shared_data: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "few.tsv"
     lines = (shared_data / "emoji" / "val.tsv").read_text().splitlines()[:21]
     pairs.write_text("\n".join(lines).replace("\timages/", f"\t{shared_data}/emoji/images/"))
-    assert build(pairs, tmp_path / "out", "--image", "filepath", "--caption", "caption,tags") == 0
+    columns = ["--image", "filepath", "--caption", "caption,tags", "--image-root", str(shared_data / "emoji")]
+    assert build(pairs, tmp_path / "out", *columns) == 0
     found = samples(tmp_path / "out")
     rows = {row["key"]: row for row in read_pairs(pairs).rows}
     assert len(found) == 20 and refusals(tmp_path / "out") == []

@@ -173,6 +173,66 @@ def test_refused_lines_are_counted_and_listed(tmp_path: Path, capsys) -> None:
         assert reason in str(refusal["reason"]) and refusal["file"] == str(path)
 
 
+@pytest.mark.parametrize(
+    ("document", "kept", "refused"),
+    [
+        ("paragraph", ["first", "last"], [(3, 4)]),
+        ("line", ["first", "fine", "au lait", "last"], [(4, 4)]),
+        ("file", [], [(1, 4)]),
+    ],
+)
+def test_documents_that_are_not_utf8_are_refused_alone(
+    tmp_path: Path, document: str, kept: list[str], refused: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "latin.txt").write_bytes(b"first\n\nfine\ncaf\xe9\nau lait\n\nlast")
+    (folder / "other.txt").write_text("other")
+    assert build(folder, tmp_path / "out", "--no-pack", "--document", document) == 0
+    assert list(samples(tmp_path / "out").values()) == [*kept, "other"]
+    reason = "not UTF-8 (invalid continuation byte); convert it, e.g. with iconv -t utf-8"
+    assert refusals(tmp_path / "out") == [
+        {"file": str(folder / "latin.txt"), "line": first, "reason": f"line {line}: {reason}"}
+        for first, line in refused
+    ]
+
+
+def test_files_that_cannot_be_read_whole_are_refused_from_there_on(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lines = b"".join(b'{"text": "line %d of many"}\n' % i for i in range(20_000))
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(lines)[:-9000])
+    (folder / "good.txt").write_text("good")
+    (folder / "plain.txt.gz").write_text("plain")
+    (folder / "broken.txt").symlink_to("/proc/self/mem")
+    assert build(folder, tmp_path / "out", "--no-pack") == 0
+    found = [text for text in samples(tmp_path / "out").values() if text != "good"]
+    assert found == [f"line {i} of many" for i in range(len(found))] and 0 < len(found) < 20_000
+    refused = {Path(str(refusal["file"])).name: refusal for refusal in refusals(tmp_path / "out")}
+    assert list(refused) == ["broken.txt", "cut.jsonl.gz", "plain.txt.gz"]
+    assert refused["broken.txt"]["reason"] == "line 1: the file cannot be read from here on (Input/output error)"
+    assert refused["cut.jsonl.gz"]["line"] == len(found) + 1
+    assert "no whole gzip file from here on (Compressed file ended" in str(refused["cut.jsonl.gz"]["reason"])
+
+
+def test_documents_beyond_the_limit_are_refused_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.documents.MAX_TEXT_BYTES", 20)
+    monkeypatch.setattr("data_tools.documents.MAX_JSON_BYTES", 20)
+    long, many = "x" * 50, "four five\n" * 3
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text(f"\ufeff{long}\n\none two\nthree\n\n{many}\nsix\n\n{long}")
+    write_lines(folder / "b.jsonl", {"text": "seven"}, {"text": long}, {"text": "eight"})
+    assert build(folder, tmp_path / "out", "--no-pack") == 0
+    assert list(samples(tmp_path / "out").values()) == ["one two three", "six", "seven", "eight"]
+    assert [(refusal["line"], refusal["reason"]) for refusal in refusals(tmp_path / "out")] == [
+        (1, "line 1: 54 bytes or more, over the limit of 20"),
+        (6, "line 8: 27 bytes or more, over the limit of 20"),
+        (12, "line 12: 50 bytes or more, over the limit of 20"),
+        (2, "63 bytes or more, over the limit of 20"),
+    ]
+
+
 def test_the_same_bytes_whatever_the_workers_and_another_order_for_another_seed(tmp_path: Path) -> None:
     write_documents(tmp_path / "a.txt", 300, longest=100)  # of two groups
     options = ["--samples-per-shard", "50"]
@@ -240,9 +300,6 @@ def test_a_killed_build_is_finished_by_the_next_of_the_same_text(same: bool, tmp
         (["b.csv"], "INPUT 'b.csv': unknown kind; expected a name that ends with .txt"),
         (["./a.txt"], "INPUT 'a.txt': is named twice; name it once"),
         (["--output", "in/out", "in"], "--output 'in/out': is in 'in', which is read; name a folder elsewhere"),
-        (["latin.txt"], "latin.txt: not UTF-8 on line 2 (invalid continuation byte); convert it, e.g. with iconv"),
-        (["cut.txt.gz"], "cut.txt.gz: not a whole gzip file"),
-        (["plain.txt.gz"], "plain.txt.gz: not a whole gzip file"),
         (["--output", "others"], "holds 0.tar, which no build wrote; name another folder"),
         (["--output", "b.csv"], "--output 'b.csv': is a file; expected a folder"),
         (["--document", "page"], "--document 'page': expected one of paragraph, line, file"),
@@ -258,10 +315,8 @@ def test_wrong_use_is_answered_in_one_line(
     monkeypatch.chdir(tmp_path)
     for folder in ("empty", "in", "others"):
         (tmp_path / folder).mkdir()
-    for name in ("a.txt", "b.csv", "in/c.txt", "others/0.tar", "plain.txt.gz"):
+    for name in ("a.txt", "b.csv", "in/c.txt", "others/0.tar"):
         (tmp_path / name).write_text("text")
-    (tmp_path / "latin.txt").write_bytes(b"fine\ncaf\xe9 au lait")
-    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text" * 100)[:-12])
     assert main(["build-text", "a.txt", "--output", "out", *options]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.startswith("error: ")

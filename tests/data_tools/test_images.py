@@ -175,12 +175,6 @@ def test_unusable_images_are_refused(tmp_path: Path, content: bytes, reason: str
         encode_image(content, ImageOptions())
 
 
-def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing.png"):
-        with pytest.raises(BadSample, match="no such file"):
-            check_image(path, ImageOptions())
-
-
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_counts_as_none() -> None:
     data = encoded(half_red(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
@@ -192,3 +186,22 @@ def test_colors() -> None:
     for wrong in ("white", "#fff", "1,2", "256,0,0", ""):
         with pytest.raises(ValueError, match=r"--background .*expected R,G,B"):
             parse_color(wrong)
+
+
+@pytest.mark.parametrize(("format", "side"), [("webp", 16383), ("jpg", 65500)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sides_that_the_format_does_not_allow_are_refused(tmp_path: Path, format: str, side: int, turned: bool) -> None:
+    options = ImageOptions(format=format)
+    for length in (side, side + 1):
+        image = Image.new("RGB", (2, length) if turned else (length, 2))
+        (tmp_path / f"{length}.png").write_bytes(encoded(image, "PNG"))
+    check_image(tmp_path / f"{side}.png", options)
+    assert max(picture(encode_image((tmp_path / f"{side}.png").read_bytes(), options)[1]).size) == side
+    for refuse in (
+        lambda: check_image(tmp_path / f"{side + 1}.png", options),
+        lambda: encode_image((tmp_path / f"{side + 1}.png").read_bytes(), options),
+    ):
+        with pytest.raises(BadSample, match=f"{format} allows sides of {side}: --format png, or a smaller"):
+            refuse()
+    check_image(tmp_path / f"{side + 1}.png", ImageOptions(format=format, short_side=1))
+    check_image(tmp_path / f"{side + 1}.png", ImageOptions(format="png"))

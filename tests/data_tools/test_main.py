@@ -1,6 +1,7 @@
 """The command line: `index`, help, and wrong use."""
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -52,6 +53,8 @@ def test_index_names_problems_and_exits_with_1(tmp_path: Path, capsys) -> None:
     (tmp_path / "zip.tar").write_bytes(b"PK" * 1000)
     with tarfile.open(tmp_path / "empty.tar", "w"):
         pass
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "\udcff.tar").write_bytes(b"PK" * 1000)
     assert main(["index", str(tmp_path), "--workers", "1"]) == 1
     lines = capsys.readouterr().out.splitlines()
     for name, problem in {
@@ -60,6 +63,8 @@ def test_index_names_problems_and_exits_with_1(tmp_path: Path, capsys) -> None:
         "cut.tar": "truncated: 'b.jpg' needs bytes",
         "zip.tar": "expected a plain, uncompressed tar",
         "empty.tar": "no sample in it",
+        "pipe.tar": "expected a regular file",
+        "\\udcff.tar": "expected a plain, uncompressed tar",
     }.items():
         assert any(name in line and problem in line for line in lines), name
     assert not any(name in line for line in lines for name in ("good.tar", "text.tar"))

@@ -103,9 +103,11 @@ def test_a_folder_of_images_with_captions_beside(tmp_path: Path) -> None:
         ("pairs.xlsx", b"x", "unknown kind '.xlsx'; expected a folder or a file in .tsv"),
         ("pairs.tsv", b"path\tcaption\n", "no rows in it; expected at least one"),
         ("pairs.tsv", b"", "no rows in it"),
-        ("pairs.tsv", b"path\tcaption\na\t\xff\n", "not UTF-8 at byte 15; convert it"),
+        ("pairs.tsv", "path\tcaption\na\tb\n".encode("utf-16"), "its header is not UTF-8; convert the table"),
+        ("pairs.csv", b"path,caf\xe9\na,b\n", "its header is not UTF-8; convert the table, e.g. with iconv"),
+        ("pairs.jsonl", b"[1]\n", "every row is refused, the first because: list, expected a JSON object"),
         ("pairs.tsv", b"path\tpath\na\tb\n", "names a column twice"),
-        ("pairs.csv", b'path,caption\na,"b"c\n', "not a readable table"),
+        ("pairs.csv", b'path,"capt"ion\na,b\n', "its header is not a record of a quoted table"),
         ("pairs.parquet", b"PAR1", "not a readable Parquet file"),
     ],
 )
@@ -119,6 +121,99 @@ def test_what_is_no_table_is_refused_in_one_line(
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_rows_that_are_not_utf8_are_refused_alone(tmp_path: Path, suffix: str) -> None:
+    rows = {"tsv": "{}\t{}", "csv": "{},{}", "jsonl": '{{"path": "{}", "caption": "{}"}}'}
+    lines = [rows[suffix].format(*pair) for pair in [("a", "ü"), ("b", "café"), ("c", "d")]]
+    data = [line.encode("latin-1" if "café" in line else "utf-8") for line in lines]
+    header = [] if suffix == "jsonl" else [rows[suffix].format("path", "caption").encode()]
+    (tmp_path / f"pairs.{suffix}").write_bytes(b"\n".join(header + data))
+    table = read_pairs(tmp_path / f"pairs.{suffix}")
+    assert table.rows == [{"path": "a", "caption": "ü"}, {"path": "c", "caption": "d"}]
+    assert table.refused == [(2, "not UTF-8; convert the table, e.g. with iconv -t utf-8")]
+
+
+def test_a_line_that_begins_no_record_is_refused_alone(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text('path,caption\na,"b"c\nd,"e\nf"\ng,"h\ni,j\n')
+    table = read_pairs(tmp_path / "pairs.csv")
+    assert table.rows == [{"path": "d", "caption": "e\nf"}, {"path": "i", "caption": "j"}]
+    reason = "not a record of a quoted table"
+    assert table.row_numbers == [2, 4] and [number for number, _ in table.refused] == [1, 3]
+    assert all(text.startswith(reason) for _, text in table.refused)
+
+
+def test_a_wrong_quotation_mark_does_not_make_a_quoted_tsv_plain(tmp_path: Path) -> None:
+    (tmp_path / "pairs.tsv").write_text('"path"\t"caption"\n"a"\t"b"c"\n"d"\t"e\tf"\n')
+    table = read_pairs(tmp_path / "pairs.tsv")
+    assert table.rows == [{"path": "d", "caption": "e\tf"}] and [number for number, _ in table.refused] == [1]
+
+
+def test_a_field_may_be_long_up_to_the_limit_of_a_row(tmp_path: Path) -> None:
+    caption = "x" * 200_000  # beyond what Python's csv takes unasked
+    (tmp_path / "pairs.csv").write_text(f"path,caption\na,{caption}\n")
+    assert read_pairs(tmp_path / "pairs.csv").rows == [{"path": "a", "caption": caption}]
+    assert csv.field_size_limit() < 200_000  # nobody else's reading is changed
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
+def test_a_row_beyond_the_limit_is_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.tables.MAX_ROW_CHARACTERS", 30)
+    rows = {"tsv": "{}\t{}\n", "csv": "{},{}\n", "jsonl": '{{"p": "{}", "c": "{}"}}\n'}
+    lines = [rows[suffix].format(*pair) for pair in [("p", "c"), ("a", "b"), ("a", "b" * 40)]]
+    (tmp_path / f"pairs.{suffix}").write_text("".join(lines))
+    table = read_pairs(tmp_path / f"pairs.{suffix}")
+    assert table.rows[-1] == {"p": "a", "c": "b"}
+    (reason,) = [reason for _, reason in table.refused]
+    assert reason.endswith("characters, more than the limit of 30")
+
+
+@pytest.mark.parametrize("depth", [65, 500, 100_000])
+def test_rows_that_are_nested_too_deeply_are_refused(tmp_path: Path, depth: int) -> None:
+    lines = [f'{{"path": "a", "x": {"[" * n}1{"]" * n}}}' for n in (depth, 62)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines, f'{{"x": {"[" * depth}{"]" * depth}}}']))
+    table = read_pairs(tmp_path / "pairs.jsonl")
+    assert table.row_numbers == [2] and json.loads(row_json(table.rows[0])) == table.rows[0]
+    assert table.refused == [(number, "lists or objects inside each other more than 64 deep") for number in (1, 3)]
+
+
+def test_a_table_beyond_the_memory_is_refused_unread(tmp_path: Path) -> None:
+    with open(tmp_path / "pairs.tsv", "wb") as file:
+        file.truncate(10**13)  # sparse
+    with pytest.raises(ValueError, match=r"pairs\.tsv: 10000000000000 bytes; expected at most a quarter of the memory"):
+        read_pairs(tmp_path / "pairs.tsv")
+
+
+def test_values_of_parquet_that_python_does_not_hold(tmp_path: Path) -> None:
+    stamps = pyarrow.array([1_000, 1, 2], pyarrow.timestamp("ns"))
+    years = pyarrow.array([0, 0, 2**60], pyarrow.timestamp("us"))
+    broken = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
+    table = pyarrow.table({"stamp": stamps, "year": years, "caption": broken})
+    pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
+    read = read_pairs(tmp_path / "pairs.parquet")
+    assert read.row_numbers == [1, 3]
+    assert [row["caption"] for row in read.rows] == ["a", "c"]
+    assert read.rows[1]["stamp"] == "1970-01-01 00:00:00.000000002"
+    ((number, reason),) = read.refused
+    assert number == 2 and reason.startswith("a value cannot be read ('utf-8' codec")
+
+
+def test_texts_beside_images_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.png").touch()
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo")
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    with open(tmp_path / "c.txt", "wb") as file:
+        file.truncate(10**12)  # sparse
+    (tmp_path / "d.txt").symlink_to("d.txt")
+    table = read_pairs(tmp_path)
+    assert table.rows == [{"image": "a.png", "caption": "one\ntwo"}]
+    assert table.refused == [
+        (2, "b.png: b.txt is not UTF-8 at byte 3; convert it"),
+        (3, "c.png: c.txt: 1000000000000 bytes, more than the limit of 16777216"),
+        (4, "d.png: no d.txt beside it"),
+    ]
+
+
 def test_captions_are_joined_without_empty_ones() -> None:
     row = {"a": " one ", "b": "", "c": None, "d": ["two", "", "three"], "e": 4, "f": float("nan")}
     assert caption_text(row, list("abcdef")) == "one, two, three, 4"
@@ -129,3 +224,9 @@ def test_json_holds_what_json_can(tmp_path: Path) -> None:
     row = {"text": "naïve", "none": None, "nan": float("nan"), "list": [1, 2.5], "bytes": b"abc", "path": tmp_path}
     expected = {**row, "nan": None, "bytes": "3 bytes", "path": str(tmp_path)}
     assert json.loads(row_json(row)) == expected
+
+
+def test_json_is_valid_unicode() -> None:
+    assert json.loads(row_json({"a\ud800": ["x\udfff", {"\ud834\udd1e": "𝄞"}]}).decode()) == {
+        "a\ufffd": ["x\ufffd", {"\ufffd\ufffd": "𝄞"}]
+    }

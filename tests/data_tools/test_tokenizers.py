@@ -60,6 +60,17 @@ def test_texts_come_from_files_tables_and_tars(tmp_path: Path) -> None:
     assert list(read_texts(str(tmp_path / "000.tar"), "txt")) == ["text 0", "text 1", "text 2"]
 
 
+def test_texts_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\ncaf\xe9\n  two\x0b\r\n")
+    rows = ['{"caption": "three"}', '{"caption": "\\ud800"}', "{"]
+    (tmp_path / "b.jsonl").write_text("\n".join(rows))
+    assert list(read_texts(str(tmp_path / "a.txt"), "caption"))[::2] == ["one", "  two"]
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    assert main(["tokenizer", *files, "--output", str(tmp_path / "t.json"), "--vocab-size", "300"]) == 0
+    note = "note: 3 texts are left out, the first because: not UTF-8 (invalid continuation byte)"
+    assert note in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,225 @@
+"""The folder that a build writes: which of its files are a build's, who may write there, and when it is complete.
+
+`manifest.json` says that a build is complete, and lists its shards; `building.json` is there while one is under way,
+and lists every file that it writes or still has to delete. A build touches no file that neither lists.
+"""
+
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.shard_writer import delete_shard
+from mmpretrain.data.tar_index import index_path
+
+JOURNAL = "building.json"
+MANIFEST = "manifest.json"
+REFUSALS = "refused.jsonl"
+CLASSES = "classes.tsv"
+MADE_BY = "mmpretrain data_tools"
+
+_LOCK = ".building.lock"
+_LOCK_SECONDS = 5.0  # the workers of a killed build hold its lock until they have seen that it is gone
+_SHARD_NAME = re.compile(r"\d{6,}\.tar")
+_TEMPORARY = re.compile(r"\.(.+?\.(?:tar|json|jsonl|tsv|npz))(?:\.[^.]+)?\.tmp")
+_FORMER_JOURNAL = re.compile(r"(?:[0-9a-f]{64})?")  # a plan alone, from before it was JSON
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """An earlier build's files, and the plan of an unfinished one whose shards may be kept."""
+
+    files: frozenset[str]
+    plan: str | None
+
+
+@contextmanager
+def locked_output(output: Path, files: Sequence[str] = ()) -> Iterator[None]:
+    """Holds a folder, made if it is not there, for one build; it is removed again if nothing was written.
+
+    Raises: what `check_output` does, and ValueError if another build holds the folder.
+    """
+    check_output(output, files)
+    is_new = not output.exists()
+    lock = _lock(output)
+    try:
+        yield
+    finally:
+        (output / _LOCK).unlink(missing_ok=True)
+        os.close(lock)
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                output.rmdir()
+
+
+def _lock(output: Path) -> int:
+    """The descriptor of the locked file. Raises: ValueError if another build holds it or there are no locks."""
+    output.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        lock = os.open(output / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Not a POSIX lock: the workers of a killed build, which may still write, have to hold it as well.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            if not isinstance(error, BlockingIOError):
+                raise ValueError(
+                    f"--output {str(output)!r}: cannot be locked ({error.strerror}); name a folder elsewhere"
+                ) from error
+            if _is_held_by_a_living(output / _LOCK) or time.monotonic() > until:
+                raise ValueError(
+                    f"--output {str(output)!r}: another build is writing there; wait for it, or name another folder"
+                ) from error
+            time.sleep(0.05)
+            continue
+        if os.fstat(lock).st_nlink:
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
+            return lock
+        os.close(lock)  # whoever held it has deleted it since
+
+
+def _is_held_by_a_living(lock: Path) -> bool:
+    """Whether the build that took the lock runs, so that not only workers of a killed one hold it."""
+    try:
+        os.kill(int(lock.read_text()), 0)
+    except PermissionError:
+        return True
+    except (FileNotFoundError, ValueError, ProcessLookupError):
+        return False
+    return True
+
+
+def check_output(output: Path, files: Iterable[str] = ()) -> None:
+    """Raises: ValueError that names a file which no build wrote, if it is a tar or in the way of `files`."""
+    _earlier_build(output, files)
+
+
+def _earlier_build(output: Path, files: Iterable[str]) -> _Earlier:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {str(output)!r}: is a file; expected a folder, new or an earlier build's")
+    owned: set[str] = set()
+    plan = None
+    if os.path.lexists(output / MANIFEST):
+        owned |= _listed_in_manifest(output)
+    if os.path.lexists(output / JOURNAL):
+        listed, plan = _listed_in_journal(output)
+        owned |= listed
+    for name in [*sorted(tar.name for tar in output.glob("*.tar")), *files]:
+        if name not in owned and os.path.lexists(output / name):
+            raise _in_the_way(output, name)
+    return _Earlier(frozenset(owned), plan)
+
+
+def _in_the_way(output: Path, name: str) -> ValueError:
+    return ValueError(f"--output {str(output)!r}: holds {name}, which no build wrote; name another folder")
+
+
+def _listed_in_manifest(output: Path) -> set[str]:
+    """The files of a complete build. Raises: ValueError if the manifest is another program's."""
+    manifest = _read_json(output / MANIFEST)
+    shards: Any = manifest.get("shards")
+    is_ours = (
+        manifest.get("made_by", MADE_BY) == MADE_BY  # earlier versions did not say
+        and isinstance(manifest.get("num_samples"), int)
+        and isinstance(manifest.get("options"), dict)
+        and isinstance(shards, list)
+        and all(isinstance(shard, dict) and {"num_samples", "tar_bytes", "digest"} <= shard.keys() for shard in shards)
+    )
+    names = {str(shard.get("name")) for shard in shards} if is_ours else set()
+    if not is_ours or not all(map(_SHARD_NAME.fullmatch, names)):
+        raise _in_the_way(output, MANIFEST)
+    if "num_refused" in manifest:
+        names.add(REFUSALS)
+    if "pairs" in manifest and manifest.get("num_classes") is not None:
+        names.add(CLASSES)
+    return names
+
+
+def _listed_in_journal(output: Path) -> tuple[set[str], str | None]:
+    """The files of an unfinished build, and its plan. Raises: ValueError if the journal is another program's."""
+    path = output / JOURNAL
+    if path.is_file() and path.stat().st_size <= 64 and _FORMER_JOURNAL.fullmatch(path.read_text(errors="replace")):
+        # It deleted all other tars before it wrote its own.
+        tars = {tar.name for tar in output.glob("*.tar") if _SHARD_NAME.fullmatch(tar.name)}
+        return tars | {REFUSALS, CLASSES}, None
+    journal = _read_json(path)
+    files = journal.get("files")
+    if journal.get("made_by") != MADE_BY or not isinstance(files, list) or not all(map(_may_be_listed, files)):
+        raise _in_the_way(output, JOURNAL)
+    return set(files), journal.get("plan")
+
+
+def _may_be_listed(name: object) -> bool:
+    return isinstance(name, str) and (name in (REFUSALS, CLASSES) or _SHARD_NAME.fullmatch(name) is not None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one if it holds none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def open_output(output: Path, plan: str, files: Sequence[str]) -> None:
+    """Readies a folder for the files of a build: what a killed one with the same plan wrote stays, other builds' go.
+
+    Raises: ValueError, before anything is written, if a file that no build wrote is a tar or in the way of `files`.
+    """
+    earlier = _earlier_build(output, files)
+    if earlier.plan != plan:
+        # From here on the folder is an unfinished build, whose shards are not to be kept.
+        _write_journal(output, None, sorted({*earlier.files, *files}))
+        (output / MANIFEST).unlink(missing_ok=True)
+        for name in sorted(earlier.files):
+            if name.endswith(".tar"):
+                delete_shard(output / name)
+            else:
+                (output / name).unlink(missing_ok=True)
+        _write_journal(output, plan, files)
+    _delete_temporary(output, {*earlier.files, *files})
+
+
+def _write_journal(output: Path, plan: str | None, files: Sequence[str]) -> None:
+    write_atomically(output / JOURNAL, json.dumps({"made_by": MADE_BY, "plan": plan, "files": list(files)}) + "\n")
+
+
+def _delete_temporary(output: Path, files: set[str]) -> None:
+    """Deletes what a killed build left of files that it was writing."""
+    names = {*files, *(index_path(name).name for name in files), JOURNAL, MANIFEST}
+    for leftover in output.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if match is not None and match[1] in names:
+            leftover.unlink()
+
+
+def close_output(output: Path, manifest: Mapping[str, object]) -> None:
+    """Writes the manifest, which says that the build is complete."""
+    made_by = {"made_by": MADE_BY, **manifest}
+    write_atomically(output / MANIFEST, json.dumps(made_by, indent=1, ensure_ascii=False) + "\n")
+    (output / JOURNAL).unlink()
+
+
+def write_refusals(output: Path, refusals: Iterable[str]) -> None:
+    """Writes `refused.jsonl`: one JSON object for each row or document that was refused, in the input's order."""
+    write_atomically(output / REFUSALS, (refusal + "\n" for refusal in refusals))
+
+
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Writes a UTF-8 text file, whole or in parts, beside itself and renames it into place.
+
+    Lone surrogates, as in names of files that are not UTF-8, are written as JSON escapes them: `\\udcff`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines([text] if isinstance(text, str) else text)
+    os.replace(temporary, path)
