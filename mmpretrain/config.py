@@ -6,20 +6,27 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from mmpretrain import files
 from mmpretrain.schedules import SCHEDULE_TEXT, Value
 from mmpretrain.schema import EvaluateConfig, TrainConfig
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
 
 _MAX_NAME_LENGTH = 80
+_MAX_YAML_BYTES = 1 << 20
+"""Some 200 times a config.yaml; so much takes half a minute to parse."""
+_MAX_YAML_DEPTH = 50
 
 # Where the data lie may change between a run and its resumption (which data they are is in the checkpoint), but what
 # was named on the command line tells runs apart: a sweep over data.root has a run for each.
@@ -233,18 +240,63 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
 
 
-def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
-    """What a config.yaml holds, as plain values; interpolations are not followed.
+def read(path: Path) -> dict[str, Any]:
+    """What a run's config.yaml holds, as plain values; interpolations are not followed.
 
-    Raises: ValueError, with the file's `name`, if it is no YAML of keys and values.
+    Raises: FileNotFoundError if there is none; ValueError for what no run wrote, see `from_yaml`.
+    """
+    return from_yaml(files.read_text(path, _MAX_YAML_BYTES), str(path))
+
+
+def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
+    """What the text of a config.yaml holds, as plain values; interpolations are not followed.
+
+    Raises: ValueError, with the file's `name`, if it is no YAML of keys and values, has aliases or nests too deep.
     """
     try:
+        _check_structure(text, name)
         plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except YAMLError as error:
-        raise ValueError(f"{name} is no YAML ({error}); expected it as the run wrote it") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} is no YAML of a run ({reason}); expected it as the run wrote it") from error
+    except ValueError as error:
+        if str(error).startswith(name):
+            raise
+        raise ValueError(f"{name} has a value that is none ({error}); expected it as the run wrote it") from error
     if not isinstance(plain, dict):
         raise ValueError(f"{name} holds no keys; expected it as the run wrote it")
+    _check_plain(plain, name)
     return plain  # type: ignore[return-value]
+
+
+def _check_structure(text: str, name: str) -> None:
+    """Raises: ValueError for what takes a parser forever: a few lines of aliases are billions of values."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1
+            raise ValueError(f"{name} has an alias (*{event.anchor} in line {line}); expected values written out")
+        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            depth += 1
+            if depth > _MAX_YAML_DEPTH:
+                line = event.start_mark.line + 1
+                raise ValueError(f"{name} nests deeper than {_MAX_YAML_DEPTH} levels in line {line}")
+        elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            depth -= 1
+
+
+def _check_plain(value: Any, path: str) -> None:
+    """Raises: ValueError for bytes, paths and other things that YAML knows and no run writes."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str | int):
+                raise ValueError(f"{path} has the key {key!r}; expected names")
+            _check_plain(item, f"{path}: {key}" if path.endswith(".yaml") else f"{path}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{path}[{i}]")
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise ValueError(f"{path} is {value!r}; expected a text, a number, true, false or null")
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

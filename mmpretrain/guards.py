@@ -13,7 +13,7 @@ from mmpretrain.batch import Refused
 from mmpretrain.checkpoint import write_text
 from mmpretrain.data.order import step_range
 from mmpretrain.data.stream import Stream
-from mmpretrain.metrics import read_records
+from mmpretrain.metrics import read_refused
 from mmpretrain.schedules import Clock
 
 log = logging.getLogger(__name__)
@@ -69,10 +69,10 @@ class Quarantine:
         self._waiting: list[Refused] = []
         self._seen: set[tuple[str, str]] = set()
         if distributed.is_main() and path.exists():
-            known = read_records(path)
+            known = read_refused(path)
             # Written anew, so that what follows does not continue a line that a kill cut short.
             write_text(path, "".join(json.dumps(record) + "\n" for record in known))
-            self._seen = {(str(record["shard"]), str(record["key"])) for record in known}
+            self._seen = {(record["shard"], record["key"]) for record in known}
 
     def add(self, refused: Iterable[Refused]) -> None:
         """Keep what this rank's batches refused until the next flush."""

@@ -2,7 +2,6 @@
 
 import fcntl
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +12,19 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import build, checkpoint, command, config, distributed, dry_run, parallel, report, targets, usage
+from mmpretrain import (
+    build,
+    checkpoint,
+    command,
+    config,
+    distributed,
+    dry_run,
+    parallel,
+    report,
+    resume,
+    targets,
+    usage,
+)
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
@@ -21,11 +32,10 @@ from mmpretrain.freeze import Freeze
 from mmpretrain.guards import TrainingError
 from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
-from mmpretrain.metrics import MetricsWriter, print_results
+from mmpretrain.metrics import MetricsWriter, print_results, read_results
 from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
 from mmpretrain.precision import autocast
-from mmpretrain.resume import check_fingerprint
 from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
 from mmpretrain.schema import TrainConfig
 from mmpretrain.task import Task
@@ -52,7 +62,7 @@ def _hydra_main(cfg: DictConfig) -> None:
             distributed.shut_down()
 
 
-def train(cfg: TrainConfig) -> Mapping[str, float]:
+def train(cfg: TrainConfig) -> Mapping[str, float | None]:
     """Carry out a configuration: build the parts, resume or begin, train, and return the scores.
 
     Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
@@ -250,9 +260,7 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
         or any(value.depends_on_total() for value in scheduled_values(now))
         or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
     )
-    changed = config.differences(
-        config.from_yaml(path.read_text(), str(path)), now, () if depends else ("trainer.duration",)
-    )
+    changed = config.differences(config.read(path), now, () if depends else ("trainer.duration",))
     if not changed:
         return None
     return (
@@ -273,26 +281,25 @@ def _log_to(folder: Path) -> None:
     )
 
 
-def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> dict[str, float] | None:
+def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> dict[str, float | None] | None:
     """The scores of a run whose last step is saved; every process what process 0 finds.
 
     Raises: ValueError if it was trained on other data.
     """
 
-    def look() -> dict[str, float] | None:
+    def look() -> dict[str, float | None] | None:
         if not (folder / "results.json").exists():
             return None
         path = checkpoint.find_latest(folder / "checkpoints", set_aside=True)
-        if path is None or checkpoint.load_state(path)["step"] < num_steps:
+        if path is None or resume.read_state(path).step < num_steps:
             return None
-        check_fingerprint(path, fingerprint)
-        results: dict[str, float] = json.loads((folder / "results.json").read_text())
-        return results
+        resume.check_fingerprint(path, fingerprint)
+        return read_results(folder / "results.json")
 
     return distributed.from_main(look)
 
 
-def _conclude(results: Mapping[str, float], folder: Path, rewrite: bool) -> None:
+def _conclude(results: Mapping[str, float | None], folder: Path, rewrite: bool) -> None:
     """Write the run's report, unless it is finished and came to it before, and say the results."""
     if distributed.is_main():
         if rewrite or not (folder / report.FILE).exists():

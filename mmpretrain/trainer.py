@@ -117,7 +117,7 @@ class Trainer:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
         saved = resume.find_checkpoint(folder, self.num_steps, fingerprint)
         if saved is not None:
-            task.load_state_dict(checkpoint.load_tensors(saved, "model.safetensors"))
+            resume.load_task(saved, task)
         elif initialize is not None:
             initialize(task)
         self.whole = parallel.prepare(task, device, options.precision, options.parallel)

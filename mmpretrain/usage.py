@@ -9,6 +9,11 @@ class UsageError(ValueError):
     """Wrong use: one line with the value, the expectation and the fix; the process ends with exit code 2."""
 
 
+def printable(text: str) -> str:
+    """A text that a terminal shows as it is: control characters, which could rewrite a screen, as escapes."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?` where a known name is near, else the known names."""
     close = difflib.get_close_matches(name, known, n=1)

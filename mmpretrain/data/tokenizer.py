@@ -193,7 +193,7 @@ class HuggingFaceTokenizer:
         try:
             from transformers import AutoTokenizer
 
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (ImportError, OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise ValueError(
