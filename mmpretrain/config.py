@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from yaml import YAMLError
 
 from mmpretrain import files
@@ -45,6 +46,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     _take_what_is_present(cfg)
     config: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     check_known(config)
+    config.from_environment = _from_environment(cfg)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UsageError(f"{missing[0]} has no value; give it one: {missing[0]}=...")
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
@@ -77,6 +79,38 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
     return config
+
+
+def _from_environment(cfg: DictConfig) -> dict[tuple[str | int, ...], str]:
+    """The values that come from the environment, by their places, as they are written.
+
+    Of OmegaConf's resolvers (create, decode, deprecated, dict.keys, dict.values, env, select) only env asks it.
+    """
+    asked: list[str] = []
+
+    def env(*arguments: Any) -> Any:
+        asked.append(str(arguments[0]))
+        return oc.env(*arguments)
+
+    def search(node: Any, written: Any, place: tuple[str | int, ...]) -> None:
+        for key, text in written.items() if isinstance(written, dict) else enumerate(written):
+            if isinstance(text, dict | list):
+                search(node[key], text, (*place, key))
+            elif isinstance(text, str) and "${" in text:
+                asked.clear()
+                value = node[key]
+                if OmegaConf.is_config(value):
+                    OmegaConf.to_container(value, resolve=True)
+                if asked:
+                    found[(*place, key)] = text
+
+    found: dict[tuple[str | int, ...], str] = {}
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    try:
+        search(cfg, OmegaConf.to_container(cfg, resolve=False), ())
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return found
 
 
 def _read_schedules(cfg: DictConfig) -> None:
@@ -204,35 +238,70 @@ def _derived_name() -> str:
 
 def hparams(config: TrainConfig) -> dict[str, str | float | bool]:
     """What tells runs apart at a glance, under the same keys for every run, as TensorBoard's table needs it."""
-    trainer = config.trainer
+    values = to_values(config)
+
+    def shown(*place: str) -> Any:
+        """The value there, or the text of what it comes from; None if there is none."""
+        node: Any = values
+        for i, key in enumerate(place, start=1):
+            if text := config.from_environment.get(place[:i]):
+                return text
+            node = node.get(key)
+        return node
+
+    def named(part: str) -> str:
+        return str(shown(part, "name") or shown(part, "_target_").rpartition(".")[2])
+
+    weights = {name: shown("objective", name, "weight") for name in values["objective"]}
     return {
-        "name": str(config.run.name),
-        "seed": config.run.seed,
-        "objective": "+".join(f"{_shown(node.get('weight', 1.0))} {name}" for name, node in config.objective.items()),
-        "model": str(config.model.get("name") or config.model["_target_"].rpartition(".")[2]),
-        "batch_size": trainer.batch_size,
-        "duration": trainer.duration,
-        "precision": trainer.precision.value,
-        "optimizer": str(config.optimizer.get("name") or config.optimizer["_target_"].rpartition(".")[2]),
-        "lr": float(config.optimizer.get("lr", 0.0)),
-        "weight_decay": float(config.optimizer.get("weight_decay", 0.0)),
-        "schedule": config.schedule["_target_"].rpartition(".")[2],
-        "ema_decay": _shown(trainer.ema_decay or 0.0),
-        "init_from": config.init_from or "",
-        "data": config.data.root,
+        "name": str(shown("run", "name")),
+        "seed": shown("run", "seed"),
+        "objective": "+".join(
+            f"{_shown(1.0 if weight is None else weight)} {name}" for name, weight in weights.items()
+        ),
+        "model": named("model"),
+        "batch_size": shown("trainer", "batch_size"),
+        "duration": shown("trainer", "duration"),
+        "precision": shown("trainer", "precision"),
+        "optimizer": named("optimizer"),
+        "lr": _number(shown("optimizer", "lr") or 0.0),
+        "weight_decay": _number(shown("optimizer", "weight_decay") or 0.0),
+        "schedule": shown("schedule", "_target_").rpartition(".")[2],
+        "ema_decay": _shown(shown("trainer", "ema_decay") or 0.0),
+        "init_from": shown("init_from") or "",
+        "data": shown("data", "root"),
     }
+
+
+def _number(value: Any) -> str | float:
+    """A number as a float; what comes from the environment as it is written."""
+    return value if isinstance(value, str) else float(value)
 
 
 def _shown(value: Any) -> str:
     """A scheduled value in a word."""
-    return f"{value:g}" if isinstance(value, int | float) else next(iter(value))
+    return f"{value:g}" if isinstance(value, int | float) else value if isinstance(value, str) else next(iter(value))
 
 
-def to_plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as dictionaries, lists and plain values, the content of config.yaml."""
+def to_values(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as dictionaries, lists and plain values."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """`to_values` as they may be shown, the content of config.yaml: what comes from the environment stays as written.
+
+    It may be a secret, and is none of the run's.
+    """
+    plain = to_values(config)
+    for (*parents, key), text in config.from_environment.items():
+        node: Any = plain
+        for parent in parents:
+            node = node[parent]
+        node[key] = text
+    return plain
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -310,12 +379,24 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in _flat(dict(plain)).items() if not _FREE.fullmatch(key)}
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
-    """What two configurations of one run differ in, as `key: saved -> now`, what may differ left out."""
-    flat_saved, flat_now = _flat(dict(saved)), _flat(dict(now))
-    keys = sorted({**flat_saved, **flat_now})
+def differences(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What two configurations of one run differ in, as `key: saved -> now`, what may differ left out.
+
+    Args:
+        saved, now: as `to_plain` gives them.
+        free: further keys that may differ.
+        values: `now` as `to_values` gives it, which is what earlier versions saved.
+    """
+    flat_saved, flat_now, flat_values = _flat(dict(saved)), _flat(dict(now)), _flat(dict(values or now))
     return [
         f"{key}: {json.dumps(flat_saved.get(key, 'absent'))} -> {json.dumps(flat_now.get(key, 'absent'))}"
-        for key in keys
-        if flat_saved.get(key, "absent") != flat_now.get(key, "absent") and key not in free and not _FREE.fullmatch(key)
+        for key in sorted({**flat_saved, **flat_now})
+        if flat_saved.get(key, "absent") not in (flat_now.get(key, "absent"), flat_values.get(key, "absent"))
+        and key not in free
+        and not _FREE.fullmatch(key)
     ]
