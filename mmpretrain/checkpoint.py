@@ -61,8 +61,9 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """`write_text` for content as it is."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
-    partial.write_bytes(content)
-    _sync(partial)
+    with files.naming(path):
+        partial.write_bytes(content)
+        _sync(partial)
     partial.replace(path)
     _sync(path.parent)
 

@@ -1,8 +1,11 @@
 """Small files that others may have written: read whole within limits, or refused in one line that names the file."""
 
+import io
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,24 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise ValueError(
             f"{path} is not UTF-8 ({error.reason} at byte {error.start}); expected it as it was written"
         ) from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside the block an OSError that names no file names this one: one of writing to an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_all(file: io.RawIOBase, text: str | bytes) -> None:
+    """Write to an unbuffered file, which may take a part at a time; no buffer is left to fail later. Raises: OSError."""
+    rest = memoryview(text.encode() if isinstance(text, str) else text)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

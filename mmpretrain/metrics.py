@@ -1,10 +1,12 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar, a grid of pairs. Only the main process writes."""
 
+import io
 import json
 import logging
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +16,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 
 HParam = str | float | bool
 _MAX_RECORDS_BYTES = 256 << 20
+_EVENTS = "events.out.tfevents."
 _LARGEST = sys.float_info.max
 
 # TensorBoard's table shows five settings until others are chosen: the ones that are marked as different, by name.
@@ -120,13 +125,19 @@ class MetricsWriter:
         path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= step]  # type: ignore[operator]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", buffering=1)
+        self._path, self._file = path, path.open("ab", buffering=0)
         purge = samples + 1 if step else 0
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=purge, flush_secs=10)
+        before = set((folder / "tensorboard").glob(f"{_EVENTS}*"))
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=purge)
+        (begun,) = set((folder / "tensorboard").glob(f"{_EVENTS}*")) - before
+        file_writer = self._tensorboard._get_file_writer()
+        file_writer.event_writer.close()
+        file_writer.event_writer = _EventFile(begun, before)
 
     def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """Log one object; a value that is not finite is written as null, which JSON can say."""
-        self._file.write(json.dumps({"step": step, "samples": samples, **finite(values)}) + "\n")
+        with files.naming(self._path):
+            files.write_all(self._file, json.dumps({"step": step, "samples": samples, **finite(values)}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, samples)
 
@@ -148,7 +159,8 @@ class MetricsWriter:
         self._tensorboard.add_image(name, image, samples, dataformats="HWC")
         path = self._folder / "pictures" / f"{name.replace('/', '.')}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(path)
+        with files.naming(path):
+            Image.fromarray(image).save(path)
 
     def examples(self, name: str, samples: int, examples: Sequence[Example]) -> None:
         """Log what an objective made of some samples: pictures on one page, texts as one."""
@@ -174,15 +186,47 @@ class MetricsWriter:
         for summary in (experiment, start, end):
             self._tensorboard._get_file_writer().add_summary(summary)
 
-    def flush(self) -> None:
-        """Make sure that everything so far is on disk: a checkpoint that follows promises it."""
-        self._file.flush()
-        self._tensorboard.flush()
-
     def close(self) -> None:
-        """Flush and close both."""
+        """Close both."""
         self._file.close()
         self._tensorboard.close()
+
+
+class _EventFile:
+    """TensorBoard's event file, written at once and in this thread.
+
+    torch's own writes in a thread of its own, where a full disk is a traceback on the console. And TensorBoard reads
+    files in the order of the seconds in their names: one of a run that goes on after the clock was set back would be
+    read before those that it follows, whose first event then takes back what it holds. So it is named behind them.
+
+    Args:
+        begun: the file that torch began, and closed.
+        others: those of the processes before.
+    """
+
+    def __init__(self, begun: Path, others: Iterable[Path]) -> None:
+        self._folder = begun.parent
+        seconds = [int(match[1]) for path in others if (match := re.match(rf"{_EVENTS}(\d{{1,18}})\.", path.name))]
+        own, _, rest = begun.name.removeprefix(_EVENTS).partition(".")
+        later = max([int(own), *(second + 1 for second in seconds)])
+        self._path = begun.rename(begun.with_name(f"{_EVENTS}{later:010d}.{rest}"))
+        self._file = self._path.open("ab", buffering=0)
+
+    def get_logdir(self) -> str:
+        return str(self._folder)
+
+    def add_event(self, event: Event) -> None:
+        """Append one event. Raises: OSError that names the file."""
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        with files.naming(self._path):
+            files.write_all(self._file, record.getvalue())
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class ProgressBar:

@@ -29,7 +29,7 @@ from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.freeze import Freeze
-from mmpretrain.guards import TrainingError
+from mmpretrain.guards import LogFile, TrainingError, enough_space
 from mmpretrain.init_from import init_from
 from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results, read_results
@@ -67,7 +67,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
 
     Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
     """
-    with usage.usage_errors():
+    with enough_space(Path(str(cfg.run.dir))), usage.usage_errors():
         device = build.device_of(cfg.trainer.device)
         distributed.setup(device)
         schedule: Schedule = targets.instantiate(cfg.schedule, cfg.run.seed, "schedule")
@@ -98,7 +98,8 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         lock = _open_run(cfg, folder, schedule)
         clock = clock_of(streams, options.duration)
         fingerprint = {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
-        if (finished := _finished(folder, clock.total_samples // clock.batch_size, fingerprint)) is not None:
+        total_steps = clock.total_samples // clock.batch_size
+        if (finished := _finished(folder, total_steps, fingerprint, options.keep_last)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
             _conclude(finished, folder, rewrite=False)
             return finished
@@ -137,9 +138,10 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
             checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
             _keep_tokenizer(cfg, folder)
-    with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
-        results = trainer.run()
-    _conclude(results, folder, rewrite=True)
+    with enough_space(folder):
+        with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
+            results = trainer.run()
+        _conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()
     return results
@@ -254,13 +256,13 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    now = config.to_plain(cfg)
+    now, values = config.to_plain(cfg), config.to_values(cfg)
     depends = (
         schedule.depends_on_total()
-        or any(value.depends_on_total() for value in scheduled_values(now))
+        or any(value.depends_on_total() for value in scheduled_values(values))
         or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
     )
-    changed = config.differences(config.read(path), now, () if depends else ("trainer.duration",))
+    changed = config.differences(config.read(path), now, () if depends else ("trainer.duration",), values)
     if not changed:
         return None
     return (
@@ -274,15 +276,25 @@ def _log_to(folder: Path) -> None:
     logging.captureWarnings(True)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if distributed.is_main():
-        handlers.append(logging.FileHandler(folder / "train.log"))
+        handlers.append(LogFile(folder / "train.log"))
+    for handler in handlers:
+        handler.addFilter(_make_printable)
     level = logging.INFO if distributed.is_main() else logging.WARNING
     logging.basicConfig(
         level=level, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
 
 
-def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> dict[str, float | None] | None:
-    """The scores of a run whose last step is saved; every process what process 0 finds.
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Control characters of a message as escapes: the names of samples and shards are the data's."""
+    record.msg, record.args = "\n".join(map(usage.printable, record.getMessage().splitlines())), None
+    return True
+
+
+def _finished(
+    folder: Path, num_steps: int, fingerprint: Mapping[str, Any], keep_last: int
+) -> dict[str, float | None] | None:
+    """The scores of a run whose last step is saved, and which then keeps no more than it should; on every process.
 
     Raises: ValueError if it was trained on other data.
     """
@@ -294,6 +306,7 @@ def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> d
         if path is None or resume.read_state(path).step < num_steps:
             return None
         resume.check_fingerprint(path, fingerprint)
+        checkpoint.prune(folder / "checkpoints", keep_last)
         return read_results(folder / "results.json")
 
     return distributed.from_main(look)

@@ -20,6 +20,7 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
+from mmpretrain.gradient_watch import GradientWatch
 from mmpretrain.guards import PREEMPTED_EXIT_CODE, Quarantine, StopSignal, TrainingError, check_bad_step
 from mmpretrain.measure import Window, is_better, train_values
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
@@ -116,6 +117,8 @@ class Trainer:
         if self.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
         saved = resume.find_checkpoint(folder, self.num_steps, fingerprint)
+        if distributed.is_main():
+            checkpoint.prune(folder / "checkpoints", options.keep_last)
         if saved is not None:
             resume.load_task(saved, task)
         elif initialize is not None:
@@ -159,6 +162,7 @@ class Trainer:
     def _loop(self, stop: StopSignal) -> None:
         state, options, device = self.state, self.options, self.device
         self.window = Window()
+        self.gradient_watch = GradientWatch()
         batches = iter(self.loader)
         with (
             ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
@@ -197,6 +201,8 @@ class Trainer:
                 before = state.samples
                 state.step, state.samples = state.step + 1, state.samples + self.batch_size
                 self.window.add(self.batch_size)
+                if options.clip_grad_norm is None and distributed.is_main():
+                    self.gradient_watch.add(state.step, norms["all"])
                 is_last = state.step == self.num_steps
                 known = self.flags.read()
                 check_bad_step(known, state.step - 1, self.streams, self.clock, options.max_bad_steps)
@@ -273,6 +279,7 @@ class Trainer:
         try:
             return [next(batches) for _ in range(self.num_micro_batches)]
         except (OSError, ValueError, RuntimeError) as error:  # the last: a worker was killed
+            self.quarantine.write_waiting()
             # A worker's error carries its whole traceback; the last line is what it said.
             raise TrainingError(f"the data cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
@@ -306,6 +313,7 @@ class Trainer:
         self.quarantine.flush(self.state.samples)
         # First what waits for the device: the time below is then that of work done.
         values = train_values(losses, weights, norms, self.task)
+        self.gradient_watch.check()
         values |= {
             f"train/{name}_weight": weights[name] for name, value in self.weights.items() if not value.is_constant
         }
@@ -357,7 +365,6 @@ class Trainer:
         is_new = state.step > self.saved_step
         tensors = self._tensors() if is_new else {}
         if self.writer is not None and is_new:
-            self.writer.flush()
             try:
                 numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
                 checkpoint.save(

@@ -204,11 +204,16 @@ class Command:
             _become, module, tuple(arguments), str(folder), dict(environment or {}), str(self._output)
         )
 
+    @property
+    def pid(self) -> int:
+        """Its process's number."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""
-        assert self._process.pid is not None
         if self._process.is_alive():
-            os.kill(self._process.pid, number)
+            os.kill(self.pid, number)
 
     def send_until_it_ends(self, number: signal.Signals) -> None:
         """Send it a signal again and again."""
