@@ -1,5 +1,6 @@
 """Small files that others may have written: read whole within limits, or refused in one line that names the file."""
 
+import errno
 import io
 import json
 import os
@@ -16,14 +17,21 @@ MAX_JSON_BYTES = 64 << 20
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """The content of a regular file, or of what a symbolic link leads to.
 
-    Raises: FileNotFoundError if there is none; ValueError for a pipe, device or folder, and above `max_bytes`.
+    Raises: FileNotFoundError if there is none; ValueError for a pipe, device or folder, and above `max_bytes`; OSError if
+        it cannot be read, which says nothing about it.
     """
     # Opening a pipe waits for its other end, unless told not to.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a link that leads to itself; expected the file as it was written") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is no regular file; expected the file as it was written, replace or remove it")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no regular file; expected the file as it was written, replace or remove it")
         content = file.read(max_bytes + 1) if status.st_size <= max_bytes else b""
     if max(status.st_size, len(content)) > max_bytes:
         raise ValueError(
