@@ -8,6 +8,7 @@ checkpoints/step_00001000/model.safetensors      the task's state: model.* and o
 checkpoints/latest, checkpoints/best             the names of the newest and of the best one
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -75,7 +76,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # how the library says that the disk is full
-        raise OSError(f"{path}: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
     path.chmod(mode)
 
 

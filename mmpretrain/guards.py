@@ -1,6 +1,5 @@
 """What ends a run before its last step: a signal, refused samples, gradients that are not finite, a full disk."""
 
-import errno
 import json
 import logging
 import shutil
@@ -19,6 +18,7 @@ from mmpretrain.data.order import step_range
 from mmpretrain.data.stream import Stream
 from mmpretrain.metrics import read_refused
 from mmpretrain.schedules import Clock
+from mmpretrain.usage import NO_SPACE
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def enough_space(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_SPACE:
             raise
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free / 2**20
         raise TrainingError(

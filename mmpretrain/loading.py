@@ -228,7 +228,9 @@ def _built(what: str, source: Path, build: Callable[[], Any]) -> Any:
         return build()
     except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except Exception as error:  # arguments of a wrong type or of no sense fail in as many ways as there are parts
+    except BaseException as error:  # arguments of a wrong type or of no sense fail in as many ways as there are parts
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
         reason = next(iter(str(error).splitlines()), "no reason is given")
         raise ValueError(f"{source}: {what} cannot be built ({type(error).__name__}: {reason})") from error
 

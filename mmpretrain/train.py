@@ -67,7 +67,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
 
     Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
     """
-    with enough_space(Path(str(cfg.run.dir))), usage.usage_errors():
+    with usage.usage_errors(), enough_space(Path(str(cfg.run.dir))):
         device = build.device_of(cfg.trainer.device)
         distributed.setup(device)
         schedule: Schedule = targets.instantiate(cfg.schedule, cfg.run.seed, "schedule")

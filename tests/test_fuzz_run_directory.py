@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from analysis.__main__ import main as analysis
 from analysis.runs import read_run
-from mmpretrain import report, resume
+from mmpretrain import config, report, resume
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.metrics import MetricsWriter
 from tests.saved_runs import save_whole_run
@@ -82,7 +82,7 @@ def damage(data: st.DataObject, run: Path) -> None:
         st.sampled_from(["value", "value", "value", "bytes", "cut", "repeat", "nest", "absent", "pipe", "link"])
     )
     if kind == "value" and name == "config.yaml":
-        path.write_text(yaml.safe_dump(damage_value(data, yaml.safe_load(content))))
+        path.write_text(yaml.safe_dump(damage_value(data, config.from_yaml(content.decode()))))
     elif kind == "value" and name.endswith(".json"):
         path.write_text(json.dumps(damage_value(data, json.loads(content))))
     elif kind == "value" and name.endswith(".jsonl"):

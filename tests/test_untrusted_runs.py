@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.__main__ import main as analysis
-from mmpretrain import checkpoint, config, report, resume
+from mmpretrain import checkpoint, config, evaluate, report, resume
 from mmpretrain.loading import load_checkpoint
 from mmpretrain.metrics import print_results, read_metrics
+from mmpretrain.schema import EvalDataConfig, EvaluateConfig
 from tests import runs
-from tests.saved_runs import SMALL, save_whole_run
+from tests.saved_runs import SMALL, save_run, save_whole_run
 
 OPEN_CLIP = {"_target_": "mmpretrain.models.open_clip.open_clip_model", "name": "ViT-B-32"}
 TOKENIZERS = "mmpretrain.data.tokenizer"
@@ -135,6 +136,58 @@ def test_a_tokenizer_inside_another_nodes_argument_is_refused_too(run: Path) -> 
     assert "data.tokenizer.context_length.path is '/srv/tokenizer.json'" in refusal(run)
     poison(run, "model.image.args", {"x": inner})
     assert "model.image.args.x._target_ is" in refusal(run)
+
+
+def test_a_tokenizer_of_the_run_runs_no_code_and_stays_small(run: Path) -> None:
+    kept, mark = run / "tokenizer", run.parent / "ran"
+    kept.mkdir()
+    poison(run, "data.tokenizer", {"_target_": f"{TOKENIZERS}.tokenizer_of", "path": "anywhere"})
+    (kept / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (kept / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "data.tokenizer" in refusal(run)
+    assert not mark.exists()
+    (kept / "tokenizer_config.json").unlink()
+    vocabulary = {"[PAD]": 0, "[EOS]": 1, "[UNK]": 2, "a": 4_294_967_295}
+    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[EOS]", "type_id": 0}}
+    ends = {"type": "TemplateProcessing", "single": [text, end], "pair": [text, end]}
+    parts: dict[str, Any] = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+    }
+    known = {"[EOS]": {"id": "[EOS]", "ids": [1], "tokens": ["[EOS]"]}}
+    for tokens, message in (({}, "PanicException"), (known, "ids up to 4294967295")):
+        (kept / "tokenizer.json").write_text(
+            json.dumps({**parts, "post_processor": {**ends, "special_tokens": tokens}})
+        )
+        assert message in refusal(run)
+    os.mkfifo(kept / "vocab.txt")
+    assert "vocab.txt is no regular file" in refusal(run)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("data.val", [1], "data.val is [1]; expected Mapping"),
+        ("data.val", {"a": {"shard": "x"}}, "data.val.a has 'shard'; did you mean 'shards'?"),
+        ("data.val", {"a": {"shards": "x", "caption": 1}}, "data.val.a.caption is 1; expected str | None"),
+        ("data.val", {"a": {"shards": ["${oc.env:HOME}"]}}, "data.val.a.shards[0] is '${oc.env:HOME}'"),
+        ("data.root", 5, "data.root is 5; expected str"),
+        ("trainer.precision", "fp64", "trainer.precision is 'fp64'; expected Literal"),
+        ("data.val_batch_size", -1, "data.val_batch_size is -1; expected a number at least 1"),
+    ],
+)
+def test_an_evaluation_of_what_no_run_wrote_is_refused_in_one_line(
+    tmp_path: Path, place: str, value: Any, message: str
+) -> None:
+    sound = {"data.root": "/srv", "data.val": {}, "data.val_batch_size": 8}
+    save_run(tmp_path)  # with as many words as the tokenizer
+    for key, saved in {**sound, place: value}.items():
+        poison(tmp_path, key, saved)
+    cfg = EvaluateConfig(str(tmp_path), device="cpu", ema=False, precision=None, data=EvalDataConfig(None, 0, {}, None))
+    with pytest.raises(ValueError, match=r".") as raised:
+        evaluate.run(cfg)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_a_folder_is_read_once_it_is_named_by_its_user(run: Path, tmp_path: Path) -> None:
