@@ -241,8 +241,17 @@ def _built_model(resolved: Any, tensors: Mapping[str, Tensor], source: Path) -> 
     Raises: ValueError if they are those of another model.
     """
 
-    with _at_most(10 * len(tensors) + 1000, source), torch.device("meta"):  # which takes no memory
-        model = _built("model", source, lambda: targets.call(resolved, 0))
+    def build() -> Any:
+        return _built("model", source, lambda: targets.call(resolved, 0))
+
+    with _at_most(10 * len(tensors) + 1000, source):
+        try:
+            with torch.device("meta"):  # which takes no memory
+                model = build()
+        except ValueError as error:
+            if "meta tensor" not in str(error):
+                raise
+            model = build()  # one that computes numbers while it is built, which only memory can hold
     if not isinstance(model, ImageTextModel):
         raise ValueError(f"{source}: model is a {type(model).__name__}; expected a model of images and texts")
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -256,7 +265,7 @@ def _built_model(resolved: Any, tensors: Mapping[str, Tensor], source: Path) -> 
         )
     if sum(buffer.numel() for buffer in model.buffers()) > max(_numel(tensors), _SMALL_BUFFERS):
         raise ValueError(f"{source}: the model's buffers are larger than its weights; expected the run's own file")
-    built: ImageTextModel = _built("model", source, lambda: targets.call(resolved, 0))
+    built: ImageTextModel = build()
     return built
 
 

@@ -91,6 +91,19 @@ def test_a_model_of_ones_own_is_loaded_once_its_module_is_trusted(
     assert type(load_checkpoint(tmp_path, trust=["own_towers"]).model.text).__name__ == "Mine"
 
 
+def test_a_model_that_computes_numbers_while_it_is_built_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "computing_towers.py").write_text(
+        "import torch\nfrom mmpretrain.models.text import TextTransformer\n\n\nclass Mine(TextTransformer):\n"
+        "    def __init__(self, **sizes):\n        super().__init__(**sizes)\n"
+        "        self.rate = torch.linspace(0, 1, 3)[1].item()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    save_run(tmp_path, {**MODEL, "text": {**MODEL["text"], "_target_": "computing_towers.Mine"}})
+    assert load_checkpoint(tmp_path, trust=["computing_towers"]).model.text.rate == 0.5
+
+
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     save_run(tmp_path, tokenizer="SimpleTokenizer")
     with pytest.raises(ValueError, match=r"^config.yaml: data.tokenizer._target_ is '.*\.SimpleTokenizer'"):
