@@ -31,7 +31,6 @@ from mmpretrain.evals.evaluation import Context, chosen_sets, evaluate
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import LogFile, TrainingError, enough_space
 from mmpretrain.init_from import init_from
-from mmpretrain.loading import TOKENIZER_FOLDER
 from mmpretrain.metrics import MetricsWriter, print_results, read_results
 from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
@@ -40,6 +39,7 @@ from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_value
 from mmpretrain.schema import TrainConfig
 from mmpretrain.task import Task
 from mmpretrain.trainer import Trainer, TrainerOptions
+from mmpretrain.untrusted import TOKENIZER_FOLDER
 from mmpretrain.workers import own_cores
 
 log = logging.getLogger(__name__)

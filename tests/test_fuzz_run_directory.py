@@ -166,7 +166,7 @@ def test_readers_of_a_damaged_run_answer_for_as_long_as_is_asked(
     end = time.monotonic() + float(os.environ["FUZZ_SECONDS"])
 
     @settings(
-        max_examples=200, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
+        max_examples=50, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(data=st.data())

@@ -84,7 +84,7 @@ def test_a_planted_target_is_found_in_any_container_and_not_run(shared_run: Path
             [
                 {"_target_": "os.mkdir", "path": str(mark)},
                 {"_target_": "os.mkdir", "path": str(mark), "_partial_": True},
-                {"_target_": "mmpretrain.loading.os.mkdir", "path": str(mark)},
+                {"_target_": "mmpretrain.models.vit.torch.os.mkdir", "path": str(mark)},
                 {"_target_": "mmpretrain.models_evil.mkdir", "path": str(mark)},
                 {"_target_": ["os", "mkdir"], "path": str(mark)},
                 {"_target_": {"_target_": "os.mkdir", "path": str(mark)}},
