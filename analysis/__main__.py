@@ -10,6 +10,7 @@ from rich.table import Table
 from analysis.compare import draw_curves, table
 from analysis.runs import find_runs
 from data_tools.command_line import run_app
+from mmpretrain.usage import printable
 
 app = typer.Typer(
     help="From finished runs to tables and pictures.",
@@ -39,21 +40,21 @@ def compare(
     """
     found = find_runs(runs)
     ranking, metrics, rows = table(found, metric)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = _UNBOUNDED  # a file or a pipe holds every column
     fitting = max(1, (console.width - _SETTING_WIDTH) // _METRIC_WIDTH)
-    shown = Table(title=f"{len(found)} runs, best {ranking} first", title_justify="left")
+    shown = Table(title=f"{len(found)} runs, best {printable(ranking)} first", title_justify="left")
     shown.add_column("setting", overflow="fold")
     shown.add_column("seeds", justify="right")
     for name in metrics[:fitting]:
-        shown.add_column(name.replace("/", "/\n"), justify="right", no_wrap=True)
+        shown.add_column(printable(name).replace("/", "/\n"), justify="right", no_wrap=True)
     for row in rows:
         seeds = f"{row.num_seeds}" + (f" (+{row.num_unfinished} unfinished)" if row.num_unfinished else "")
-        shown.add_row(row.name, seeds, *(row.cell(name) for name in metrics[:fitting]))
+        shown.add_row(printable(row.name), seeds, *(row.cell(name) for name in metrics[:fitting]))
     console.print(shown)
     if metrics[fitting:]:
-        console.print(f"not shown for want of width: {', '.join(metrics[fitting:])}", soft_wrap=True)
+        console.print(f"not shown for want of width: {printable(', '.join(metrics[fitting:]))}", soft_wrap=True)
     if curves is not None:
         draw_curves(found, [ranking, "train/loss"], curves)
         console.print(f"curves: {curves}", soft_wrap=True)

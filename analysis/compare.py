@@ -58,7 +58,7 @@ def table(runs: Sequence[Run], metric: str | None) -> tuple[str, list[str], list
     for name, group in repetitions(runs).items():
         finished = [run for run in group if run.results]
         metrics = dict.fromkeys(key for run in finished for key in run.results)
-        values = {key: [run.results[key] for run in finished if run.results.get(key) is not None] for key in metrics}
+        values = {key: [value for run in finished if (value := run.results.get(key)) is not None] for key in metrics}
         rows.append(Row(name, values, len(finished), len(group) - len(finished)))
     known = dict.fromkeys(key for row in rows for key in row.values)
     scores = [key for key in known if key not in _LENGTHS]
@@ -85,6 +85,11 @@ def draw_curves(runs: Sequence[Run], metrics: Sequence[str], path: Path) -> None
     """Each metric over samples seen and over wall time: a line a setting, its mean over seeds, and every seed thin."""
     groups = repetitions(runs)
     shown = [metric for metric in metrics if any(run.curve(metric, "samples") for run in runs)]
+    with matplotlib.rc_context({"text.parse_math": False}):  # names are shown as they are
+        _draw_curves(runs, shown, groups, path)
+
+
+def _draw_curves(runs: Sequence[Run], shown: Sequence[str], groups: Mapping[str, Sequence[Run]], path: Path) -> None:
     figure, axes = plt.subplots(len(shown), 2, figsize=(13, 3.6 * len(shown)), squeeze=False, constrained_layout=True)
     for metric, (left, right) in zip(shown, axes, strict=True):
         for place, axis, label in ((left, "samples", "samples seen"), (right, "wall_seconds", "wall time, minutes")):

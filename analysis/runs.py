@@ -1,6 +1,5 @@
 """What finished runs left: their configuration, scores and curves."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpretrain import config
-from mmpretrain.metrics import read_records
+from mmpretrain.metrics import read_metrics, read_results
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +23,7 @@ class Run:
     folder: Path
     settings: Mapping[str, Any]
     """The configuration's leaves by their full names; what may differ on a resume is left out."""
-    results: Mapping[str, float]
+    results: Mapping[str, float | None]
     """results.json; empty while the run is not finished."""
 
     @property
@@ -34,11 +33,12 @@ class Run:
     def curve(self, metric: str, axis: str) -> list[tuple[float, float]]:
         """(axis, value) of each logged step that has the metric; axis is `samples` or `wall_seconds`."""
         key = "samples" if axis == "samples" else "system/wall_seconds"
-        points, last = [], None
-        for record in read_records(self.folder / "metrics.jsonl"):
+        points: list[tuple[float, float]] = []
+        last: float | None = None
+        for record in read_metrics(self.folder / "metrics.jsonl"):
             last = record.get(key, last)
-            if record.get(metric) is not None and last is not None:
-                points.append((float(last), float(record[metric])))
+            if (value := record.get(metric)) is not None and last is not None:
+                points.append((float(last), float(value)))
         return points
 
 
@@ -50,11 +50,10 @@ def read_run(folder: Path) -> Run:
             f"{folder} is no run: it has no config.yaml; expected directories such as runs/<experiment>/<name>"
         )
     results = folder / "results.json"
-    return Run(
-        folder=folder,
-        settings=config.identity(config.from_yaml(path.read_text())),
-        results=json.loads(results.read_text()) if results.is_file() else {},
-    )
+    settings = config.identity(config.read(path))
+    if not isinstance(settings.get(_SEED), int | None):
+        raise ValueError(f"{path}: {_SEED} is {settings[_SEED]!r}; expected a number")
+    return Run(folder=folder, settings=settings, results=read_results(results) if results.exists() else {})
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
@@ -75,7 +74,7 @@ def repetitions(runs: Sequence[Run]) -> dict[str, list[Run]]:
     groups: dict[str, dict[Any, Run]] = {}
     for run in sorted(runs, key=lambda run: bool(run.results)):
         settings = {key: value for key, value in run.settings.items() if key != _SEED}
-        group = groups.setdefault(json.dumps(settings, sort_keys=True), {})
+        group = groups.setdefault(repr(sorted(settings.items())), {})
         if (seed := run.settings.get(_SEED)) in group:
             log.warning("%s and %s are runs of one seed; the latter counts", group[seed].folder, run.folder)
         group[seed] = run

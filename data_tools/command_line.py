@@ -19,7 +19,10 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
         message = error.format_message()  # type: ignore[attr-defined]
         print(f"error: {_given(arguments, error)}{message} (--help shows the options)", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        # A file's name may hold what would rewrite a terminal's screen.
+        shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        print(f"error: {shown}", file=sys.stderr)
     except typer.Abort:
         print("interrupted", file=sys.stderr)
         return 130

@@ -34,7 +34,7 @@ def load(
         run_or_checkpoint: a run's directory, or one of its checkpoints.
         device: where the model goes.
         ema: whether to take the weights' moving average.
-        trust: modules beside our own whose classes the run's configuration may name; they are imported.
+        trust: what the run's configuration may name beside our own: modules, which are imported; folders; names of a hub.
 
     Raises: ValueError if there is no checkpoint, or its configuration names parts that are neither ours nor trusted.
     """

@@ -9,10 +9,12 @@ checkpoints/step_00001000/model.safetensors      the task's state: model.* and o
 checkpoints/latest, checkpoints/best             the names of the newest and of the best one
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmpretrain import files
+
 log = logging.getLogger(__name__)
 
 _NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 _PARTIAL = ".partial-"
+_FILE = re.compile(r"\w+\.safetensors|state\.json")
+_MAX_NAME_BYTES = 200
 
 
 class CorruptCheckpoint(ValueError):
@@ -57,10 +63,24 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """`write_text` for content as it is."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
-    partial.write_bytes(content)
-    _sync(partial)
+    with files.naming(path):
+        partial.write_bytes(content)
+        _sync(partial)
     partial.replace(path)
     _sync(path.parent)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a .safetensors that whoever may read the files beside it may read. Raises: OSError if it cannot be."""
+    path.touch()  # with the rights that the user gives to new files; the library replaces it by one of its owner's alone
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how the library says that the disk is full
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+    path.chmod(mode)
 
 
 def save(
@@ -88,16 +108,16 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         for part, named in tensors.items():
-            save_file({name: tensor.contiguous() for name, tensor in named.items()}, partial / f"{part}.safetensors")
-    except SafetensorError as error:  # how the library says that the disk is full
+            save_tensors(named, partial / f"{part}.safetensors")
+    except OSError:
         shutil.rmtree(partial)
-        raise OSError(f"{partial}: {error}") from error
-    (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    files = [*(f"{part}.safetensors" for part in tensors), "state.json"]
-    manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in files}
+        raise
+    names = [*(f"{part}.safetensors" for part in tensors), "state.json"]
+    manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in names}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for name in (*files, "manifest.json"):
+    for name in (*names, "manifest.json"):
         _sync(partial / name)
     _sync(partial)
     partial.rename(path)
@@ -119,9 +139,12 @@ def mark_best(path: Path, keep_last: int) -> None:
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one; 0 keeps all."""
+    """Delete all checkpoints but the newest `keep_last` and the best one; 0 keeps all.
+
+    A kill between a save and this leaves more; a resumed or finished run comes here again.
+    """
     if keep_last:
-        best = (folder / "best").read_text().strip() if (folder / "best").exists() else None
+        best = read_name(folder / "best") if (folder / "best").exists() else None
         for old in _all(folder)[keep_last:]:
             if old.name != best:
                 shutil.rmtree(old)
@@ -132,10 +155,12 @@ def write_scores(path: Path, results: Mapping[str, float], best: float | None) -
     write_text(path / "scores.json", json.dumps({"results": results, "best": best}, indent=2) + "\n")
 
 
-def load_scores(path: Path) -> dict[str, Any] | None:
-    """What `write_scores` kept, if its evaluation was done."""
-    file = path / "scores.json"
-    return json.loads(file.read_text()) if file.exists() else None
+def read_name(path: Path) -> str:
+    """The checkpoint that `best` or `latest` names. Raises: ValueError if it names none."""
+    name = files.read_text(path, _MAX_NAME_BYTES).strip()
+    if not re.fullmatch(r"step_\d+", name):
+        raise ValueError(f"{path} names {name!r}; expected a checkpoint beside it, such as step_00001000")
+    return name
 
 
 def _all(folder: Path) -> list[Path]:
@@ -158,9 +183,9 @@ def verify(path: Path) -> None:
     Raises: CorruptCheckpoint naming the first file that is missing, cut or changed.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in {*_NEEDED, *manifest}}
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
+        manifest = files.read_json(path / "manifest.json")
+        expected = {name: _entry(manifest.get(name), name) for name in {*_NEEDED, *manifest}}
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
     for name, (num_bytes, sha256) in expected.items():
         file = path / name
@@ -170,6 +195,15 @@ def verify(path: Path) -> None:
             raise CorruptCheckpoint(f"{path}: {name} has {file.stat().st_size} bytes, expected {num_bytes}")
         if _sha256(file) != sha256:
             raise CorruptCheckpoint(f"{path}: {name} has another SHA-256 than when it was saved")
+
+
+def _entry(entry: Any, name: str) -> tuple[int, str]:
+    """(bytes, SHA-256) of a file. Raises: ValueError for another name than a checkpoint's file has, or no numbers."""
+    if not _FILE.fullmatch(name):
+        raise ValueError(f"it names {name!r}; expected files of the checkpoint alone")
+    if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
+        raise ValueError(f"it does not say how many bytes {name} has")
+    return entry["bytes"], str(entry.get("sha256"))
 
 
 def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
@@ -202,11 +236,21 @@ def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
 
 
 def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `model.safetensors` or `optimizer.safetensors` of a checkpoint, memory-mapped, on the CPU."""
-    return load_file(path / name)
+    """The tensors of `model.safetensors` or `optimizer.safetensors` of a checkpoint, memory-mapped, on the CPU.
+
+    Raises: ValueError if the file holds none.
+    """
+    try:
+        return load_file(path / name)
+    except (SafetensorError, KeyError) as error:  # the latter for a type that torch does not have
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path / name} holds no tensors ({reason}); expected it as the run wrote it") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    """The content of a checkpoint's state.json. Raises: ValueError for what no run wrote."""
+    state = files.read_json(path / "state.json")
+    for key in ("step", "samples"):
+        if key in state and (not isinstance(state[key], int) or not 0 <= state[key] < 1 << 63):
+            raise ValueError(f"{path / 'state.json'}: {key} is {state[key]!r}; expected how many there were")
     return state

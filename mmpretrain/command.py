@@ -24,7 +24,7 @@ from yaml import YAMLError
 from mmpretrain import distributed
 from mmpretrain.schedules import SCHEDULE_TEXT
 from mmpretrain.schema import register_schemas
-from mmpretrain.usage import UsageError, nearest
+from mmpretrain.usage import UsageError, nearest, printable
 
 USAGE_EXIT_CODE = 2
 _MULTIRUN = ("-m", "--multirun")
@@ -97,17 +97,20 @@ def _say(error: Exception) -> None:
     if distributed.local_rank() != 0:
         return
     message = str(error) if isinstance(error, UsageError) else one_line(error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 @contextmanager
 def job() -> Iterator[None]:
-    """Around a job of an entry: wrong use ends it in one line and with exit code 2."""
+    """Around a job of an entry: wrong use ends it in one line and with exit code 2, an error of a file with 1."""
     try:
         yield
     except (UsageError, OmegaConfBaseException) as error:
         _say(error)
         end_job(USAGE_EXIT_CODE)
+    except OSError as error:
+        _say(error)
+        end_job(1)
 
 
 def _parts(value: str) -> list[str]:

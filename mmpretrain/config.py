@@ -6,20 +6,28 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from yaml import YAMLError
 
+from mmpretrain import files
 from mmpretrain.schedules import SCHEDULE_TEXT, Value
 from mmpretrain.schema import EvaluateConfig, TrainConfig
 from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
 
 _MAX_NAME_LENGTH = 80
+_MAX_YAML_BYTES = 1 << 20
+"""Some 200 times a config.yaml; so much takes half a minute to parse."""
+_MAX_YAML_DEPTH = 50
 
 # Where the data lie may change between a run and its resumption (which data they are is in the checkpoint), but what
 # was named on the command line tells runs apart: a sweep over data.root has a run for each.
@@ -42,6 +50,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     _take_what_is_present(cfg)
     config: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     check_known(config)
+    config.from_environment = _from_environment(cfg)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UsageError(f"{missing[0]} has no value; give it one: {missing[0]}=...")
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
@@ -74,6 +83,38 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
     return config
+
+
+def _from_environment(cfg: DictConfig) -> dict[tuple[str | int, ...], str]:
+    """The values that come from the environment, by their places, as they are written.
+
+    Of OmegaConf's resolvers (create, decode, deprecated, dict.keys, dict.values, env, select) only env asks it.
+    """
+    asked: list[str] = []
+
+    def env(*arguments: Any) -> Any:
+        asked.append(str(arguments[0]))
+        return oc.env(*arguments)
+
+    def search(node: Any, written: Any, place: tuple[str | int, ...]) -> None:
+        for key, text in written.items() if isinstance(written, dict) else enumerate(written):
+            if isinstance(text, dict | list):
+                search(node[key], text, (*place, key))
+            elif isinstance(text, str) and "${" in text:
+                asked.clear()
+                value = node[key]
+                if OmegaConf.is_config(value):
+                    OmegaConf.to_container(value, resolve=True)
+                if asked:
+                    found[(*place, key)] = text
+
+    found: dict[tuple[str | int, ...], str] = {}
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    try:
+        search(cfg, OmegaConf.to_container(cfg, resolve=False), ())
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+    return found
 
 
 def _read_schedules(cfg: DictConfig) -> None:
@@ -204,35 +245,70 @@ def _derived_name() -> str:
 
 def hparams(config: TrainConfig) -> dict[str, str | float | bool]:
     """What tells runs apart at a glance, under the same keys for every run, as TensorBoard's table needs it."""
-    trainer = config.trainer
+    values = to_values(config)
+
+    def shown(*place: str) -> Any:
+        """The value there, or the text of what it comes from; None if there is none."""
+        node: Any = values
+        for i, key in enumerate(place, start=1):
+            if text := config.from_environment.get(place[:i]):
+                return text
+            node = node.get(key)
+        return node
+
+    def named(part: str) -> str:
+        return str(shown(part, "name") or shown(part, "_target_").rpartition(".")[2])
+
+    weights = {name: shown("objective", name, "weight") for name in values["objective"]}
     return {
-        "name": str(config.run.name),
-        "seed": config.run.seed,
-        "objective": "+".join(f"{_shown(node.get('weight', 1.0))} {name}" for name, node in config.objective.items()),
-        "model": str(config.model.get("name") or config.model["_target_"].rpartition(".")[2]),
-        "batch_size": trainer.batch_size,
-        "duration": trainer.duration,
-        "precision": trainer.precision.value,
-        "optimizer": str(config.optimizer.get("name") or config.optimizer["_target_"].rpartition(".")[2]),
-        "lr": float(config.optimizer.get("lr", 0.0)),
-        "weight_decay": float(config.optimizer.get("weight_decay", 0.0)),
-        "schedule": config.schedule["_target_"].rpartition(".")[2],
-        "ema_decay": _shown(trainer.ema_decay or 0.0),
-        "init_from": config.init_from or "",
-        "data": config.data.root,
+        "name": str(shown("run", "name")),
+        "seed": shown("run", "seed"),
+        "objective": "+".join(
+            f"{_shown(1.0 if weight is None else weight)} {name}" for name, weight in weights.items()
+        ),
+        "model": named("model"),
+        "batch_size": shown("trainer", "batch_size"),
+        "duration": shown("trainer", "duration"),
+        "precision": shown("trainer", "precision"),
+        "optimizer": named("optimizer"),
+        "lr": _number(shown("optimizer", "lr") or 0.0),
+        "weight_decay": _number(shown("optimizer", "weight_decay") or 0.0),
+        "schedule": shown("schedule", "_target_").rpartition(".")[2],
+        "ema_decay": _shown(shown("trainer", "ema_decay") or 0.0),
+        "init_from": shown("init_from") or "",
+        "data": shown("data", "root"),
     }
+
+
+def _number(value: Any) -> str | float:
+    """A number as a float; what comes from the environment as it is written."""
+    return value if isinstance(value, str) else float(value)
 
 
 def _shown(value: Any) -> str:
     """A scheduled value in a word."""
-    return f"{value:g}" if isinstance(value, int | float) else next(iter(value))
+    return f"{value:g}" if isinstance(value, int | float) else value if isinstance(value, str) else next(iter(value))
 
 
-def to_plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as dictionaries, lists and plain values, the content of config.yaml."""
+def to_values(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as dictionaries, lists and plain values."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """`to_values` as they may be shown, the content of config.yaml: what comes from the environment stays as written.
+
+    It may be a secret, and is none of the run's.
+    """
+    plain = to_values(config)
+    for (*parents, key), text in config.from_environment.items():
+        node: Any = plain
+        for parent in parents:
+            node = node[parent]
+        node[key] = text
+    return plain
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
@@ -240,18 +316,63 @@ def to_yaml(plain: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
 
 
-def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
-    """What a config.yaml holds, as plain values; interpolations are not followed.
+def read(path: Path) -> dict[str, Any]:
+    """What a run's config.yaml holds, as plain values; interpolations are not followed.
 
-    Raises: ValueError, with the file's `name`, if it is no YAML of keys and values.
+    Raises: FileNotFoundError if there is none; ValueError for what no run wrote, see `from_yaml`.
+    """
+    return from_yaml(files.read_text(path, _MAX_YAML_BYTES), str(path))
+
+
+def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
+    """What the text of a config.yaml holds, as plain values; interpolations are not followed.
+
+    Raises: ValueError, with the file's `name`, if it is no YAML of keys and values, has aliases or nests too deep.
     """
     try:
+        _check_structure(text, name)
         plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-    except YAMLError as error:
-        raise ValueError(f"{name} is no YAML ({error}); expected it as the run wrote it") from error
+    except (YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} is no YAML of a run ({reason}); expected it as the run wrote it") from error
+    except ValueError as error:
+        if str(error).startswith(name):
+            raise
+        raise ValueError(f"{name} has a value that is none ({error}); expected it as the run wrote it") from error
     if not isinstance(plain, dict):
         raise ValueError(f"{name} holds no keys; expected it as the run wrote it")
+    _check_plain(plain, name)
     return plain  # type: ignore[return-value]
+
+
+def _check_structure(text: str, name: str) -> None:
+    """Raises: ValueError for what takes a parser forever: a few lines of aliases are billions of values."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1
+            raise ValueError(f"{name} has an alias (*{event.anchor} in line {line}); expected values written out")
+        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            depth += 1
+            if depth > _MAX_YAML_DEPTH:
+                line = event.start_mark.line + 1
+                raise ValueError(f"{name} nests deeper than {_MAX_YAML_DEPTH} levels in line {line}")
+        elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            depth -= 1
+
+
+def _check_plain(value: Any, path: str) -> None:
+    """Raises: ValueError for bytes, paths and other things that YAML knows and no run writes."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str | int):
+                raise ValueError(f"{path} has the key {key!r}; expected names")
+            _check_plain(item, f"{path}: {key}" if path.endswith(".yaml") else f"{path}.{key}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{path}[{i}]")
+    elif not (value is None or isinstance(value, bool | int | float | str)):
+        raise ValueError(f"{path} is {value!r}; expected a text, a number, true, false or null")
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -265,15 +386,25 @@ def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**_BEFORE, **_flat(dict(plain))}.items() if not _FREE.fullmatch(key)}
 
 
-def differences(saved: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] = ()) -> list[str]:
-    """What two configurations of one run differ in, as `key: saved -> now`, what may differ left out."""
-    flat_saved, flat_now = _flat(dict(saved)), _flat(dict(now))
-    both = {
-        key: [flat.get(key, _BEFORE.get(key, "absent")) for flat in (flat_saved, flat_now)]
-        for key in sorted({**flat_saved, **flat_now})
+def differences(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """What two configurations of one run differ in, as `key: saved -> now`, what may differ left out.
+
+    Args:
+        saved, now: as `to_plain` gives them.
+        free: further keys that may differ.
+        values: `now` as `to_values` gives it, which is what earlier versions saved.
+    """
+    flats = [_flat(dict(plain)) for plain in (saved, now, values or now)]
+    all_three = {
+        key: [flat.get(key, _BEFORE.get(key, "absent")) for flat in flats] for key in sorted({**flats[0], **flats[1]})
     }
     return [
         f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
-        for key, (before, after) in both.items()
-        if before != after and key not in free and not _FREE.fullmatch(key)
+        for key, (before, after, value) in all_three.items()
+        if before not in (after, value) and key not in free and not _FREE.fullmatch(key)
     ]

@@ -51,7 +51,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
     device = build.device_of(cfg.device)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     precision: PrecisionName = (
-        cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+        cfg.precision.value if cfg.precision is not None else loaded.setting("trainer.precision", PrecisionName)
     )
     usage.check_number("batch_size", cfg.batch_size, at_least=1)
     usage.check_number("workers", cfg.workers, at_least=0)
@@ -77,7 +77,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
             texts = _texts(Path(cfg.texts))
             written += _write(folder / "texts", texts, loaded, work, lambda start: _of_texts(texts, loaded, cfg, start))
     for path in written:
-        Console().print(str(path), soft_wrap=True)
+        Console(markup=False, emoji=False).print(str(path), soft_wrap=True)
     return written
 
 

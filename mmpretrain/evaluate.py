@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: python -m mmpretrain.evaluate checkpoint=RUN_DIR eval=[retrieval,zero_shot] [overrides]."""
 
 import json
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mmpretrain import build, command, config, distributed, usage
 from mmpretrain.checkpoint import write_text
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.evaluation import Context, evaluate
-from mmpretrain.loading import load_checkpoint
+from mmpretrain.loading import Loaded, checked, load_checkpoint
 from mmpretrain.metrics import print_results
 from mmpretrain.precision import PrecisionName, autocast
 from mmpretrain.schema import EvalSetConfig, EvaluateConfig
@@ -42,18 +43,20 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
     config.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
-    of_run = loaded.config["data"]
-    sets = cfg.data.val or {name: EvalSetConfig(**fields) for name, fields in of_run["val"].items()}
-    root = cfg.data.root or of_run["root"]
+    sets = cfg.data.val or _sets_of_run(loaded)
+    root = cfg.data.root or loaded.setting("data.root", str)
     precision: PrecisionName = (
-        cfg.precision.value if cfg.precision is not None else loaded.config["trainer"]["precision"]
+        cfg.precision.value if cfg.precision is not None else loaded.setting("trainer.precision", PrecisionName)
     )
+    batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
+    usage.check_number("config.yaml: data.val_batch_size", batch_size, at_least=1)
+    max_image_bytes = loaded.setting("data.max_image_bytes", int | None) or MAX_IMAGE_BYTES  # older runs have none
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        sets=build.build_eval_sets(sets, root, loaded.model, of_run.get("max_image_bytes", MAX_IMAGE_BYTES)),
+        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes),
         logit_scale=loaded.scalars.get("logit_scale"),
-        batch_size=cfg.data.val_batch_size or of_run["val_batch_size"],
+        batch_size=batch_size,
         workers=cfg.data.workers,
         autocast=autocast(device, precision),
     )
@@ -65,11 +68,23 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
             "give one, such as +data.val.mine.shards=... with a caption, or a label and classes"
         )
     if distributed.is_main():
-        results = {**scores, "samples": loaded.state["samples"]}
+        results = {**scores, "samples": loaded.state.get("samples", 0)}
         if cfg.output is not None:
             write_text(Path(cfg.output), json.dumps(results, indent=2) + "\n")
         print_results(results, loaded.path.parent.parent)
     return scores
+
+
+def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:
+    """The data sets of `data.val` of a run: shards and classes wherever they lie, if its user may read them."""
+    annotations, sets = typing.get_type_hints(EvalSetConfig), {}
+    for name, fields in loaded.setting("data.val", Mapping[str, Mapping]).items():
+        for key, value in fields.items():
+            if key not in annotations:
+                raise ValueError(f"config.yaml: data.val.{name} has {key!r}; {usage.nearest(key, list(annotations))}")
+            checked(value, f"data.val.{name}.{key}", annotations[key])
+        sets[name] = EvalSetConfig(**fields)
+    return sets
 
 
 if __name__ == "__main__":

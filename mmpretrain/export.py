@@ -36,7 +36,7 @@ def run(cfg: ExportConfig) -> list[Path]:
         loaded.model, loaded.config["model"], loaded.scalars, Path(cfg.output), loaded.tokenizer
     )
     for file in files:
-        Console().print(str(file), soft_wrap=True)
+        Console(markup=False, emoji=False).print(str(file), soft_wrap=True)
     return files
 
 

@@ -1,18 +1,22 @@
-"""What ends a run before its last step: too many refused samples, gradients that are not finite."""
+"""What ends a run before its last step: too many refused samples, gradients that are not finite, a full disk."""
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from mmpretrain import distributed
+from mmpretrain import distributed, files
 from mmpretrain.batch import Refused
 from mmpretrain.checkpoint import write_text
 from mmpretrain.data.order import step_range
 from mmpretrain.data.stream import Stream
-from mmpretrain.metrics import read_records
+from mmpretrain.metrics import read_refused
 from mmpretrain.schedules import Clock
+from mmpretrain.usage import NO_SPACE
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +43,19 @@ class Quarantine:
         self._waiting: list[Refused] = []
         self._seen: set[tuple[str, str]] = set()
         if distributed.is_main() and path.exists():
-            known = read_records(path)
+            known = read_refused(path)
             # Written anew, so that what follows does not continue a line that a kill cut short.
             write_text(path, "".join(json.dumps(record) + "\n" for record in known))
-            self._seen = {(str(record["shard"]), str(record["key"])) for record in known}
+            self._seen = {(record["shard"], record["key"]) for record in known}
 
     def add(self, refused: Iterable[Refused]) -> None:
         """Keep what this rank's batches refused until the next flush."""
         self._waiting += refused
+
+    def write_waiting(self) -> None:
+        """Write down what this rank's batches refused, before an error ends the run. Not a collective."""
+        for refusal in self._waiting if distributed.is_main() else ():
+            self._write(refusal)
 
     def flush(self, samples: int) -> None:
         """Write down and count what all ranks refused. A collective.
@@ -73,8 +82,39 @@ class Quarantine:
             return
         self._seen.add((refusal.shard, refusal.key))
         log.warning("refused sample %s of %s: %s", refusal.key, refusal.shard, refusal.reason)
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(refusal)) + "\n")
+        with files.naming(self._path), self._path.open("ab", buffering=0) as file:
+            files.write_all(file, json.dumps(asdict(refusal)) + "\n")
+
+
+@contextmanager
+def enough_space(folder: Path) -> Iterator[None]:
+    """Inside the block a file that cannot be written for want of space ends the run in one line.
+
+    Raises: TrainingError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free / 2**20
+        raise TrainingError(
+            f"{error.filename or folder} cannot be written ({error.strerror}; {free:,.0f} MiB are free there); the last "
+            "checkpoint still stands: make space, and the same command goes on"
+        ) from error
+
+
+class LogFile(logging.FileHandler):
+    """train.log; where it cannot be written the run ends, instead of a traceback for each message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raises: OSError that names the file, but for a message of the level ERROR: it is what ends the run."""
+        error = sys.exc_info()[1]
+        logging.getLogger().removeHandler(self)
+        with suppress(OSError):
+            self.close()
+        if isinstance(error, OSError) and record.levelno < logging.ERROR:
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
 
 
 def check_bad_step(

@@ -20,6 +20,10 @@ from mmpretrain.task import Task
 log = logging.getLogger(__name__)
 
 _NAMED = 8
+# A file that holds no weights: of another format, of other objects, or of none (open_clip then asks for the first one).
+_UNREADABLE = (
+    SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, StopIteration,
+)  # fmt: skip
 _IMAGE_POSITIONS = ("model.image.trunk.pos_embed", "model.image.visual.positional_embedding")
 
 
@@ -90,7 +94,9 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
     file = path if path.is_file() else _download(source)
     try:
         tensors: dict[str, Tensor] = load_state_dict(str(file))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError("not all of it are tensors")
+    except _UNREADABLE as error:
         raise ValueError(
             f"init_from={source}: its weights cannot be read ({type(error).__name__}); "
             "expected a .safetensors, or a .pt that holds tensors alone"

@@ -1,25 +1,27 @@
-"""A trained model from a run's directory or one of its checkpoints."""
+"""A trained model from a run's directory or one of its checkpoints.
 
-import importlib
-import inspect
+A run's directory may come from others: nothing in it is executed, followed to other files or to a hub, or taken for
+larger than its weights are. SECURITY.md says what that covers.
+"""
+
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mmpretrain import checkpoint, config, targets
+from mmpretrain import checkpoint, config, targets, untrusted
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 
-_TRUSTED = ("mmpretrain.models", "mmpretrain.data")
-TOKENIZER_FOLDER = "tokenizer"  # in a run's directory: the files of a local tokenizer
-"""Where a run keeps the local tokenizer that it was trained with."""
-_TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+# A model of fewer numbers than this is small whatever its sizes are.
+_SMALL_MODEL = 1 << 16
+_SMALL_BUFFERS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,35 @@ class Loaded:
     scalars: Mapping[str, float]
     """`logit_scale` and `logit_bias` as the loss sees them, of the first objective that learns them."""
     config: Mapping[str, Any]
+    """The run's config.yaml as it stands there; `setting` reads one value of it."""
     path: Path
     state: Mapping[str, Any]
+
+    def setting(self, key: str, annotation: Any) -> Any:
+        """A value of the run's configuration by its full name. Raises: ValueError if it is none of that type."""
+        value: Any = self.config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return checked(value, key, annotation)
+
+
+def checked(value: Any, key: str, annotation: Any) -> Any:
+    """A value of a run's configuration. Raises: ValueError if it is not of the type, or asks for what is elsewhere."""
+    for path, leaf in untrusted.leaves(value, key):
+        untrusted.check_text(leaf, f"config.yaml: {path}")
+    if not targets.accepts(value, annotation):
+        raise ValueError(
+            f"config.yaml: {key} is {value!r}; expected {targets.expected_type(annotation)}, as the run wrote it"
+        )
+    return value
 
 
 def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     """(the run's directory, the checkpoint) of either. Raises: ValueError if there is none."""
     path = Path(run_or_checkpoint)
-    if path.is_file() and path.name in ("best", "latest"):
-        path = path.with_name(path.read_text().strip())
-    if (path / "manifest.json").is_file():
+    if path.name in ("best", "latest") and path.exists():
+        path = path.with_name(checkpoint.read_name(path))
+    if (path / "manifest.json").exists():
         checkpoint.verify(path)
         return path.absolute().parent.parent, path
     newest = checkpoint.find_latest(path / "checkpoints")
@@ -52,48 +73,59 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     return path, newest
 
 
-def _is_trusted(target: str, trust: Sequence[str]) -> bool:
-    """Whether a dotted name makes a part of ours: a class of a trusted module, or a function that says it returns one.
-
-    What such a module merely imports (`os.system`) does not, nor does any other function of it.
-    """
-    module, _, name = target.rpartition(".")
-    if not any(module == known or module.startswith(f"{known}.") for known in (*_TRUSTED, *trust)):
-        return False
+def _built(what: str, source: Path, build: Callable[[], Any]) -> Any:
+    """What `build` makes of a part of a configuration that may say anything. Raises: ValueError where it cannot."""
     try:
-        part = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return False
-    if getattr(part, "__module__", None) != module:
-        return False
-    made = typing.get_type_hints(part).get("return") if inspect.isfunction(part) else part
-    return made in (ImageTextModel, Tokenizer) or (made is part and isinstance(part, type))
+        return build()
+    except ValueError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except BaseException as error:  # arguments of a wrong type or of no sense fail in as many ways as there are parts
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
+        reason = next(iter(str(error).splitlines()), "no reason is given")
+        raise ValueError(f"{source}: {what} cannot be built ({type(error).__name__}: {reason})") from error
 
 
-def _without_weights(node: Any) -> Any:
-    """A model's node without what would make timm fetch weights: they are in the checkpoint."""
-    if not isinstance(node, dict):
-        return node
-    return {key: _without_weights(value) for key, value in node.items() if key not in _TIMM_WEIGHTS}
+def _built_model(resolved: Any, tensors: Mapping[str, Tensor], source: Path) -> ImageTextModel:
+    """The model of a resolved node, with random weights, once it is known to be no larger than its weights.
+
+    Raises: ValueError if they are those of another model.
+    """
+
+    def build() -> Any:
+        return _built("model", source, lambda: targets.call(resolved, 0))
+
+    with untrusted.at_most(10 * len(tensors) + 1000, source):
+        try:
+            with torch.device("meta"):  # which takes no memory
+                model = build()
+        except ValueError as error:
+            if "meta tensor" not in str(error):
+                raise
+            model = build()  # one that computes numbers while it is built, which only memory can hold
+    if not isinstance(model, ImageTextModel):
+        raise ValueError(f"{source}: model is a {type(model).__name__}; expected a model of images and texts")
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    if expected != given:
+        names = sorted(name for name in {**expected, **given} if expected.get(name) != given.get(name))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"the checkpoint does not hold the weights of the model in {source}: {names[0]} is "
+            f"{_shape(given.get(names[0]))}, expected {_shape(expected.get(names[0]))}{more}"
+        )
+    if sum(buffer.numel() for buffer in model.buffers()) > max(_numel(tensors), _SMALL_BUFFERS):
+        raise ValueError(f"{source}: the model's buffers are larger than its weights; expected the run's own file")
+    built: ImageTextModel = build()
+    return built
 
 
-def _check_trusted(node: Any, path: str, trust: Sequence[str]) -> None:
-    """A configuration that came with a checkpoint may name our own parts and trusted ones only. Raises: ValueError."""
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and not _is_trusted(str(target), trust):
-            raise ValueError(
-                f"{path}._target_ is {target!r}, which came with the checkpoint and is no part of mmpretrain; "
-                f"if you know that code, name its module: trust=[{str(target).rpartition('.')[0]}]"
-            )
-        for key, value in node.items():
-            _check_trusted(value, f"{path}.{key}", trust)
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else str(list(shape))
 
 
-def _with_own_files(tokenizer: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A tokenizer's node that reads the files that the run has kept, not those it was made from."""
-    kept = folder / TOKENIZER_FOLDER
-    return {**tokenizer, "path": str(kept)} if tokenizer.get("path") and kept.is_dir() else dict(tokenizer)
+def _numel(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def preprocess_of(model: ImageTextModel, max_image_bytes: int = MAX_IMAGE_BYTES) -> Preprocess:
@@ -138,45 +170,59 @@ def load_checkpoint(
 ) -> Loaded:
     """Build a checkpoint's model and fill in its weights; objectives and what only they use stay out.
 
+    The network is never asked for anything.
+
     Args:
         run_or_checkpoint: a run's directory, or one of its checkpoints.
         device: where the model goes.
-        trust: modules beside our own whose classes the checkpoint's configuration may name; they are imported.
+        trust: what the checkpoint's configuration may name beside our own: modules, whose classes are then imported;
+            and folders and names of a hub, as they stand there.
         ema: whether to take the weights' moving average.
 
-    Raises: ValueError if there is no checkpoint, it has no average, or its configuration names other parts.
+    Raises: ValueError if there is no checkpoint, it has no average, its configuration names other parts, or its files
+        are not what a run writes.
     """
     folder, path = find(run_or_checkpoint)
     source = folder / "config.yaml"
-    saved = config.from_yaml(source.read_text(), str(source))
+    saved = config.read(source)
     if lacking := sorted({"model", "objective", "data"} - saved.keys()):
         raise ValueError(f"{source} has no {lacking[0]!r}; expected the file as the run wrote it")
-    for part in (saved["model"], saved["data"]["tokenizer"]):
-        _check_trusted(part, "config.yaml", trust)
-    model = targets.instantiate(_without_weights(saved["model"]), 0, "model")
+    if not isinstance(saved["objective"], dict) or not isinstance(saved["data"], dict):
+        raise ValueError(f"{source}: objective and data have no keys; expected the file as the run wrote it")
     if ema and not (path / "ema.safetensors").is_file():
         raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
     tensors = checkpoint.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
-    try:
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of the model in {source}: {error}") from error
-    # Of several, the first objective's, as in training.
-    scalars = {
-        scalar: float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])
-        for scalar in ("logit_scale", "logit_bias")
-        for name in [f"objectives.{objective}.{scalar}" for objective in reversed(saved["objective"])]
-        if name in tensors
-    }
-    tokenizer = targets.instantiate(_with_own_files(saved["data"]["tokenizer"], folder), 0, "data.tokenizer")
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    node, tokenizer_node = untrusted.without_weights(saved["model"]), saved["data"].get("tokenizer")
+    model_parts = targets.resolve(node, "model", untrusted.lookup(untrusted.MODELS, trust))
+    tokenizer_node = untrusted.with_own_files(tokenizer_node, folder)
+    tokenizer_parts = targets.resolve(tokenizer_node, "data.tokenizer", untrusted.lookup(untrusted.TOKENIZERS, trust))
+    untrusted.check_model(node, max(_numel(weights), _SMALL_MODEL), trust)
+    untrusted.check_tokenizer(tokenizer_node, folder, trust)
+    with untrusted.offline():
+        model = _built_model(model_parts, weights, source)
+        tokenizer: Tokenizer = _built("data.tokenizer", source, lambda: targets.call(tokenizer_parts, 0))
+    model.load_state_dict(weights)
     if model.text is not None:
-        fit_tokenizer(tokenizer, model.text)
+        _built("data.tokenizer", source, lambda: fit_tokenizer(tokenizer, typing.cast(TextEncoder, model.text)))
     return Loaded(
         model=model.to(device).eval(),
         preprocess=preprocess_of(model),
         tokenizer=tokenizer,
-        scalars=scalars,
+        scalars=_scalars(tensors, list(saved["objective"]), path),
         config=saved,
         path=path,
         state=checkpoint.load_state(path),
     )
+
+
+def _scalars(tensors: Mapping[str, Tensor], objectives: Sequence[str], path: Path) -> dict[str, float]:
+    """`logit_scale` and `logit_bias` of the first objective that has them, as in training."""
+    scalars = {}
+    for scalar in ("logit_scale", "logit_bias"):
+        for name in [f"objectives.{objective}.{scalar}" for objective in reversed(objectives)]:
+            if name in tensors:
+                if tensors[name].numel() != 1:
+                    raise ValueError(f"{path}: {name} is {_shape(tensors[name].shape)}; expected one number")
+                scalars[scalar] = float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])
+    return scalars

@@ -1,10 +1,12 @@
 """What a run tells: metrics.jsonl, TensorBoard, a progress bar, a grid of pairs. Only the main process writes."""
 
+import io
 import json
 import logging
 import math
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,38 +16,94 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from mmpretrain import files
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoint import write_text
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.objectives import Example
 from mmpretrain.pictures import example_page, pair_grid
+from mmpretrain.usage import printable
 
 log = logging.getLogger(__name__)
 
 HParam = str | float | bool
+_MAX_RECORDS_BYTES = 2 << 30  # some ten million refused samples of one's own run
+_EVENTS = "events.out.tfevents."
+_LARGEST = sys.float_info.max
 
 # TensorBoard's table shows five settings until others are chosen: the ones that are marked as different, by name.
 _FIRST_SETTINGS = ("batch_size", "lr", "model", "objective", "seed")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; a last line that a kill cut short is left out."""
+    """The objects of a file with one a line; a last line that a kill cut short is left out.
+
+    Raises: ValueError for a line that is no JSON object, and for no regular file or one that is too large.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
+    lines = files.read_bytes(path, _MAX_RECORDS_BYTES).splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
-            records.append(json.loads(line))
+            record = files.parse_json(line, where)
         except ValueError:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON; expected one object a line, remove it") from None
+                raise ValueError(f"{where}: not JSON; expected one object a line, remove it") from None
+            continue
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: {type(record).__name__}; expected one object a line, remove it")
+        records.append(record)
     return records
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The records of a metrics.jsonl. Raises: ValueError also for what is no number."""
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        where = f"{path}, line {number}"
+        _check_numbers(record, where)
+        for key in ("step", "samples"):
+            if not isinstance(record.get(key), int):
+                raise ValueError(
+                    f"{where}: {key} is {record.get(key)!r}; expected how many there were, remove the line"
+                )
+    return records
+
+
+def read_results(path: Path) -> dict[str, float | None]:
+    """The content of a results.json. Raises: ValueError for what is no number."""
+    results = files.read_json(path)
+    _check_numbers(results, str(path))
+    return results
+
+
+def read_refused(path: Path) -> list[dict[str, str]]:
+    """The records of a quarantine.jsonl. Raises: ValueError for one that names no sample."""
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        for key in ("shard", "key", "reason"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(
+                    f"{path}, line {number}: {key} is {record.get(key)!r}; expected a text, remove the line"
+                )
+    return records
+
+
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+    for name, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        if not (is_number or value is None):
+            shown = str(value)[:40] if isinstance(value, float | str) else type(value).__name__
+            raise ValueError(f"{where}: {name!r} is {shown}; expected a number or null, as the run wrote it")
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -65,15 +123,21 @@ class MetricsWriter:
     def __init__(self, folder: Path, step: int = 0, samples: int = 0) -> None:
         self._folder = folder
         path = folder / "metrics.jsonl"
-        kept = [record for record in read_records(path) if record["step"] <= step]
+        kept = [record for record in read_metrics(path) if record["step"] <= step]  # type: ignore[operator]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", buffering=1)
+        self._path, self._file = path, path.open("ab", buffering=0)
         purge = samples + 1 if step else 0
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=purge, flush_secs=10)
+        before = set((folder / "tensorboard").glob(f"{_EVENTS}*"))
+        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=purge)
+        (begun,) = set((folder / "tensorboard").glob(f"{_EVENTS}*")) - before
+        file_writer = self._tensorboard._get_file_writer()
+        file_writer.event_writer.close()
+        file_writer.event_writer = _EventFile(begun, before)
 
     def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
         """Log one object; a value that is not finite is written as null, which JSON can say."""
-        self._file.write(json.dumps({"step": step, "samples": samples, **finite(values)}) + "\n")
+        with files.naming(self._path):
+            files.write_all(self._file, json.dumps({"step": step, "samples": samples, **finite(values)}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, samples)
 
@@ -95,7 +159,8 @@ class MetricsWriter:
         self._tensorboard.add_image(name, image, samples, dataformats="HWC")
         path = self._folder / "pictures" / f"{name.replace('/', '.')}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(image).save(path)
+        with files.naming(path):
+            Image.fromarray(image).save(path)
 
     def examples(self, name: str, samples: int, examples: Sequence[Example]) -> None:
         """Log what an objective made of some samples: pictures on one page, texts as one."""
@@ -121,15 +186,47 @@ class MetricsWriter:
         for summary in (experiment, start, end):
             self._tensorboard._get_file_writer().add_summary(summary)
 
-    def flush(self) -> None:
-        """Make sure that everything so far is on disk: a checkpoint that follows promises it."""
-        self._file.flush()
-        self._tensorboard.flush()
-
     def close(self) -> None:
-        """Flush and close both."""
+        """Close both."""
         self._file.close()
         self._tensorboard.close()
+
+
+class _EventFile:
+    """TensorBoard's event file, written at once and in this thread.
+
+    torch's own writes in a thread of its own, where a full disk is a traceback on the console. And TensorBoard reads
+    files in the order of the seconds in their names: one of a run that goes on after the clock was set back would be
+    read before those that it follows, whose first event then takes back what it holds. So it is named behind them.
+
+    Args:
+        begun: the file that torch began, and closed.
+        others: those of the processes before.
+    """
+
+    def __init__(self, begun: Path, others: Iterable[Path]) -> None:
+        self._folder = begun.parent
+        seconds = [int(match[1]) for path in others if (match := re.match(rf"{_EVENTS}(\d{{1,18}})\.", path.name))]
+        own, _, rest = begun.name.removeprefix(_EVENTS).partition(".")
+        later = max([int(own), *(second + 1 for second in seconds)])
+        self._path = begun.rename(begun.with_name(f"{_EVENTS}{later:010d}.{rest}"))
+        self._file = self._path.open("ab", buffering=0)
+
+    def get_logdir(self) -> str:
+        return str(self._folder)
+
+    def add_event(self, event: Event) -> None:
+        """Append one event. Raises: OSError that names the file."""
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        with files.naming(self._path):
+            files.write_all(self._file, record.getvalue())
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class ProgressBar:
@@ -183,14 +280,15 @@ class ProgressBar:
             )
 
 
-def print_results(results: Mapping[str, float], folder: Path) -> None:
+def print_results(results: Mapping[str, float | None], folder: Path) -> None:
     """The short table at the end, and where everything lies."""
-    table = Table(title=str(folder), title_justify="left")
+    table = Table(title=printable(str(folder)), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
-    console = Console()
+        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        table.add_row(printable(name), shown)
+    console = Console(markup=False, emoji=False)  # a name or a folder may hold what rich takes for its own marks
     console.print(table)
     console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)
     console.print(f"curves:      tensorboard --logdir {folder}", soft_wrap=True)

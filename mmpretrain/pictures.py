@@ -241,7 +241,7 @@ def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], column
         place.remove()
     for place, (name, xs, ys) in zip(axes.flat, lines):
         place.plot(xs, ys, linewidth=1.2, marker="o" if len(xs) < 3 else None)
-        place.set_title(name, fontsize=9, y=1.0)
+        place.set_title(textwrap.shorten(name, 80), fontsize=9, y=1.0, parse_math=False)
         place.set_xlabel("samples seen", fontsize=8)
         place.grid(alpha=0.3)
         place.locator_params(nbins=5)

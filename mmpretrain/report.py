@@ -3,19 +3,18 @@
 import base64
 import html
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mmpretrain import pictures
+from mmpretrain import files, pictures
 from mmpretrain.checkpoint import write_text
-from mmpretrain.metrics import read_records
+from mmpretrain.metrics import read_metrics, read_refused, read_results
 
 FILE = "report.html"
+_PNG = b"\x89PNG\r\n"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1, h2 { font-weight: 600; } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; }
@@ -25,6 +24,9 @@ img { max-width: 100%; } pre { background: #f6f6f6; padding: 1em; overflow-x: au
 figcaption { color: #666; }
 """
 _NAMED_REFUSALS = 50
+_MAX_CURVES = 300
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_PICTURE_BYTES = 64 << 20
 
 
 def write(folder: Path) -> Path:
@@ -32,9 +34,12 @@ def write(folder: Path) -> Path:
 
     Args:
         folder: the run's directory, with config.yaml, metrics.jsonl, results.json, pictures/ and quarantine.jsonl.
+
+    Raises: ValueError for files that are not what a run writes; OSError if the report cannot be written.
     """
-    records = read_records(folder / "metrics.jsonl")
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    records = read_metrics(folder / "metrics.jsonl")
+    results = read_results(folder / "results.json")
+    configuration = files.read_text(folder / "config.yaml", _MAX_CONFIG_BYTES)
     parts = [
         f"<h1>{html.escape(str(folder))}</h1>",
         _section("Scores", _table(results)),
@@ -42,7 +47,7 @@ def write(folder: Path) -> Path:
         _section("Throughput", _picture(_throughput(records), "pairs per second, and the part of time spent waiting")),
         _section("Pictures", "".join(_saved_pictures(folder / "pictures"))),
         _section("Refused samples", _quarantine(folder / "quarantine.jsonl")),
-        _section("Configuration", f"<pre>{html.escape((folder / 'config.yaml').read_text())}</pre>"),
+        _section("Configuration", f"<pre>{html.escape(configuration)}</pre>"),
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
@@ -57,7 +62,7 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{title}</h2>{content or '<p>none</p>'}"
 
 
-def _table(values: Mapping[str, Any]) -> str:
+def _table(values: Mapping[str, float | None]) -> str:
     rows = "".join(
         f'<tr><td>{html.escape(name)}</td><td class="number">{_number(value)}</td></tr>'
         for name, value in values.items()
@@ -65,12 +70,8 @@ def _table(values: Mapping[str, Any]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _number(value: Any) -> str:
-    return (
-        f"{value:,.4f}"
-        if isinstance(value, float)
-        else html.escape(f"{value:,}" if isinstance(value, int) else str(value))
-    )
+def _number(value: float | None) -> str:
+    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else "-"
 
 
 def _embedded(data: bytes) -> str:
@@ -90,14 +91,14 @@ def _figure(data: bytes, caption: str) -> str:
     return f'<figure><img alt="{name}" src="{_embedded(data)}"><figcaption>{name}</figcaption></figure>'
 
 
-def _points(records: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[float], list[float]]:
-    kept = [record for record in records if record.get(metric) is not None]
-    return [record["samples"] for record in kept], [record[metric] for record in kept]
+def _points(records: Sequence[Mapping[str, float | None]], metric: str) -> tuple[list[float], list[float]]:
+    points = [(record["samples"], value) for record in records if (value := record.get(metric)) is not None]
+    return [float(samples or 0) for samples, _ in points], [float(value) for _, value in points]
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
+def _curves(records: Sequence[Mapping[str, float | None]]) -> list[str]:
     """One picture for the training metrics, and one for each data set."""
-    names = dict.fromkeys(name for record in records for name in record if "/" in name)
+    names = [*dict.fromkeys(name for record in records for name in record if "/" in name)][:_MAX_CURVES]
     sections = dict.fromkeys(name.partition("/")[0] for name in names)
     figures = []
     for section in sections:
@@ -108,21 +109,27 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return figures
 
 
-def _throughput(records: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
+def _throughput(records: Sequence[Mapping[str, float | None]]) -> np.ndarray | None:
     metrics = ["system/samples_per_second", "system/data_wait"]
     return pictures.curves([(name, *_points(records, name)) for name in metrics]) if records else None
 
 
 def _saved_pictures(folder: Path) -> list[str]:
-    return [_figure(path.read_bytes(), path.stem) for path in sorted(folder.glob("*.png"))]
+    figures = []
+    for path in sorted(folder.glob("*.png")):
+        content = files.read_bytes(path, _MAX_PICTURE_BYTES)
+        if not content.startswith(_PNG):
+            raise ValueError(f"{path} is no PNG; expected the picture that the run wrote, remove it")
+        figures.append(_figure(content, path.stem))
+    return figures
 
 
 def _quarantine(path: Path) -> str:
-    refused = read_records(path)
+    refused = read_refused(path)
     if not refused:
         return ""
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(record[key]))}</td>" for key in ("shard", "key", "reason")) + "</tr>"
+        "<tr>" + "".join(f"<td>{html.escape(record[key])}</td>" for key in ("shard", "key", "reason")) + "</tr>"
         for record in refused[:_NAMED_REFUSALS]
     )
     more = f"<p>and {len(refused) - _NAMED_REFUSALS} more</p>" if len(refused) > _NAMED_REFUSALS else ""

@@ -4,13 +4,15 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
-from mmpretrain import checkpoint, distributed, optim
+from mmpretrain import checkpoint, distributed, files, optim
 from mmpretrain.data.shards import Fingerprint
 from mmpretrain.ema import EMA
+from mmpretrain.targets import accepts
+from mmpretrain.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,10 @@ class TrainState:
     results: dict[str, float] = field(default_factory=dict)
     pending: dict[str, float] | None = None
     """What the step logs, until its evaluation is done."""
+
+    def is_evaluated(self, num_steps: int) -> bool:
+        """Whether the run has taken `num_steps`, and evaluated the last one."""
+        return self.step >= num_steps and self.pending is None
 
     def summary(self) -> dict[str, float]:
         """The content of results.json."""
@@ -55,7 +61,7 @@ def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]
     path = distributed.from_main(lambda: checkpoint.find_latest(checkpoints, set_aside=True))
     if path is not None:
         check_fingerprint(path, fingerprint)
-        if (step := checkpoint.load_state(path)["step"]) > num_steps:
+        if (step := read_state(path).step) > num_steps:
             raise ValueError(
                 f"trainer.duration ends at step {num_steps}, but {folder} is at step {step} already; "
                 "expected at least that, or a new run: run.name=..."
@@ -63,8 +69,29 @@ def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]
     return path
 
 
+def read_state(path: Path) -> TrainState:
+    """How far a checkpoint's run was. Raises: ValueError if its state.json is not what a run writes."""
+    state = checkpoint.load_state(path)
+    known = get_type_hints(TrainState)
+    for key in ("step", "samples", "fingerprint", "optimizer"):
+        if key not in state:
+            raise ValueError(f"{path / 'state.json'} has no {key!r}; expected it as the run wrote it")
+    for key, value in state.items():
+        annotation = known.get(key, dict if key in ("fingerprint", "optimizer") else None)
+        if not accepts(value, annotation):
+            raise ValueError(f"{path / 'state.json'}: {key} is {str(value)[:40]}; expected it as the run wrote it")
+    scores = path / "scores.json"
+    if scores.exists():  # of the step's evaluation, which came after the checkpoint
+        found = files.read_json(scores)
+        if set(found) != {"results", "best"} or not all(accepts(found[key], known[key]) for key in found):
+            raise ValueError(f"{scores} does not hold results and best; expected it as the run wrote it: remove it")
+        state |= {**found, "pending": None}
+    return TrainState(**{key: value for key, value in state.items() if key in known})
+
+
 def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
     """Raises: ValueError if a checkpoint was made on other data than `fingerprint` is of."""
+    read_state(path)
     known = checkpoint.load_state(path)["fingerprint"]
     changed = [
         f"{name} has other shards or samples{change}"
@@ -96,22 +123,30 @@ def _change(known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     return f" ({told})" if told else ""
 
 
+def load_task(path: Path, task: Task) -> None:
+    """Fill the task from a checkpoint. Raises: ValueError if it holds the weights of another one."""
+    try:
+        task.load_state_dict(checkpoint.load_tensors(path, "model.safetensors"))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not hold the weights of this run ({reason}); start a new one") from error
+
+
 def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> TrainState:
-    """Fill the optimiser and the average from a checkpoint, whose weights the task has already; how far it is."""
-    state = checkpoint.load_state(path)
-    del state["fingerprint"]
-    moments = checkpoint.load_tensors(path, "optimizer.safetensors")
-    optim.load_optimizer_state(optimizer, moments, state.pop("optimizer"))
-    if ema is not None:
-        ema.load(checkpoint.load_tensors(path, "ema.safetensors"))
-    log.info("resumed from %s at step %d", path, state["step"])
-    if (scores := checkpoint.load_scores(path)) is not None:
-        state |= {**scores, "pending": None}
-    return TrainState(**state)
+    """Fill the optimiser and the average from a checkpoint, whose weights the task has already; how far it is.
 
-
-def is_evaluated(path: Path, num_steps: int) -> bool:
-    """Whether a checkpoint is of the run's last step, and that step's evaluation is done."""
-    state = checkpoint.load_state(path)
-    is_pending = state.get("pending") is not None and checkpoint.load_scores(path) is None
-    return bool(state["step"] >= num_steps) and not is_pending
+    Raises: ValueError if it holds another optimiser's state, or no average.
+    """
+    state = read_state(path)
+    moments, numbers = checkpoint.load_tensors(path, "optimizer.safetensors"), checkpoint.load_state(path)["optimizer"]
+    if not all(isinstance(number, bool | int | float | list | None) for number in numbers.values()):
+        raise ValueError(f"{path / 'state.json'}: the optimiser's state has more than numbers; start a new run")
+    try:
+        optim.load_optimizer_state(optimizer, moments, numbers)
+        if ema is not None:
+            ema.load(checkpoint.load_tensors(path, "ema.safetensors"))
+    except (OSError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not hold the state of this run ({reason}); start a new one") from error
+    log.info("resumed from %s at step %d", path, state.step)
+    return state

@@ -167,6 +167,10 @@ class TrainConfig:
     eval: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     if_present: dict[str, Any] = field(default_factory=dict)
+    # No key: the values that come from the environment, by their places, as the configuration writes them.
+    from_environment: dict[tuple[str | int, ...], str] = field(
+        default_factory=dict, metadata={"omegaconf_ignore": True}
+    )
 
 
 @dataclass

@@ -6,7 +6,8 @@ import inspect
 import math
 import pkgutil
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -74,7 +75,7 @@ def check_targets(node: Any, path: str, runtime: Sequence[str] = (), beside: Seq
         check_targets(value, f"{path}.{key}")
 
 
-def _find(name: str) -> Any:
+def find(name: str) -> Any:
     """What a dotted name stands for. Raises: whatever its module raises while it is imported."""
     module, _, attribute = name.rpartition(".")
     try:
@@ -87,7 +88,7 @@ def _find(name: str) -> Any:
 
 def _check_target(node: Node, path: str, runtime: Sequence[str], beside: Sequence[str]) -> None:
     try:
-        target = _find(node["_target_"])
+        target = find(node["_target_"])
     except Exception as error:  # whatever the user's module raises while it is imported
         raise UsageError(
             f"{path}._target_ is {node['_target_']!r}, which cannot be imported ({type(error).__name__}: {error}); "
@@ -125,11 +126,22 @@ def _check_target(node: Node, path: str, runtime: Sequence[str], beside: Sequenc
             )
 
 
-def instantiate(node: Any, seed: int, path: str, **runtime: Any) -> Any:
-    """Build what a node describes, innermost first.
+Lookup = Callable[[Any, str], Any]
+"""(the value of a `_target_`, the full name of its node) -> what it stands for, or an error."""
 
-    Each object is built with torch's generators seeded from (seed, its path), so that adding one part to an
-    experiment changes nobody else's initial weights.
+
+@dataclass(frozen=True)
+class _Call:
+    """A `_target_` node whose target is found: what will be called, with what, and where it stands."""
+
+    target: Callable[..., Any]
+    arguments: Mapping[str, Any]
+    is_partial: bool
+    path: str
+
+
+def instantiate(node: Any, seed: int, path: str, **runtime: Any) -> Any:
+    """Build what a node of one's own configuration describes: `call(resolve(node, path), seed)`.
 
     Args:
         node: a checked part of the configuration.
@@ -139,23 +151,48 @@ def instantiate(node: Any, seed: int, path: str, **runtime: Any) -> Any:
 
     Raises: UsageError, or what the target raises; a ValueError's message names the node.
     """
-    if isinstance(node, list):
-        return [instantiate(item, seed, f"{path}[{i}]") for i, item in enumerate(node)]
-    if not isinstance(node, dict):
+    return call(resolve(node, path, lambda name, _: find(name)), seed, **runtime)
+
+
+def resolve(node: Any, path: str, lookup: Lookup) -> Any:
+    """Look up every `_target_` of a node, at any depth of any container; nothing is called.
+
+    There is no other way to what is called, so that `lookup` alone decides what may be.
+
+    Args:
+        node: a part of a configuration.
+        path: its full name.
+        lookup: gives what a `_target_` stands for, or raises.
+    """
+    if isinstance(node, list | tuple):
+        return [resolve(item, f"{path}[{i}]", lookup) for i, item in enumerate(node)]
+    if not isinstance(node, Mapping):
         return node
-    arguments = {
-        key: instantiate(value, seed, f"{path}.{key}")
-        for key, value in node.items()
-        if key not in ("_target_", "_partial_")
-    }
-    if "_target_" not in node:
-        return arguments
-    target = _find(node["_target_"])
-    if node.get("_partial_"):
-        return functools.partial(target, **arguments, **runtime)
-    with torch_seed(seed, path):
+    values = {key: resolve(value, f"{path}.{key}", lookup) for key, value in node.items()}
+    if "_target_" not in values:
+        return values
+    arguments = {key: value for key, value in values.items() if key not in ("_target_", "_partial_")}
+    return _Call(lookup(node["_target_"], path), arguments, bool(node.get("_partial_")), path)
+
+
+def call(resolved: Any, seed: int, **runtime: Any) -> Any:
+    """Build what `resolve` gave, innermost first.
+
+    Each object is built with torch's generators seeded from (seed, its path), so that adding one part to an
+    experiment changes nobody else's initial weights. For arguments and errors see `instantiate`.
+    """
+    if isinstance(resolved, list):
+        return [call(item, seed) for item in resolved]
+    if isinstance(resolved, dict):
+        return {key: call(value, seed) for key, value in resolved.items()}
+    if not isinstance(resolved, _Call):
+        return resolved
+    arguments = {key: call(value, seed) for key, value in resolved.arguments.items()}
+    if resolved.is_partial:
+        return functools.partial(resolved.target, **arguments, **runtime)
+    with torch_seed(seed, resolved.path):
         try:
-            return target(**arguments, **runtime)
+            return resolved.target(**arguments, **runtime)
         except ValueError as error:
             # A part does not know where it stands in the configuration; its user does.
-            raise error if path in str(error) else UsageError(f"{path}: {error}") from error
+            raise error if resolved.path in str(error) else UsageError(f"{resolved.path}: {error}") from error

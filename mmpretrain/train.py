@@ -8,7 +8,6 @@ if __name__ == "__main__":
     raise SystemExit
 
 import fcntl
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -37,10 +36,9 @@ from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
 from mmpretrain.evals.evaluation import Context, Evaluation, chosen_sets
 from mmpretrain.freeze import Freeze
-from mmpretrain.guards import TrainingError
+from mmpretrain.guards import LogFile, TrainingError, enough_space
 from mmpretrain.init_from import init_from
-from mmpretrain.loading import TOKENIZER_FOLDER
-from mmpretrain.metrics import print_results
+from mmpretrain.metrics import print_results, read_results
 from mmpretrain.parallel import Parallel
 from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
 from mmpretrain.precision import autocast
@@ -48,6 +46,7 @@ from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_value
 from mmpretrain.schema import TrainConfig
 from mmpretrain.task import Task
 from mmpretrain.trainer import Trainer, TrainerOptions
+from mmpretrain.untrusted import TOKENIZER_FOLDER
 from mmpretrain.workers import own_cores
 
 log = logging.getLogger(__name__)
@@ -76,12 +75,12 @@ def _hydra_main(cfg: DictConfig) -> None:
             distributed.shut_down()
 
 
-def train(cfg: TrainConfig) -> Mapping[str, float]:
+def train(cfg: TrainConfig) -> Mapping[str, float | None]:
     """Carry out a configuration: build the parts, resume or begin, train, and return the scores.
 
     Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
     """
-    with usage.usage_errors():
+    with usage.usage_errors(), enough_space(Path(str(cfg.run.dir))):
         device = build.device_of(cfg.trainer.device)
         distributed.setup(device, cfg.parallel.timeout_seconds)
         schedule: Schedule = targets.instantiate(cfg.schedule, cfg.run.seed, "schedule")
@@ -114,7 +113,8 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
         lock = _open_run(cfg, folder, schedule)
         clock = clock_of(streams, options.duration)
         fingerprint = {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
-        if (finished := _finished(folder, clock.total_samples // clock.batch_size, fingerprint)) is not None:
+        total_steps = clock.total_samples // clock.batch_size
+        if (finished := _finished(folder, total_steps, fingerprint, options.keep_last)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
             _conclude(finished, folder, rewrite=False)
             return finished
@@ -138,9 +138,10 @@ def train(cfg: TrainConfig) -> Mapping[str, float]:
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
             checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
             _keep_tokenizer(cfg, folder)
-    with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
-        results = trainer.run()
-    _conclude(results, folder, rewrite=True)
+    with enough_space(folder):
+        with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
+            results = trainer.run()
+        _conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()
     return results
@@ -260,15 +261,13 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    now = config.to_plain(cfg)
+    now, values = config.to_plain(cfg), config.to_values(cfg)
     depends = (
         schedule.depends_on_total()
-        or any(value.depends_on_total() for value in scheduled_values(now))
+        or any(value.depends_on_total() for value in scheduled_values(values))
         or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
     )
-    changed = config.differences(
-        config.from_yaml(path.read_text(), str(path)), now, () if depends else ("trainer.duration",)
-    )
+    changed = config.differences(config.read(path), now, () if depends else ("trainer.duration",), values)
     if not changed:
         return None
     return (
@@ -282,33 +281,43 @@ def _log_to(folder: Path) -> None:
     logging.captureWarnings(True)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if distributed.is_main():
-        handlers.append(logging.FileHandler(folder / "train.log"))
+        handlers.append(LogFile(folder / "train.log"))
+    for handler in handlers:
+        handler.addFilter(_make_printable)
     level = logging.INFO if distributed.is_main() else logging.WARNING
     logging.basicConfig(
         level=level, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
     )
 
 
-def _finished(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> dict[str, float] | None:
-    """The scores of a run whose last step is saved; every process what process 0 finds.
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Control characters of a message as escapes: the names of samples and shards are the data's."""
+    record.msg, record.args = "\n".join(map(usage.printable, record.getMessage().splitlines())), None
+    return True
+
+
+def _finished(
+    folder: Path, num_steps: int, fingerprint: Mapping[str, Any], keep_last: int
+) -> dict[str, float | None] | None:
+    """The scores of a run whose last step is saved, and which then keeps no more than it should; on every process.
 
     Raises: ValueError if it was trained on other data.
     """
 
-    def look() -> dict[str, float] | None:
+    def look() -> dict[str, float | None] | None:
         if not (folder / "results.json").exists():
             return None
         path = checkpoint.find_latest(folder / "checkpoints", set_aside=True)
-        if path is None or not resume.is_evaluated(path, num_steps):
+        if path is None or not resume.read_state(path).is_evaluated(num_steps):
             return None
         resume.check_fingerprint(path, fingerprint)
-        results: dict[str, float] = json.loads((folder / "results.json").read_text())
-        return results
+        checkpoint.prune(folder / "checkpoints", keep_last)
+        return read_results(folder / "results.json")
 
     return distributed.from_main(look)
 
 
-def _conclude(results: Mapping[str, float], folder: Path, rewrite: bool) -> None:
+def _conclude(results: Mapping[str, float | None], folder: Path, rewrite: bool) -> None:
     """Write the run's report, unless it is finished and came to it before, and say the results."""
     if distributed.is_main():
         if rewrite or not (folder / report.FILE).exists():

@@ -20,6 +20,7 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.ema import EMA
 from mmpretrain.freeze import Freeze
+from mmpretrain.gradient_watch import GradientWatch
 from mmpretrain.guards import Quarantine, TrainingError, check_bad_step
 from mmpretrain.measure import Window, is_better, train_values
 from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
@@ -131,8 +132,10 @@ class Trainer:
         if self.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
         saved = resume.find_checkpoint(folder, self.num_steps, fingerprint)
+        if distributed.is_main():
+            checkpoint.prune(folder / "checkpoints", options.keep_last)
         if saved is not None:
-            task.load_state_dict(checkpoint.load_tensors(saved, "model.safetensors"))
+            resume.load_task(saved, task)
         elif initialize is not None:
             initialize(task)
         self.whole = parallel.prepare(task, device, options.precision, options.parallel)
@@ -190,6 +193,7 @@ class Trainer:
     def _loop(self) -> None:
         state, options, device = self.state, self.options, self.device
         self.window = Window()
+        self.gradient_watch = GradientWatch()
         batches = received(self.loader, options.data_timeout_seconds, self._poll)
         with (
             ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
@@ -229,6 +233,8 @@ class Trainer:
                 state.step, state.samples = state.step + 1, state.samples + self.batch_size
                 self.quarantine.add(refused)
                 self.window.add(self.batch_size)
+                if options.clip_grad_norm is None and distributed.is_main():
+                    self.gradient_watch.add(state.step, norms["all"])
                 is_last = state.step == self.num_steps
                 known = self.flags.read()
                 check_bad_step(known, state.step - 1, self.streams, self.clock, options.max_bad_steps)
@@ -309,6 +315,7 @@ class Trainer:
         except LoaderError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
+            self.quarantine.write_waiting()
             # A worker's error carries its whole traceback; the last line is what it said.
             raise TrainingError(f"the data cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
@@ -352,6 +359,7 @@ class Trainer:
         self.quarantine.flush(self.state.samples)
         # First what waits for the device: the time below is then that of work done.
         values = train_values(losses, weights, norms, self.task)
+        self.gradient_watch.check()
         values |= {
             f"train/{name}_weight": weights[name] for name, value in self.weights.items() if not value.is_constant
         }
@@ -394,7 +402,6 @@ class Trainer:
         if is_best:
             self._save()
         if self.writer is not None and self.saved_step == state.step:
-            self.writer.flush()
             path = checkpoint.path_of(self.folder / "checkpoints", state.step)
             if is_best:
                 checkpoint.mark_best(path, self.options.keep_last)
@@ -441,7 +448,6 @@ class Trainer:
         is_new = state.step > self.saved_step
         tensors = self._tensors() if is_new else {}
         if self.writer is not None and is_new:
-            self.writer.flush()
             try:
                 numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
                 checkpoint.save(

@@ -1,12 +1,20 @@
 """Wrong use, and how it is said: one line with the value, the expectation and the fix."""
 
 import difflib
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(ValueError):
     """Wrong use: one line with the value, the expectation and the fix; the process ends with exit code 2."""
+
+
+def printable(text: str) -> str:
+    """A text that a terminal shows as it is: control characters, which could rewrite a screen, as escapes."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -39,10 +47,16 @@ def check_number(
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Inside the block a ValueError or a missing file is wrong use."""
+    """Inside the block a ValueError, a missing file or a full disk is answered as wrong use is."""
     try:
         yield
     except UsageError:
         raise
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise UsageError(
+            f"{error.filename or 'the output'} cannot be written ({error.strerror}); make space, then give the same command"
+        ) from error

@@ -206,7 +206,7 @@ class Command:
 
     @property
     def pid(self) -> int:
-        """The process."""
+        """Its process's number."""
         assert self._process.pid is not None
         return self._process.pid
 

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,26 @@ def test_the_best_one_stays_however_old_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "best").read_text() == "step_00000003\n"
     names = [path.name for path in tmp_path.glob("step_*")]
     assert sorted(names) == ["step_00000003", "step_00000005", "step_00000006"]
+
+
+def test_what_a_kill_before_the_deletion_left_is_deleted_by_the_next(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step, is_best=step == 1)
+    checkpoint.prune(tmp_path, 2)
+    names = [path.name for path in tmp_path.glob("step_*")]
+    assert sorted(names) == ["step_00000001", "step_00000004", "step_00000005"]
+    save(tmp_path, 6, keep_last=1)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000001", "step_00000006"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_whoever_may_read_new_files_may_read_checkpoints(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        path = save(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in [*path.iterdir(), tmp_path / "latest"]} == {0o666 & ~umask}
 
 
 def test_a_further_part_is_saved_and_verified(tmp_path: Path) -> None:

@@ -223,6 +223,46 @@ def test_configuration_comes_back_from_its_file_unchanged(experiment: str) -> No
     assert "${" not in config.to_yaml(plain)
 
 
+def environment_run(*overrides: str) -> config.TrainConfig:
+    register_schemas()
+    with initialize_config_module("mmpretrain.conf", version_base="1.3"):
+        return config.resolve(compose("train", ["experiment=quickstart", *overrides]))
+
+
+def test_what_comes_from_the_environment_is_used_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "/geheim")
+    monkeypatch.setenv("RATE", "0.25")
+    cfg = environment_run(
+        "data.root=${oc.env:SECRET}/data",
+        "init_from=${data.root}/init",
+        "optimizer.lr='${oc.decode:${oc.env:RATE}}'",
+        "data.val.val.templates=['{} ${oc.env:SECRET}', 'a {}']",
+        "objective.infonce.weight='${oc.decode:${oc.env:RATE}}'",
+    )
+    assert (cfg.data.root, cfg.init_from, cfg.optimizer["lr"]) == ("/geheim/data", "/geheim/data/init", 0.25)
+    plain, hparams = config.to_plain(cfg), config.hparams(cfg)
+    assert plain["data"]["root"] == hparams["data"] == "${oc.env:SECRET}/data"
+    assert plain["init_from"] == hparams["init_from"] == "${data.root}/init"
+    assert plain["optimizer"]["lr"] == hparams["lr"] == "${oc.decode:${oc.env:RATE}}"
+    assert plain["data"]["val"]["val"]["templates"] == ["{} ${oc.env:SECRET}", "a {}"]
+    text = config.to_yaml(plain)
+    assert "geheim" not in text + str(hparams) and "0.25" not in text
+    assert text.count("${") == 8, "all else is written as it is resolved"
+    assert config.from_yaml(text) == plain
+
+
+def test_a_run_of_the_environment_goes_on_whatever_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ("data.train.pairs.caption=${oc.env:CAPTION}", "run.name=a")
+    monkeypatch.setenv("CAPTION", "txt")
+    first = environment_run(*overrides)
+    monkeypatch.setenv("CAPTION", "json.alt")
+    second = environment_run(*overrides)
+    assert differences(config.to_plain(first), config.to_plain(second)) == []
+    assert differences(config.to_values(first), config.to_plain(first), (), config.to_values(first)) == []
+    changed = differences(config.to_values(first), config.to_plain(second), (), config.to_values(second))
+    assert changed == ['data.train.pairs.caption: "txt" -> "${oc.env:CAPTION}"']
+
+
 def test_file_of_others_is_read_without_following_it() -> None:
     assert config.from_yaml("a: ${oc.env:HOME}") == {"a": "${oc.env:HOME}"}
 

@@ -32,6 +32,9 @@ def test_open_clip_opens_it_with_the_same_embeddings(run: Path, tmp_path: Path) 
         "open_clip_model.safetensors",
         "open_clip_config.json",
     ]
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
     theirs = open_clip.create_model(f"local-dir:{tmp_path}/out").eval()
     ours, _, tokenizer = mmpretrain.load(run)
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)

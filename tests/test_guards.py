@@ -35,6 +35,14 @@ def test_a_sample_is_quarantined_once_also_after_a_kill(tmp_path: Path) -> None:
     assert records[-1] == {"stream": "pairs", "shard": "b.tar", "key": "000002", "reason": "no caption"}
 
 
+def test_what_waits_is_written_before_an_error_ends_the_run(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_fraction=1.0, num_refused=0)
+    quarantine.add([refused("a.tar", "000001")])
+    quarantine.write_waiting()
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == "000001"
+
+
 def test_refused_samples_are_not_written_before_they_are_flushed(tmp_path: Path) -> None:
     quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_fraction=1.0, num_refused=0)
     quarantine.add([refused("a.tar", "000001")])

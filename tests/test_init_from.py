@@ -190,3 +190,12 @@ def test_open_clip_trains_on_from_our_checkpoint(tmp_path: Path) -> None:
     task = make_task(**CLIP_SHAPE)
     init_from(task, str(tmp_path / "back.pt"))
     assert_equal(task, source, "model.")
+
+
+@pytest.mark.parametrize(
+    "content", [[1], {}, {"a": 1}, {"state_dict": [1]}, {"state_dict": {}}, {1: torch.ones(1)}, None]
+)
+def test_a_file_of_other_things_is_refused_in_one_line(content: Any, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"its weights cannot be read .* expected a \.safetensors, or a \.pt"):
+        init_from(make_task(), str(tmp_path / "other.pt"))

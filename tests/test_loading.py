@@ -2,54 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from mmpretrain import checkpoint, config, targets
 from mmpretrain.loading import load_checkpoint
-from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.objectives.sigmoid import Sigmoid
-from mmpretrain.task import Task
-
-MODEL: dict[str, Any] = {
-    "_target_": "mmpretrain.models.image_text.ImageTextModel",
-    "embed_dim": 12,
-    "image_mean": [0.1, 0.2, 0.3],
-    "image": {
-        "_target_": "mmpretrain.models.vit.TimmEncoder",
-        "name": "vit_tiny_patch16_224",
-        "image_size": 32,
-        "args": {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
-    },
-    "text": {
-        "_target_": "mmpretrain.models.text.TextTransformer",
-        "context_length": 16,
-        "width": 24,
-        "depth": 1,
-        "num_heads": 2,
-    },
-}
-
-
-def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "ClipTokenizer", step: int = 5) -> Task:
-    """A run's directory with one checkpoint, as the trainer leaves it; returns what was saved."""
-    built: ImageTextModel = targets.instantiate(MODEL, 3, "model")
-    objectives = {"sigmoid": Sigmoid(built, init_logit_scale=20), "infonce": InfoNCE(built, init_logit_scale=30)}
-    task = Task(built, objectives).eval()
-    plain = {
-        "model": model,
-        "data": {"tokenizer": {"_target_": f"mmpretrain.data.tokenizer.{tokenizer}", "context_length": 16}},
-        "objective": {"sigmoid": {}, "infonce": {}},
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(plain))
-    optimizer = {"model.image_projection.weight/step": torch.ones(())}
-    parts = {"model": task.state_dict(), "optimizer": optimizer}
-    checkpoint.save(folder / "checkpoints", step, parts, {"samples": 640}, keep_last=0)
-    return task
+from tests.saved_runs import MODEL, save_run
 
 
 @pytest.mark.parametrize("what", ["run", "run/checkpoints/step_00000005"])
@@ -112,7 +70,9 @@ def test_a_folder_without_checkpoint_is_refused_in_one_line(tmp_path: Path, fold
 )
 def test_a_configuration_that_names_foreign_code_is_refused_and_not_run(tmp_path: Path, target: str) -> None:
     save_run(tmp_path, {**MODEL, "image": {"_target_": target, "command": f"touch {tmp_path}/ran"}})
-    with pytest.raises(ValueError, match=r"^config.yaml.image._target_ is .* is no part of mmpretrain.*trust=\["):
+    with pytest.raises(
+        ValueError, match=r"^config.yaml: model.image._target_ is .* is no part of mmpretrain.*trust=\["
+    ):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -131,9 +91,22 @@ def test_a_model_of_ones_own_is_loaded_once_its_module_is_trusted(
     assert type(load_checkpoint(tmp_path, trust=["own_towers"]).model.text).__name__ == "Mine"
 
 
+def test_a_model_that_computes_numbers_while_it_is_built_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "computing_towers.py").write_text(
+        "import torch\nfrom mmpretrain.models.text import TextTransformer\n\n\nclass Mine(TextTransformer):\n"
+        "    def __init__(self, **sizes):\n        super().__init__(**sizes)\n"
+        "        self.rate = torch.linspace(0, 1, 3)[1].item()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    save_run(tmp_path, {**MODEL, "text": {**MODEL["text"], "_target_": "computing_towers.Mine"}})
+    assert load_checkpoint(tmp_path, trust=["computing_towers"]).model.text.rate == 0.5
+
+
 def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
     save_run(tmp_path, tokenizer="SimpleTokenizer")
-    with pytest.raises(ValueError, match=r"^config.yaml._target_ is 'mmpretrain.data.tokenizer.SimpleTokenizer'"):
+    with pytest.raises(ValueError, match=r"^config.yaml: data.tokenizer._target_ is '.*\.SimpleTokenizer'"):
         load_checkpoint(tmp_path)
 
 

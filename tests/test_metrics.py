@@ -57,7 +57,6 @@ def test_what_was_logged_beyond_the_checkpoint_is_taken_back(resumed_at: int, tm
     killed = MetricsWriter(tmp_path)
     log_steps(killed, range(1, 6), 100.0)
     killed.image("train/pairs", 0, np.zeros((8, 8, 3), np.uint8))
-    killed.flush()
     # No close: a kill does not close.
     resumed = MetricsWriter(tmp_path, resumed_at, 16 * resumed_at)
     log_steps(resumed, range(resumed_at + 1, 8), 200.0)
@@ -73,13 +72,26 @@ def test_what_was_logged_beyond_the_checkpoint_is_taken_back(resumed_at: int, tm
     assert [event.step for event in shown.Images("train/pairs")] == [0]
 
 
-def test_flush_brings_everything_to_the_disk(tmp_path: Path) -> None:
+def test_everything_is_on_the_disk_at_once(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path)
     log_steps(writer, range(1, 4), 0.0)
-    writer.flush()
     assert len(read_records(tmp_path / "metrics.jsonl")) == 3
     assert len(events(tmp_path).Scalars("train/loss")) == 3
     writer.close()
+
+
+def test_no_point_is_lost_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    first = MetricsWriter(tmp_path)
+    log_steps(first, range(1, 6), 100.0)
+    first.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    ahead = int(file.name.split(".")[3]) + 3600
+    file.rename(file.with_name(f"events.out.tfevents.{ahead}.host.1.0"))
+    second = MetricsWriter(tmp_path, 3, 48)
+    log_steps(second, range(4, 8), 200.0)
+    second.close()
+    expected = [(step, (100.0 if step <= 3 else 200.0) + step) for step in range(1, 8)]
+    assert [(event.step // 16, event.value) for event in events(tmp_path).Scalars("train/loss")] == expected
 
 
 def test_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:

@@ -289,7 +289,10 @@ def test_wrong_use_of_evaluate_is_answered_in_one_line(
     [
         (lambda text: "a: 1\n", ("config.yaml has no 'data'", "as the run wrote it")),
         (lambda text: "a: [1", ("config.yaml is no YAML",)),
-        (lambda text: text.replace("embed_dim: 16", "embed_dim: 8"), ("does not hold the weights", "size mismatch")),
+        (
+            lambda text: text.replace("embed_dim: 16", "embed_dim: 8"),
+            ("does not hold the weights", "image_projection.weight is [16, 32], expected [8, 32]"),
+        ),
     ],
     ids=["another file", "no YAML", "another model"],
 )

@@ -296,8 +296,8 @@ class TarStream:
                     sample = draw(hash64(seed, "replacement"), attempt) % shards.num_samples
             else:
                 raise ValueError(
-                    f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last "
-                    f"for: {refused[-1].reason}; look at quarantine.jsonl and mend the data"
+                    f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "
+                    f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; mend the data"
                 )
             used[row] = self._first_id[source] + sample
             if caption is not None:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import re
-import tempfile
+import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -230,8 +230,9 @@ def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
         "problems": index.problems,
     }
     shape = (len(index.members), index.num_samples)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
-        try:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
             np.savez(
                 file,
                 header=np.frombuffer(json.dumps(header).encode(), np.uint8),
@@ -241,12 +242,9 @@ def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
                 sizes=np.array([sizes for _, sizes in index.members.values()], np.int64).reshape(shape),
                 header_sums=np.array(list(index.header_sums.values()), np.uint32).reshape(shape),
             )
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class OldIndex(ValueError):

@@ -226,10 +226,17 @@ class FileTokenizer:
 _NEW_LINES = ("\n", "\t", "Ċ", "ĉ", "<0x0A>")  # as texts, byte-level BPE and byte fallback write them
 
 
+_MAX_IDS_PER_TOKEN = 100  # tables are as long as the largest id
+
+
 class _Words:
     """Where words begin, from how the tokens of a vocabulary are written: `##ing`, `Ġword` or `▁word`."""
 
     def __init__(self, vocabulary: Mapping[str, int], special: Sequence[int]) -> None:
+        if max(vocabulary.values()) > _MAX_IDS_PER_TOKEN * len(vocabulary):
+            raise ValueError(
+                f"the tokenizer has ids up to {max(vocabulary.values())} for {len(vocabulary)} tokens; expected ids in a row"
+            )
         continues = any(token.startswith("##") for token in vocabulary)
         starts = torch.ones(max(vocabulary.values()) + 1, dtype=torch.bool)
         for token, number in vocabulary.items():
@@ -259,7 +266,7 @@ class HuggingFaceTokenizer:
         try:
             from transformers import AutoTokenizer
 
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (ImportError, OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise ValueError(

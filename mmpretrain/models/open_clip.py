@@ -53,7 +53,12 @@ def open_clip_model(
     towers = {"vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]}
     try:
         model = open_clip.create_model(
-            name, load_weights=False, pretrained_text=False, force_custom_text=True, **towers
+            name,
+            load_weights=False,
+            pretrained_text=False,
+            force_custom_text=True,
+            device=torch.get_default_device(),
+            **towers,
         )
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         raise ValueError(f"open_clip refuses model.name={name} with {towers}: {error}") from error
