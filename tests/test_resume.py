@@ -417,7 +417,8 @@ def test_a_checkpoint_of_before_shards_had_hashes_of_their_own_goes_on(pairs: Pa
     now = {"data.train.pairs": {"pairs": Fingerprint.of(shards)}}
     for kept in (shards.fingerprint, str(Fingerprint.of(shards)), "another"):
         known = {"data.train.pairs": {"pairs": kept}}
-        path = save(tmp_path / kept[:34], 1, {}, {"step": 1, "fingerprint": known}, 0)
+        state = {"step": 1, "samples": 16, "optimizer": {}, "fingerprint": known}
+        path = save(tmp_path / kept[:34], 1, {}, state, 0)
         if kept == "another":
             with pytest.raises(ValueError, match=r"data\.train\.pairs has other shards or samples; expected"):
                 check_fingerprint(path, now)

@@ -35,6 +35,7 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
         ],
         "step_vit": ["step", *vit, "--rounds", "5", "--round-steps", "1"],
         "patch_projection": ["patch_projection", "--rounds", "9"],
+        "randomness": ["randomness", "--rounds", "3"],
         "packing": ["packing", "--captions", captions, "--rounds", "5"],
         "loss_memory": ["loss_memory", "--rounds", "5"],
         "grad_cache": ["grad_cache", "--image-size", "64"],

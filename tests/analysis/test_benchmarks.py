@@ -25,6 +25,7 @@ SMALL = {
     "loss_memory": ["--batch", "256", "--width", "32", "--rounds", "1"],
     "order": ["--samples", "1e6", "--rounds", "1"],
     "packing": ["--batch", "8", "--rounds", "1"],
+    "randomness": ["--batch", "4", "--rounds", "1", "--precision", "fp32"],
     "scaling": ["--processes", "1,2", "--batch", "8", "--steps", "1", "--timed", "1", "--rounds", "1"],
     "step": ["--model", "emoji_clip", "--batch", "4", "--steps", "2", "--rounds", "1", "--round-steps", "1"],
 }
