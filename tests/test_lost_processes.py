@@ -57,8 +57,15 @@ def test_a_worker_that_is_killed_or_stopped_is_named(
     goes_on(tmp_path, pairs, finished.stderr)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize(
+    ("lost", "number"),
+    [
+        (0, signal.SIGKILL),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
+        (1, signal.SIGKILL),
+        (1, signal.SIGSTOP),
+    ],
+)
 def test_a_rank_that_is_killed_or_stopped_is_named(
     lost: int, number: signal.Signals, pairs: Path, tmp_path: Path
 ) -> None:
