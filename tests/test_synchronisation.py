@@ -17,7 +17,7 @@ from mmpretrain.optim import adamw, grad_norms, gradients, guarded_step
 from mmpretrain.precision import LossScale, autocast
 from mmpretrain.step import forward_backward
 from mmpretrain.task import Task
-from tests.distributed.steps import make_batches, make_task
+from tests.distributed.steps import RANDOM, make_batches, make_task
 
 MIXES = [
     ("infonce", "multi_positive", "sigmoid", "mae", "simclr", "causal_lm", "captioning"),
@@ -62,7 +62,7 @@ def forget_values(task: nn.Module) -> None:
 
 def fake_steps(mix: tuple[str, ...], *, counted: bool) -> None:
     """A step of two micro-batches on fake tensors."""
-    task = make_task(mix).float()
+    task = make_task(mix, 0.1, **RANDOM).float()
     batches = [task.counted(batch, dict.fromkeys(mix, 0.5)) if counted else batch for batch in make_batches(2)]
     with FakeTensorMode():
         forget_values(task)
@@ -86,7 +86,7 @@ def test_a_batch_that_was_not_counted_needs_some() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mix", MIXES, ids="+".join)
 def test_a_step_does_not_wait_for_the_gpu(mix: tuple[str, ...]) -> None:
-    device, task = torch.device("cuda"), make_task(mix).float()
+    device, task = torch.device("cuda"), make_task(mix, 0.1, **RANDOM).float()
     batches = [task.counted(batch, dict.fromkeys(mix, 0.5)).to(device) for batch in make_batches(2)]
     steps = Steps(task.to(device), batches, device)
     steps.step()

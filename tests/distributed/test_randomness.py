@@ -10,6 +10,7 @@ from torch import nn
 from mmpretrain import parallel
 from mmpretrain.parallel import Parallel
 from mmpretrain.randomness import SampleRandomness
+from tests import runs
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
     RANDOM,
@@ -107,6 +108,20 @@ def test_a_run_goes_on_with_other_micro_batches(tmp_path: Path, pool: Pools) -> 
     for found in (alone, *both):
         for ours, theirs in zip(found[:3], whole[3:6], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+def test_whole_commands_with_dropout_train_alike_in_micro_batches(pairs: Path, tmp_path: Path) -> None:
+    losses = []
+    for number, size in enumerate(("null", "4")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        finished = runs.train(
+            folder, f"data.root={pairs}", "trainer.duration=3steps", f"trainer.micro_batch_size={size}", "eval=[]",
+            "+model.image.args.drop_path_rate=0.5", "+model.text.dropout=0.2",
+        )  # fmt: skip
+        assert finished.code == 0, finished.stderr
+        losses.append([record["train/loss"] for record in runs.records(folder / "run")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # ---------------------------------------------------------------- what does not draw by sample
