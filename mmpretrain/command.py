@@ -130,7 +130,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line as Hydra reads it, from what people write.
 
     `-m` may stand anywhere, `debug=nan` names a preset and no number, a path may hold `=` and `,` as the names of
-    our runs do, and a stream or a held-out data set is added by `+data.train.NAME...=`: Hydra can add a whole
+    our runs do, and brackets, and a stream or a held-out data set is added by `+data.train.NAME...=`: Hydra can add a whole
     dictionary to a typed one, and no part of it.
     """
     is_sweep = any(argument in _MULTIRUN for argument in arguments)
@@ -147,7 +147,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
             argument = f"{key}={','.join(texts)}"
         elif is_plain and "," in value and is_sweep:
             pass  # several values: each a job
-        elif is_plain and key.lstrip("+") in _PATHS and re.search("[=,]", value):
+        elif is_plain and key.lstrip("+") in _PATHS and re.search(r"[=,\[\](){}]", value):
             argument = f"{key}='{value}'"
         elif value and (added := _ADDED.fullmatch(key)):
             for name in reversed(added["inside"].split(".")):

@@ -43,7 +43,7 @@ class GradientWatch:
             if len(self._usual) >= _FEWEST and step >= self._silent_until:
                 middle = statistics.median(self._usual)
                 spread = max(1.4826 * statistics.median(abs(usual - middle) for usual in self._usual), 0.1 * middle)
-                if norm > middle + _FAR * spread:
+                if middle > 0 and norm > middle + _FAR * spread:
                     log.warning(
                         "step %d had a gradient of norm %.3g, where %.3g is usual (median of %d steps), and nothing clips "
                         "it; if the loss jumps there, set trainer.clip_grad_norm=1.0",

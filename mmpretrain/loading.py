@@ -95,14 +95,16 @@ def _built_model(resolved: Any, tensors: Mapping[str, Tensor], source: Path) -> 
     def build() -> Any:
         return _built("model", source, lambda: targets.call(resolved, 0))
 
-    with untrusted.at_most(10 * len(tensors) + 1000, source):
-        try:
-            with torch.device("meta"):  # which takes no memory
-                model = build()
-        except ValueError as error:
-            if "meta tensor" not in str(error):
-                raise
-            model = build()  # one that computes numbers while it is built, which only memory can hold
+    # Twice, since a part may be built and then replaced.
+    limits = 10 * len(tensors) + 1000, 2 * _numel(tensors) + _SMALL_MODEL
+    try:
+        with untrusted.at_most(*limits, source), torch.device("meta"):  # which takes no memory
+            model = build()
+    except ValueError as error:
+        if not untrusted.needs_memory(error):
+            raise
+        with untrusted.at_most(*limits, source):
+            model = build()
     if not isinstance(model, ImageTextModel):
         raise ValueError(f"{source}: model is a {type(model).__name__}; expected a model of images and texts")
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}

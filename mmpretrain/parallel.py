@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _ROUNDING = 0.02  # of a step: some optimisers compute in bf16
 _SPLIT = 1e-4  # of a loss in float32: what rounding may change where a micro-batch is split
+_SPLIT_GRADIENT, _NEGLIGIBLE = 1e-2, 1e-6  # of a parameter's gradient; of the whole gradient
 _NAMED_LAYERS = 8
 
 # Later releases of torch renamed it.
@@ -74,18 +75,16 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
     watch = RandomnessWatch(task)
     task.randomness = lambda: watch
     with unchanged_buffers(task):
-        whole = forward_backward(task, task, [example], weights).reduced()
+        forward_backward(task, task, [example], weights)
+        task.zero_grad()
         strangers = list(watch.otherwise)
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
         if not (watch.by_sample or strangers):
             task.randomness = None
-        elif not strangers and not any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules()
-        ):
+        elif not strangers and not has_batch_norm:
             task.randomness = partial(SampleRandomness, strict=False)
-            halves = forward_backward(task, task, _halves(example), weights).reduced()
-            if any(_relative(halves[name]["loss"], each["loss"]) > _SPLIT for name, each in whole.items()):
-                strangers = list(watch.by_sample)
-    task.zero_grad()
+            if _depends_on_neighbours(task, example, weights):
+                strangers = _culprits(task, example, weights, list(watch.by_sample))
     is_split = num_micro_batches > 1 or distributed.world_size() > 1
     if strangers:
         names = ", ".join(strangers[:_NAMED_LAYERS]) + (" and others" if len(strangers) > _NAMED_LAYERS else "")
@@ -100,17 +99,44 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
         task.randomness = partial(SampleRandomness, strict=is_split and not strangers)
 
 
-def _halves(example: Batch) -> list[Batch]:
-    """Each of an example's two samples as a micro-batch of its own."""
-    rows = [torch.tensor([row]) for row in range(2)]
-    return [
-        replace(example, streams={name: each.rows(row) for name, each in example.streams.items()}, counts={})
-        for row in rows
+def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, float]) -> bool:
+    """Whether a step on two samples differs from one on each of them as a micro-batch of its own."""
+    halves = [
+        replace(
+            example, streams={name: each.rows(torch.tensor([row])) for name, each in example.streams.items()}, counts={}
+        )
+        for row in range(2)
     ]
+    found = []
+    for batches in ([example], halves):
+        losses = forward_backward(task, task, batches, weights).reduced()
+        gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+        found.append((losses, gradients))
+        task.zero_grad()
+    (losses, gradients), (split_losses, split_gradients) = found
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    # Each against its own norm: what layer scale makes small at first grows later. What is no more than rounding is left.
+    return any(
+        bool((split_losses[name]["loss"] - each["loss"]).abs() > _SPLIT * (each["loss"].abs() + 0.01))
+        for name, each in losses.items()
+    ) or any(
+        bool(gradient.norm() > _NEGLIGIBLE * total)
+        and bool((split_gradients[name] - gradient).norm() > _SPLIT_GRADIENT * gradient.norm())
+        for name, gradient in gradients.items()
+    )
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs() / expected.abs().clamp(min=1e-6))
+def _culprits(task: Task, example: Batch, weights: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    """Those of the modules that draw whose draws depend on a sample's neighbours."""
+    modules = {name: module for name, module in task.named_modules() if name in names}
+    culprits = []
+    for name, module in modules.items():
+        for other in modules.values():
+            other.train(other is module)
+        if _depends_on_neighbours(task, example, weights):
+            culprits.append(name)
+    task.train()
+    return culprits or ["parts of the model, which have a generator of their own,"]
 
 
 @dataclass(frozen=True)
@@ -170,9 +196,8 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
                 for module in block.modules():
                     if getattr(module, "inplace", False):  # an activation that would overwrite what is kept
                         module.inplace = False  # type: ignore[assignment]
-            contexts = partial(checkpoint_contexts, keeps)
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-        if options.compile:
+            _checkpoint(block, keeps, draws=task.randomness is not None, is_compiled=options.compile)
+        elif options.compile:
             block.forward = torch.compile(block.forward)
     if is_sharded:
         mesh = init_device_mesh(device.type, (world,))
@@ -183,6 +208,24 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(task, mesh=mesh)
     return partial(_whole, task, skeleton) if is_sharded else lambda: task
+
+
+def _checkpoint(block: nn.Module, keeps: Callable[[], Any] | None, draws: bool, is_compiled: bool) -> None:
+    """Have a block computed again in the backward pass, all of it or what `keeps` does not keep."""
+    if not draws:
+        contexts = {} if keeps is None else {"context_fn": keeps}
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+        if is_compiled:
+            block.forward = torch.compile(block.forward)
+        return
+    if is_compiled and keeps is not None:
+        raise ValueError(
+            "parallel.compile is true and parallel.activation_checkpointing selective, but the model drops at random, which "
+            "the two together cannot compute again; use parallel.activation_checkpointing=blocks"
+        )
+    # Compiled inside of the checkpoint: PyTorch takes no contexts of ours in what it compiles.
+    forward = torch.compile(block.forward) if is_compiled else block.forward
+    block.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=partial(checkpoint_contexts, keeps))
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:

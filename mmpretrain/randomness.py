@@ -11,13 +11,16 @@ gradient caching, and when activation checkpointing computes a block again. `ins
 draw in other ways.
 """
 
+import inspect
 import math
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,7 +102,12 @@ class SampleRandomness(TorchFunctionMode):
 
     @torch.compiler.disable  # compiled blocks are cut here: the number of the call is no constant of theirs
     def _draw(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        drawn = _BY_SAMPLE[func](self, *args, **kwargs)
+        handler = _BY_SAMPLE[func]
+        try:
+            inspect.signature(handler).bind(self, *args, **kwargs)
+        except TypeError:  # a way to call it that is not known here; the watch names who draws so
+            return func(*args, **kwargs)
+        drawn = handler(self, *args, **kwargs)
         return func(*args, **kwargs) if drawn is NotImplemented else drawn
 
     def bits(self, shape: Sequence[int], per_draw: int = 1) -> Tensor | None:
@@ -166,29 +174,38 @@ def _within(outer: AbstractContextManager[Any], inner: AbstractContextManager[An
 # ---------------------------------------------------------------- the functions that are computed by sample
 
 
-def _dropout(mode: SampleRandomness, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not training or p == 0:
+# Their parameters are called as PyTorch calls them.
+
+
+def _dropout(
+    mode: SampleRandomness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
+    if not training or not 0 < p <= 1:
         return NotImplemented
-    dropped = mode.dropped(x, p)
+    dropped = mode.dropped(input, p)
     if dropped is None:
         return NotImplemented
-    return x.copy_(dropped) if inplace else dropped
+    return input.copy_(dropped) if inplace else dropped
+
+
+def _torch_dropout(mode: SampleRandomness, input: Tensor, p: float, train: bool) -> Any:
+    return _dropout(mode, input, p, train)
 
 
 def _channel_dropout(
-    mode: SampleRandomness, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    mode: SampleRandomness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
     """Whole channels [b, c, ...] are dropped."""
-    ones = x.new_ones(x.shape[:2] + (1,) * (x.ndim - 2))
+    ones = input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2))
     noise = _dropout(mode, ones, p, training)
-    return noise if noise is NotImplemented else x.mul_(noise) if inplace else x * noise
+    return noise if noise is NotImplemented else input.mul_(noise) if inplace else input * noise
 
 
 def _attention(
     mode: SampleRandomness,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -199,60 +216,78 @@ def _attention(
     if dropout_p == 0:
         return NotImplemented
     if enable_gqa:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    dropped = mode.dropped(scores.softmax(-1), dropout_p)
-    return NotImplemented if dropped is None else dropped.to(v.dtype) @ v
+    sees_nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(sees_nothing, 0).softmax(-1).masked_fill(sees_nothing, 0)
+    dropped = mode.dropped(weights, dropout_p)
+    return NotImplemented if dropped is None else dropped.to(value.dtype) @ value
 
 
-def _bernoulli_(mode: SampleRandomness, x: Tensor, p: Any = 0.5, *, generator: Any = None) -> Any:
-    u = mode.uniform(x.shape) if generator is None else None
-    return NotImplemented if u is None else x.copy_(u < p)
+def _bernoulli_(mode: SampleRandomness, input: Tensor, p: Any = 0.5, *, generator: Any = None) -> Any:
+    u = mode.uniform(input.shape) if generator is None else None
+    return NotImplemented if u is None else input.copy_(u < p)
 
 
-def _bernoulli(mode: SampleRandomness, p: Tensor, *, generator: Any = None, out: Any = None) -> Any:
-    u = mode.uniform(p.shape) if generator is None and out is None else None
-    return NotImplemented if u is None else (u < p).to(p.dtype)
+def _bernoulli(
+    mode: SampleRandomness, input: Tensor, p: float | None = None, *, generator: Any = None, out: Any = None
+) -> Any:
+    u = mode.uniform(input.shape) if generator is None and out is None else None
+    return NotImplemented if u is None else (u < (input if p is None else p)).to(input.dtype)
 
 
 def _normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     return torch.erfinv(2 * (u + 2.0**-54) - 1) * (std * math.sqrt(2)) + mean
 
 
-def _scaled(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+def _scaled(u: Tensor, low: float = 0.0, high: float = 1.0, **ends: float) -> Tensor:
+    low, high = ends.get("from", low), ends.get("to", high)  # the first is no name of Python's
     return u * (high - low) + low
 
 
 def _fill_(
     transform: Callable[..., Tensor],
     mode: SampleRandomness,
-    x: Tensor,
+    input: Tensor,
     *args: Any,
     generator: Any = None,
     **kwargs: Any,
 ) -> Any:
-    u = mode.uniform(x.shape) if generator is None else None
-    return NotImplemented if u is None else x.copy_(transform(u, *args, **kwargs))
+    u = mode.uniform(input.shape) if generator is None else None
+    return NotImplemented if u is None else input.copy_(transform(u, *args, **kwargs))
 
 
-def _like(transform: Callable[..., Tensor], mode: SampleRandomness, x: Tensor, **kwargs: Any) -> Any:
-    u = mode.uniform(x.shape)
-    return NotImplemented if u is None else torch.empty_like(x, **kwargs).copy_(transform(u))
+def _like(
+    transform: Callable[..., Tensor],
+    mode: SampleRandomness,
+    input: Tensor,
+    *,
+    requires_grad: bool = False,
+    **kwargs: Any,
+) -> Any:
+    u = mode.uniform(input.shape)
+    if u is None:
+        return NotImplemented
+    return torch.empty_like(input, **kwargs).copy_(transform(u)).requires_grad_(requires_grad)
 
 
-def _new(transform: Callable[..., Tensor], mode: SampleRandomness, *size: Any, **kwargs: Any) -> Any:
+def _new(
+    transform: Callable[..., Tensor], mode: SampleRandomness, *size: Any, requires_grad: bool = False, **kwargs: Any
+) -> Any:
     shape = kwargs.pop("size", size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size)
     u = None if kwargs.get("generator") or kwargs.get("out") is not None else mode.uniform(shape)
-    return NotImplemented if u is None else torch.empty(*shape, **kwargs).copy_(transform(u))
+    if u is None:
+        return NotImplemented
+    return torch.empty(*shape, **kwargs).copy_(transform(u)).requires_grad_(requires_grad)
 
 
 _BY_SAMPLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout: _dropout,
-    torch.dropout: _dropout,
+    torch.dropout: _torch_dropout,
     F.dropout1d: _channel_dropout,
     F.dropout2d: _channel_dropout,
     F.dropout3d: _channel_dropout,
@@ -273,20 +308,23 @@ _BY_SAMPLE: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 class RandomnessWatch(SampleRandomness):
-    """Draws by sample, and notes which parts of a module draw, and which draw from PyTorch's generator instead."""
+    """Draws by sample, and notes which parts of a module draw, and which draw from a generator instead."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(strict=False)
         self.by_sample: dict[str, None] = {}
         """The names of modules, each the innermost that draws by sample."""
         self.otherwise: dict[str, None] = {}
-        """The names of modules, each the innermost that moves PyTorch's generator."""
+        """The names of modules, each the innermost that moves a generator of PyTorch, Python or NumPy."""
         self._module = module
-        self._inside: list[tuple[str, Tensor]] = []
+        self._inside: list[tuple[str, object]] = []
         self._device = next(module.parameters()).device
 
-    def _state(self) -> Tensor:
-        return torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+    def _state(self) -> object:
+        """The generators of PyTorch, Python and NumPy."""
+        torchs = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
+        numpys: Any = np.random.get_state()  # noqa: NPY002, what a layer may draw from
+        return torchs.numpy().tobytes(), random.getstate(), numpys[1].tobytes(), numpys[2:]
 
     def __enter__(self) -> "RandomnessWatch":
         self._hooks = [
@@ -327,7 +365,7 @@ class RandomnessWatch(SampleRandomness):
             self._inside[-1] = (self._inside[-1][0], self._state())
 
     def _note(self) -> None:
-        if self._inside and not torch.equal(self._inside[-1][1], self._state()):
+        if self._inside and self._inside[-1][1] != self._state():
             self.otherwise[self._inside[-1][0]] = None
             self._inside[-1] = (self._inside[-1][0], self._state())
 

@@ -76,6 +76,8 @@ def read_state(path: Path) -> TrainState:
     for key in ("step", "samples", "fingerprint", "optimizer"):
         if key not in state:
             raise ValueError(f"{path / 'state.json'} has no {key!r}; expected it as the run wrote it")
+    if path != checkpoint.path_of(path.parent, state["step"]):
+        raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected that of its folder")
     for key, value in state.items():
         annotation = known.get(key, dict if key in ("fingerprint", "optimizer") else None)
         if not accepts(value, annotation):

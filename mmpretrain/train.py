@@ -92,7 +92,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
 
-        def evaluation_context(task: Task, check_stop: Poll = no_poll) -> Context:
+        def evaluation_context(task: Task, check_stop: Poll = no_poll, poll: Poll = no_poll) -> Context:
             return Context(
                 model=task.model,
                 tokenizer=tokenizer,
@@ -102,6 +102,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
                 workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,
                 timeout_seconds=cfg.data.timeout_seconds,
                 check_stop=check_stop,
+                poll=poll,
                 autocast=autocast(device, options.precision),
             )
 
@@ -241,9 +242,12 @@ def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | No
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / ".lock").open("w")
+            _check_links(folder)
+            lock = (folder / ".lock").open("a")
             # A POSIX lock: unlike flock's, the loader's forked workers, which outlive a kill by seconds, do not hold it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except usage.UsageError as error:
+            refusal = str(error)
         except BlockingIOError:
             refusal = f"{folder} is in use by another process; wait for it, or choose another run.name"
         except OSError as error:
@@ -254,6 +258,16 @@ def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | No
         raise usage.UsageError(refusal)
     _log_to(folder)
     return lock
+
+
+def _check_links(folder: Path) -> None:
+    """Raises: UsageError if a part of a run's directory is a link: a run that others made would write elsewhere."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            raise usage.UsageError(
+                f"{path} is a symbolic link, through which the run would write elsewhere; expected a file or a folder: "
+                f"remove it, or link {folder} as a whole"
+            )
 
 
 def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> str | None:

@@ -49,7 +49,7 @@ class Evaluation(Protocol):
         ...
 
     def run(
-        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: Poll
+        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: Poll, poll: Poll
     ) -> Mapping[str, float]:
         """Their scores."""
         ...
@@ -178,11 +178,17 @@ class Trainer:
             try:
                 if self.state.pending is not None:
                     self._evaluate(self._due())
+                elif self.state.is_evaluated(self.num_steps):
+                    self._write_results()  # of a finished run, whose file is gone
                 self._loop()
             except Stopped:
                 self._end(f"stopped by a signal at step {self.state.step}; {self._rescue()}")
             except LoaderError as error:
-                raise TrainingError(f"step {self.state.step + 1}: {error}; {self._rescue()}") from error
+                rescued = self._rescue()
+                if stop.received:
+                    self._end(f"stopped by a signal at step {self.state.step}; {rescued}")
+                where = f"step {self.state.step + 1}" if self.state.pending is None else "evaluation"
+                raise TrainingError(f"{where}: {error}; {rescued}") from error
             except RuntimeError as error:
                 if not distributed.is_lost_peer(error):
                     raise
@@ -248,14 +254,14 @@ class Trainer:
                 due = self._due()
                 if is_last or (known.get("stop") and not due):
                     check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
-                is_saving = is_last or self._is_save_due(before) or known.get("save") or known.get("stop")
+                is_saving = due or is_last or self._is_save_due(before) or known.get("save") or known.get("stop")
                 with self.window.paused():
                     if due or is_last:
                         state.pending = values
                     else:
                         self._log(values)
                     self.is_whole = True
-                    if is_saving:  # before evaluation, which takes longer and may fail
+                    if is_saving:  # before evaluation, which may fail or be killed
                         self._save()
                     if due or is_last:
                         self._evaluate(due)
@@ -383,37 +389,34 @@ class Trainer:
             self.writer.scalars(self.state.step, self.state.samples, values)
 
     def _evaluate(self, due: Sequence[str]) -> None:
-        """Evaluate the last step, and log its values and scores. A collective.
+        """Evaluate the last step, whose checkpoint is written, and log its values and scores. A collective.
 
-        Raises: Stopped after a signal; the step is saved then, and is evaluated when the run goes on.
+        Killed before its end, it is done again when the run goes on: the step counts as evaluated with scores.json.
+
+        Raises: Stopped after a signal.
         """
         state = self.state
-        try:
-            scores = self._scores(due) if due else {}
-        except Stopped:
-            self._save()
-            raise
+        scores = self._scores(due) if due else {}
+        is_best = self._is_best(scores)
         state.results.update(scores)
+        state.best = scores[str(self.options.best)] if is_best else state.best
         self._log({**(state.pending or {}), **scores})
-        state.pending = None
         if state.step == self.num_steps:
             self._write_results()
-        is_best = self._is_best(scores)
-        if is_best:
-            self._save()
-        if self.writer is not None and self.saved_step == state.step:
+        if self.writer is not None:
             path = checkpoint.path_of(self.folder / "checkpoints", state.step)
             if is_best:
                 checkpoint.mark_best(path, self.options.keep_last)
             checkpoint.write_scores(path, state.results, state.best)
+        state.pending = None
 
     def _scores(self, due: Sequence[str]) -> dict[str, float]:
         """The scores of these evaluations, and of the averaged weights. A collective."""
-        samples, check_stop = self.state.samples, self._check_stop
-        scores = dict(self.evaluation.run(due, self.whole(), samples, self.writer, check_stop))
+        samples, stops = self.state.samples, (self._check_stop, self._poll)
+        scores = dict(self.evaluation.run(due, self.whole(), samples, self.writer, *stops))
         if scores and self.ema is not None:
             with self.ema.applied():
-                averaged = self.evaluation.run(due, self.whole(), samples, None, check_stop)
+                averaged = self.evaluation.run(due, self.whole(), samples, None, *stops)
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
@@ -428,10 +431,7 @@ class Trainer:
             if self.state.step == self.num_steps and self.state.best is None:
                 log.warning("checkpoint.best is %r, which no evaluation gave; they gave: %s", name, ", ".join(scores))
             return False
-        if not is_better(name, scores[name], self.state.best):
-            return False
-        self.state.best = scores[name]
-        return True
+        return is_better(name, scores[name], self.state.best)
 
     def _save(self) -> None:
         """Write a checkpoint, which holds everything up to this step. A collective."""
@@ -470,6 +470,8 @@ class Trainer:
             failure = self._write_checkpoint()
             if failure is not None:
                 return failure
+        if not distributed.is_main():
+            return "the same command goes on from what process 0 has saved"
         return f"the same command goes on from step {self.saved_step}" if self.saved_step else "nothing is saved yet"
 
     def _end(self, message: str) -> NoReturn:

@@ -147,18 +147,33 @@ def offline() -> Iterator[None]:
 
 
 @contextmanager
-def at_most(num_parameters: int, source: Path) -> Iterator[None]:
-    """Inside the block modules may register so many parameters. Raises: ValueError for one more."""
-    count = 0
+def at_most(num_parameters: int, num_elements: int, source: Path) -> Iterator[None]:
+    """Inside the block modules may register so many parameters, of so many elements together.
+
+    Raises: ValueError for more.
+    """
+    parameters, elements = 0, 0
 
     def check(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal count
-        count += 1
-        if count > num_parameters:
-            raise ValueError(f"{source}: the model has more layers than there are weights; expected the run's own file")
+        nonlocal parameters, elements
+        parameters += 1
+        elements += 0 if parameter is None else parameter.numel()
+        if parameters > num_parameters or elements > num_elements:
+            raise ValueError(f"{source}: the model has more weights than the checkpoint; expected the run's own file")
 
     handle = register_module_parameter_registration_hook(check)
     try:
         yield
     finally:
         handle.remove()
+
+
+def needs_memory(error: BaseException | None) -> bool:
+    """Whether a model could not be built on the meta device because it computes numbers while it is built."""
+    while error is not None:
+        if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+            return True
+        if type(error) is RuntimeError and str(error).startswith("Tensor.item() cannot be called on meta tensors"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

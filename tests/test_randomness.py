@@ -58,6 +58,15 @@ DRAWING = {
     "uniform_": lambda rows: torch.empty_like(X[rows]).uniform_(-2, 3),
     "normal_": lambda rows: torch.empty_like(X[rows]).normal_(1, 2),
     "bernoulli": lambda rows: torch.bernoulli(X[rows].abs() / 3),
+    "bernoulli of a number": lambda rows: torch.bernoulli(X[rows], 0.3),
+    "method bernoulli": lambda rows: X[rows].bernoulli(p=0.3),
+    "uniform_ by names": lambda rows: torch.empty_like(X[rows]).uniform_(**{"from": 0.5, "to": 2.0}),
+    "rand_like by name": lambda rows: torch.rand_like(input=X[rows]),
+    "rand with a gradient": lambda rows: torch.rand(len(X[rows]), 3, requires_grad=True).detach(),
+    "torch.dropout": lambda rows: torch.dropout(input=X[rows], p=0.3, train=True),
+    "attention by names": lambda rows: F.scaled_dot_product_attention(
+        query=X[rows, None], key=X[rows, None], value=X[rows, None], dropout_p=0.3
+    ),
     "bernoulli_": lambda rows: torch.empty_like(X[rows]).bernoulli_(0.3),
 }
 
@@ -138,6 +147,27 @@ def test_attention_that_drops_nothing_of_note_is_attention(is_causal: bool) -> N
     torch.testing.assert_close(
         shared, F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], mask, is_causal=is_causal, enable_gqa=True)
     )
+
+
+def test_attention_by_names_that_drops_nothing_is_torchs() -> None:
+    x = X[:, None]
+    assert torch.equal(
+        drawn(lambda rows: F.scaled_dot_product_attention(query=x, key=x, value=x)),
+        F.scaled_dot_product_attention(x, x, x),
+    )
+
+
+def test_queries_that_see_nothing_get_nothing() -> None:
+    x, mask = X[:, None], torch.ones(4, 4, dtype=torch.bool)
+    mask[2] = False
+    y = drawn(lambda rows: F.scaled_dot_product_attention(x, x, x, mask, 0.1))
+    assert torch.isfinite(y).all() and not y[:, :, 2].any()
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5])
+def test_a_probability_that_is_none_is_refused_as_ever(p: float) -> None:
+    with pytest.raises(ValueError, match="dropout probability"):
+        drawn(lambda rows: F.dropout(X, p))
 
 
 def test_evaluation_and_generators_of_ones_own_are_left_alone() -> None:

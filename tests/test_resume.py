@@ -432,3 +432,33 @@ def test_moments_and_weights_are_those_of_the_checkpoint(short_run: Path) -> Non
     steps = {name: tensor for name, tensor in optimizer.items() if name.endswith("/step")}
     assert {name.removesuffix("/step") for name in steps} <= set(model)
     assert all(torch.equal(tensor, torch.tensor(4.0)) for tensor in steps.values())
+
+
+def test_an_evaluation_that_a_kill_cut_short_is_done_again(pairs: Path, tmp_path: Path) -> None:
+    settings = (
+        f"data.root={pairs}", "trainer.duration=4steps", "trainer.eval_every=2steps", "checkpoint.keep_last=1",
+        "checkpoint.best=eval-val/contrastive_loss", "eval=[contrastive_loss]", "optimizer.lr=0.01",
+    )  # fmt: skip
+    assert runs.train(tmp_path, *settings).code == 0
+    run = tmp_path / "run"
+    outcome, best = runs.exact_outcome(run), (run / "checkpoints" / "best").read_text()
+    assert best == "step_00000004\n"
+    # What a kill leaves before the scores are written, whatever of the rest has been.
+    for lost in ([], ["checkpoints/best"], ["checkpoints/best", "results.json"]):
+        for name in ["checkpoints/step_00000004/scores.json", *lost]:
+            (run / name).unlink()
+        again = runs.train(tmp_path, *settings)
+        assert again.code == 0, again.stderr
+        assert runs.exact_outcome(run) == outcome
+        assert (run / "checkpoints" / "best").read_text() == best
+
+
+def test_the_results_of_a_finished_run_are_written_again(short_run: Path, pairs: Path, tmp_path: Path) -> None:
+    settings = (f"data.root={pairs}", *SHORT)
+    run = tmp_path / "run"
+    shutil.copytree(short_run / "run", run)
+    expected = runs.exact_outcome(run)
+    (run / "results.json").unlink()
+    again = runs.train(tmp_path, *settings)
+    assert again.code == 0, again.stderr
+    assert runs.exact_outcome(run) == expected

@@ -150,6 +150,7 @@ def embed(
     workers: int,
     timeout_seconds: float = 600.0,
     check_stop: Poll = no_poll,
+    poll: Poll = no_poll,
 ) -> Embedded:
     """Embed a data set; each rank does its share, and every rank gets the whole. A collective.
 
@@ -161,6 +162,7 @@ def embed(
         workers: decoding processes of each rank.
         timeout_seconds: how long a batch may take to be read.
         check_stop: called before each batch, by all ranks equally often; what it raises ends the work.
+        poll: called about every second while a batch is waited for, by this rank alone; likewise.
 
     Samples that cannot be read are left out, with a warning that names them.
 
@@ -170,7 +172,7 @@ def embed(
     share = _share(data.shards.num_samples)
     batches = image_batches(
         _Reader(data), range(share.start, share.stop), batch_size, data.preprocess.channels, data.preprocess.image_size,
-        workers, timeout_seconds,
+        workers, timeout_seconds, poll,
     )  # fmt: skip
     images, captions, labels, samples, refused = [], [], [], [], []
     for _ in range(_num_batches(data.shards.num_samples, batch_size)):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
@@ -133,6 +134,8 @@ def step(
     task = make_task(objectives, 0.1, **RANDOM) if random else make_task(objectives)
     batches = make_batches(num_micro_batches, batch_size=batch_size)
     freeze = Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
+    if not random:
+        task.randomness = None
     if options is not None:
         parallel.prepare(task, torch.device("cpu"), "fp32", options)
     wrapped = parallel.wrap(task, torch.device("cpu"))
@@ -165,6 +168,8 @@ def train(
     freeze = Freeze(task, until, parallel.reached_parameters(task, make_batches(num_micro_batches)[0]))
     if load is not None:
         task.load_state_dict(checkpoint.load_tensors(load, "model.safetensors"))
+    if not random:
+        task.randomness = None
     whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
     optimizer = adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {"text": {"lr": 2e-3}})
     assert set(freeze.unreached).isdisjoint(name for group in optimizer.param_groups for name in group["names"])
@@ -234,6 +239,25 @@ class Noise(nn.Module):
         return x + torch.randperm(x.shape[-1], device=x.device) / x.shape[-1]
 
 
+class NumpyNoise(nn.Module):
+    """Adds noise from NumPy's generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(np.random.rand())  # noqa: NPY002, what is tested
+
+
+class OwnNoise(nn.Module):
+    """Adds noise from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seed += 1
+        return x + torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(self.seed), dtype=x.dtype)
+
+
 class SharedDropBlock(nn.Module):
     """Blocks that are dropped by sample, in numbers that are evened out over the micro-batch."""
 
@@ -253,7 +277,7 @@ class OfTokens(nn.Module):
 
 
 def task_with(layer: nn.Module) -> Task:
-    task = make_task(("infonce", "mae"), 0.1)
+    task = make_task(("infonce", "mae"), 0.1, init_values=1e-4)  # layer scale, which hides the layer at first
     task.model.image.trunk.blocks[0].mlp.add_module("drop2", layer)  # type: ignore[attr-defined]
     return task
 

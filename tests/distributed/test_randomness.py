@@ -15,7 +15,9 @@ from tests.distributed.pool import Pool
 from tests.distributed.steps import (
     RANDOM,
     Noise,
+    NumpyNoise,
     OfTokens,
+    OwnNoise,
     Result,
     SharedDropBlock,
     example_batch,
@@ -93,9 +95,22 @@ def test_sharded_blocks_that_are_computed_again_draw_what_one_process_does(pool:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_draw_what_eager_ones_do() -> None:
-    found = step(("infonce",), 3, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", compile=True))
+@pytest.mark.parametrize("kind", ["none", "blocks"])
+def test_compiled_blocks_draw_what_eager_ones_do(kind: str) -> None:
+    found = step(("infonce",), 3, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", kind, compile=True))  # type: ignore[arg-type]
     assert_same(found, on_one_process(("infonce",)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+def test_compiled_blocks_without_dropout_are_computed_again(kind: str) -> None:
+    found = step(("infonce",), 1, WEIGHTS, False, BATCH_SIZE, Parallel("ddp", kind, compile=True))  # type: ignore[arg-type]
+    assert_same(found, step(("infonce",), 1, WEIGHTS, False, BATCH_SIZE))
+
+
+def test_what_cannot_be_compiled_and_computed_again_is_refused() -> None:
+    with pytest.raises(ValueError, match="drops at random, which the two together cannot compute again; use parallel"):
+        step(("infonce",), 1, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", "selective", compile=True))
 
 
 def test_a_run_goes_on_with_other_micro_batches(tmp_path: Path, pool: Pools) -> None:
@@ -127,12 +142,12 @@ def test_whole_commands_with_dropout_train_alike_in_micro_batches(pairs: Path, t
 # ---------------------------------------------------------------- what does not draw by sample
 
 
-@pytest.mark.parametrize("layer", [Noise, SharedDropBlock, OfTokens])
+@pytest.mark.parametrize("layer", [Noise, NumpyNoise, OwnNoise, SharedDropBlock, OfTokens])
 def test_layers_that_cannot_draw_by_sample_are_named(
     layer: type[nn.Module], pool: Pools, caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = "model.image.trunk.blocks.0.mlp.drop2"
-    with pytest.raises(ValueError, match=rf"{name}.* and micro-batches .3.; set"):
+    name = "model.image.trunk.blocks.0.mlp.drop2" if layer is not OwnNoise else "parts of the model"
+    with pytest.raises(ValueError, match=rf"^{name}.* and micro-batches .3.; set"):
         parallel.settle_randomness(task_with(layer()), example_batch(), 3)
     assert all(name in told for told in pool(2).run(refused_randomness, layer))
     task = task_with(layer())
