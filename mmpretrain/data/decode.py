@@ -71,12 +71,30 @@ _WEBP_BYTES = 9  # what libwebp holds besides, a pixel
 
 def check_memory(image: Image.Image, data: bytes, channels: int, max_bytes: int) -> None:
     """Raises: BadSample if an opened image would take more than `max_bytes` of memory to decode."""
-    each = _STORED_BYTES.get(image.mode, 4) + (5 if channels == 1 else channels)  # torch resizes one channel as four
+    stored = _STORED_BYTES.get(image.mode, 4)
+    each = stored + (5 if channels == 1 else channels)  # torch resizes one channel as four
     if image.format == "WEBP":
         each += _WEBP_BYTES
     elif image.format in ("JPEG", "MPO") and image.height * image.width * (each + 8) > max_bytes:
         each += 2 * len(image.getbands()) * _keeps_coefficients(data)
-    _check_bytes(image.height, image.width, image.height * image.width * each, max_bytes)
+    num_bytes = image.height * image.width * each
+    if image.format == "TIFF":
+        num_bytes = max(num_bytes, image.height * image.width * stored + _strip_bytes(image))
+    _check_bytes(image.height, image.width, num_bytes, max_bytes)
+
+
+def _strip_bytes(image: Image.Image) -> int:
+    """What libtiff holds while it decodes a strip or tile of a compressed TIFF: its pixels and its bytes in the file."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if tags.get(259, 1) == 1:  # Compression: none, which Pillow reads itself
+        return 0
+    samples, bits = tags.get(277, len(image.getbands())), max(tags.get(258, (1,)))
+    rows = tags.get(323, tags.get(278))  # TileLength, RowsPerStrip
+    if not isinstance(rows, int) or not 0 < rows < image.height:
+        rows = image.height
+    pixel_bits = max(samples * bits, 32 if tags.get(262) == 6 else 0)  # YCbCr is decoded as RGBA
+    stored = max(tags.get(325, tags.get(279, (0,))))  # TileByteCounts, StripByteCounts
+    return int(rows * image.width * pixel_bits) // 8 + stored
 
 
 def _check_bytes(height: int, width: int, num_bytes: float, max_bytes: int) -> None:
@@ -174,6 +192,7 @@ _DAMAGE = re.compile(
 )
 _FEW_BYTES = 16  # cameras pad with some bytes; behind a hole hundreds are left over
 _STRIP_PIXELS = 1 << 18
+_LARGE_CROP_BYTES = 1 << 22
 _END_OF_IMAGE = b"\xff\xd9"
 _PROGRESSIVE = b"\xff\xc2"
 
@@ -270,12 +289,23 @@ def image_memory(n: int, channels: int, size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload]
 
 
+def _cropped(pixels: np.ndarray, crop: Crop) -> np.ndarray:
+    """The crop; if it is large, moved to the beginning of `pixels`: the resize would copy rows that lie apart."""
+    box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    if crop.width == pixels.shape[1] or box.size < _LARGE_CROP_BYTES:
+        return box
+    packed, row_bytes = pixels.reshape(-1), crop.width * pixels.shape[2]
+    for row in range(crop.height):  # each lies behind its place, and before the next one
+        packed[row * row_bytes : (row + 1) * row_bytes] = box[row].reshape(-1)
+    return packed[: crop.height * row_bytes].reshape(box.shape)
+
+
 def resized(pixels: np.ndarray, crop: Crop, size: int, out: Tensor | None = None) -> Tensor:
     """The crop of pixels uint8 [h, w, c] as a square, uint8 [c, size, size]: bicubic, antialiased, in whole numbers.
 
-    It is written to `out`, one of `image_memory`'s, or to new memory.
+    It is written to `out`, one of `image_memory`'s, or to new memory. Large pixels may be overwritten.
     """
-    box = torch.from_numpy(pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
+    box = torch.from_numpy(_cropped(pixels, crop))
     out = image_memory(1, pixels.shape[2], size)[0] if out is None else out
     # The resize has a faster path for channels last, which is how pixels are decoded and batches lie.
     if box.shape[:2] == (size, size):
