@@ -70,13 +70,13 @@ _WEBP_BYTES = 9  # what libwebp holds besides, a pixel
 
 
 def check_memory(image: Image.Image, data: bytes, channels: int, max_bytes: int) -> None:
-    """Raises: BadSample if an opened image would take more than `max_bytes` of memory to decode."""
+    """Raises: BadSample if an image opened from `data` (empty where unknown) takes over `max_bytes` to decode."""
     stored = _STORED_BYTES.get(image.mode, 4)
     each = stored + (5 if channels == 1 else channels)  # torch resizes one channel as four
     if image.format == "WEBP":
         each += _WEBP_BYTES
     elif image.format in ("JPEG", "MPO") and image.height * image.width * (each + 8) > max_bytes:
-        each += 2 * len(image.getbands()) * _keeps_coefficients(data)
+        each += 2 * len(image.getbands()) * ("progressive" in image.info or _keeps_coefficients(data))
     num_bytes = image.height * image.width * each
     if image.format == "TIFF":
         num_bytes = max(num_bytes, image.height * image.width * stored + _strip_bytes(image))
@@ -188,7 +188,8 @@ _COEFFICIENT_BYTES = {"Gray": 2, "420": 3, "411": 3, "422": 4, "440": 4, "444": 
 
 # libjpeg warns and goes on where data are missing or overwritten: what it makes of them is grey, or noise.
 _DAMAGE = re.compile(
-    r"premature end|bad huffman code|bad arithmetic code|instead of rst|(\d+) extraneous bytes", re.IGNORECASE
+    r"premature end|bad huffman code|bad arithmetic code|instead of rst|(\d+) extraneous bytes before marker (0x\w\w)",
+    re.IGNORECASE,
 )
 _FEW_BYTES = 16  # cameras pad with some bytes; behind a hole hundreds are left over
 _STRIP_PIXELS = 1 << 18
@@ -203,9 +204,42 @@ def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | Non
         return simplejpeg.decode_jpeg(data, colorspace, **scale)
     except ValueError as error:  # strict: libjpeg's first warning, too, is an error
         damage = _DAMAGE.search(str(error))
-        if damage is None or (damage[1] is not None and int(damage[1]) <= _FEW_BYTES):
+        is_padding = damage is not None and damage[1] is not None and int(damage[1]) <= _FEW_BYTES
+        if damage is not None and not is_padding:
+            raise BadSample(f"the JPEG is damaged ({error})") from error
+        # The first warning is the only one that is told, and what it is of may hide damage further on. Behind the last
+        # scan nothing is further on; in front of the first one what is no damage can be left out.
+        if is_padding and damage is not None and damage[2] == "0xd9":
             return None
-        raise BadSample(f"the JPEG is damaged ({error})") from error
+        plain = _without_oddities(data)
+        if plain != data:
+            _undamaged(plain, colorspace, **scale)
+        elif is_padding:
+            raise BadSample(f"the JPEG is damaged ({error})") from error
+        return None
+
+
+def _without_oddities(data: bytes) -> bytes:
+    """A JPEG without what stands between the segments in front of its first scan, comments and application data."""
+    parts, start = [data[:2]], 2
+    while start + 4 <= len(data):
+        marker = data.find(b"\xff", start)
+        if marker < 0:
+            break
+        while data[marker + 1 : marker + 2] == b"\xff":
+            marker += 1
+        if marker + 4 > len(data):
+            break
+        kind, size = data[marker + 1], int.from_bytes(data[marker + 2 : marker + 4], "big")
+        if kind == 0xDA:  # the first scan
+            return b"".join((*parts, data[marker:]))
+        if kind == 0 or kind == 1 or 0xD0 <= kind <= 0xD9:  # no segment
+            start = marker + 2
+            continue
+        start = marker + 2 + size
+        if not (0xE0 <= kind <= 0xEF or kind == 0xFE):
+            parts.append(data[marker:start])
+    return data
 
 
 def _scaled(crop: Crop, factor: int) -> Crop:

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -407,6 +408,39 @@ def test_an_image_that_takes_too_much_memory_is_refused_at_its_header(data: byte
     reason = f"10000 x 9900 pixels take {mebibytes} to decode, more than the limit of 512 .data.max_image_bytes"
     with pytest.raises(BadSample, match=reason if mebibytes else "damaged|does not decode"):
         decode_image(data, whole, 8000)
+
+
+def test_an_opened_image_that_takes_too_much_memory_is_refused() -> None:
+    image = Image.open(io.BytesIO(encode(smooth_pixels(100, 100), "PNG")))
+    assert Preprocess(16, max_image_bytes=70_000)(image).shape == (3, 16, 16)
+    with pytest.raises(BadSample, match="100 x 100 pixels take"):
+        Preprocess(16, max_image_bytes=69_999)(image)
+    progressive = Image.open(io.BytesIO(encode(smooth_pixels(100, 100), "JPEG", progressive=True)))
+    with pytest.raises(BadSample, match="100 x 100 pixels take"):
+        Preprocess(16, max_image_bytes=70_000)(progressive)
+
+
+@pytest.mark.parametrize("damage", ["hole", "cut"])
+@pytest.mark.parametrize("oddity", ["bytes before a segment", "JFIF revision", "both"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+def test_damage_behind_what_is_odd_but_harmless_is_refused(damage: str, oddity: str, options: dict[str, Any]) -> None:
+    """libjpeg's first warning is of the oddity."""
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC), quality=90, **options)
+    if oddity != "JFIF revision":
+        data = data.replace(b"\xff\xdb", b"\0\1\xff\xdb", 1)
+    if oddity != "bytes before a segment":
+        data = data.replace(b"JFIF\0\1", b"JFIF\0\2")
+    assert decode_image(data, whole, 64).shape == (3, 64, 64)
+    middle = len(data) // 2
+    damaged = data[:middle] + bytes(len(data) // 10) + data[middle + len(data) // 10 :]
+    with pytest.raises(BadSample, match="the JPEG is damaged"):
+        decode_image(damaged if damage == "hole" else data[:middle] + b"\xff\xd9", whole, 64)
+
+
+def test_a_jpeg_without_a_scan_is_left_as_it_is() -> None:
+    for data in (b"\xff\xd8" + bytes(20), b"\xff\xd8\xff\xe0\0\x04ab" + bytes(9), b"\xff\xd8" + b"\xff" * 9):
+        assert decode._without_oddities(data) == data
 
 
 def test_the_limit_of_memory_can_be_set() -> None:
