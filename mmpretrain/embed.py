@@ -18,7 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mmpretrain import build, command, config, usage
-from mmpretrain.checkpoint import write_text
+from mmpretrain.checkpoint import write_bytes, write_text
 from mmpretrain.data.image_batches import image_batches
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
@@ -108,7 +108,8 @@ class _Images:
             self.keys = [str(path.relative_to(source)) for path in self._files]
             stats = [path.stat() for path in self._files]
             lines = "".join(f"{stat.st_size} {stat.st_mtime_ns}\n" for stat in stats)
-            self.fingerprint = hashlib.sha256(f"{Path(source).resolve()}\n{lines}".encode()).hexdigest()
+            described = f"{Path(source).resolve()}\n{lines}".encode("utf-8", "surrogateescape")
+            self.fingerprint = hashlib.sha256(described).hexdigest()
         else:
             self._shards = Shards(expand_shards(source))
             self.keys = [self._shards.key(sample) for sample in range(self._shards.num_samples)]
@@ -139,6 +140,11 @@ def _of_texts(texts: Sequence[str], loaded: Loaded, cfg: EmbedConfig, start: int
         yield loaded.model.embed_texts(*loaded.tokenizer(texts[first : first + cfg.batch_size])).float().cpu()
 
 
+def _key_line(key: str) -> bytes:
+    """A key as one line: its bytes as a file or tar has them, with its line breaks escaped."""
+    return key.encode("utf-8", "surrogateescape").replace(b"\r", b"\\r").replace(b"\n", b"\\n")
+
+
 def _write(
     path: Path,
     keys: Sequence[str],
@@ -148,12 +154,15 @@ def _write(
 ) -> list[Path]:
     """`PATH.npy`, float32 [n, e] of unit length, and `PATH.keys.txt`, a line for each row.
 
+    Keys are written as their bytes, line breaks in them as `\\n` and `\\r`.
+
     What the rows are computed from stands in `PATH.json`. Rows are written as they come, beside a note of how many
     there are, so that the same command goes on after a kill.
     """
     array, key_file = path.with_name(f"{path.name}.npy"), path.with_name(f"{path.name}.keys.txt")
     partial, note = path.with_name(f".partial-{path.name}.npy"), path.with_name(f".progress-{path.name}.json")
-    work = {**inputs, "keys": hashlib.sha256("\n".join(keys).encode()).hexdigest()}
+    lines = [_key_line(key) for key in keys]
+    work = {**inputs, "keys": hashlib.sha256(b"\n".join(lines)).hexdigest()}
     done = path.with_name(f"{path.name}.json")
     if done.exists() and json.loads(done.read_text()) == work:
         log.info("%s is there already", array)
@@ -184,7 +193,7 @@ def _write(
     else:
         np.save(array, rows[kept])
         partial.unlink()
-    write_text(key_file, "".join(f"{key}\n" for key, is_kept in zip(keys, kept, strict=True) if is_kept))
+    write_bytes(key_file, b"".join(line + b"\n" for line, is_kept in zip(lines, kept, strict=True) if is_kept))
     write_text(done, json.dumps(work) + "\n")
     note.unlink()
     return [array, key_file]

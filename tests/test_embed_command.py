@@ -1,5 +1,6 @@
 """The embed command: images or texts in, an array and its keys out, resumable."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -77,6 +78,17 @@ def test_a_folder_of_images_and_what_it_refuses(run: Path, tmp_path: Path) -> No
     model, preprocess, _ = mmpretrain.load(run)
     images = torch.stack([preprocess(folder / f"{number}.png") for number in (0, 2)])
     np.testing.assert_allclose(rows, model.embed_images(images).numpy(), atol=1e-6)
+
+
+def test_keys_are_written_as_their_bytes_in_a_line_each(run: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "images")
+    os.mkdir(folder)
+    for number, name in enumerate([b"a\nb.png", b"caf\xe9.png", b"d\re.png"]):
+        Path(os.fsdecode(os.path.join(folder, name))).write_bytes(runs.png(number, "red"))
+    finished = embed(tmp_path, run, "images=images")
+    assert finished.code == 0, finished.stderr
+    assert (tmp_path / "out" / "images.keys.txt").read_bytes() == b"a\\nb.png\ncaf\xe9.png\nd\\re.png\n"
+    assert np.load(tmp_path / "out" / "images.npy").shape == (3, 16)
 
 
 def test_it_goes_on_after_a_kill(run: Path, pairs: Path, tmp_path: Path) -> None:

@@ -70,13 +70,31 @@ _WEBP_BYTES = 9  # what libwebp holds besides, a pixel
 
 
 def check_memory(image: Image.Image, data: bytes, channels: int, max_bytes: int) -> None:
-    """Raises: BadSample if an opened image would take more than `max_bytes` of memory to decode."""
-    each = _STORED_BYTES.get(image.mode, 4) + (5 if channels == 1 else channels)  # torch resizes one channel as four
+    """Raises: BadSample if an image opened from `data` (empty where unknown) takes over `max_bytes` to decode."""
+    stored = _STORED_BYTES.get(image.mode, 4)
+    each = stored + (5 if channels == 1 else channels)  # torch resizes one channel as four
     if image.format == "WEBP":
         each += _WEBP_BYTES
     elif image.format in ("JPEG", "MPO") and image.height * image.width * (each + 8) > max_bytes:
-        each += 2 * len(image.getbands()) * _keeps_coefficients(data)
-    _check_bytes(image.height, image.width, image.height * image.width * each, max_bytes)
+        each += 2 * len(image.getbands()) * ("progressive" in image.info or _keeps_coefficients(data))
+    num_bytes = image.height * image.width * each
+    if image.format == "TIFF":
+        num_bytes = max(num_bytes, image.height * image.width * stored + _strip_bytes(image))
+    _check_bytes(image.height, image.width, num_bytes, max_bytes)
+
+
+def _strip_bytes(image: Image.Image) -> int:
+    """What libtiff holds while it decodes a strip or tile of a compressed TIFF: its pixels and its bytes in the file."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if tags.get(259, 1) == 1:  # Compression: none, which Pillow reads itself
+        return 0
+    samples, bits = tags.get(277, len(image.getbands())), max(tags.get(258, (1,)))
+    rows = tags.get(323, tags.get(278))  # TileLength, RowsPerStrip
+    if not isinstance(rows, int) or not 0 < rows < image.height:
+        rows = image.height
+    pixel_bits = max(samples * bits, 32 if tags.get(262) == 6 else 0)  # YCbCr is decoded as RGBA
+    stored = max(tags.get(325, tags.get(279, (0,))))  # TileByteCounts, StripByteCounts
+    return int(rows * image.width * pixel_bits) // 8 + stored
 
 
 def _check_bytes(height: int, width: int, num_bytes: float, max_bytes: int) -> None:
@@ -170,10 +188,12 @@ _COEFFICIENT_BYTES = {"Gray": 2, "420": 3, "411": 3, "422": 4, "440": 4, "444": 
 
 # libjpeg warns and goes on where data are missing or overwritten: what it makes of them is grey, or noise.
 _DAMAGE = re.compile(
-    r"premature end|bad huffman code|bad arithmetic code|instead of rst|(\d+) extraneous bytes", re.IGNORECASE
+    r"premature end|bad huffman code|bad arithmetic code|instead of rst|(\d+) extraneous bytes before marker (0x\w\w)",
+    re.IGNORECASE,
 )
 _FEW_BYTES = 16  # cameras pad with some bytes; behind a hole hundreds are left over
 _STRIP_PIXELS = 1 << 18
+_LARGE_CROP_BYTES = 1 << 22
 _END_OF_IMAGE = b"\xff\xd9"
 _PROGRESSIVE = b"\xff\xc2"
 
@@ -184,9 +204,42 @@ def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | Non
         return simplejpeg.decode_jpeg(data, colorspace, **scale)
     except ValueError as error:  # strict: libjpeg's first warning, too, is an error
         damage = _DAMAGE.search(str(error))
-        if damage is None or (damage[1] is not None and int(damage[1]) <= _FEW_BYTES):
+        is_padding = damage is not None and damage[1] is not None and int(damage[1]) <= _FEW_BYTES
+        if damage is not None and not is_padding:
+            raise BadSample(f"the JPEG is damaged ({error})") from error
+        # The first warning is the only one that is told, and what it is of may hide damage further on. Behind the last
+        # scan nothing is further on; in front of the first one what is no damage can be left out.
+        if is_padding and damage is not None and damage[2] == "0xd9":
             return None
-        raise BadSample(f"the JPEG is damaged ({error})") from error
+        plain = _without_oddities(data)
+        if plain != data:
+            _undamaged(plain, colorspace, **scale)
+        elif is_padding:
+            raise BadSample(f"the JPEG is damaged ({error})") from error
+        return None
+
+
+def _without_oddities(data: bytes) -> bytes:
+    """A JPEG without what stands between the segments in front of its first scan, comments and application data."""
+    parts, start = [data[:2]], 2
+    while start + 4 <= len(data):
+        marker = data.find(b"\xff", start)
+        if marker < 0:
+            break
+        while data[marker + 1 : marker + 2] == b"\xff":
+            marker += 1
+        if marker + 4 > len(data):
+            break
+        kind, size = data[marker + 1], int.from_bytes(data[marker + 2 : marker + 4], "big")
+        if kind == 0xDA:  # the first scan
+            return b"".join((*parts, data[marker:]))
+        if kind == 0 or kind == 1 or 0xD0 <= kind <= 0xD9:  # no segment
+            start = marker + 2
+            continue
+        start = marker + 2 + size
+        if not (0xE0 <= kind <= 0xEF or kind == 0xFE):
+            parts.append(data[marker:start])
+    return data
 
 
 def _scaled(crop: Crop, factor: int) -> Crop:
@@ -270,12 +323,23 @@ def image_memory(n: int, channels: int, size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape).permute(0, 3, 1, 2)  # type: ignore[call-overload]
 
 
+def _cropped(pixels: np.ndarray, crop: Crop) -> np.ndarray:
+    """The crop; if it is large, moved to the beginning of `pixels`: the resize would copy rows that lie apart."""
+    box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    if crop.width == pixels.shape[1] or box.size < _LARGE_CROP_BYTES:
+        return box
+    packed, row_bytes = pixels.reshape(-1), crop.width * pixels.shape[2]
+    for row in range(crop.height):  # each lies behind its place, and before the next one
+        packed[row * row_bytes : (row + 1) * row_bytes] = box[row].reshape(-1)
+    return packed[: crop.height * row_bytes].reshape(box.shape)
+
+
 def resized(pixels: np.ndarray, crop: Crop, size: int, out: Tensor | None = None) -> Tensor:
     """The crop of pixels uint8 [h, w, c] as a square, uint8 [c, size, size]: bicubic, antialiased, in whole numbers.
 
-    It is written to `out`, one of `image_memory`'s, or to new memory.
+    It is written to `out`, one of `image_memory`'s, or to new memory. Large pixels may be overwritten.
     """
-    box = torch.from_numpy(pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
+    box = torch.from_numpy(_cropped(pixels, crop))
     out = image_memory(1, pixels.shape[2], size)[0] if out is None else out
     # The resize has a faster path for channels last, which is how pixels are decoded and batches lie.
     if box.shape[:2] == (size, size):

@@ -2,17 +2,37 @@
 
 import errno
 import os
+import stat
 from functools import lru_cache
 
 _OPEN_FILES = 32
 _RETRIES = 3
 
 
+class NotRegular(OSError):
+    """A path is a FIFO, a device or a folder, where a regular file is expected."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor to read a regular file by. It waits for no writer of a FIFO.
+
+    Raises: NotRegular; OSError if it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotRegular(errno.EINVAL, "not a regular file", os.fspath(path))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 class _File:
     """An open descriptor; it is closed when nobody holds it any more, for another thread may still read from it."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -39,11 +59,11 @@ def read_range(path: str, offset: int, size: int, file_bytes: int, mtime_ns: int
         try:
             descriptor = _opened(path).descriptor
             data = os.pread(descriptor, size, offset)
-            stat = os.fstat(descriptor)  # after the read, which an edit may have overtaken
-            if (stat.st_size, stat.st_mtime_ns) != (file_bytes, mtime_ns):
+            now = os.fstat(descriptor)  # after the read, which an edit may have overtaken
+            if (now.st_size, now.st_mtime_ns) != (file_bytes, mtime_ns):
                 raise FileChanged(
-                    f"{path} was changed or replaced while it was read: {stat.st_size} bytes, modified at "
-                    f"{stat.st_mtime_ns} ns, indexed with {file_bytes} at {mtime_ns}; restore it and go on, or start a "
+                    f"{path} was changed or replaced while it was read: {now.st_size} bytes, modified at "
+                    f"{now.st_mtime_ns} ns, indexed with {file_bytes} at {mtime_ns}; restore it and go on, or start a "
                     "new run on what it is now"
                 )
             if len(data) == size:

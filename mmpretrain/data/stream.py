@@ -105,6 +105,25 @@ class Stream(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A usable sample at some position: its number in the stream, and what was refused before it."""
+
+    id: int
+    caption: str
+    group: int
+    refused: list[Refused]
+
+
+def _check_tokenizes(tokenizer: Tokenizer, caption: str) -> None:
+    """Raises: BadSample if a tokenizer cannot take a caption."""
+    try:
+        tokenizer([caption])
+    except ValueError as error:
+        reason = str(error).split("\n")[0]
+        raise BadSample(f"its caption cannot be tokenized ({reason})") from error
+
+
 class TarStream:
     """Samples in tars: their sources, their order, and what is read of each.
 
@@ -272,6 +291,30 @@ class TarStream:
             self._read_images(source, sample, seed, out)
         return caption, self._read_group(source, sample, caption)
 
+    def _usable(
+        self, source: int, sample: int, seed: int, out: Sequence[Tensor], tokenizer: Tokenizer | None = None
+    ) -> "_Row":
+        """The sample, or the first of its replacements that can be used; its text, too, where a tokenizer is given.
+
+        Raises: ValueError if there is none among twenty.
+        """
+        shards = self.sources[source].shards
+        refused: list[Refused] = []
+        for attempt in range(_MAX_REPLACEMENTS):
+            try:
+                caption, group = self._decode(source, sample, seed, out)
+                if tokenizer is not None:
+                    _check_tokenizes(tokenizer, caption or "")
+                return _Row(int(self._first_id[source]) + sample, caption or "", group, refused)
+            except BadSample as error:
+                shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
+                refused.append(Refused(self.name, shard, shards.key(sample), str(error)))
+                sample = draw(hash64(seed, "replacement"), attempt) % shards.num_samples
+        raise ValueError(
+            f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "
+            f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; mend the data"
+        )
+
     def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
 
@@ -279,43 +322,34 @@ class TarStream:
         """
         positions, sources, ids = item
         seeds = draws(np.uint64(self._seed), positions)
-        refused: list[Refused] = []
-        captions: list[str] = []
         images, views = self._memory(len(positions), int(self._image_size(now)))
-        used = np.empty(len(positions), dtype=np.int64)
-        groups = np.empty(len(positions), dtype=np.uint64)
-        for row, (source, first, seed) in enumerate(zip(sources.tolist(), ids.tolist(), seeds.tolist(), strict=True)):
-            shards, sample = self.sources[source].shards, first
-            for attempt in range(_MAX_REPLACEMENTS):
-                try:
-                    caption, groups[row] = self._decode(source, sample, seed, [images[row], *views[row]])
-                    break
-                except BadSample as error:
-                    shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
-                    refused.append(Refused(self.name, shard, shards.key(sample), str(error)))
-                    sample = draw(hash64(seed, "replacement"), attempt) % shards.num_samples
-            else:
-                raise ValueError(
-                    f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "
-                    f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; mend the data"
-                )
-            used[row] = self._first_id[source] + sample
-            if caption is not None:
-                captions.append(caption)
+        samples_drawn = zip(sources.tolist(), ids.tolist(), seeds.tolist(), strict=True)
+        drawn = list(zip(samples_drawn, images, views, strict=True))
+        rows = [self._usable(*sample, [image, *more]) for sample, image, more in drawn]
+        if self._captions is not None:
+            try:
+                text, lengths = tokenizer([row.caption for row in rows])
+            except ValueError:  # it does not tell which text it cannot take
+                for i, (sample, image, more) in enumerate(drawn):
+                    try:
+                        _check_tokenizes(tokenizer, rows[i].caption)
+                    except BadSample:
+                        rows[i] = self._usable(*sample, [image, *more], tokenizer)
+                text, lengths = tokenizer([row.caption for row in rows])
+        groups = np.array([row.group for row in rows], np.uint64)
         samples = Samples(
             positions=torch.from_numpy(positions.copy()),
-            ids=torch.from_numpy(used),
+            ids=torch.tensor([row.id for row in rows]),
             seeds=torch.from_numpy(seeds.view(np.int64)),
             groups=None if self._group is None else torch.from_numpy(groups.view(np.int64)),
         )
-        if captions:
-            text, lengths = tokenizer(captions)
+        if self._captions is not None:
             if self._text_length is not None:
                 text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(now)), self._shorten)
             samples = with_text(samples, text, lengths, tokenizer)
         if self._transform is not None:
             samples = replace(samples, images=images, views=views if self._views else None)
-        return samples, refused
+        return samples, [refused for row in rows for refused in row.refused]
 
 
 def with_text(samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer) -> Samples:

@@ -9,6 +9,7 @@ from typing import Protocol
 HEADER_BYTES = _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _MAX_PADDING = 20 << 10  # an archive ends with two blocks of zeros, padded to records of 10 KiB
+_MAX_COUNTED = 64 << 20  # bytes of zeros; a sparse file has terabytes of them
 _REGULAR_KINDS = frozenset((b"0", b"\0", b"7"))
 _EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # these describe the members behind them
 _KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever the size of a link or folder says
@@ -142,9 +143,9 @@ def regular_members(
 
 
 def _count_zeros(fd: int, position: int, tar_bytes: int) -> int:
-    """How many bytes from `position` on are zero."""
+    """How many bytes from `position` on are zero; some more than 64 MiB stand for any number above that."""
     end = position
-    while end < tar_bytes and (chunk := os.pread(fd, 1 << 20, end)):
+    while end < tar_bytes and end - position <= _MAX_COUNTED and (chunk := os.pread(fd, 1 << 20, end)):
         if kept := chunk.lstrip(b"\0"):
             return end + len(chunk) - len(kept) - position
         end += len(chunk)
@@ -156,6 +157,11 @@ def _end_problem(position: int, zero_bytes: int, tar_bytes: int) -> str | None:
     after = position + zero_bytes // _BLOCK * _BLOCK
     if zero_bytes < 2 * _BLOCK:
         return f"a lone block of zeros at byte {position}, where a member or the two that end an archive should be"
+    if zero_bytes > _MAX_COUNTED:
+        return (
+            f"not read: bytes {after} to {tar_bytes}, behind {_MAX_COUNTED >> 20} MiB of zeros from byte {position} on, "
+            "where some thousand bytes end an archive: damage, or a sparse file?"
+        )
     if position + zero_bytes < tar_bytes:
         return (
             f"not read: bytes {after} to {tar_bytes}, for the archive ends at byte {position}; tars that were "

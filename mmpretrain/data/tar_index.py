@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmpretrain.data.tar_headers import Cut, Damage, as_text, regular_members
+from mmpretrain.data.storage import NotRegular, open_regular
+from mmpretrain.data.tar_headers import HEADER_BYTES, Cut, Damage, as_text, regular_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what training reads a sample's image from
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
@@ -84,7 +85,10 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     problems: list[str] = []
     digest = hashlib.sha256()  # in hardware: three times faster than blake2b
     previous: bytes | None = None
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = open_regular(path)
+    except NotRegular as error:
+        raise ValueError(f"{path} is {error.strerror}; expected a plain, uncompressed tar") from None
     try:
         stat = os.fstat(fd)
         try:
@@ -251,17 +255,28 @@ class OldIndex(ValueError):
     """A stored index of another version."""
 
 
-def read_index(path: str | os.PathLike[str]) -> TarIndex:
-    """Reads a stored index.
+def _most_index_bytes(tar_bytes: int) -> int:
+    """The size that no index of a tar of `tar_bytes` bytes exceeds.
+
+    A sample takes at least a block of the tar, and of the index 8 bytes, 20 for each extension, and its key and what is
+    told of it, which hold names of the tar; as text a byte takes six at most.
+    """
+    return (1 << 20) + tar_bytes // HEADER_BYTES * (8 + 20 * _MAX_EXTENSIONS) + 8 * tar_bytes
+
+
+def read_index(path: str | os.PathLike[str], tar_bytes: int | None = None) -> TarIndex:
+    """Reads a stored index, which is not read at all where it is too large for a tar of `tar_bytes` bytes.
 
     Nothing larger than the file is allocated, and nothing is believed that cannot be so of a tar of the size that the
-    index names. Raises OSError (FileNotFoundError) where it cannot be opened, and ValueError where it is no such index,
-    OldIndex where it is one of another version.
+    index names. Raises OSError (FileNotFoundError) where it cannot be opened, NotRegular where it is no file, and
+    ValueError where it is no such index, OldIndex where it is one of another version.
     """
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         try:
+            file_bytes = os.fstat(file.fileno()).st_size
+            if tar_bytes is not None and file_bytes > _most_index_bytes(tar_bytes):
+                raise ValueError(f"{file_bytes} bytes, too many for a tar of {tar_bytes}")
             with zipfile.ZipFile(file) as archive:
-                file_bytes = os.fstat(file.fileno()).st_size
                 if any(max(info.file_size, info.compress_size) > file_bytes for info in archive.infolist()):
                     raise ValueError(f"an array is larger than the file's {file_bytes} bytes")
                 header = json.loads(_stored_array(archive, "header", np.uint8, 1).tobytes())
@@ -347,7 +362,7 @@ def load_index(tar: str | os.PathLike[str]) -> TarIndex:
     stat = os.stat(tar)
     for path in (index_path(tar), cached_index_path(tar)):
         try:
-            index = read_index(path)
+            index = read_index(path, stat.st_size)
         except FileNotFoundError:
             continue
         except OldIndex as error:

@@ -1,16 +1,18 @@
 """Text -> token ids and their number: open_clip's, Hugging Face's and local tokenizers behind one small interface."""
 
 import heapq
+import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import ftfy
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
+from open_clip.tokenizer import SimpleTokenizer, canonicalize_text, whitespace_clean
 from tokenizers import Tokenizer as TokenizersTokenizer
 from torch import Tensor
 
@@ -36,6 +38,28 @@ def _cleanable(text: str, context_length: int) -> str:
     """The beginning of a text, with no more ampersands nested in each other than it has tokens."""
     nested = f"(&(?:{_AMPERSAND}){{{context_length}}})(?:{_AMPERSAND})+"
     return re.sub(nested, r"\1", _beginning(text, context_length), flags=re.IGNORECASE)
+
+
+# Python refuses to read a decimal number of more than 4,300 digits, and no character has one of more than seven.
+_REFERENCE = re.compile(r"(&#)0*([0-9]{1,8})[0-9]*|(&#[xX])0*([0-9a-fA-F]{1,8})[0-9a-fA-F]*")
+
+
+def _unescaped(text: str) -> str:
+    """`html.unescape` that reads character references of any length; what is no character becomes U+FFFD."""
+    return html.unescape(_REFERENCE.sub(r"\1\2\3\4", text))
+
+
+_CLEANING: dict[str, Callable[[str], str]] = {
+    "whitespace": whitespace_clean,
+    "lower": lambda text: whitespace_clean(text).lower(),
+    "canonicalize": canonicalize_text,
+}
+
+
+def _cleaned(text: str, how: str, context_length: int) -> str:
+    """The beginning of a text, cleaned as open_clip does: encodings and HTML entities mended, then `how`."""
+    mended = ftfy.fix_text(_cleanable(text, context_length))
+    return _CLEANING[how](_unescaped(_unescaped(mended)).strip())
 
 
 class Tokenizer(Protocol):
@@ -78,7 +102,7 @@ class ClipTokenizer:
         if context_length < 3:
             raise ValueError(f"context_length is {context_length}; expected at least 3: start, one token, end")
         self._bpe = SimpleTokenizer()
-        self._clean, self._bpe.clean_fn = self._bpe.clean_fn, str  # it is given words of texts already cleaned
+        self._bpe.clean_fn = str  # it is given words of texts already cleaned
         self._first_words = dict(self._bpe.cache)  # the special tokens
         self._bpe_of_short, self._bpe.bpe = self._bpe.bpe, self._byte_pairs
         self._known_words: dict[str, list[int]] = {}
@@ -104,7 +128,7 @@ class ClipTokenizer:
         # Cleaning mends encodings, HTML entities and control characters: it finds nothing to do in plain ASCII.
         is_plain = text.isascii() and text.isprintable() and "&" not in text
         # No token reaches over a space, so that words are encoded one by one and remembered.
-        words = (text.lower() if is_plain else self._clean(_cleanable(text, self.context_length))).split()
+        words = (text.lower() if is_plain else _cleaned(text, "lower", self.context_length)).split()
         ids = [self._bpe.sot_token_id]
         for word in words:
             if len(ids) >= self.context_length:
@@ -273,7 +297,9 @@ class HuggingFaceTokenizer:
                 f"data.tokenizer: {name!r} cannot be loaded ({first_line}); expected a local folder or a name that "
                 "Hugging Face's hub gives, with `pip install transformers`"
             ) from error
-        self._clean = get_clean_fn(clean)
+        if clean not in _CLEANING:
+            raise ValueError(f"clean is {clean!r}; expected one of {', '.join(_CLEANING)}")
+        self._clean = clean
         self.context_length = context_length
         self.vocab_size: int = len(self._tokenizer)
         self.pad_id: int | None = self._tokenizer.pad_token_id
@@ -285,7 +311,7 @@ class HuggingFaceTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
-        cleaned = [self._clean(_cleanable(text, self.context_length)) for text in texts]
+        cleaned = [_cleaned(text, self._clean, self.context_length) for text in texts]
         encoded = self._tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
         return _padded(encoded, self.pad_id or 0)
 

@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -321,7 +322,9 @@ def test_the_limit_itself_is_allowed() -> None:
 MEASURE = """
 import sys
 from mmpretrain.data import decode
-from mmpretrain.data.transforms import WholeImage
+
+def most(height, width):
+    return decode.Crop(0, 0, height, width - 1)  # its rows lie apart
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) << 10
@@ -333,16 +336,29 @@ for argument in sys.argv[1:]:
     path, channels = argument.split(",")
     data = open(path, "rb").read()
     try:
-        decode.decode_image(data, WholeImage(), 16, int(channels), max_bytes=0)
+        decode.decode_image(data, most, 16, int(channels), max_bytes=0)
     except decode.BadSample:
         expected = limits[-1]
     for _ in range(2):  # the first one loads the decoder
         open("/proc/self/clear_refs", "w").write("5")
         before = peak()
-        decode.decode_image(data, WholeImage(), 16, int(channels))
+        decode.decode_image(data, most, 16, int(channels))
         taken = peak() - before
     print(taken, expected)
 """
+
+
+def deep_tiff(side: int) -> bytes:
+    """A square of 16-bit RGB in one compressed strip."""
+    strip = zlib.compress(bytes(6 * side * side), 1)
+    bits = struct.pack("<HHH", 16, 16, 16)
+    values = [
+        (256, side), (257, side), (258, 122), (259, 8), (262, 2), (273, 128), (277, 3), (278, side), (279, len(strip)),
+    ]  # fmt: skip
+    entries = b"".join(
+        struct.pack("<HHII", tag, 3 if tag == 258 else 4, 3 if tag == 258 else 1, v) for tag, v in values
+    )
+    return b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + bytes(4) + bits + strip
 
 
 def test_decoding_takes_no_more_memory_than_the_header_lets_expect(tmp_path: Path) -> None:
@@ -363,6 +379,8 @@ def test_decoding_takes_no_more_memory_than_the_header_lets_expect(tmp_path: Pat
         path = tmp_path / str(number)
         path.write_bytes(encode(image, format, **({"compress_level": 1} if format == "PNG" else {}), **options))
         arguments += [f"{path},{channels}" for channels in ((3, 1, 4) if number == 0 else (3,))]
+    (tmp_path / "deep.tiff").write_bytes(deep_tiff(side))
+    arguments.append(f"{tmp_path / 'deep.tiff'},3")
     measured = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments],
         check=True,
@@ -390,6 +408,39 @@ def test_an_image_that_takes_too_much_memory_is_refused_at_its_header(data: byte
     reason = f"10000 x 9900 pixels take {mebibytes} to decode, more than the limit of 512 .data.max_image_bytes"
     with pytest.raises(BadSample, match=reason if mebibytes else "damaged|does not decode"):
         decode_image(data, whole, 8000)
+
+
+def test_an_opened_image_that_takes_too_much_memory_is_refused() -> None:
+    image = Image.open(io.BytesIO(encode(smooth_pixels(100, 100), "PNG")))
+    assert Preprocess(16, max_image_bytes=70_000)(image).shape == (3, 16, 16)
+    with pytest.raises(BadSample, match="100 x 100 pixels take"):
+        Preprocess(16, max_image_bytes=69_999)(image)
+    progressive = Image.open(io.BytesIO(encode(smooth_pixels(100, 100), "JPEG", progressive=True)))
+    with pytest.raises(BadSample, match="100 x 100 pixels take"):
+        Preprocess(16, max_image_bytes=70_000)(progressive)
+
+
+@pytest.mark.parametrize("damage", ["hole", "cut"])
+@pytest.mark.parametrize("oddity", ["bytes before a segment", "JFIF revision", "both"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["baseline", "progressive"])
+def test_damage_behind_what_is_odd_but_harmless_is_refused(damage: str, oddity: str, options: dict[str, Any]) -> None:
+    """libjpeg's first warning is of the oddity."""
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC), quality=90, **options)
+    if oddity != "JFIF revision":
+        data = data.replace(b"\xff\xdb", b"\0\1\xff\xdb", 1)
+    if oddity != "bytes before a segment":
+        data = data.replace(b"JFIF\0\1", b"JFIF\0\2")
+    assert decode_image(data, whole, 64).shape == (3, 64, 64)
+    middle = len(data) // 2
+    damaged = data[:middle] + bytes(len(data) // 10) + data[middle + len(data) // 10 :]
+    with pytest.raises(BadSample, match="the JPEG is damaged"):
+        decode_image(damaged if damage == "hole" else data[:middle] + b"\xff\xd9", whole, 64)
+
+
+def test_a_jpeg_without_a_scan_is_left_as_it_is() -> None:
+    for data in (b"\xff\xd8" + bytes(20), b"\xff\xd8\xff\xe0\0\x04ab" + bytes(9), b"\xff\xd8" + b"\xff" * 9):
+        assert decode._without_oddities(data) == data
 
 
 def test_the_limit_of_memory_can_be_set() -> None:

@@ -342,12 +342,19 @@ JSON = st.builds(
 DEEP = st.builds(
     lambda opening, times: opening * times, st.sampled_from([b"[", b'{"a":', b"9", b"\\ud83d"]), st.integers(0, 100_000)
 )
+REFERENCES = st.builds(
+    lambda *parts: "".join(parts).encode(),
+    st.sampled_from(["", "a &", "&amp;", "\uff06", "&", "&" + "amp;" * 50]),
+    st.sampled_from(["#", "#x", "#X", "\uff03", "&#35;"]),
+    st.builds(str.__mul__, st.sampled_from(["9", "0", "f", "\uff19", "&#57;", "9&#"]), st.integers(0, 10_000)),
+    st.sampled_from(["", ";", "66;", " cat"]),
+)
 TOKENIZER = ClipTokenizer()
 
 
 @fuzzed(
     800,
-    data=mutated(JSON) | DEEP | st.binary(max_size=200) | st.text(max_size=100).map(str.encode),
+    data=mutated(JSON) | DEEP | REFERENCES | st.binary(max_size=200) | st.text(max_size=100).map(str.encode),
     field=st.sampled_from(["txt", "cls", "json.caption", "json.a", "json.a.caption"]),
 )
 def test_any_text_gives_captions_that_can_be_used_or_is_refused(data: bytes, field: str) -> None:

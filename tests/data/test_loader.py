@@ -455,6 +455,36 @@ def test_every_draw_of_a_bad_sample_is_reported_once_with_its_reason(damaged: st
     assert with_workers == refused
 
 
+class PickyTokenizer(ClipTokenizer):
+    """A tokenizer that raises for some texts, without telling for which ones."""
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        if any(text.startswith(("sample 3", "sample 7 ")) for text in texts):
+            raise ValueError("I dislike\nthat")
+        return super().__call__(texts)
+
+
+def test_a_text_that_the_tokenizer_cannot_take_is_a_bad_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", make_samples(40))
+    tokenizer, bad = PickyTokenizer(), {3, 7, *range(30, 40)}
+    batches = read_batches(make_stream([path], batch_size=16), tokenizer, 5)
+    whole = {p: row for batch in batches for p, row in rows_of(batch.streams["pairs"]).items()}
+    drawn = []
+    for position, first in enumerate(make_stream([path], batch_size=16).order(np.arange(80))[1].tolist()):
+        attempt = 0
+        while first in bad:
+            drawn.append(first)
+            first = draw(hash64(draw(hash64(0, "pairs"), position), "replacement"), attempt) % 40
+            attempt += 1
+        assert whole[position][0] == first
+        assert whole[position][-1] == tokens_of(tokenizer, Shards([path]), first)
+    refused = [refusal for batch in batches for refusal in batch.refused]
+    assert sorted(int(refusal.key) for refusal in refused) == sorted(drawn)
+    assert {refusal.reason for refusal in refused} == {"its caption cannot be tokenized (I dislike)"}
+    one_by_one = read_steps({"pairs": make_stream([path], batch_size=16)}, tokenizer, (1, 0, 1), 0, 5)
+    assert {p: row for step in one_by_one for p, row in step["pairs"].items()} == whole
+
+
 def test_a_replacement_comes_from_the_same_source(tmp_path: Path, tokenizer: ClipTokenizer) -> None:
     good, mixed = make_samples(10), make_samples(10)
     for sample in mixed[::2]:

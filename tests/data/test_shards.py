@@ -455,8 +455,46 @@ def test_an_index_that_cannot_be_opened_is_told_with_its_path(
     path = write_tar(tmp_path / "a.tar", pairs(["a"]))
     index_path(path).mkdir()
     assert load_index(path).keys == ["a"]
-    assert f"{index_path(path)}: the stored index cannot be read (Is a directory)" in caplog.text
+    assert f"{index_path(path)}: the stored index cannot be read (not a regular file)" in caplog.text
     assert read_index(cached_index_path(path)).keys == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["device", "fifo", "huge"])
+def test_an_index_that_is_endless_is_made_again(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    if kind == "device":
+        index_path(path).symlink_to("/dev/zero")
+    elif kind == "fifo":
+        os.mkfifo(index_path(path))
+    else:
+        index_path(path).touch()
+        os.truncate(index_path(path), 1 << 40)
+    assert load_index(path).keys == ["a"]
+    reason = "for a tar of" if kind == "huge" else "not a regular file"
+    assert reason in caplog.text and str(index_path(path)) in caplog.text
+    assert not index_path(path).is_symlink() and read_index(index_path(path)).keys == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["device", "fifo", "folder"])
+def test_a_tar_that_is_no_regular_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.tar"
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    with pytest.raises(ValueError, match=r"a\.tar is not a regular file; expected a plain, uncompressed tar$"):
+        load_index(path)
+
+
+def test_terabytes_of_zeros_behind_a_tar_are_not_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(["a"]))
+    os.truncate(path, 1 << 42)
+    index = load_index(path)
+    assert index.keys == ["a"]
+    assert f"to {1 << 42}, behind 64 MiB of zeros from byte {end_of_members(path)} on" in index.problems[-1]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "pickle"])

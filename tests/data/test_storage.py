@@ -10,7 +10,7 @@ import pytest
 from mmpretrain.data import storage
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shards import Shards
-from mmpretrain.data.storage import FileChanged, read_range
+from mmpretrain.data.storage import FileChanged, NotRegular, read_range
 from tests.tars import write_tars
 
 
@@ -48,6 +48,13 @@ def test_reads_exactly_the_range(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_io_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.tar"):
         read_range(str(tmp_path / "gone.tar"), 0, 1, 1, 0)
+
+
+def test_a_fifo_is_an_io_error_and_waits_for_nobody(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(NotRegular, match=r"not a regular file: .*a\.tar"):
+        read(tmp_path / "a.tar", 0, 1)
+    assert open_files_under(tmp_path) == 0
 
 
 def test_a_range_beyond_the_end_is_an_io_error_that_names_the_file(tmp_path: Path) -> None:

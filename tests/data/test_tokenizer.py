@@ -1,5 +1,6 @@
 """CLIP's tokens and those of Hugging Face, against open_clip's own tokenizer."""
 
+import html
 import json
 import random
 import time
@@ -153,6 +154,27 @@ def test_decode_gives_the_text_back_without_special_tokens() -> None:
 def test_a_context_too_short_for_a_token_is_refused(context_length: int) -> None:
     with pytest.raises(ValueError, match=f"context_length is {context_length}; expected at least 3"):
         ClipTokenizer(context_length)
+
+
+NUMBERS = ["&#{};", "&#{}", "&amp;#{};", "&amp;amp;#{}", "\uff06#{};", "&#x{};", "&#X{}", "&#" + "&#51;" * 4400 + "{};"]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_character_reference_of_any_length_is_read(number: str, tmp_path: Path) -> None:
+    """Python reads no decimal number of more than 4,300 digits."""
+    tokenizer = ClipTokenizer(context_length=500)
+    assert tokenizer.decode(tokenizer([f"a {number.format('3' * 5000)} cat"])[0][0].tolist()) == "a \ufffd cat"
+    zeros = number.format("0" * 5000 + ("42" if "x" in number.lower() else "66"))
+    if "51" not in number:
+        assert tokenizer.decode(tokenizer([f"a {zeros} cat"])[0][0].tolist()) == "a b cat"
+    pytest.importorskip("transformers")
+    hugging_face = HuggingFaceTokenizer(str(tokenizers.hugging_face_tokenizer(tmp_path)), context_length=12)
+    assert hugging_face([f"a {number.format('3' * 5000)} cat"])[1] <= 12
+
+
+@given(st.lists(st.sampled_from([*"&#xX019af; ", "&#", "&#x", "0" * 20, "65", "1114112"]), max_size=14).map("".join))
+def test_short_character_references_are_read_as_pythons(text: str) -> None:
+    assert module._unescaped(text) == html.unescape(text)
 
 
 @pytest.mark.parametrize("clean", ["whitespace", "lower", "canonicalize"])
