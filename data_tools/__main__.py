@@ -47,7 +47,9 @@ def build(
     image_size: Annotated[int | None, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = None,
     format: Annotated[str | None, typer.Option(help="jpg, png or webp [default: the input's]")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
-    max_image_bytes: Annotated[int, typer.Option(min=1, help="Larger files are refused.")] = 1 << 29,
+    max_image_bytes: Annotated[
+        int, typer.Option(min=1, help="Memory that decoding an image may take; larger ones are refused.")
+    ] = 1 << 29,
     background: Annotated[str, typer.Option(help="Behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
