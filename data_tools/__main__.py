@@ -243,13 +243,20 @@ def tokenizer(
     """
     from itertools import chain
 
-    from data_tools.tokenizers import read_texts, train_tokenizer, usable_texts
+    from data_tools.tokenizers import MAX_PIECE_CHARACTERS, read_texts, train_tokenizer, usable_texts
 
     left_out: list[str] = []
+    cut_words: list[str] = []
     read = chain.from_iterable(read_texts(source, caption) for source in texts)
-    trained = train_tokenizer(usable_texts(read, left_out), vocab_size, lowercase)
+    trained = train_tokenizer(usable_texts(read, left_out, cut_words), vocab_size, lowercase)
     if left_out:
         print(f"note: {len(left_out)} texts are left out, the first because: {left_out[0]}", file=sys.stderr)
+    if cut_words:
+        print(
+            f"note: {len(cut_words)} texts are cut inside words of more than {MAX_PIECE_CHARACTERS} characters, the "
+            f"first begins {cut_words[0]!r}",
+            file=sys.stderr,
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     trained.save(str(output))
     print(f"{output}: {trained.get_vocab_size():,} tokens")
