@@ -47,7 +47,9 @@ def build(
     image_size: Annotated[int | None, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = None,
     format: Annotated[str | None, typer.Option(help="jpg, png or webp [default: the input's]")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
-    max_image_bytes: Annotated[int, typer.Option(min=1, help="Larger files are refused.")] = 1 << 29,
+    max_image_bytes: Annotated[
+        int, typer.Option(min=1, help="Memory that decoding an image may take; larger ones are refused.")
+    ] = 1 << 29,
     background: Annotated[str, typer.Option(help="Behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
@@ -241,13 +243,20 @@ def tokenizer(
     """
     from itertools import chain
 
-    from data_tools.tokenizers import read_texts, train_tokenizer, usable_texts
+    from data_tools.tokenizers import MAX_PIECE_CHARACTERS, read_texts, train_tokenizer, usable_texts
 
     left_out: list[str] = []
+    cut_words: list[str] = []
     read = chain.from_iterable(read_texts(source, caption) for source in texts)
-    trained = train_tokenizer(usable_texts(read, left_out), vocab_size, lowercase)
+    trained = train_tokenizer(usable_texts(read, left_out, cut_words), vocab_size, lowercase)
     if left_out:
         print(f"note: {len(left_out)} texts are left out, the first because: {left_out[0]}", file=sys.stderr)
+    if cut_words:
+        print(
+            f"note: {len(cut_words)} texts are cut inside words of more than {MAX_PIECE_CHARACTERS} characters, the "
+            f"first begins {cut_words[0]!r}",
+            file=sys.stderr,
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     trained.save(str(output))
     print(f"{output}: {trained.get_vocab_size():,} tokens")

@@ -147,6 +147,7 @@ def _build(
             "options": _options_json(options),
             "shards": [asdict(shard) for shard in result.shards],
         },
+        texts,
     )
     return result
 

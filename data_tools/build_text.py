@@ -106,6 +106,7 @@ def _build_text(
             "options": _options_json(options),
             "shards": [asdict(shard) for shard in result.shards],
         },
+        [REFUSALS],
     )
     return result
 

@@ -6,11 +6,8 @@ import stat
 from mmpretrain.data.decode import BadSample
 
 
-def read_file(path: str | os.PathLike[str], max_bytes: int, option: str = "") -> tuple[bytes, os.stat_result]:
+def read_file(path: str | os.PathLike[str], max_bytes: int) -> tuple[bytes, os.stat_result]:
     """A regular file's bytes, and its state when it was opened; no more than `max_bytes` are ever read.
-
-    Args:
-        option: of the command line, that sets the limit; the reason names it.
 
     Raises: BadSample, with the reason, where there is no such file, it is no regular file or too large, or it cannot
         be read.
@@ -35,5 +32,5 @@ def read_file(path: str | os.PathLike[str], max_bytes: int, option: str = "") ->
     except ValueError as error:  # a NUL byte or half a surrogate pair in its name
         raise BadSample(f"no such file ({error})") from error
     if (num_bytes := max(state.st_size, len(data))) > max_bytes:
-        raise BadSample(f"{num_bytes} bytes, more than the limit of {max_bytes}{option and f' ({option})'}")
+        raise BadSample(f"{num_bytes} bytes, more than the limit of {max_bytes}")
     return data, state

@@ -2,18 +2,32 @@
 
 import io
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from data_tools.files import read_file
-from mmpretrain.data.decode import WHITE, BadSample, open_image, to_rgb
+from mmpretrain.data.decode import (
+    MAX_IMAGE_BYTES,
+    WHITE,
+    BadSample,
+    check_jpeg,
+    check_memory,
+    open_image,
+    to_rgb,
+    with_end_marker,
+)
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 WRITTEN_FORMATS = ("jpg", "png", "webp")
+MAX_FILE_BYTES = 1 << 29  # uncompressed 8-bit RGBA of as many pixels as `decode` takes has 400 MB
 MAX_SIDE = {"jpg": 65500, "webp": 16383}  # libjpeg's and libwebp's
+STRIP_PIXELS = 1 << 18
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,15 +43,14 @@ UPRIGHT = {
 class ImageOptions:
     """`short_side` in pixels (larger images are reduced to it); `format` None keeps the input's.
 
-    Files of more than `max_bytes` are refused unread; uncompressed 8-bit RGBA of as many pixels as `decode` takes has
-    400 MB.
+    `max_bytes` is the most memory that decoding may take by the image's header, as `data.max_image_bytes` in training.
     """
 
     short_side: int | None = None
     format: str | None = None
     background: tuple[int, int, int] = WHITE
     quality: int = 95
-    max_bytes: int = 1 << 29
+    max_bytes: int = MAX_IMAGE_BYTES
 
 
 def check_image(path: Path, options: ImageOptions) -> tuple[int, int]:
@@ -45,21 +58,35 @@ def check_image(path: Path, options: ImageOptions) -> tuple[int, int]:
 
     Raises: BadSample where `read_image` or `encode_image` would, without encoding.
     """
-    data, state = read_file(path, options.max_bytes, "--max-image-bytes")
-    image = _decode(data)
-    if not can_keep(image, data, options):
-        _check_sides(image, options)
-        to_rgb(image, options.background)  # some modes fail only here
+    data, state = read_file(path, MAX_FILE_BYTES)
+    with _silent():
+        image = _decode(data, options)
+        if not can_keep(image, data, options):
+            _check_sides(image, options)
+            for _, strip in _strips(image):
+                to_rgb(strip, options.background)  # some modes fail only here
     return state.st_size, state.st_mtime_ns
 
 
 def read_image(path: Path, options: ImageOptions) -> bytes:
     """An image file's bytes. Raises: BadSample where it cannot be read or is too large."""
-    return read_file(path, options.max_bytes, "--max-image-bytes")[0]
+    return read_file(path, MAX_FILE_BYTES)[0]
 
 
-def _decode(data: bytes) -> Image.Image:
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps Pillow's warnings about an image off the terminal: limits are checked here, the rest is harmless."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _decode(data: bytes, options: ImageOptions) -> Image.Image:
+    """A decoded image. Raises: BadSample where training, too, refuses the bytes, and where Pillow cannot decode them."""
+    data = with_end_marker(data)
     image = open_image(data)
+    check_memory(image, data, 3, options.max_bytes, "--max-image-bytes")
+    check_jpeg(image, data)
     try:
         image.load()
     except MemoryError:
@@ -67,6 +94,24 @@ def _decode(data: bytes) -> Image.Image:
     except Exception as error:  # nothing is read here but these bytes, and Pillow says what it dislikes in many ways
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
     return image
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    """Strips of a decoded image and their boxes: of a large one converted whole, Pillow would hold several copies."""
+    height = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        box = (0, top, image.width, min(top + height, image.height))
+        yield box, image.crop(box)
+
+
+def _in_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """`to_rgb` of a decoded image, strip by strip."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    rgb = Image.new("RGB", image.size)
+    for box, strip in _strips(image):
+        rgb.paste(to_rgb(strip, background), box)
+    return rgb
 
 
 def _written_extension(image: Image.Image, options: ImageOptions) -> str:
@@ -120,15 +165,17 @@ def orientation(image: Image.Image) -> int:
 def encode_image(data: bytes, options: ImageOptions) -> tuple[str, bytes]:
     """(extension, bytes) for the shard: the image's own, or an upright RGB image anew; raises BadSample.
 
-    Of an animation it is the first frame.
+    Of an animation it is the first frame; a JPEG that lacks only its end marker is kept as it is.
     """
-    image = _decode(data)
-    extension = _written_extension(image, options)
-    if can_keep(image, data, options):
-        return extension, data
-    _check_sides(image, options)
-    rgb = to_rgb(image, options.background)
-    if (turn := orientation(image)) in UPRIGHT:
+    with _silent():
+        image = _decode(data, options)
+        extension = _written_extension(image, options)
+        if can_keep(image, data, options):
+            return extension, data
+        _check_sides(image, options)
+        rgb, turn = _in_rgb(image, options.background), orientation(image)
+        del image  # its memory
+    if turn in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[turn])
     if (size := _reduced(rgb.size, options.short_side)) != rgb.size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)

@@ -1,9 +1,11 @@
 """The folder that a build writes: which of its files are a build's, who may write there, and when it is complete.
 
 `manifest.json` says that a build is complete, and lists its shards; `building.json` is there while one is under way,
-and lists every file that it writes or still has to delete. A build touches no file that neither lists.
+and lists every file that it writes or still has to delete. A build touches no file that neither lists, nor one that
+is not what the manifest says.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.shard_writer import delete_shard
+from data_tools.shard_writer import delete_shard, file_sha256
 from mmpretrain.data.tar_index import index_path
 
 JOURNAL = "building.json"
@@ -63,7 +65,12 @@ def _lock(output: Path) -> int:
     output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + _LOCK_SECONDS
     while True:
-        lock = os.open(output / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock = os.open(output / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise _in_the_way(output, _LOCK) from error
+            raise
         try:
             # Not a POSIX lock: the workers of a killed build, which may still write, have to hold it as well.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,17 +105,20 @@ def _is_held_by_a_living(lock: Path) -> bool:
 
 
 def check_output(output: Path, files: Iterable[str] = ()) -> None:
-    """Raises: ValueError that names a file which no build wrote, if it is a tar or in the way of `files`."""
-    _earlier_build(output, files)
+    """Raises: ValueError that names a file which no build wrote, if it is a tar or in the way of `files`.
+
+    Of the manifest's tars it looks only at the sizes; `open_output` reads them.
+    """
+    _earlier_build(output, files, read_tars=False)
 
 
-def _earlier_build(output: Path, files: Iterable[str]) -> _Earlier:
+def _earlier_build(output: Path, files: Iterable[str], read_tars: bool) -> _Earlier:
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {str(output)!r}: is a file; expected a folder, new or an earlier build's")
     owned: set[str] = set()
     plan = None
     if os.path.lexists(output / MANIFEST):
-        owned |= _listed_in_manifest(output)
+        owned |= _listed_in_manifest(output, read_tars)
     if os.path.lexists(output / JOURNAL):
         listed, plan = _listed_in_journal(output)
         owned |= listed
@@ -122,25 +132,48 @@ def _in_the_way(output: Path, name: str) -> ValueError:
     return ValueError(f"--output {str(output)!r}: holds {name}, which no build wrote; name another folder")
 
 
-def _listed_in_manifest(output: Path) -> set[str]:
-    """The files of a complete build. Raises: ValueError if the manifest is another program's."""
+def _listed_in_manifest(output: Path, read_tars: bool) -> set[str]:
+    """The files of a complete build.
+
+    Raises: ValueError if the manifest is another program's, or a file is not the one that it lists.
+    """
     manifest = _read_json(output / MANIFEST)
     shards: Any = manifest.get("shards")
+    sha256: Any = manifest.get("sha256", {})
     is_ours = (
         manifest.get("made_by", MADE_BY) == MADE_BY  # earlier versions did not say
         and isinstance(manifest.get("num_samples"), int)
         and isinstance(manifest.get("options"), dict)
         and isinstance(shards, list)
         and all(isinstance(shard, dict) and {"num_samples", "tar_bytes", "digest"} <= shard.keys() for shard in shards)
+        and isinstance(sha256, dict)
     )
     names = {str(shard.get("name")) for shard in shards} if is_ours else set()
     if not is_ours or not all(map(_SHARD_NAME.fullmatch, names)):
         raise _in_the_way(output, MANIFEST)
+    for shard in shards:
+        path = output / str(shard["name"])
+        if os.path.lexists(path):
+            if not path.is_file() or path.stat().st_size != shard["tar_bytes"]:
+                raise _replaced(output, path.name)
+            if read_tars and "sha256" in shard and file_sha256(path) != shard["sha256"]:
+                raise _replaced(output, path.name)
     if "num_refused" in manifest:
         names.add(REFUSALS)
     if "pairs" in manifest and manifest.get("num_classes") is not None:
         names.add(CLASSES)
+    for name in sorted(names & {REFUSALS, CLASSES} & sha256.keys()):  # earlier versions kept no hashes of them
+        path = output / name
+        if os.path.lexists(path) and (not path.is_file() or file_sha256(path) != sha256[name]):
+            raise _replaced(output, name)
     return names
+
+
+def _replaced(output: Path, name: str) -> ValueError:
+    return ValueError(
+        f"--output {str(output)!r}: {name} has changed since the build there wrote it ({MANIFEST} lists another size or "
+        "sha256); move it away, or name another folder"
+    )
 
 
 def _listed_in_journal(output: Path) -> tuple[set[str], str | None]:
@@ -173,9 +206,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def open_output(output: Path, plan: str, files: Sequence[str]) -> None:
     """Readies a folder for the files of a build: what a killed one with the same plan wrote stays, other builds' go.
 
-    Raises: ValueError, before anything is written, if a file that no build wrote is a tar or in the way of `files`.
+    Raises: ValueError, before anything is written, if a file that no build wrote is a tar or in the way of `files`, or
+        a file of an earlier build is not what its manifest lists.
     """
-    earlier = _earlier_build(output, files)
+    earlier = _earlier_build(output, files, read_tars=True)
     if earlier.plan != plan:
         # From here on the folder is an unfinished build, whose shards are not to be kept.
         _write_journal(output, None, sorted({*earlier.files, *files}))
@@ -202,9 +236,14 @@ def _delete_temporary(output: Path, files: set[str]) -> None:
             leftover.unlink()
 
 
-def close_output(output: Path, manifest: Mapping[str, object]) -> None:
-    """Writes the manifest, which says that the build is complete."""
-    made_by = {"made_by": MADE_BY, **manifest}
+def close_output(output: Path, manifest: Mapping[str, object], texts: Iterable[str] = ()) -> None:
+    """Writes the manifest, which says that the build is complete.
+
+    Args:
+        texts: names of the files beside the shards, whose hashes it keeps: people may edit them.
+    """
+    sha256 = {name: file_sha256(output / name) for name in texts}
+    made_by = {"made_by": MADE_BY, **manifest, "sha256": sha256}
     write_atomically(output / MANIFEST, json.dumps(made_by, indent=1, ensure_ascii=False) + "\n")
     (output / JOURNAL).unlink()
 
@@ -220,6 +259,7 @@ def write_atomically(path: Path, text: str | Iterable[str]) -> None:
     Lone surrogates, as in names of files that are not UTF-8, are written as JSON escapes them: `\\udcff`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+    temporary.unlink(missing_ok=True)  # it may be a symbolic link
+    with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines([text] if isinstance(text, str) else text)
     os.replace(temporary, path)

@@ -49,8 +49,9 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> Wri
     Whatever the samples raise leaves no shard behind.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # it may be a symbolic link
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             with TarWriter(file, user="mmpretrain", group="mmpretrain", mtime=0, encoder=False) as writer:
                 for sample in samples:
                     writer.write(sample)
@@ -75,8 +76,13 @@ def describe_shard(path: Path) -> WrittenShard:
     if index.problems:
         raise ValueError(f"{path}: {index.problems[0]}; delete its folder and build again")
     write_index(index, index_path(path))
+    return WrittenShard(path.name, index.num_samples, index.tar_bytes, index.digest, file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """The hash (hex) of a file's bytes."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             sha256.update(chunk)
-    return WrittenShard(path.name, index.num_samples, index.tar_bytes, index.digest, sha256.hexdigest())
+    return sha256.hexdigest()

@@ -185,20 +185,35 @@ def _from_quoted(text: str, path: Path, is_utf8: bool, delimiter: str) -> Table:
 
 
 def _quoted_records(text: str, delimiter: str) -> Iterator[list[str] | str]:
-    """The records of a quoted table; of a line that begins none, the reason, and the next line begins anew."""
+    """The records of a quoted table; of a line that begins none, the reason, and the next line begins anew.
+
+    What follows on a line depends only on whether it begins inside quotation marks. Lines that once led to an error
+    from there are not read from there again, so that the time is linear in the text's length.
+    """
     lines = list(io.StringIO(text, newline=""))
-    first = 0
-    while first < len(lines):
-        reader = csv.reader((lines[i] for i in range(first, len(lines))), delimiter=delimiter, strict=True)
-        begin = first
+    begin = 0  # the line that the record begins with
+    hopeless = 0  # inside quotation marks, the lines from `begin` up to here lead to `failure`
+    failure = csv.Error()
+
+    def following() -> Iterator[str]:
+        for number in range(begin, len(lines)):
+            if begin < number < hopeless:
+                raise failure
+            yield lines[number]
+
+    while begin < len(lines):
+        first = begin
+        reader = csv.reader(following(), delimiter=delimiter, strict=True)
         try:
             for values in reader:
+                begin = first + reader.line_num  # before the reader asks for a line
                 yield values
-                begin = first + reader.line_num
             return
         except csv.Error as error:
+            if first + reader.line_num > hopeless:
+                hopeless, failure = first + reader.line_num, error
             yield f"not a record of a quoted table ({error})"
-            first = begin + 1
+            begin += 1
 
 
 def _from_records(records: Iterable[Sequence[str] | str], path: Path, is_utf8: bool) -> Table:

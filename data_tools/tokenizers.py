@@ -10,6 +10,8 @@ from data_tools.tables import SURROGATE, Table, caption_text, read_pairs
 from mmpretrain.data.decode import BadSample, decode_captions
 from mmpretrain.data.shards import Shards, expand_shards
 
+MAX_PIECE_CHARACTERS = 1 << 12
+"""Of what is trained on at once: the time for a word without end grows with the square of its length."""
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
 
 
@@ -55,15 +57,35 @@ def _tar_captions(shards: Shards, field: str) -> Iterator[str | BadSample]:
         yield from captions
 
 
-def usable_texts(texts: Iterable[str | BadSample], left_out: list[str]) -> Iterator[str]:
-    """The texts that a tokenizer can be trained on; why others cannot goes to `left_out`."""
+def usable_texts(texts: Iterable[str | BadSample], left_out: list[str], cut_words: list[str]) -> Iterator[str]:
+    """The texts that a tokenizer can be trained on, in pieces of at most `MAX_PIECE_CHARACTERS`.
+
+    A piece ends before a space, which changes nothing for the tokenizer, or inside a word that is longer than a piece.
+
+    Args:
+        left_out: where the reason goes why a text cannot be used.
+        cut_words: where the beginnings of texts go that have been cut inside a word.
+    """
     for text in texts:
         if isinstance(text, BadSample):
             left_out.append(str(text))
         elif SURROGATE.search(text):
             left_out.append("a text is no valid Unicode: it has half a surrogate pair")
         else:
-            yield text
+            pieces = list(_pieces(text))
+            if any(not piece.startswith(" ") for piece in pieces[1:]):
+                cut_words.append(text[:40])
+            yield from pieces
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > MAX_PIECE_CHARACTERS:
+        space = text.rfind(" ", start + 1, start + MAX_PIECE_CHARACTERS + 1)
+        end = space if space != -1 else start + MAX_PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, lowercase: bool) -> Tokenizer:

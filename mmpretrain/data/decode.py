@@ -69,8 +69,16 @@ _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # P
 _WEBP_BYTES = 9  # what libwebp holds besides, a pixel
 
 
-def check_memory(image: Image.Image, data: bytes, channels: int, max_bytes: int) -> None:
-    """Raises: BadSample if an image opened from `data` (empty where unknown) takes over `max_bytes` to decode."""
+def check_memory(
+    image: Image.Image, data: bytes, channels: int, max_bytes: int, option: str = "data.max_image_bytes"
+) -> None:
+    """Raises: BadSample, naming the option that sets the limit, if an image would take more than `max_bytes` to decode.
+
+    Args:
+        image: opened, not decoded.
+        data: its bytes; empty where they are not known.
+        channels: of the result, as in `decode_image`.
+    """
     stored = _STORED_BYTES.get(image.mode, 4)
     each = stored + (5 if channels == 1 else channels)  # torch resizes one channel as four
     if image.format == "WEBP":
@@ -80,7 +88,7 @@ def check_memory(image: Image.Image, data: bytes, channels: int, max_bytes: int)
     num_bytes = image.height * image.width * each
     if image.format == "TIFF":
         num_bytes = max(num_bytes, image.height * image.width * stored + _strip_bytes(image))
-    _check_bytes(image.height, image.width, num_bytes, max_bytes)
+    _check_bytes(image.height, image.width, num_bytes, max_bytes, option)
 
 
 def _strip_bytes(image: Image.Image) -> int:
@@ -97,11 +105,13 @@ def _strip_bytes(image: Image.Image) -> int:
     return int(rows * image.width * pixel_bits) // 8 + stored
 
 
-def _check_bytes(height: int, width: int, num_bytes: float, max_bytes: int) -> None:
+def _check_bytes(
+    height: int, width: int, num_bytes: float, max_bytes: int, option: str = "data.max_image_bytes"
+) -> None:
     if num_bytes > max_bytes:
         raise BadSample(
             f"{width} x {height} pixels take {num_bytes / 2**20:.0f} MiB to decode, more than the limit of "
-            f"{max_bytes / 2**20:.0f} (data.max_image_bytes)"
+            f"{max_bytes / 2**20:.0f} ({option})"
         )
 
 
@@ -198,6 +208,23 @@ _END_OF_IMAGE = b"\xff\xd9"
 _PROGRESSIVE = b"\xff\xc2"
 
 
+def with_end_marker(data: bytes) -> bytes:
+    """The bytes of an image; a JPEG that lacks only its end marker gets one, for its image is whole."""
+    if data[:2] == b"\xff\xd8" and data[-2:] != _END_OF_IMAGE and _PROGRESSIVE not in data:
+        return data + _END_OF_IMAGE  # of a progressive one, scans may be missing unseen
+    return data
+
+
+def check_jpeg(image: Image.Image, data: bytes) -> None:
+    """Raises: BadSample if an opened image is a damaged JPEG, which Pillow would decode: it ignores libjpeg's warnings.
+
+    Args:
+        data: the image's bytes, as of `with_end_marker`.
+    """
+    if image.format in ("JPEG", "MPO"):
+        _undamaged(data, "CMYK" if image.mode == "CMYK" else "RGB", min_factor=8)
+
+
 def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | None:
     """The pixels of a JPEG, or None where simplejpeg refuses it for what is no damage to them. Raises: BadSample."""
     try:
@@ -272,15 +299,13 @@ def decode_image(
     Returns: uint8 [channels, size, size].
     Raises: BadSample if the bytes are no decodable image of an allowed format and size.
     """
+    data = with_end_marker(data)
     is_jpeg = data[:2] == b"\xff\xd8"
-    if is_jpeg and data[-2:] != _END_OF_IMAGE and _PROGRESSIVE not in data:
-        data += _END_OF_IMAGE  # where nothing else is missing, the image is whole; scans may be missing unseen
     decoded = _decode_jpeg(data, plan, size, max_bytes) if is_jpeg and channels == 3 else None
     if decoded is None:
         image = open_image(data)
         check_memory(image, data, channels, max_bytes)
-        if is_jpeg:  # Pillow passes over libjpeg's warnings
-            _undamaged(data, "CMYK" if image.mode == "CMYK" else "RGB", min_factor=8)
+        check_jpeg(image, data)
         pixels, crop = pixels_of(image, channels), plan(image.height, image.width)
     else:
         pixels, crop = decoded

@@ -1,6 +1,8 @@
 """What `build` makes of every kind of picture, against Pillow's own view of it."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ import simplejpeg
 from PIL import Image
 
 from data_tools.images import ImageOptions, check_image, encode_image, parse_color
-from mmpretrain.data.decode import BadSample
+from mmpretrain.data.decode import BadSample, Crop, decode_image, to_rgb
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 RED = (200, 30, 40)
 
 
@@ -163,7 +166,7 @@ def test_of_an_animation_the_first_frame_is_kept() -> None:
         (b"", "no readable image"),
         (b"no picture at all", "no readable image"),
         (encoded(Image.fromarray(noise(64, 64, 3)), "PNG")[:3000], "does not decode"),
-        (encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")[:1500], "does not decode"),
+        (encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")[:1500], "the JPEG is damaged"),
         (b"P6 4 4 255 " + bytes(48), "no readable image"),  # PPM, which the allow-list leaves out
     ],
 )
@@ -175,7 +178,87 @@ def test_unusable_images_are_refused(tmp_path: Path, content: bytes, reason: str
         encode_image(content, ImageOptions())
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def damaged_jpegs() -> dict[str, bytes]:
+    """JPEGs with a stretch of zeros, or cut in the middle and ended, each of which Pillow decodes."""
+    smooth = Image.fromarray(noise(16, 16, 3)).resize((128, 128), Image.Resampling.BICUBIC)
+    result = {}
+    for name, image, options in (
+        ("RGB", smooth, {}),
+        ("grey", smooth.convert("L"), {}),
+        ("CMYK", smooth.convert("CMYK"), {}),
+        ("progressive", smooth, {"progressive": True}),
+    ):
+        data = encoded(image, "JPEG", **options)
+        half, end = len(data) // 2, len(data) * 3 // 5
+        result[f"{name} with a hole"] = data[:half] + bytes(end - half) + data[end:]
+        result[f"{name} cut"] = data[:half] + b"\xff\xd9"
+    image, other = io.BytesIO(), smooth.transpose(Image.Transpose.ROTATE_90)
+    smooth.save(image, "MPO", save_all=True, append_images=[other])
+    data = image.getvalue()
+    assert picture(data).format == "MPO"
+    result["MPO with a hole"] = data[:2000] + bytes(500) + data[2500:]
+    return result
+
+
+DAMAGED_JPEGS = damaged_jpegs()
+
+
+@pytest.mark.parametrize("short_side", [None, 16])
+@pytest.mark.parametrize("name", DAMAGED_JPEGS)
+def test_a_damaged_jpeg_is_refused_as_in_training(tmp_path: Path, name: str, short_side: int | None) -> None:
+    data = DAMAGED_JPEGS[name]
+    picture(data).load()  # Pillow sees nothing
+    (tmp_path / "a.jpg").write_bytes(data)
+    for refuse in (
+        lambda: decode_image(data, lambda height, width: Crop(0, 0, height, width), 16),
+        lambda: encode_image(data, ImageOptions(short_side=short_side)),
+        lambda: check_image(tmp_path / "a.jpg", ImageOptions(short_side=short_side)),
+    ):
+        with pytest.raises(BadSample, match="the JPEG is damaged"):
+            refuse()
+
+
+def test_a_jpeg_that_lacks_only_its_end_marker_is_accepted_as_in_training() -> None:
+    whole = encoded(Image.fromarray(noise(64, 64, 3)), "JPEG")
+    decode_image(whole[:-2], lambda height, width: Crop(0, 0, height, width), 16)
+    assert encode_image(whole[:-2], ImageOptions()) == ("jpg", whole[:-2])
+    reduced = ImageOptions(short_side=16)
+    assert encode_image(whole[:-2], reduced) == encode_image(whole, reduced)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "I;16", "CMYK", "1"])
+def test_conversion_in_strips_changes_no_pixel(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mode == "I;16":
+        image = Image.fromarray((noise(20, 30).astype(np.uint16) << 8) + 3)
+    else:
+        image = Image.fromarray(noise(20, 30, 4)).convert("RGB" if mode in ("CMYK", "1") else "RGBA").convert(mode)
+    data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    monkeypatch.setattr("data_tools.images.STRIP_PIXELS", 7 * 30)  # the last one is lower
+    _, result = encode_image(data, ImageOptions(format="png", background=RED))
+    np.testing.assert_array_equal(np.asarray(picture(result)), np.asarray(to_rgb(picture(data), RED)))
+
+
+def test_a_large_image_takes_the_memory_of_its_pixels_once(tmp_path: Path) -> None:
+    Image.new("P", (6000, 6000)).save(tmp_path / "a.png", transparency=0)
+    program = """
+import resource, sys
+from data_tools.images import ImageOptions, encode_image
+data = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+encode_image(data, ImageOptions(short_side=16))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 6000**2)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "a.png")]
+    shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert float(shown.stdout) < 7  # bytes a pixel: the palette's one and RGB's four
+
+
+def test_pillows_warnings_are_not_shown(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "a.png")  # more than what Pillow takes for an attack
+    check_image(tmp_path / "a.png", ImageOptions())
+    assert len(recwarn) == 0
+
+
 def test_damaged_exif_counts_as_none() -> None:
     data = encoded(half_red(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert encode_image(data, ImageOptions()) == ("jpg", data)

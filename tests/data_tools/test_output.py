@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.output import locked_output, open_output
+from data_tools.output import locked_output, open_output, write_atomically
+from data_tools.shard_writer import write_shard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -67,6 +69,46 @@ def test_a_file_that_the_earlier_build_did_not_write_is_named_and_left(
     check_refused_and_left(pairs, tmp_path / "out", name, capsys)
 
 
+@pytest.mark.parametrize("name", ["000000.tar", "classes.tsv", "refused.jsonl"])
+@pytest.mark.parametrize("same_size", [False, True])
+def test_a_file_that_replaced_the_earlier_builds_is_named_and_left(
+    make_pairs, tmp_path: Path, capsys, name: str, same_size: bool
+) -> None:
+    pairs, output = make_pairs(4, some=["", "a", "b", "c"]), tmp_path / "out"
+    assert build(pairs, output, "--label", "kind", "--caption", "some") == 0
+    size = (output / name).stat().st_size if same_size else 100
+    (output / name).write_bytes(b"x" * size)
+    before = contents(output)
+    capsys.readouterr()
+    assert build(pairs, output, "--seed", "1") == 2
+    error = capsys.readouterr().err
+    assert f"{name} has changed since the build there wrote it" in error and error.count("\n") == 1
+    assert contents(output) == before
+    (output / name).unlink()
+    assert build(pairs, output, "--seed", "1") == 0
+
+
+def test_symbolic_links_are_not_written_through(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs, output = make_pairs(4), tmp_path / "out"
+    output.mkdir()
+    (tmp_path / "victim").write_text("precious")
+    for name in ("000000.tar", "manifest.json", "building.json", "refused.jsonl"):
+        (output / f".{name}.tmp").symlink_to(tmp_path / "victim")
+    assert build(pairs, output) == 0
+    (output / ".building.lock").symlink_to(tmp_path / "victim")
+    assert build(pairs, output) == 2
+    assert "holds .building.lock, which no build wrote" in capsys.readouterr().err
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("write", [lambda path: write_shard(path, []), lambda path: write_atomically(path, "text")])
+def test_a_temporary_file_is_made_anew(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".000000.tar.tmp").symlink_to(tmp_path / "victim")
+    write(tmp_path / "000000.tar")
+    assert (tmp_path / "victim").read_text() == "precious" and not (tmp_path / "000000.tar").is_symlink()
+
+
 def test_files_that_are_not_in_the_way_stay(make_pairs, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
@@ -88,6 +130,7 @@ def test_builds_of_earlier_versions_are_replaced(make_pairs, tmp_path: Path) -> 
         assert build(pairs, output, "--label", "kind") == 0
         manifest = json.loads((output / "manifest.json").read_text())
         assert manifest.pop("made_by") == "mmpretrain data_tools"
+        assert list(manifest.pop("sha256")) == ["refused.jsonl", "classes.tsv"]
         (output / "manifest.json").write_text(json.dumps(manifest))  # as they were written
         if journal is not None:
             (output / "manifest.json").unlink()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import time
 from pathlib import Path
 
 import pyarrow
@@ -140,6 +141,25 @@ def test_a_line_that_begins_no_record_is_refused_alone(tmp_path: Path) -> None:
     reason = "not a record of a quoted table"
     assert table.row_numbers == [2, 4] and [number for number, _ in table.refused] == [1, 3]
     assert all(text.startswith(reason) for _, text in table.refused)
+
+
+@pytest.mark.parametrize("end", ["", '"z"z\n'])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_quotation_marks_that_never_close_take_linear_time(tmp_path: Path, suffix: str, end: str) -> None:
+    comma = "," if suffix == "csv" else "\t"
+    lines = 16_000 * f'x"{comma}"y\n'
+    (tmp_path / f"pairs.{suffix}").write_text(f'"path"{comma}"caption"\n{lines}{end}')
+    started = time.process_time()
+    table = read_pairs(tmp_path / f"pairs.{suffix}")
+    assert time.process_time() - started < 4  # where each line was read to the file's end, it took 10
+    assert len(table.rows) + len(table.refused) >= 16_000
+
+
+def test_a_record_behind_lines_that_are_none_is_read(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text('path,caption\na,"b\nc,d\ne,"f\ng"x\nh,"i\nj"\n')
+    table = read_pairs(tmp_path / "pairs.csv")
+    assert [row["path"] for row in table.rows] == ["c", "h"] and table.rows[1]["caption"] == "i\nj"
+    assert [number for number, _ in table.refused] == [1, 3, 4]
 
 
 def test_a_wrong_quotation_mark_does_not_make_a_quoted_tsv_plain(tmp_path: Path) -> None:

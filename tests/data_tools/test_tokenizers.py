@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import mmpretrain
 from data_tools.__main__ import main
-from data_tools.tokenizers import SPECIAL_TOKENS, read_texts, train_tokenizer
+from data_tools.tokenizers import SPECIAL_TOKENS, read_texts, train_tokenizer, usable_texts
 from mmpretrain.data.tokenizer import FileTokenizer, HuggingFaceTokenizer, tokenizer_of
 from tests import runs
 from tests.tars import make_samples, write_tars
@@ -69,6 +70,31 @@ def test_texts_that_cannot_be_read_are_left_out_and_counted(tmp_path: Path, caps
     assert main(["tokenizer", *files, "--output", str(tmp_path / "t.json"), "--vocab-size", "300"]) == 0
     note = "note: 3 texts are left out, the first because: not UTF-8 (invalid continuation byte)"
     assert note in capsys.readouterr().err
+
+
+def test_words_without_end_are_cut_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.tokenizers.MAX_PIECE_CHARACTERS", 8)
+    cut_words: list[str] = []
+    texts = ["a red circle above", "x" * 20 + " y", "a  b", " " * 20]
+    pieces = list(usable_texts(iter(texts), [], cut_words))
+    assert pieces[:3] == ["a red", " circle", " above"] and pieces[3:6] == ["x" * 8, "x" * 8, "xxxx y"]
+    assert "".join(pieces) == "".join(texts) and max(map(len, pieces)) == 8
+    assert cut_words == ["x" * 20 + " y"]
+    monkeypatch.undo()
+    (tmp_path / "a.txt").write_text("".join(np.random.default_rng(0).choice(list("abcdefgh"), 50_000)))
+    arguments = ["tokenizer", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t.json"), "--vocab-size", "300"]
+    assert main(arguments) == 0
+    note = "note: 1 texts are cut inside words of more than 4096 characters, the first begins"
+    assert note in capsys.readouterr().err
+
+
+def test_cutting_between_words_changes_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train_tokenizer(iter([" ".join(TEXTS)]), 300, lowercase=True)
+    monkeypatch.setattr("data_tools.tokenizers.MAX_PIECE_CHARACTERS", 20)
+    pieces = list(usable_texts([" ".join(TEXTS)], [], []))
+    assert len(pieces) > 5 and train_tokenizer(iter(pieces), 300, lowercase=True).to_str() == whole.to_str()
 
 
 @pytest.mark.parametrize(
