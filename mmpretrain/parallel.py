@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -126,17 +126,21 @@ def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, flo
     )
 
 
-def _culprits(task: Task, example: Batch, weights: Mapping[str, float], names: Sequence[str]) -> list[str]:
+def _culprits(task: Task, example: Batch, weights: Mapping[str, float], names: list[str]) -> list[str]:
     """Those of the modules that draw whose draws depend on a sample's neighbours."""
     modules = {name: module for name, module in task.named_modules() if name in names}
+    for module in modules.values():
+        module.eval()
     culprits = []
-    for name, module in modules.items():
-        for other in modules.values():
-            other.train(other is module)
+    if _depends_on_neighbours(task, example, weights):
+        culprits.append("parts of the model, which have a generator of their own,")
+    for name, module in modules.items() if not culprits else ():
+        module.train()
         if _depends_on_neighbours(task, example, weights):
             culprits.append(name)
+        module.eval()
     task.train()
-    return culprits or ["parts of the model, which have a generator of their own,"]
+    return culprits or names
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,12 @@ def read_state(path: Path) -> TrainState:
     for key in ("step", "samples", "fingerprint", "optimizer"):
         if key not in state:
             raise ValueError(f"{path / 'state.json'} has no {key!r}; expected it as the run wrote it")
-    if path != checkpoint.path_of(path.parent, state["step"]):
-        raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected that of its folder")
     for key, value in state.items():
         annotation = known.get(key, dict if key in ("fingerprint", "optimizer") else None)
         if not accepts(value, annotation):
             raise ValueError(f"{path / 'state.json'}: {key} is {str(value)[:40]}; expected it as the run wrote it")
+    if path != checkpoint.path_of(path.parent, state["step"]):
+        raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected that of its folder")
     scores = path / "scores.json"
     if scores.exists():  # of the step's evaluation, which came after the checkpoint
         found = files.read_json(scores)

@@ -170,7 +170,9 @@ def at_most(num_parameters: int, num_elements: int, source: Path) -> Iterator[No
 
 def needs_memory(error: BaseException | None) -> bool:
     """Whether a model could not be built on the meta device because it computes numbers while it is built."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # causes may form a ring
+        seen.add(id(error))
         if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
             return True
         if type(error) is RuntimeError and str(error).startswith("Tensor.item() cannot be called on meta tensors"):

@@ -346,7 +346,9 @@ def test_no_step_appears_twice_after_a_kill(saved: bool, pairs: Path, tmp_path: 
     steps = list(range(1, 21))
     records = runs.records(run)
     assert [record["step"] for record in records if "train/loss" in record] == steps
-    assert [record["step"] for record in records if "eval-val/image_retrieval_recall@1" in record] == [4, 8, 12, 16, 20]
+    assert [record["step"] for record in records if "eval-val/image_retrieval_recall@1" in record] == (
+        [4, 8, 12, 16, 20] if saved else [20]
+    )
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     losses = events.Scalars("train/loss")
     assert [event.step for event in losses] == [step * runs.BATCH_SIZE for step in steps]
