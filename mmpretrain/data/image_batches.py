@@ -27,10 +27,6 @@ class ImageBatch:
     refused: list[tuple[int, str]]
     """(number, reason) of those that could not be read."""
 
-    def pin_memory(self) -> "ImageBatch":
-        """The same batch in page-locked memory."""
-        return ImageBatch(self.images.pin_memory(), self.samples, self.values, self.refused)
-
 
 class _ImageBatches(Dataset[ImageBatch]):
     def __init__(self, read: Read, channels: int, size: int) -> None:
