@@ -31,9 +31,9 @@ from mmpretrain import (
     targets,
     usage,
 )
-from mmpretrain.data.loader import Poll, no_poll
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
+from mmpretrain.evals.embed import CheckStop, go_on
 from mmpretrain.evals.evaluation import Context, Evaluation, chosen_sets
 from mmpretrain.freeze import Freeze
 from mmpretrain.guards import LogFile, TrainingError, enough_space
@@ -92,7 +92,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes)
         evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
 
-        def evaluation_context(task: Task, check_stop: Poll = no_poll, poll: Poll = no_poll) -> Context:
+        def evaluation_context(task: Task, check_stop: CheckStop = go_on) -> Context:
             return Context(
                 model=task.model,
                 tokenizer=tokenizer,
@@ -102,7 +102,6 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
                 workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,
                 timeout_seconds=cfg.data.timeout_seconds,
                 check_stop=check_stop,
-                poll=poll,
                 autocast=autocast(device, options.precision),
             )
 

@@ -2,9 +2,13 @@
 
 import json
 import logging
+import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from mmpretrain import checkpoint, distributed, optim, parallel, resume
 from mmpretrain.batch import Batch
-from mmpretrain.data.loader import LoaderError, Poll, build_loader, received
+from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.diagnose import diagnose, show_examples, unchanged_buffers
@@ -38,7 +42,8 @@ from mmpretrain.workers import measured_workers
 
 log = logging.getLogger(__name__)
 
-_STOP_SECONDS = 5.0  # so long data may be waited for once a signal has come
+# So long the loop has to end itself after a signal: a whole state is then saved without it, else what is saved stands.
+_STOP_SECONDS, _STOP_UNSAVED_SECONDS = 10.0, 30.0
 
 
 class Evaluation(Protocol):
@@ -49,7 +54,12 @@ class Evaluation(Protocol):
         ...
 
     def run(
-        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: Poll, poll: Poll
+        self,
+        names: Sequence[str],
+        task: Task,
+        samples: int,
+        writer: MetricsWriter | None,
+        check_stop: Callable[[], None],
     ) -> Mapping[str, float]:
         """Their scores."""
         ...
@@ -158,7 +168,9 @@ class Trainer:
         self.results = self.state.summary()
         self.saved_at, self.saved_step = time.perf_counter(), self.state.step
         self.earlier_seconds = self.state.wall_seconds
-        self.is_whole = True  # the state is that after a whole step, all of which is logged
+        # Held while the state changes or is written, so that it can be saved while the loop hangs in a step.
+        self.state_lock = threading.RLock()
+        self._mark_whole()
         self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
@@ -173,7 +185,7 @@ class Trainer:
         Returns: the last value of every evaluation, and steps, samples, seconds and speed.
         Raises: TrainingError if the run cannot go on; SystemExit(85) after a signal, with a checkpoint written.
         """
-        with StopSignal() as stop:
+        with StopSignal(self._answer_signal) as stop:
             self.stop = stop
             try:
                 if self.state.pending is not None:
@@ -200,8 +212,8 @@ class Trainer:
         state, options, device = self.state, self.options, self.device
         self.window = Window()
         self.gradient_watch = GradientWatch()
-        batches = received(self.loader, options.data_timeout_seconds, self._poll)
         with (
+            closing(received(self.loader, options.data_timeout_seconds)) as batches,
             ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
             profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
         ):
@@ -227,13 +239,14 @@ class Trainer:
                 losses = self._forward_backward(micro_batches, weights, passes, scale)
                 self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
-                self.is_whole = False
-                skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
-                self.task.constrain()
-                self.loss_scale.update(skipped)
-                if self.ema is not None and options.ema_decay is not None:
-                    self.ema.update(skipped, options.ema_decay(now))
-                self.bad_steps = (self.bad_steps + 1) * skipped
+                with self.state_lock:
+                    self.is_whole = False
+                    skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
+                    self.task.constrain()
+                    self.loss_scale.update(skipped)
+                    if self.ema is not None and options.ema_decay is not None:
+                        self.ema.update(skipped, options.ema_decay(now))
+                    self.bad_steps = (self.bad_steps + 1) * skipped
 
                 before = state.samples
                 state.step, state.samples = state.step + 1, state.samples + self.batch_size
@@ -260,7 +273,7 @@ class Trainer:
                         state.pending = values
                     else:
                         self._log(values)
-                    self.is_whole = True
+                    self._mark_whole()
                     if is_saving:  # before evaluation, which may fail or be killed
                         self._save()
                     if due or is_last:
@@ -315,7 +328,7 @@ class Trainer:
             return measured_workers(upcoming, step, self.device, min(self.num_micro_batches, 2))
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of one step. Raises: TrainingError where the data cannot be read; LoaderError, Stopped."""
+        """The micro-batches of one step. Raises: TrainingError where the data cannot be read; LoaderError."""
         try:
             return [next(batches) for _ in range(self.num_micro_batches)]
         except LoaderError:
@@ -324,11 +337,6 @@ class Trainer:
             self.quarantine.write_waiting()
             # A worker's error carries its whole traceback; the last line is what it said.
             raise TrainingError(f"the data cannot be read: {str(error).strip().splitlines()[-1]}") from error
-
-    def _poll(self) -> None:
-        """While data are waited for. Raises: Stopped where a signal has waited long enough for them."""
-        if self.stop.is_overdue(_STOP_SECONDS):
-            raise Stopped
 
     def _check_stop(self) -> None:
         """Between the batches of an evaluation. A collective. Raises: Stopped on all processes once one has a signal."""
@@ -412,11 +420,11 @@ class Trainer:
 
     def _scores(self, due: Sequence[str]) -> dict[str, float]:
         """The scores of these evaluations, and of the averaged weights. A collective."""
-        samples, stops = self.state.samples, (self._check_stop, self._poll)
-        scores = dict(self.evaluation.run(due, self.whole(), samples, self.writer, *stops))
+        samples = self.state.samples
+        scores = dict(self.evaluation.run(due, self.whole(), samples, self.writer, self._check_stop))
         if scores and self.ema is not None:
             with self.ema.applied():
-                averaged = self.evaluation.run(due, self.whole(), samples, None, *stops)
+                averaged = self.evaluation.run(due, self.whole(), samples, None, self._check_stop)
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
@@ -441,38 +449,62 @@ class Trainer:
 
     def _write_checkpoint(self) -> str | None:
         """The failure, if there is one. A collective where weights are sharded."""
-        state, failure = self.state, None
-        state.bad_steps, state.num_refused = float(self.bad_steps), self.quarantine.num_refused
-        state.loss_scale, state.good_steps = self.loss_scale.state()
-        state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
-        is_new = state.step > self.saved_step
-        tensors = self._tensors() if is_new else {}
-        if self.writer is not None and is_new:
-            try:
-                numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
-                checkpoint.save(
-                    self.folder / "checkpoints",
-                    state.step,
-                    tensors,
-                    {**asdict(state), **numbers},
-                    self.options.keep_last,
-                )
-            except OSError as error:
-                failure = f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
-        if failure is None:
+        with self.state_lock:
+            state = self.state
+            state.bad_steps, state.num_refused = float(self.bad_steps), self.quarantine.num_refused
+            state.loss_scale, state.good_steps = self.loss_scale.state()
+            state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
+            if state.step > self.saved_step:
+                tensors = self._tensors()
+                if self.writer is not None:
+                    numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
+                    try:
+                        checkpoint.save(
+                            self.folder / "checkpoints",
+                            state.step,
+                            tensors,
+                            {**asdict(state), **numbers},
+                            self.options.keep_last,
+                        )
+                    except OSError as error:
+                        return (
+                            f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
+                        )
             self.saved_at, self.saved_step = time.perf_counter(), state.step
-        return failure
+            return None
+
+    def _mark_whole(self) -> None:
+        """The state is that after a whole step, all of which is logged."""
+        self.is_whole, self.buffer_versions = True, [buffer._version for buffer in self.task.buffers()]
+
+    def _can_be_rescued(self) -> bool:
+        """Whether the state is whole and all on this process. BatchNorm's means move in the forward pass already."""
+        is_sharded = self.options.parallel.strategy == "fsdp" and distributed.world_size() > 1
+        is_unmoved = self.buffer_versions == [buffer._version for buffer in self.task.buffers()]
+        return self.is_whole and is_unmoved and not is_sharded
 
     def _rescue(self) -> str:
         """Save the last whole step without the other processes, where that can be done; says what there is."""
-        is_sharded = self.options.parallel.strategy == "fsdp" and distributed.world_size() > 1
-        if self.is_whole and not is_sharded and distributed.is_main():
+        if self._can_be_rescued() and distributed.is_main():
             failure = self._write_checkpoint()
             if failure is not None:
                 return failure
         if not distributed.is_main():
             return "the same command goes on from what process 0 has saved"
         return f"the same command goes on from step {self.saved_step}" if self.saved_step else "nothing is saved yet"
+
+    def _answer_signal(self, seconds: float) -> None:
+        """In another thread, while the loop does not come to a signal: it waits for data, or for a process that is lost."""
+        if seconds < _STOP_SECONDS or not self.state_lock.acquire(blocking=False):
+            return
+        if not self._can_be_rescued() and seconds < _STOP_UNSAVED_SECONDS:
+            self.state_lock.release()
+            return
+        log.warning("stopped by a signal at step %d; %s", self.state.step, self._rescue())
+        self._close()
+        for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
+            worker.kill()
+        os._exit(PREEMPTED_EXIT_CODE)
 
     def _end(self, message: str) -> NoReturn:
         """End after a signal, with what is saved."""

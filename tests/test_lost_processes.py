@@ -31,7 +31,8 @@ def goes_on(folder: Path, pairs: Path, *stderr: str) -> None:
     (saved,) = runs.checkpoints(run)
     step = int(saved.name.removeprefix("step_"))
     assert step >= 3
-    assert any(f"goes on from step {step}" in text for text in stderr), stderr
+    told = re.compile(rf"goes on from step {step}\b|at step {step}; the same command goes on from there")
+    assert any(told.search(text) for text in stderr), stderr
     again = runs.train(folder, *LONG, f"data.root={pairs}", f"trainer.duration={step + 2}steps")
     assert again.code == 0, again.stderr
     assert [record["step"] for record in runs.records(run)] == list(range(1, step + 3))
@@ -127,6 +128,88 @@ def test_signals_at_any_moment_of_the_start_end_with_85(pairs: Path, tmp_path: P
         command.wait_for((folder / name).exists, name)
         command.send(signal.SIGTERM)
         assert command.wait().code == 85, name
+
+
+def is_listening(port: str) -> bool:
+    addresses = [line.split()[1::2] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    addresses += [line.split()[1::2] for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
+    return any(local.endswith(f":{int(port):04X}") and state == "0A" for local, state, *_ in addresses)
+
+
+def test_a_signal_while_other_ranks_are_waited_for_ends_with_85(pairs: Path, tmp_path: Path) -> None:
+    environment = runs.group(2)[0]
+    alone = runs.start_train(tmp_path, *LONG, f"data.root={pairs}", environment=environment)
+    alone.wait_for(lambda: is_listening(environment["MASTER_PORT"]), "the group's store")
+    sent = time.monotonic()
+    alone.send(signal.SIGTERM)
+    finished = alone.wait()
+    assert time.monotonic() - sent < 20, "waited for the group"
+    assert (finished.code, finished.stderr) == (85, "stopped by a signal; the same command goes on\n")
+
+
+def test_a_signal_while_another_rank_is_stopped_saves_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
+    commands = [
+        runs.start_train(tmp_path, *LONG, f"data.root={pairs}", environment=environment)
+        for environment in runs.group(2)
+    ]
+    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands[1].send(signal.SIGSTOP)
+    sent = time.monotonic()
+    commands[0].send(signal.SIGTERM)
+    finished = commands[0].wait()
+    assert time.monotonic() - sent < 60, "waited for the stopped rank"
+    commands[1].send(signal.SIGKILL)
+    commands[1].wait()
+    assert finished.code == 85, finished.stderr
+    goes_on(tmp_path, pairs, finished.stderr)
+
+
+def test_a_signal_while_a_worker_is_stopped_saves_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
+    command = runs.start_train(tmp_path, *LONG, f"data.root={pairs}", "data.workers=2")
+    command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    workers = children(command.pid)
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    command.send(signal.SIGTERM)
+    finished = command.wait()
+    assert finished.code == 85, finished.stderr
+    runs.poll(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "end of workers", lambda: True)
+    goes_on(tmp_path, pairs, finished.stderr)
+
+
+HANGING = """
+import threading
+from pathlib import Path
+
+from mmpretrain.models.vit import TimmEncoder
+
+
+class HangingEncoder(TimmEncoder):
+    def forward(self, *args, **kwargs):
+        encoding = super().forward(*args, **kwargs)
+        if Path("hang").exists():
+            threading.Event().wait()
+        return encoding
+"""
+
+
+@pytest.mark.slow
+def test_a_step_whose_forward_pass_moved_batch_norm_is_not_saved(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text(HANGING)
+    model = (
+        "model.image._target_=hanging.HangingEncoder",
+        "model.image.name=test_resnet",
+        "~model.image.args",
+        "model.image.init=timm",
+    )
+    command = runs.start_train(tmp_path, *LONG, f"data.root={pairs}", *model, environment={"PYTHONPATH": str(tmp_path)})
+    command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    (tmp_path / "hang").touch()
+    command.send(signal.SIGTERM)
+    finished = command.wait()
+    assert finished.code == 85, finished.stderr
+    assert "nothing is saved yet" in finished.stderr
+    assert not runs.checkpoints(tmp_path / "run")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -1,6 +1,6 @@
 """Images of evaluation and of `embed`: read in order, in batches that travel as one tensor each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmpretrain.data.decode import BadSample, image_memory
-from mmpretrain.data.loader import Poll, ignore_signals, no_poll, received
+from mmpretrain.data.loader import ignore_signals, received
 
 Read = Callable[[int, Tensor], Any]
 """(number of a sample, where its image uint8 [c, h, w] is written) -> what else is known of it. Raises: BadSample."""
@@ -55,8 +55,7 @@ def image_batches(
     size: int,
     workers: int,
     timeout_seconds: float = 600.0,
-    poll: Poll = no_poll,
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     """Read samples batch by batch, the last one shorter.
 
     Args:
@@ -65,7 +64,7 @@ def image_batches(
         batch_size: samples of a batch.
         channels, size: of the images, in pixels.
         workers: processes that read; 0 for this one.
-        timeout_seconds, poll: as in `loader.received`.
+        timeout_seconds: as in `loader.received`, whose result this is.
 
     Raises: LoaderError for a worker that is lost.
     """
@@ -78,4 +77,4 @@ def image_batches(
         multiprocessing_context="fork" if workers else None,  # others would import torch in every worker
         worker_init_fn=ignore_signals,
     )
-    return received(loader, timeout_seconds, poll)
+    return received(loader, timeout_seconds)

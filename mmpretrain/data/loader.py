@@ -9,7 +9,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,8 +24,6 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.schedules import Clock, Now
 
 Item = TypeVar("Item")
-Poll = Callable[[], None]
-"""Called about every second while a loader is waited for; what it raises ends the wait."""
 
 _POLL_SECONDS = 1.0
 
@@ -119,11 +117,7 @@ class LoaderError(RuntimeError):
     """A worker was killed, or does not answer; the message is one line that names it."""
 
 
-def no_poll() -> None:
-    """Wait for the loader and nothing else."""
-
-
-def received(loader: DataLoader[Item], timeout_seconds: float, poll: Poll = no_poll) -> Iterator[Item]:
+def received(loader: DataLoader[Item], timeout_seconds: float) -> Generator[Item, None, None]:
     """The loader's items.
 
     A thread takes them from the workers: a worker that is stopped while it hands over a tensor would hold up whoever
@@ -132,23 +126,24 @@ def received(loader: DataLoader[Item], timeout_seconds: float, poll: Poll = no_p
     Args:
         loader: its workers are started now.
         timeout_seconds: how long one item may take where workers read it.
-        poll: called about every second while an item is waited for.
+
+    Close it where it is not read to its end: workers that are stopped would be waited for when this process ends.
 
     Raises: LoaderError for a worker that was killed or does not answer; what a worker raised. No worker is left then.
     """
     before = signal.getsignal(signal.SIGCHLD)
     iterator: Any = iter(loader)
     if not loader.num_workers:
-        return iterator
+        return (item for item in iterator)
     if threading.current_thread() is threading.main_thread():
         # PyTorch's handler would raise a worker's death wherever this process is, in the middle of a save too.
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    return _received(iterator, iterator._workers, timeout_seconds, poll)
+    return _received(iterator, iterator._workers, timeout_seconds)
 
 
 def _received(
-    iterator: Iterator[Item], workers: list[BaseProcess], timeout_seconds: float, poll: Poll
-) -> Iterator[Item]:
+    iterator: Iterator[Item], workers: list[BaseProcess], timeout_seconds: float
+) -> Generator[Item, None, None]:
     taken: queue.Queue[Item | BaseException] = queue.Queue(maxsize=1)
     is_wanted = True
 
@@ -172,7 +167,6 @@ def _received(
                     raise LoaderError(
                         f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds): {told}"
                     ) from None
-                poll()
                 continue
             if isinstance(item, StopIteration):
                 return

@@ -1,7 +1,8 @@
 """Held-out data as embeddings: what every evaluator starts from, computed once and spread over the ranks."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,6 @@ from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.data.decode import BadSample, read_label
 from mmpretrain.data.image_batches import image_batches
-from mmpretrain.data.loader import Poll, no_poll
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
@@ -23,8 +23,15 @@ from mmpretrain.models.image_text import ImageTextModel
 
 log = logging.getLogger(__name__)
 
+CheckStop = Callable[[], None]
+"""Called before each batch, by all ranks equally often; what it raises ends the work."""
+
 _MAX_NAMED = 5
 _MAX_CHECKED = 20
+
+
+def go_on() -> None:
+    """Never end the work early."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def read_image(data: EvalSet, sample: int) -> Tensor:
 
 
 def embed_texts(
-    model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, check_stop: Poll = no_poll
+    model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, check_stop: CheckStop = go_on
 ) -> Tensor:
     """Texts -> [m, e] of unit length, float32, on the model's device; each rank does its share. A collective.
 
@@ -149,8 +156,7 @@ def embed(
     batch_size: int,
     workers: int,
     timeout_seconds: float = 600.0,
-    check_stop: Poll = no_poll,
-    poll: Poll = no_poll,
+    check_stop: CheckStop = go_on,
 ) -> Embedded:
     """Embed a data set; each rank does its share, and every rank gets the whole. A collective.
 
@@ -162,7 +168,6 @@ def embed(
         workers: decoding processes of each rank.
         timeout_seconds: how long a batch may take to be read.
         check_stop: called before each batch, by all ranks equally often; what it raises ends the work.
-        poll: called about every second while a batch is waited for, by this rank alone; likewise.
 
     Samples that cannot be read are left out, with a warning that names them.
 
@@ -172,21 +177,22 @@ def embed(
     share = _share(data.shards.num_samples)
     batches = image_batches(
         _Reader(data), range(share.start, share.stop), batch_size, data.preprocess.channels, data.preprocess.image_size,
-        workers, timeout_seconds, poll,
+        workers, timeout_seconds,
     )  # fmt: skip
     images, captions, labels, samples, refused = [], [], [], [], []
-    for _ in range(_num_batches(data.shards.num_samples, batch_size)):
-        check_stop()
-        if (batch := next(batches, None)) is None:
-            continue
-        for sample, reason in batch.refused:
-            shard = data.shards.path(int(data.shards.locate(np.array([sample]))[0][0]))
-            refused.append(Refused(data.name, shard, data.shards.key(sample), reason))
-        if batch.samples:
-            images.append(model.project_image(model.encode_image(batch.images.to(device)).pooled).float())
-            captions += [texts for texts, _ in batch.values]
-            labels += [label for _, label in batch.values]
-            samples += batch.samples
+    with closing(batches):
+        for _ in range(_num_batches(data.shards.num_samples, batch_size)):
+            check_stop()
+            if (batch := next(batches, None)) is None:
+                continue
+            for sample, reason in batch.refused:
+                shard = data.shards.path(int(data.shards.locate(np.array([sample]))[0][0]))
+                refused.append(Refused(data.name, shard, data.shards.key(sample), reason))
+            if batch.samples:
+                images.append(model.project_image(model.encode_image(batch.images.to(device)).pooled).float())
+                captions += [texts for texts, _ in batch.values]
+                labels += [label for _, label in batch.values]
+                samples += batch.samples
     local = torch.cat(images) if images else torch.zeros(0, model.embed_dim, device=device)
     all_images = distributed.gather_ragged_rows(local)
     gathered = distributed.gather_objects((captions, labels, refused, samples))

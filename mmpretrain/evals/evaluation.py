@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmpretrain.data.loader import Poll, no_poll
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.embed import Embedded, EvalSet, embed, embed_texts, read_image
+from mmpretrain.evals.embed import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
 from mmpretrain.metrics import MetricsWriter
 from mmpretrain.models.image_text import ImageTextModel, NoImages
 from mmpretrain.schedules import Clock, Duration
@@ -46,10 +45,8 @@ class Context:
     workers: int
     timeout_seconds: float = 600.0
     """How long a batch may take to be read."""
-    check_stop: Poll = no_poll
+    check_stop: CheckStop = go_on
     """Called before each batch, by all ranks equally often; what it raises ends the evaluation."""
-    poll: Poll = no_poll
-    """Called about every second while a batch is waited for, by each rank alone; what it raises ends the evaluation."""
     autocast: AbstractContextManager[object] = field(default_factory=nullcontext)
     shown: Shown = field(default_factory=Shown)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
@@ -60,7 +57,7 @@ class Context:
             with self.autocast:
                 self._embedded[name] = embed(
                     self.model, self.tokenizer, self.sets[name], self.batch_size, self.workers, self.timeout_seconds,
-                    self.check_stop, self.poll,
+                    self.check_stop,
                 )  # fmt: skip
         return self._embedded[name]
 
@@ -122,21 +119,21 @@ class Evaluation:
     evaluators: Mapping[str, Evaluator]
     every: Mapping[str, Duration]
     clock: Clock
-    context: Callable[[Task, Poll, Poll], Context]
-    """(the task with all of its weights, `check_stop`, `poll`) -> what evaluators see."""
+    context: Callable[[Task, CheckStop], Context]
+    """(the task with all of its weights, `check_stop`) -> what evaluators see."""
 
     def due(self, before: int, after: int, is_last: bool) -> list[str]:
         """The evaluators that a step from `before` to `after` samples brings."""
         return [name for name in self.evaluators if is_last or self.clock.is_due(self.every[name], before, after)]
 
     def run(
-        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: Poll, poll: Poll
+        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: CheckStop
     ) -> Mapping[str, float]:
         """The scores of some evaluators, whose pictures go to `writer`. A collective.
 
-        Raises: what `check_stop` and `poll` do.
+        Raises: what `check_stop` does.
         """
-        context = self.context(task, check_stop, poll)
+        context = self.context(task, check_stop)
         scores = evaluate({name: self.evaluators[name] for name in names}, context)
         if writer is not None:
             for name, picture in context.shown.pictures.items():
