@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -228,6 +229,23 @@ def _attention(
     return NotImplemented if dropped is None else dropped.to(value.dtype) @ value
 
 
+# PyTorch's function as it is, but for the question whether a mode answers for it: the ones that it calls come to the mode.
+_seen_attention = FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
+    argdefs=F.multi_head_attention_forward.__defaults__,
+)
+
+
+def _multi_head_attention(mode: SampleRandomness, *args: Any, **kwargs: Any) -> Any:
+    """`nn.MultiheadAttention`."""
+    TorchFunctionMode.__enter__(mode)  # it is left while it answers
+    try:
+        return _seen_attention(*args, **kwargs)
+    finally:
+        TorchFunctionMode.__exit__(mode, None, None, None)
+
+
 def _bernoulli_(mode: SampleRandomness, input: Tensor, p: Any = 0.5, *, generator: Any = None) -> Any:
     u = mode.uniform(input.shape) if generator is None else None
     return NotImplemented if u is None else input.copy_(u < p)
@@ -292,6 +310,7 @@ _BY_SAMPLE: dict[Callable[..., Any], Callable[..., Any]] = {
     F.dropout2d: _channel_dropout,
     F.dropout3d: _channel_dropout,
     F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
     torch.bernoulli: _bernoulli,
     Tensor.bernoulli: _bernoulli,
     Tensor.bernoulli_: _bernoulli_,

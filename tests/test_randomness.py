@@ -37,6 +37,8 @@ def drawn(fn: Callable[[slice], Any], rows: slice = slice(None)) -> Any:
 
 X = torch.linspace(0.2, 1, 4 * 8).view(1, 4, 8).repeat(6, 1, 1)  # the same for every sample: what differs is drawn
 IMAGES = X.view(6, 2, 4, 4)
+torch.manual_seed(0)
+MULTI_HEAD = nn.MultiheadAttention(8, 2, dropout=0.3, batch_first=True)
 DRAWING = {
     "Dropout": lambda rows: nn.Dropout(0.3)(X[rows]),
     "Dropout in place": lambda rows: nn.Dropout(0.3, inplace=True)(X[rows].clone()),
@@ -67,6 +69,8 @@ DRAWING = {
     "attention by names": lambda rows: F.scaled_dot_product_attention(
         query=X[rows, None], key=X[rows, None], value=X[rows, None], dropout_p=0.3
     ),
+    "MultiheadAttention": lambda rows: MULTI_HEAD(*(X[rows],) * 3, need_weights=False)[0],
+    "MultiheadAttention with weights": lambda rows: MULTI_HEAD(*(X[rows],) * 3)[0],
     "bernoulli_": lambda rows: torch.empty_like(X[rows]).bernoulli_(0.3),
 }
 
@@ -147,6 +151,15 @@ def test_attention_that_drops_nothing_of_note_is_attention(is_causal: bool) -> N
     torch.testing.assert_close(
         shared, F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], mask, is_causal=is_causal, enable_gqa=True)
     )
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multi_head_attention_that_drops_nothing_of_note_is_torchs(need_weights: bool) -> None:
+    expected = MULTI_HEAD.eval()(X, X, X, need_weights=need_weights)
+    MULTI_HEAD.train().dropout = 1e-9
+    found = drawn(lambda rows: MULTI_HEAD(X, X, X, need_weights=need_weights))
+    MULTI_HEAD.dropout = 0.3
+    torch.testing.assert_close(found, expected)
 
 
 def test_attention_by_names_that_drops_nothing_is_torchs() -> None:
