@@ -2,9 +2,7 @@
 
 import io
 import re
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,26 +57,17 @@ def check_image(path: Path, options: ImageOptions) -> tuple[int, int]:
     Raises: BadSample where `read_image` or `encode_image` would, without encoding.
     """
     data, state = read_file(path, MAX_FILE_BYTES)
-    with _silent():
-        image = _decode(data, options)
-        if not can_keep(image, data, options):
-            _check_sides(image, options)
-            for _, strip in _strips(image):
-                to_rgb(strip, options.background)  # some modes fail only here
+    image = _decode(data, options)
+    if not can_keep(image, data, options):
+        _check_sides(image, options)
+        for _, strip in _strips(image):
+            to_rgb(strip, options.background)  # some modes fail only here
     return state.st_size, state.st_mtime_ns
 
 
 def read_image(path: Path, options: ImageOptions) -> bytes:
     """An image file's bytes. Raises: BadSample where it cannot be read or is too large."""
     return read_file(path, MAX_FILE_BYTES)[0]
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps Pillow's warnings about an image off the terminal: limits are checked here, the rest is harmless."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
 
 
 def _decode(data: bytes, options: ImageOptions) -> Image.Image:
@@ -167,14 +156,13 @@ def encode_image(data: bytes, options: ImageOptions) -> tuple[str, bytes]:
 
     Of an animation it is the first frame; a JPEG that lacks only its end marker is kept as it is.
     """
-    with _silent():
-        image = _decode(data, options)
-        extension = _written_extension(image, options)
-        if can_keep(image, data, options):
-            return extension, data
-        _check_sides(image, options)
-        rgb, turn = _in_rgb(image, options.background), orientation(image)
-        del image  # its memory
+    image = _decode(data, options)
+    extension = _written_extension(image, options)
+    if can_keep(image, data, options):
+        return extension, data
+    _check_sides(image, options)
+    rgb, turn = _in_rgb(image, options.background), orientation(image)
+    del image  # its memory
     if turn in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[turn])
     if (size := _reduced(rgb.size, options.short_side)) != rgb.size:

@@ -25,8 +25,8 @@ from mmpretrain.targets import accepts, check_targets
 from mmpretrain.usage import UsageError, check_number, nearest
 
 _MAX_NAME_LENGTH = 80
-_MAX_YAML_BYTES = 1 << 20
-"""Some 200 times a config.yaml; so much takes half a minute to parse."""
+_MAX_YAML_BYTES = 1 << 18
+"""Some 50 times a config.yaml; so much takes some five seconds to parse."""
 _MAX_YAML_DEPTH = 50
 
 # Where the data lie may change between a run and its resumption (which data they are is in the checkpoint), but what

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 1 << 29
 WHITE = (255, 255, 255)
+
+# Pillow's about an image: limits are checked here, damage is looked for here, the rest is harmless.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadSample(ValueError):

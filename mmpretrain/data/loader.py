@@ -206,7 +206,10 @@ def _stopped(workers: list[BaseProcess]) -> str:
     states = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits for a disk or a network file system"}
     told = []
     for i, worker in enumerate(workers):
-        state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        try:
+            state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
         if state in states:
             told.append(f"worker {i} of the data loader (process {worker.pid}) {states[state]}")
     return ", ".join(told)
