@@ -10,7 +10,7 @@ from rich.table import Table
 from analysis.compare import draw_curves, table
 from analysis.runs import find_runs
 from data_tools.command_line import run_app
-from mmpretrain.usage import printable
+from mmpretrain.errors import printable
 
 app = typer.Typer(
     help="From finished runs to tables and pictures.",

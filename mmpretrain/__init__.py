@@ -38,7 +38,7 @@ def load(
 
     Raises: ValueError if there is no checkpoint, or its configuration names parts that are neither ours nor trusted.
     """
-    from mmpretrain.loading import load_checkpoint  # torch and all else only when it is needed
+    from mmpretrain.checkpoints.load import load_checkpoint  # torch and all else only when it is needed
 
     loaded = load_checkpoint(run_or_checkpoint, device, trust, ema)
     return loaded.model, loaded.preprocess, loaded.tokenizer

@@ -8,22 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpretrain import distributed, targets
+from mmpretrain import distributed
+from mmpretrain.checkpoints.load import fit_tokenizer, preprocess_of
+from mmpretrain.config import instantiate
+from mmpretrain.config.instantiate import accepts
+from mmpretrain.config.schema import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.decode import check_caption_field
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stream import Source, Stream, TarStream
 from mmpretrain.data.subset import select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.embed import EvalSet, check_readable
-from mmpretrain.evals.evaluation import Evaluator
+from mmpretrain.evals.base import Evaluator
+from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
-from mmpretrain.loading import fit_tokenizer, preprocess_of
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.schedules import Duration, Value
-from mmpretrain.schema import EvalSetConfig, StreamConfig, TrainConfig
-from mmpretrain.targets import accepts
-from mmpretrain.task import Task
+from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, Value]]:
 
     Raises: ValueError if no objective is left.
     """
-    model = targets.instantiate(cfg.model, cfg.run.seed, "model")
+    model = instantiate.instantiate(cfg.model, cfg.run.seed, "model")
     weights = {
         name: Value(node.get("weight", 1.0), f"objective.{name}.weight", at_least=0)
         for name, node in cfg.objective.items()
@@ -64,7 +65,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, Value]]:
     objectives = {}
     for name in weights:
         node = {key: value for key, value in cfg.objective[name].items() if key != "weight"}
-        objectives[name] = targets.instantiate(node, cfg.run.seed, f"objective.{name}", model=model)
+        objectives[name] = instantiate.instantiate(node, cfg.run.seed, f"objective.{name}", model=model)
     return Task(model, objectives), weights
 
 
@@ -110,14 +111,14 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             batch_size=batch_size,
             seed=cfg.run.seed,
             caption=stream.caption,
-            transform=targets.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
+            transform=instantiate.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
             image_size=model.image.image_size if stream.image_size is None else stream.image_size,
             channels=model.num_channels,
-            augment=targets.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
+            augment=instantiate.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
             group=stream.group,
             views=[
                 (view["transform"], view.get("augment") or ())
-                for view in targets.instantiate(stream.views, cfg.run.seed, f"data.train.{name}.views")
+                for view in instantiate.instantiate(stream.views, cfg.run.seed, f"data.train.{name}.views")
             ][: task.num_views(name)],
             repeat_batches=stream.repeat_batches,
             text_length=stream.text_length,
@@ -189,9 +190,9 @@ def _shards(key: str, shards: str | list[str], root: str | None, subset: str | N
     return kept
 
 
-def build_tokenizer(node: targets.Node, task: Task) -> Tokenizer:
+def build_tokenizer(node: instantiate.Node, task: Task) -> Tokenizer:
     """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder or an objective cannot take."""
-    tokenizer: Tokenizer = targets.instantiate(node, 0, "data.tokenizer")
+    tokenizer: Tokenizer = instantiate.instantiate(node, 0, "data.tokenizer")
     if task.model.text is not None:
         fit_tokenizer(tokenizer, task.model.text)
     for objective in task.objectives.values():
@@ -230,5 +231,5 @@ def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict
     evaluators, every = {}, {}
     for name, node in nodes.items():
         every[name] = Duration.parse(node.get("every") or default_every, f"eval.{name}.every")
-        evaluators[name] = targets.instantiate({k: v for k, v in node.items() if k != "every"}, 0, f"eval.{name}")
+        evaluators[name] = instantiate.instantiate({k: v for k, v in node.items() if k != "every"}, 0, f"eval.{name}")
     return evaluators, every

@@ -17,29 +17,30 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from mmpretrain import build, command, config, usage
-from mmpretrain.checkpoint import write_bytes, write_text
+from mmpretrain import build, errors
+from mmpretrain.checkpoints.load import Loaded, load_checkpoint
+from mmpretrain.checkpoints.store import write_bytes, write_text
+from mmpretrain.config import command_line, resolve
+from mmpretrain.config.schema import EmbedConfig
 from mmpretrain.data.image_batches import image_batches
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
-from mmpretrain.loading import Loaded, load_checkpoint
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.schema import EmbedConfig
+from mmpretrain.training.precision import PrecisionName, autocast
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """The command."""
-    command.entry(_hydra_main)
+    command_line.entry(_hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="embed")
 def _hydra_main(cfg: DictConfig) -> None:
-    with command.job(), usage.usage_errors():
+    with command_line.job(), errors.usage_errors():
         settings: EmbedConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-        config.check_known(settings)
+        resolve.check_known(settings)
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
         run(settings)
 
@@ -53,8 +54,8 @@ def run(cfg: EmbedConfig) -> list[Path]:
     precision: PrecisionName = (
         cfg.precision.value if cfg.precision is not None else loaded.setting("trainer.precision", PrecisionName)
     )
-    usage.check_number("batch_size", cfg.batch_size, at_least=1)
-    usage.check_number("workers", cfg.workers, at_least=0)
+    errors.check_number("batch_size", cfg.batch_size, at_least=1)
+    errors.check_number("workers", cfg.workers, at_least=0)
     folder = Path(cfg.output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {cfg.output!r}, a file; expected a folder, new or an earlier one's")

@@ -8,28 +8,29 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mmpretrain import build, command, config, distributed, usage
-from mmpretrain.checkpoint import write_text
+from mmpretrain import build, distributed, errors
+from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
+from mmpretrain.checkpoints.store import write_text
+from mmpretrain.config import command_line, resolve
+from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
-from mmpretrain.evals.evaluation import Context, evaluate
-from mmpretrain.loading import Loaded, checked, load_checkpoint
-from mmpretrain.metrics import print_results
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.schema import EvalSetConfig, EvaluateConfig
+from mmpretrain.evals.base import Context, evaluate
+from mmpretrain.reporting.metrics import print_results
+from mmpretrain.training.precision import PrecisionName, autocast
 
 
 def main() -> None:
     """The command."""
-    command.entry(_hydra_main)
+    command_line.entry(_hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="evaluate")
 def _hydra_main(cfg: DictConfig) -> None:
-    with command.job(), usage.usage_errors():
+    with command_line.job(), errors.usage_errors():
         try:
             settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-            config.check_known(settings)
-            config.check_evaluators(settings.eval)
+            resolve.check_known(settings)
+            resolve.check_evaluators(settings.eval)
             run(settings)
         finally:
             distributed.shut_down()
@@ -41,7 +42,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     distributed.setup(device)
     if cfg.output is not None and not Path(cfg.output).parent.is_dir():
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
-    config.check_evaluate_ranges(cfg)
+    resolve.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     sets = cfg.data.val or _sets_of_run(loaded)
     root = cfg.data.root or loaded.setting("data.root", str)
@@ -49,7 +50,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
         cfg.precision.value if cfg.precision is not None else loaded.setting("trainer.precision", PrecisionName)
     )
     batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
-    usage.check_number("config.yaml: data.val_batch_size", batch_size, at_least=1)
+    errors.check_number("config.yaml: data.val_batch_size", batch_size, at_least=1)
     max_image_bytes = loaded.setting("data.max_image_bytes", int | None) or MAX_IMAGE_BYTES  # older runs have none
     context = Context(
         model=loaded.model,
@@ -81,7 +82,7 @@ def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:
     for name, fields in loaded.setting("data.val", Mapping[str, Mapping]).items():
         for key, value in fields.items():
             if key not in annotations:
-                raise ValueError(f"config.yaml: data.val.{name} has {key!r}; {usage.nearest(key, list(annotations))}")
+                raise ValueError(f"config.yaml: data.val.{name} has {key!r}; {errors.nearest(key, list(annotations))}")
             checked(value, f"data.val.{name}.{key}", annotations[key])
         sets[name] = EvalSetConfig(**fields)
     return sets

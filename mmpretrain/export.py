@@ -6,31 +6,32 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from mmpretrain import command, config, usage
-from mmpretrain.exporters import open_clip
-from mmpretrain.loading import load_checkpoint
-from mmpretrain.schema import ExportConfig
+from mmpretrain import errors
+from mmpretrain.checkpoints import open_clip
+from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.config import command_line, resolve
+from mmpretrain.config.schema import ExportConfig
 
 _FORMATS = {"open_clip": open_clip.export}
 
 
 def main() -> None:
     """The command."""
-    command.entry(_hydra_main)
+    command_line.entry(_hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="export")
 def _hydra_main(cfg: DictConfig) -> None:
-    with command.job(), usage.usage_errors():
+    with command_line.job(), errors.usage_errors():
         settings: ExportConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-        config.check_known(settings)
+        resolve.check_known(settings)
         run(settings)
 
 
 def run(cfg: ExportConfig) -> list[Path]:
     """Write `cfg.checkpoint` in `cfg.format`; returns the files. Raises: ValueError for wrong use."""
     if cfg.format not in _FORMATS:
-        raise ValueError(f"format is {cfg.format!r}; {usage.nearest(cfg.format, list(_FORMATS))}")
+        raise ValueError(f"format is {cfg.format!r}; {errors.nearest(cfg.format, list(_FORMATS))}")
     loaded = load_checkpoint(cfg.checkpoint, trust=cfg.trust, ema=cfg.ema)
     files = _FORMATS[cfg.format](
         loaded.model, loaded.config["model"], loaded.scalars, Path(cfg.output), loaded.tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain import distributed
-from mmpretrain.usage import check_number, nearest
+from mmpretrain.errors import check_number, nearest
 
 TOWERS = ("image", "text", "heads")
 _OF_A_TOWER = ("lr", "weight_decay")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, Protocol
 
-from mmpretrain.usage import UsageError, check_number
+from mmpretrain.errors import UsageError, check_number
 
 Unit = Literal["epochs", "samples", "steps", "%", "min"]
 

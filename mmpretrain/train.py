@@ -2,7 +2,7 @@
 
 if __name__ == "__main__":
     # By its own name, under which the processes of a sweep's launcher find the job; __main__ is another module there.
-    from mmpretrain import stop_signal
+    from mmpretrain.training import stop_signal
 
     stop_signal.train()
     raise SystemExit
@@ -18,59 +18,51 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import (
-    build,
-    checkpoint,
-    command,
-    config,
-    distributed,
-    dry_run,
-    parallel,
-    report,
-    resume,
-    targets,
-    usage,
-)
+from mmpretrain import build, distributed, errors
+from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.untrusted import TOKENIZER_FOLDER
+from mmpretrain.config import command_line, instantiate, resolve
+from mmpretrain.config.schema import TrainConfig
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
-from mmpretrain.evals.embed import CheckStop, go_on
-from mmpretrain.evals.evaluation import Context, Evaluation, chosen_sets
-from mmpretrain.freeze import Freeze
-from mmpretrain.guards import LogFile, TrainingError, enough_space
-from mmpretrain.init_from import init_from
-from mmpretrain.metrics import print_results, read_results
-from mmpretrain.parallel import Parallel
-from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
-from mmpretrain.precision import autocast
+from mmpretrain.evals.base import Context, Evaluation, chosen_sets
+from mmpretrain.evals.embeddings import CheckStop, go_on
+from mmpretrain.reporting import report
+from mmpretrain.reporting.metrics import print_results, read_results
 from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
-from mmpretrain.schema import TrainConfig
-from mmpretrain.task import Task
-from mmpretrain.trainer import Trainer, TrainerOptions
-from mmpretrain.untrusted import TOKENIZER_FOLDER
-from mmpretrain.workers import own_cores
+from mmpretrain.training import dry_run, parallel, resume
+from mmpretrain.training.freeze import Freeze
+from mmpretrain.training.guards import LogFile, TrainingError, enough_space
+from mmpretrain.training.init_from import init_from
+from mmpretrain.training.parallel import Parallel
+from mmpretrain.training.precision import autocast
+from mmpretrain.training.setup import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
+from mmpretrain.training.task import Task
+from mmpretrain.training.trainer import Trainer, TrainerOptions
+from mmpretrain.training.workers import own_cores
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """The command."""
-    command.entry(_hydra_main)
+    command_line.entry(_hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="train")
 def _hydra_main(cfg: DictConfig) -> None:
-    with command.job():
+    with command_line.job():
         try:
-            train(config.resolve(cfg))
+            train(resolve.resolve(cfg))
         except TrainingError as error:
             log.error("error: %s", error)
-            command.end_job(1)
+            command_line.end_job(1)
         except RuntimeError as error:
             if not distributed.is_lost_peer(error):
                 raise
             absent = ", ".join(map(str, distributed.absent_ranks())) or "unknown"
             log.error("error: before training began, rank %s was lost (%s)", absent, str(error).splitlines()[0])
-            command.end_job(1)
+            command_line.end_job(1)
         finally:
             distributed.shut_down()
 
@@ -80,10 +72,10 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
 
     Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
     """
-    with usage.usage_errors(), enough_space(Path(str(cfg.run.dir))):
+    with errors.usage_errors(), enough_space(Path(str(cfg.run.dir))):
         device = build.device_of(cfg.trainer.device)
         distributed.setup(device, cfg.parallel.timeout_seconds)
-        schedule: Schedule = targets.instantiate(cfg.schedule, cfg.run.seed, "schedule")
+        schedule: Schedule = instantiate.instantiate(cfg.schedule, cfg.run.seed, "schedule")
         folder = Path(str(cfg.run.dir))
         options = _options(cfg)
         task, weights = build.build_task(cfg)
@@ -131,12 +123,12 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
             fingerprint=fingerprint,
             folder=folder,
             device=device,
-            hparams=config.hparams(cfg),
+            hparams=resolve.hparams(cfg),
             initialize=None if cfg.init_from is None else lambda task: init_from(task, str(cfg.init_from)),
         )
         if distributed.is_main():
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
-            checkpoint.write_text(folder / "config.yaml", config.to_yaml(config.to_plain(cfg)))
+            store.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
             _keep_tokenizer(cfg, folder)
     with enough_space(folder):
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
@@ -179,7 +171,7 @@ def _dry_run(
 
 def _make_optimizer(cfg: TrainConfig) -> Callable[[Task], torch.optim.Optimizer]:
     """The optimiser of a task whose frozen parameters are known."""
-    return lambda task: targets.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(task.named_parameters())
+    return lambda task: instantiate.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(task.named_parameters())
 
 
 def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
@@ -193,7 +185,7 @@ def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
                 f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
             )
         kept.mkdir(exist_ok=True)
-        checkpoint.write_bytes(kept / name, file.read_bytes())
+        store.write_bytes(kept / name, file.read_bytes())
 
 
 def _options(cfg: TrainConfig) -> TrainerOptions:
@@ -245,7 +237,7 @@ def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | No
             lock = (folder / ".lock").open("a")
             # A POSIX lock: unlike flock's, the loader's forked workers, which outlive a kill by seconds, do not hold it.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except usage.UsageError as error:
+        except errors.UsageError as error:
             refusal = str(error)
         except BlockingIOError:
             refusal = f"{folder} is in use by another process; wait for it, or choose another run.name"
@@ -254,7 +246,7 @@ def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | No
         refusal = refusal or _check_configuration(cfg, folder, schedule)
     refusal = distributed.broadcast_object(refusal)
     if refusal is not None:
-        raise usage.UsageError(refusal)
+        raise errors.UsageError(refusal)
     _log_to(folder)
     return lock
 
@@ -263,7 +255,7 @@ def _check_links(folder: Path) -> None:
     """Raises: UsageError if a part of a run's directory is a link: a run that others made would write elsewhere."""
     for path in folder.iterdir():
         if path.is_symlink():
-            raise usage.UsageError(
+            raise errors.UsageError(
                 f"{path} is a symbolic link, through which the run would write elsewhere; expected a file or a folder: "
                 f"remove it, or link {folder} as a whole"
             )
@@ -274,13 +266,13 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    now, values = config.to_plain(cfg), config.to_values(cfg)
+    now, values = resolve.to_plain(cfg), resolve.to_values(cfg)
     depends = (
         schedule.depends_on_total()
         or any(value.depends_on_total() for value in scheduled_values(values))
         or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
     )
-    changed = config.differences(config.read(path), now, () if depends else ("trainer.duration",), values)
+    changed = resolve.differences(resolve.read(path), now, () if depends else ("trainer.duration",), values)
     if not changed:
         return None
     return (
@@ -305,7 +297,7 @@ def _log_to(folder: Path) -> None:
 
 def _make_printable(record: logging.LogRecord) -> bool:
     """Control characters of a message as escapes: the names of samples and shards are the data's."""
-    record.msg, record.args = "\n".join(map(usage.printable, record.getMessage().splitlines())), None
+    record.msg, record.args = "\n".join(map(errors.printable, record.getMessage().splitlines())), None
     return True
 
 
@@ -320,11 +312,11 @@ def _finished(
     def look() -> dict[str, float | None] | None:
         if not (folder / "results.json").exists():
             return None
-        path = checkpoint.find_latest(folder / "checkpoints", set_aside=True)
+        path = store.find_latest(folder / "checkpoints", set_aside=True)
         if path is None or not resume.read_state(path).is_evaluated(num_steps):
             return None
         resume.check_fingerprint(path, fingerprint)
-        checkpoint.prune(folder / "checkpoints", keep_last)
+        store.prune(folder / "checkpoints", keep_last)
         return read_results(folder / "results.json")
 
     return distributed.from_main(look)

@@ -101,8 +101,8 @@ def write_pairs(root: Path, broken: Sequence[int] = ()) -> Path:
 
 _PRELOADED = (
     "mmpretrain.build",
-    "mmpretrain.loading",
-    "mmpretrain.trainer",
+    "mmpretrain.checkpoints.load",
+    "mmpretrain.training.trainer",
     "torch.nn.parallel",
     "torch.utils.data",
     "matplotlib.backends.backend_agg",

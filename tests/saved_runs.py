@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from mmpretrain import checkpoint, config, targets
+from mmpretrain.checkpoints import store
+from mmpretrain.config import instantiate, resolve
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
-from mmpretrain.task import Task
+from mmpretrain.training.task import Task
 
 MODEL: dict[str, Any] = {
     "_target_": "mmpretrain.models.image_text.ImageTextModel",
@@ -38,7 +39,7 @@ SMALL: dict[str, Any] = {**MODEL, "text": {**MODEL["text"], "vocab_size": 40}}
 
 def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "ClipTokenizer", step: int = 5) -> Task:
     """A run's directory with one checkpoint, as the trainer leaves it; returns what was saved."""
-    built: ImageTextModel = targets.instantiate(SMALL if model is SMALL else MODEL, 3, "model")
+    built: ImageTextModel = instantiate.instantiate(SMALL if model is SMALL else MODEL, 3, "model")
     objectives = {"sigmoid": Sigmoid(built, init_logit_scale=20), "infonce": InfoNCE(built, init_logit_scale=30)}
     task = Task(built, objectives).eval()
     plain: dict[str, Any] = {
@@ -49,10 +50,10 @@ def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "Clip
         "objective": {"sigmoid": {}, "infonce": {}},
     }
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(plain))
+    (folder / "config.yaml").write_text(resolve.to_yaml(plain))
     optimizer = {"model.image_projection.weight/step": torch.ones(())}
     parts = {"model": task.state_dict(), "optimizer": optimizer}
-    checkpoint.save(folder / "checkpoints", step, parts, {"samples": 640}, keep_last=0)
+    store.save(folder / "checkpoints", step, parts, {"samples": 640}, keep_last=0)
     return task
 
 

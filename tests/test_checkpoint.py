@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpretrain import checkpoint
+from mmpretrain.checkpoints import store
 from tests import runs
 
 STATE = {"step": 3, "samples": 48, "fingerprint": {"data.train.pairs": {"pairs": "abc"}}}
@@ -24,9 +24,9 @@ def tensors(step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def save(folder: Path, step: int, keep_last: int = 0, is_best: bool = False) -> Path:
     model, optimizer = tensors(step)
     parts = {"model": model, "optimizer": optimizer}
-    path = checkpoint.save(folder, step, parts, {**STATE, "step": step}, keep_last)
+    path = store.save(folder, step, parts, {**STATE, "step": step}, keep_last)
     if is_best:
-        checkpoint.mark_best(path, keep_last)
+        store.mark_best(path, keep_last)
     return path
 
 
@@ -34,10 +34,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = save(tmp_path / "checkpoints", 3)
     model, optimizer = tensors(3)
     for name, expected in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-        loaded = checkpoint.load_tensors(path, name)
+        loaded = store.load_tensors(path, name)
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
-    assert checkpoint.load_state(path) == {**STATE, "step": 3}
+    assert store.load_state(path) == {**STATE, "step": 3}
 
 
 def test_latest_names_the_newest_and_only_the_last_stay(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_the_best_one_stays_however_old_it_is(tmp_path: Path) -> None:
 def test_what_a_kill_before_the_deletion_left_is_deleted_by_the_next(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step, is_best=step == 1)
-    checkpoint.prune(tmp_path, 2)
+    store.prune(tmp_path, 2)
     names = [path.name for path in tmp_path.glob("step_*")]
     assert sorted(names) == ["step_00000001", "step_00000004", "step_00000005"]
     save(tmp_path, 6, keep_last=1)
@@ -77,11 +77,11 @@ def test_whoever_may_read_new_files_may_read_checkpoints(umask: int, tmp_path: P
 
 def test_a_further_part_is_saved_and_verified(tmp_path: Path) -> None:
     model, optimizer = tensors(1)
-    path = checkpoint.save(tmp_path, 1, {"model": model, "optimizer": optimizer, "ema": model}, STATE, 0)
-    assert checkpoint.load_tensors(path, "ema.safetensors").keys() == model.keys()
+    path = store.save(tmp_path, 1, {"model": model, "optimizer": optimizer, "ema": model}, STATE, 0)
+    assert store.load_tensors(path, "ema.safetensors").keys() == model.keys()
     (path / "ema.safetensors").unlink()
-    with pytest.raises(checkpoint.CorruptCheckpoint, match=r"ema\.safetensors is missing"):
-        checkpoint.verify(path)
+    with pytest.raises(store.CorruptCheckpoint, match=r"ema\.safetensors is missing"):
+        store.verify(path)
 
 
 def test_zero_keeps_every_checkpoint(tmp_path: Path) -> None:
@@ -123,10 +123,10 @@ def cut(path: Path) -> None:
 )
 def test_damage_is_found(damage: Callable[[Path], None], file: str, message: str, tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    checkpoint.verify(path)
+    store.verify(path)
     damage(path / file)
-    with pytest.raises(checkpoint.CorruptCheckpoint, match=message):
-        checkpoint.verify(path)
+    with pytest.raises(store.CorruptCheckpoint, match=message):
+        store.verify(path)
 
 
 def test_newest_that_verifies_is_found_with_a_warning_for_each_that_does_not(
@@ -136,7 +136,7 @@ def test_newest_that_verifies_is_found_with_a_warning_for_each_that_does_not(
     for step in (2, 3):
         overwrite(save(tmp_path, step) / "model.safetensors")
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.find_latest(tmp_path) == good
+        assert store.find_latest(tmp_path) == good
     assert [step in message for step, message in zip(("step_00000003", "step_00000002"), caplog.messages)] == [True] * 2
     assert len(list(tmp_path.glob("step_*"))) == 3, "looking must not change anything"
 
@@ -144,25 +144,25 @@ def test_newest_that_verifies_is_found_with_a_warning_for_each_that_does_not(
 def test_damaged_checkpoint_is_set_aside_so_that_its_step_can_be_saved_again(tmp_path: Path) -> None:
     good = save(tmp_path, 1)
     overwrite(save(tmp_path, 2) / "model.safetensors")
-    assert checkpoint.find_latest(tmp_path, set_aside=True) == good
+    assert store.find_latest(tmp_path, set_aside=True) == good
     assert (tmp_path / "corrupt_step_00000002").is_dir()
-    assert checkpoint.find_latest(tmp_path) == good
+    assert store.find_latest(tmp_path) == good
     again = save(tmp_path, 2)
-    assert checkpoint.find_latest(tmp_path) == again
+    assert store.find_latest(tmp_path) == again
 
 
 def test_where_no_checkpoint_verifies_nothing_is_touched(tmp_path: Path) -> None:
     paths = [save(tmp_path, step) for step in (1, 2)]
     for path in paths:
         overwrite(path / "model.safetensors")
-    with pytest.raises(checkpoint.CorruptCheckpoint, match=r"none of the 2 checkpoints in .* verifies; restore one"):
-        checkpoint.find_latest(tmp_path, set_aside=True)
+    with pytest.raises(store.CorruptCheckpoint, match=r"none of the 2 checkpoints in .* verifies; restore one"):
+        store.find_latest(tmp_path, set_aside=True)
     assert all(path.is_dir() for path in paths)
 
 
 def test_there_is_no_latest_in_a_new_run(tmp_path: Path) -> None:
-    assert checkpoint.find_latest(tmp_path / "checkpoints") is None
-    checkpoint.clean(tmp_path / "checkpoints")
+    assert store.find_latest(tmp_path / "checkpoints") is None
+    store.clean(tmp_path / "checkpoints")
 
 
 def test_leftovers_are_removed_and_checkpoints_stay(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_leftovers_are_removed_and_checkpoints_stay(tmp_path: Path) -> None:
     (tmp_path / ".partial-step_00000002").mkdir()
     (tmp_path / ".partial-step_00000002" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".partial-latest").write_text("step")
-    checkpoint.clean(tmp_path)
+    store.clean(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["latest", path.name]
-    assert checkpoint.find_latest(tmp_path) == path
+    assert store.find_latest(tmp_path) == path
 
 
 def _save_forever(folder: Path) -> None:
@@ -190,15 +190,15 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> N
             assert time.monotonic() < deadline and process.is_alive()
         process.kill()
         process.join()
-        path = checkpoint.find_latest(tmp_path)
+        path = store.find_latest(tmp_path)
         assert path is not None
-        step = checkpoint.load_state(path)["step"]
+        step = store.load_state(path)["step"]
         assert torch.equal(
-            checkpoint.load_tensors(path, "model.safetensors")["model.weight"], tensors(step)[0]["model.weight"]
+            store.load_tensors(path, "model.safetensors")["model.weight"], tensors(step)[0]["model.weight"]
         )
-        checkpoint.clean(tmp_path)
+        store.clean(tmp_path)
         for left in tmp_path.glob("step_*"):
-            checkpoint.verify(left)
+            store.verify(left)
             for file in left.iterdir():
                 file.unlink()
             left.rmdir()
@@ -207,6 +207,6 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> N
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "latest"
     path.write_text("a much longer text than the new one")
-    checkpoint.write_text(path, "new")
+    store.write_text(path, "new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmpretrain.build import build_streams, build_task, build_tokenizer
-from mmpretrain.config import resolve
+from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.config.resolve import resolve
+from mmpretrain.config.schema import register_schemas
 from mmpretrain.data.order import step_positions
-from mmpretrain.ema import EMA
-from mmpretrain.loading import load_checkpoint
-from mmpretrain.measure import is_better
-from mmpretrain.precision import LossScale
-from mmpretrain.resume import read_state
 from mmpretrain.schedules import Now
-from mmpretrain.schema import register_schemas
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.precision import LossScale
+from mmpretrain.training.resume import read_state
+from mmpretrain.training.step_metrics import is_better
 from tests import runs, tiny
 
 

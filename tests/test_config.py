@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch import nn
 
-from mmpretrain import config
-from mmpretrain.command import one_line
-from mmpretrain.config import differences
-from mmpretrain.schema import register_schemas
-from mmpretrain.targets import check_targets, instantiate
-from mmpretrain.usage import UsageError
+from mmpretrain.config import resolve
+from mmpretrain.config.command_line import one_line
+from mmpretrain.config.instantiate import check_targets, instantiate
+from mmpretrain.config.resolve import differences
+from mmpretrain.config.schema import register_schemas
+from mmpretrain.errors import UsageError
 
 if TYPE_CHECKING:
     from mmpretrain.batch import Batch
@@ -217,16 +217,16 @@ def test_configuration_comes_back_from_its_file_unchanged(experiment: str) -> No
     register_schemas()
     with initialize_config_module("mmpretrain.conf", version_base="1.3"):
         cfg = compose("train", [f"experiment={experiment}", "objective=[infonce,sigmoid,mae]", "optimizer.lr=1e-3"])
-    plain = config.to_plain(config.resolve(cfg))
-    assert differences(config.from_yaml(config.to_yaml(plain)), plain) == []
-    assert config.from_yaml(config.to_yaml(plain)) == plain
-    assert "${" not in config.to_yaml(plain)
+    plain = resolve.to_plain(resolve.resolve(cfg))
+    assert differences(resolve.from_yaml(resolve.to_yaml(plain)), plain) == []
+    assert resolve.from_yaml(resolve.to_yaml(plain)) == plain
+    assert "${" not in resolve.to_yaml(plain)
 
 
-def environment_run(*overrides: str) -> config.TrainConfig:
+def environment_run(*overrides: str) -> resolve.TrainConfig:
     register_schemas()
     with initialize_config_module("mmpretrain.conf", version_base="1.3"):
-        return config.resolve(compose("train", ["experiment=quickstart", *overrides]))
+        return resolve.resolve(compose("train", ["experiment=quickstart", *overrides]))
 
 
 def test_what_comes_from_the_environment_is_used_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,15 +240,15 @@ def test_what_comes_from_the_environment_is_used_and_not_shown(monkeypatch: pyte
         "objective.infonce.weight='${oc.decode:${oc.env:RATE}}'",
     )
     assert (cfg.data.root, cfg.init_from, cfg.optimizer["lr"]) == ("/geheim/data", "/geheim/data/init", 0.25)
-    plain, hparams = config.to_plain(cfg), config.hparams(cfg)
+    plain, hparams = resolve.to_plain(cfg), resolve.hparams(cfg)
     assert plain["data"]["root"] == hparams["data"] == "${oc.env:SECRET}/data"
     assert plain["init_from"] == hparams["init_from"] == "${data.root}/init"
     assert plain["optimizer"]["lr"] == hparams["lr"] == "${oc.decode:${oc.env:RATE}}"
     assert plain["data"]["val"]["val"]["templates"] == ["{} ${oc.env:SECRET}", "a {}"]
-    text = config.to_yaml(plain)
+    text = resolve.to_yaml(plain)
     assert "geheim" not in text + str(hparams) and "0.25" not in text
     assert text.count("${") == 8, "all else is written as it is resolved"
-    assert config.from_yaml(text) == plain
+    assert resolve.from_yaml(text) == plain
 
 
 def test_a_run_of_the_environment_goes_on_whatever_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,14 +257,14 @@ def test_a_run_of_the_environment_goes_on_whatever_is_in_it(monkeypatch: pytest.
     first = environment_run(*overrides)
     monkeypatch.setenv("CAPTION", "json.alt")
     second = environment_run(*overrides)
-    assert differences(config.to_plain(first), config.to_plain(second)) == []
-    assert differences(config.to_values(first), config.to_plain(first), (), config.to_values(first)) == []
-    changed = differences(config.to_values(first), config.to_plain(second), (), config.to_values(second))
+    assert differences(resolve.to_plain(first), resolve.to_plain(second)) == []
+    assert differences(resolve.to_values(first), resolve.to_plain(first), (), resolve.to_values(first)) == []
+    changed = differences(resolve.to_values(first), resolve.to_plain(second), (), resolve.to_values(second))
     assert changed == ['data.train.pairs.caption: "txt" -> "${oc.env:CAPTION}"']
 
 
 def test_file_of_others_is_read_without_following_it() -> None:
-    assert config.from_yaml("a: ${oc.env:HOME}") == {"a": "${oc.env:HOME}"}
+    assert resolve.from_yaml("a: ${oc.env:HOME}") == {"a": "${oc.env:HOME}"}
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpretrain import dry_run, optim, parallel
+from mmpretrain import optim
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.parallel import Parallel
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
+from mmpretrain.training import dry_run, parallel
+from mmpretrain.training.parallel import Parallel
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
 from tests import tiny
 
 

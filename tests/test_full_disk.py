@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmpretrain import checkpoint, report
 from mmpretrain.batch import Refused
-from mmpretrain.guards import LogFile, Quarantine, TrainingError, enough_space
-from mmpretrain.metrics import MetricsWriter
-from mmpretrain.objectives import Example
+from mmpretrain.checkpoints import store
+from mmpretrain.objectives.base import Example
+from mmpretrain.reporting import report
+from mmpretrain.reporting.metrics import MetricsWriter
+from mmpretrain.training.guards import LogFile, Quarantine, TrainingError, enough_space
 from tests import runs
 from tests.saved_runs import save_whole_run
 
@@ -53,7 +54,7 @@ def _log(folder: Path) -> None:
 
 
 def _text(folder: Path) -> None:
-    checkpoint.write_text(folder / "results.json", "x" * LIMIT * 2)
+    store.write_text(folder / "results.json", "x" * LIMIT * 2)
 
 
 def _report(folder: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(pairs: Path, tm
     (line,) = [line for line in finished.stderr.splitlines() if "error:" in line]
     assert "run/train.log cannot be written (File too large" in line
     assert "Traceback" not in finished.stderr and "Logging error" not in finished.stderr
-    assert checkpoint.find_latest(tmp_path / "run" / "checkpoints") is not None
+    assert store.find_latest(tmp_path / "run" / "checkpoints") is not None
     assert not (tmp_path / "run" / "results.json").exists()
     finished = runs.train(tmp_path, *overrides)
     assert finished.code == 0, finished.stderr

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mmpretrain.gradient_watch import GradientWatch
+from mmpretrain.training.gradient_watch import GradientWatch
 
 
 def watched(norms: list[float], every: int, caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from mmpretrain.batch import Refused
-from mmpretrain.guards import Quarantine, TrainingError
+from mmpretrain.training.guards import Quarantine, TrainingError
 
 
 def refused(shard: str, key: str, reason: str = "no image") -> Refused:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmpretrain import checkpoint
-from mmpretrain.exporters.open_clip import export, to_open_clip
-from mmpretrain.init_from import init_from
+from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.open_clip import export, to_open_clip
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.sigmoid import Sigmoid
-from mmpretrain.task import Task
+from mmpretrain.training.init_from import init_from
+from mmpretrain.training.task import Task
 from tests import runs, tiny
 
 CLIP_SHAPE: dict[str, Any] = {"pre_norm": True}
@@ -36,7 +36,7 @@ def save_run(folder: Path, task: Task) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("{}\n")
     parts = {"model": task.state_dict(), "optimizer": {"x/step": torch.ones(())}}
-    checkpoint.save(folder / "checkpoints", 1, parts, {}, keep_last=0)
+    store.save(folder / "checkpoints", 1, parts, {}, keep_last=0)
     return folder
 
 

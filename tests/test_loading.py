@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpretrain.loading import load_checkpoint
+from mmpretrain.checkpoints.load import load_checkpoint
 from tests.saved_runs import MODEL, save_run
 
 

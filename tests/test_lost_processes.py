@@ -106,7 +106,7 @@ def catches_sigterm(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "entry", [["-m", "mmpretrain.train"], ["-c", "from mmpretrain.stop_signal import train; train()"]]
+    "entry", [["-m", "mmpretrain.train"], ["-c", "from mmpretrain.training.stop_signal import train; train()"]]
 )
 def test_a_signal_while_torch_is_imported_ends_with_85(entry: list[str], pairs: Path, tmp_path: Path) -> None:
     command = [sys.executable, *entry, *runs.TINY_RUN, *LONG, f"data.root={pairs}"]

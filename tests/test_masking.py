@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmpretrain.masking import MaskSpec, PatchMask, block_patch_mask, num_kept, random_patch_mask
+from mmpretrain.models.masking import MaskSpec, PatchMask, block_patch_mask, num_kept, random_patch_mask
 from mmpretrain.seeds import draws
 
 RAGGED = MaskSpec("mae", (0.5, 0.9))

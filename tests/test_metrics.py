@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.tokenizer import ClipTokenizer
-from mmpretrain.metrics import MetricsWriter, ProgressBar, pair_grid, print_results, read_records
-from mmpretrain.objectives import Example
+from mmpretrain.objectives.base import Example
+from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, pair_grid, print_results, read_records
 
 
 def events(folder: Path) -> EventAccumulator:

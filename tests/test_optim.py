@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmpretrain import optim, targets
+from mmpretrain import optim
+from mmpretrain.config import instantiate
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
-from mmpretrain.task import Task
+from mmpretrain.training.task import Task
 from tests import tiny
 
 DEFAULTS: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.5, "betas": (0.9, 0.95), "eps": 1e-8, "towers": {}}
@@ -83,9 +84,9 @@ def test_a_tower_of_zero_decay_does_not_decay() -> None:
 def test_towers_can_be_given_in_a_configuration() -> None:
     node = {"_target_": "mmpretrain.optim.adamw", "_partial_": True, **DEFAULTS, "towers": {"image": {"lr": 0.3}}}
     node["betas"] = list(node["betas"])
-    targets.check_targets(node, "optimizer", ("parameters",))
+    instantiate.check_targets(node, "optimizer", ("parameters",))
     task = make_task()
-    optimizer = targets.instantiate(node, 0, "optimizer")(task.named_parameters())
+    optimizer = instantiate.instantiate(node, 0, "optimizer")(task.named_parameters())
     assert {group["lr"] for group in optimizer.param_groups if group["tower"] == "image"} == {0.3}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmpretrain.patches import masked_reconstruction, patchify
+from mmpretrain.models.patches import masked_reconstruction, patchify
 
 
 def test_patchify_cuts_images_as_a_loop_does() -> None:

@@ -16,8 +16,8 @@ from mmpretrain.batch import Samples
 from mmpretrain.data.packing import packed
 from mmpretrain.models.rows import Rows
 from mmpretrain.models.text import TextTransformer
-from mmpretrain.randomness import SampleRandomness
 from mmpretrain.seeds import draw, hash64
+from mmpretrain.training.randomness import SampleRandomness
 
 SEEDS = torch.tensor([5, -7, 1 << 60, 12345, 3, 99])
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 
-from mmpretrain.checkpoint import save
+from mmpretrain.checkpoints.store import save
 from mmpretrain.data.shards import Fingerprint, Shards, expand_shards
-from mmpretrain.resume import check_fingerprint
+from mmpretrain.training.resume import check_fingerprint
 from tests import runs
 
 NUM_STEPS = 20

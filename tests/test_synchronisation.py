@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from mmpretrain.batch import Batch
 from mmpretrain.distributed import LateFlags
-from mmpretrain.ema import EMA
 from mmpretrain.optim import adamw, grad_norms, gradients, guarded_step
-from mmpretrain.precision import LossScale, autocast
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.precision import LossScale, autocast
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
 from tests.distributed.steps import RANDOM, make_batches, make_task
 
 MIXES = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmpretrain.transfer import Transfer
+from mmpretrain.training.transfer import Transfer
 from tests.test_batch import make_batch
 
 

@@ -14,10 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.__main__ import main as analysis
-from mmpretrain import checkpoint, config, evaluate, report, resume
-from mmpretrain.loading import load_checkpoint
-from mmpretrain.metrics import print_results, read_metrics
-from mmpretrain.schema import EvalDataConfig, EvaluateConfig
+from mmpretrain import evaluate
+from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.config import resolve
+from mmpretrain.config.schema import EvalDataConfig, EvaluateConfig
+from mmpretrain.reporting import report
+from mmpretrain.reporting.metrics import print_results, read_metrics
+from mmpretrain.training import resume
 from tests import runs
 from tests.saved_runs import SMALL, save_run, save_whole_run
 
@@ -305,7 +309,7 @@ def test_a_header_of_huge_tensors_is_refused(run: Path) -> None:
 def sign(path: Path) -> None:
     """Make a checkpoint's manifest agree with its files."""
     files = [file for file in path.iterdir() if file.name != "manifest.json" and file.is_file()]
-    manifest = {file.name: {"sha256": checkpoint._sha256(file), "bytes": file.stat().st_size} for file in files}
+    manifest = {file.name: {"sha256": store._sha256(file), "bytes": file.stat().st_size} for file in files}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -461,7 +465,5 @@ def test_a_report_shows_names_as_they_are(run: Path) -> None:
 
 
 def test_a_configuration_of_ones_own_is_still_read(run: Path) -> None:
-    assert config.read(run / "config.yaml")["model"] == SMALL
-    assert torch.is_tensor(
-        checkpoint.load_tensors(run / "checkpoints" / "step_00000005", "model.safetensors").popitem()[1]
-    )
+    assert resolve.read(run / "config.yaml")["model"] == SMALL
+    assert torch.is_tensor(store.load_tensors(run / "checkpoints" / "step_00000005", "model.safetensors").popitem()[1])

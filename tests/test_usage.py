@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from mmpretrain.errors import UsageError, check_number
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.optim import adamw
 from mmpretrain.schedules import WarmupConstant, WarmupCosine
-from mmpretrain.usage import UsageError, check_number
 from tests import tiny
 
 

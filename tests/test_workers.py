@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmpretrain.batch import Batch
-from mmpretrain.workers import count_workers, measured_workers, own_cores
+from mmpretrain.training.workers import count_workers, measured_workers, own_cores
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,14 @@ from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, peak_bytes, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
-from mmpretrain import parallel, targets
 from mmpretrain.batch import Batch
-from mmpretrain.freeze import Freeze
+from mmpretrain.config import instantiate
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
+from mmpretrain.training import parallel
+from mmpretrain.training.freeze import Freeze
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MASK_RATIO = 0.5
@@ -61,7 +62,7 @@ def make_task(narrow: bool, image_size: int = 64) -> Task:
         node["image"]["args"] |= {"embed_dim": 32, "depth": 2, "num_heads": 2}
         node["text"] |= {"vocab_size": 1000, "width": 32, "depth": 2, "num_heads": 2}
         node["embed_dim"] = 24
-    model: ImageTextModel = targets.instantiate(node, 0, "model")
+    model: ImageTextModel = instantiate.instantiate(node, 0, "model")
     task = Task(model, {"infonce": InfoNCE(model, mask_ratio=MASK_RATIO)})
     return task.double() if narrow else task
 

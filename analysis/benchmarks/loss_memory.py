@@ -25,7 +25,7 @@ from torch import Tensor
 from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, peak_bytes, write_record
 from mmpretrain.losses import info_nce
-from mmpretrain.profiling import synchronize
+from mmpretrain.reporting.profiling import synchronize
 
 NAMES = ("open_clip", "mmpretrain")
 SCALE = 100 / 7

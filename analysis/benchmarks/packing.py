@@ -37,8 +37,8 @@ from mmpretrain.models.attention import attention
 from mmpretrain.models.blocks import of_picks
 from mmpretrain.models.rows import Rows
 from mmpretrain.models.text import TextTransformer
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.profiling import synchronize
+from mmpretrain.reporting.profiling import synchronize
+from mmpretrain.training.precision import PrecisionName, autocast
 
 AGREEMENT = 1e-4
 

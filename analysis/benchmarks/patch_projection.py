@@ -19,8 +19,8 @@ from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.step import OPEN_CLIP_PRECISION
 from mmpretrain.models.patch_projection import PatchProjection
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.profiling import synchronize
+from mmpretrain.reporting.profiling import synchronize
+from mmpretrain.training.precision import PrecisionName, autocast
 
 SHAPES = {
     "emoji_clip": (128, 64, 8, 192),

@@ -22,14 +22,14 @@ from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.step import OPEN_CLIP_PRECISION
-from mmpretrain import targets
 from mmpretrain.batch import Batch
+from mmpretrain.config import instantiate
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.profiling import synchronize
-from mmpretrain.randomness import SampleRandomness
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
+from mmpretrain.reporting.profiling import synchronize
+from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.randomness import SampleRandomness
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
 
 LAYERS = {
     "drop path .1": {"drop_path_rate": 0.1},
@@ -45,7 +45,7 @@ def make_task(args: dict[str, float]) -> Task:
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
     node["image"]["args"] |= args
     node["text"]["dropout"] = args.get("proj_drop_rate", 0.0)
-    model = targets.instantiate(node, 0, "model")
+    model = instantiate.instantiate(node, 0, "model")
     return Task(model, {"infonce": InfoNCE(model)})
 
 

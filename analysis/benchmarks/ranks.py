@@ -20,7 +20,9 @@ def on_ranks(world_size: int, device: str, fn: Callable[..., Any], *arguments: A
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     server = mp.get_context("forkserver")
-    server.set_forkserver_preload(["mmpretrain.task", "mmpretrain.parallel", "analysis.benchmarks.step"])
+    server.set_forkserver_preload(
+        ["mmpretrain.training.task", "mmpretrain.training.parallel", "analysis.benchmarks.step"]
+    )
     results = server.SimpleQueue()
     threads = max(1, torch.get_num_threads() // world_size)
     context = mp.start_processes(

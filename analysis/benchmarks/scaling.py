@@ -22,14 +22,15 @@ from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
 from analysis.benchmarks.step import AGREEMENT, BETAS, EPS, LR, OPEN_CLIP_PRECISION, WEIGHT_DECAY, build_model
-from mmpretrain import optim, parallel
-from mmpretrain.freeze import Freeze
+from mmpretrain import optim
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.parallel import Parallel
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.profiling import synchronize
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
+from mmpretrain.reporting.profiling import synchronize
+from mmpretrain.training import parallel
+from mmpretrain.training.freeze import Freeze
+from mmpretrain.training.parallel import Parallel
+from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
 
 NUM_BATCHES = 4
 SHORTEST, LONGEST = 8, 24

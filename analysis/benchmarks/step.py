@@ -41,24 +41,25 @@ from analysis.benchmarks import arguments
 from analysis.benchmarks.arguments import EMOJI_CLIP
 from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.noise import my_batches, noise
-from mmpretrain import optim, targets
+from mmpretrain import optim
 from mmpretrain.batch import Batch
+from mmpretrain.checkpoints.open_clip import open_clip_names, to_open_clip
+from mmpretrain.config import instantiate
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stream import Source, TarStream
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import RandomResizedCrop
-from mmpretrain.exporters.open_clip import open_clip_names, to_open_clip
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import open_clip_model
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.parallel import Parallel, prepare
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.profiling import synchronize
+from mmpretrain.reporting.profiling import synchronize
 from mmpretrain.schedules import Clock
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
-from mmpretrain.transfer import Transfer
+from mmpretrain.training.parallel import Parallel, prepare
+from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
+from mmpretrain.training.transfer import Transfer
 
 HERE = Path(__file__).resolve().parent
 EMOJI_CLIP_OF_OPEN_CLIP = f"local-dir:{HERE / 'open_clip_configs' / 'emoji_clip'}"
@@ -83,7 +84,7 @@ def build_model(name: str) -> ImageTextModel:
     if name != EMOJI_CLIP:
         return open_clip_model(name)
     node = yaml.safe_load((HERE.parents[1] / "conf" / "model" / "clip_tiny.yaml").read_text(encoding="utf-8"))
-    model: ImageTextModel = targets.instantiate(node, 0, "model")
+    model: ImageTextModel = instantiate.instantiate(node, 0, "model")
     return model
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from analysis.benchmarks.evaluate_open_clip import CHUNK, read_classes, read_samples, score
 from analysis.benchmarks.step import EMOJI_CLIP_OF_OPEN_CLIP, OPEN_CLIP_PRECISION
-from mmpretrain.evals.embed import embed_texts
-from mmpretrain.loading import load_checkpoint
+from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.evals.embeddings import embed_texts
 
 SHORTEST_SECONDS = 10
 TASKS = {"emoji": "retrieval", "grocery": "zero_shot", "speed": None}

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.evals.evaluation import Context
+from mmpretrain.errors import check_number
+from mmpretrain.evals.base import Context
 from mmpretrain.losses import info_nce
-from mmpretrain.usage import check_number
 
 
 class ContrastiveLoss:

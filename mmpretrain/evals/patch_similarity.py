@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mmpretrain import distributed, pictures
-from mmpretrain.evals.evaluation import Context
+from mmpretrain import distributed
+from mmpretrain.evals.base import Context
+from mmpretrain.reporting import pictures
 
 
 class PatchSimilarity:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.evals.evaluation import Context
+from mmpretrain.evals.base import Context
 
 
 class Projector:

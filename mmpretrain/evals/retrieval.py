@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmpretrain import distributed
-from mmpretrain.evals.evaluation import Context
-from mmpretrain.usage import UsageError, check_number
+from mmpretrain.errors import UsageError, check_number
+from mmpretrain.evals.base import Context
 
 
 def match_ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, chunk_size: int = 1024) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpretrain import distributed, pictures
-from mmpretrain.evals.embed import Classes
-from mmpretrain.evals.evaluation import Context
-from mmpretrain.targets import accepts
+from mmpretrain import distributed
+from mmpretrain.config.instantiate import accepts
+from mmpretrain.evals.base import Context
+from mmpretrain.evals.embeddings import Classes
+from mmpretrain.reporting import pictures
 
 _TEMPLATE_SETS = {
     "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Packing
-from mmpretrain.masking import PatchMask
+from mmpretrain.errors import check_number
 from mmpretrain.models.encoding import Encoding
-from mmpretrain.usage import check_number
+from mmpretrain.models.masking import PatchMask
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

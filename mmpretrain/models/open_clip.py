@@ -19,10 +19,10 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Visio
 from torch import Tensor, nn
 
 from mmpretrain.batch import Packing
-from mmpretrain.masking import PatchMask
 from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.masking import PatchMask
 from mmpretrain.models.patch_projection import project_side_by_side
 from mmpretrain.models.rows import Rows
 from mmpretrain.models.vit import TimmEncoder

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpretrain.patches import patchify
+from mmpretrain.models.patches import patchify
 
 
 class PatchProjection(nn.Conv2d):

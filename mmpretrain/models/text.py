@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Packing
+from mmpretrain.errors import check_number
 from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.rows import Rows
-from mmpretrain.usage import check_number
 
 
 class TextTransformer(nn.Module):

@@ -11,9 +11,9 @@ from timm.layers import Attention, Format, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mmpretrain.masking import PatchMask
 from mmpretrain.models.attention import attention, choose_kernel
 from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.masking import PatchMask
 from mmpretrain.models.patch_projection import project_side_by_side
 
 

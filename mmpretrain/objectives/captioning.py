@@ -5,13 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
+from mmpretrain.errors import check_number
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.fusion import FusionDecoder
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.rows import Rows
-from mmpretrain.objectives import Decode, Encodings, Example, Terms, next_tokens, places
+from mmpretrain.objectives.base import Decode, Encodings, Example, Terms, next_tokens, places
 from mmpretrain.seeds import hash64, torch_uniform
-from mmpretrain.usage import check_number
 
 
 class Captioning(nn.Module):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings, Terms, next_tokens, places
+from mmpretrain.objectives.base import Encodings, Terms, next_tokens, places
 
 
 class CausalLM(nn.Module):

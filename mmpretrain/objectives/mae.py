@@ -10,14 +10,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
-from mmpretrain.masking import MaskSpec, PatchMask, num_hidden, num_kept
+from mmpretrain.errors import check_number
 from mmpretrain.models.attention import choose_kernel
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.masking import MaskSpec, PatchMask, num_hidden, num_kept
+from mmpretrain.models.patches import masked_reconstruction, patch_statistics, patchify, unpatchify
 from mmpretrain.models.vit import sincos_positions
-from mmpretrain.objectives import Decode, Encodings, Example
-from mmpretrain.patches import masked_reconstruction, patch_statistics, patchify, unpatchify
+from mmpretrain.objectives.base import Decode, Encodings, Example
 from mmpretrain.schedules import Now, Scheduled, Value
-from mmpretrain.usage import check_number
 
 
 class MAE(nn.Module):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
-from mmpretrain.masking import TokenMaskSpec, chosen_tokens
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Decode, Encodings, Example, Places, Terms, TokenIds, places
+from mmpretrain.models.masking import TokenMaskSpec, chosen_tokens
+from mmpretrain.objectives.base import Decode, Encodings, Example, Places, Terms, TokenIds, places
 from mmpretrain.schedules import Now, Scheduled, Value
 
 

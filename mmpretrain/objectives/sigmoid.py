@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.errors import check_number
 from mmpretrain.losses import sigmoid_loss
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import DroppedPatches, Encodings
+from mmpretrain.objectives.base import DroppedPatches, Encodings
 from mmpretrain.schedules import Scheduled
-from mmpretrain.usage import check_number
 
 
 class Sigmoid(nn.Module):

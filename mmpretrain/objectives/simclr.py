@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mmpretrain.errors import check_number
 from mmpretrain.losses import nt_xent
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Encodings
-from mmpretrain.usage import check_number
+from mmpretrain.objectives.base import Encodings
 
 
 class BatchStandardization(nn.Module):

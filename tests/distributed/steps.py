@@ -12,16 +12,14 @@ from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmpretrain import checkpoint, distributed, parallel
+from mmpretrain import distributed
 from mmpretrain.batch import Batch, Samples
+from mmpretrain.checkpoints import store
 from mmpretrain.data.packing import packed, row_length
-from mmpretrain.diagnose import diagnose
-from mmpretrain.ema import EMA
-from mmpretrain.freeze import Freeze
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
-from mmpretrain.objectives import Objective
+from mmpretrain.objectives.base import Objective
 from mmpretrain.objectives.captioning import Captioning
 from mmpretrain.objectives.causal_lm import CausalLM
 from mmpretrain.objectives.infonce import InfoNCE
@@ -30,11 +28,15 @@ from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
-from mmpretrain.parallel import Parallel
 from mmpretrain.schedules import Clock, Duration, Now
 from mmpretrain.seeds import hash64, torch_draws
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Encodings, Task
+from mmpretrain.training import parallel
+from mmpretrain.training.diagnose import diagnose
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.freeze import Freeze
+from mmpretrain.training.parallel import Parallel
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Encodings, Task
 
 BATCH_SIZE = 16
 CONTEXT = 20
@@ -167,7 +169,7 @@ def train(
     )
     freeze = Freeze(task, until, parallel.reached_parameters(task, make_batches(num_micro_batches)[0]))
     if load is not None:
-        task.load_state_dict(checkpoint.load_tensors(load, "model.safetensors"))
+        task.load_state_dict(store.load_tensors(load, "model.safetensors"))
     if not random:
         task.randomness = None
     whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
@@ -176,9 +178,9 @@ def train(
     average = EMA(task)
     first = 0
     if load is not None:
-        load_optimizer_state(optimizer, checkpoint.load_tensors(load, "optimizer.safetensors"), {})
-        average.load(checkpoint.load_tensors(load, "ema.safetensors"))
-        first = checkpoint.load_state(load)["step"]
+        load_optimizer_state(optimizer, store.load_tensors(load, "optimizer.safetensors"), {})
+        average.load(store.load_tensors(load, "ema.safetensors"))
+        first = store.load_state(load)["step"]
     weights = dict.fromkeys(objectives, 1.0)
     wrapped = parallel.wrap(task, torch.device("cpu"))
     seen = []
@@ -202,7 +204,7 @@ def train(
         parts = {"model": task.state_dict(), "optimizer": optimizer_tensors(optimizer), "ema": average.tensors}
         tensors = {part: distributed.on_main(named) for part, named in parts.items()}
         if distributed.is_main():
-            checkpoint.save(save, first + num_steps, tensors, {"step": first + num_steps}, keep_last=0)
+            store.save(save, first + num_steps, tensors, {"step": first + num_steps}, keep_last=0)
     return seen
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmpretrain.diagnose import diagnose, show_examples
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Encodings, Task
+from mmpretrain.training.diagnose import diagnose, show_examples
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Encodings, Task
 from tests import runs
 from tests.distributed.pool import Pool
 from tests.distributed.steps import DIAGNOSED, diagnosed, make_batches, make_task

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mmpretrain import parallel
 from mmpretrain.batch import Batch
-from mmpretrain.parallel import Parallel
-from mmpretrain.step import forward_backward
+from mmpretrain.training import parallel
+from mmpretrain.training.parallel import Parallel
+from mmpretrain.training.step import forward_backward
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
     BATCH_SIZE,

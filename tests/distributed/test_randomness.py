@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from mmpretrain import parallel
-from mmpretrain.parallel import Parallel
-from mmpretrain.randomness import SampleRandomness
+from mmpretrain.training import parallel
+from mmpretrain.training.parallel import Parallel
+from mmpretrain.training.randomness import SampleRandomness
 from tests import runs
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (

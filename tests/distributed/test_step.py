@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmpretrain.freeze import Freeze
-from mmpretrain.parallel import reached_parameters
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Encodings
+from mmpretrain.training.freeze import Freeze
+from mmpretrain.training.parallel import reached_parameters
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Encodings
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
     Result,

@@ -14,8 +14,8 @@ from torch import Tensor
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.tokenizer import ClipTokenizer
-from mmpretrain.evals.embed import Embedded, EvalSet
-from mmpretrain.evals.evaluation import Context
+from mmpretrain.evals.base import Context
+from mmpretrain.evals.embeddings import Embedded, EvalSet
 from mmpretrain.models.image_text import ImageTextModel
 from tests import tiny
 from tests.tars import write_tars

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmpretrain.evals.embed import Classes, Embedded, embed, embed_texts
+from mmpretrain.evals.embeddings import Classes, Embedded, embed, embed_texts
 from tests.evals.held_out import (
     BROKEN,
     LABELS,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmpretrain.evals.base import Context, Evaluator, evaluate
 from mmpretrain.evals.contrastive_loss import ContrastiveLoss
-from mmpretrain.evals.evaluation import Context, Evaluator, evaluate
 from mmpretrain.evals.retrieval import Retrieval
 from mmpretrain.evals.zero_shot import ZeroShot
 from tests.evals.held_out import make_context, make_model, make_set

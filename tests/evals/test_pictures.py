@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmpretrain import pictures
-from mmpretrain.evals.evaluation import Context, evaluate
+from mmpretrain.evals.base import Context, evaluate
 from mmpretrain.evals.gallery import Gallery
 from mmpretrain.evals.patch_similarity import PatchSimilarity
 from mmpretrain.evals.projector import Projector
@@ -19,6 +18,7 @@ from mmpretrain.evals.zero_shot import ZeroShot, read_classes
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import open_clip_model
 from mmpretrain.models.vit import TimmEncoder
+from mmpretrain.reporting import pictures
 from tests.evals.held_out import LABELS, NUM_SAMPLES, make_context, make_model, make_set, pixels
 
 GREEN, RED = (26, 140, 60), (200, 40, 40)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain import distributed
+from mmpretrain.evals.base import evaluate
 from mmpretrain.evals.contrastive_loss import ContrastiveLoss
-from mmpretrain.evals.embed import Classes
-from mmpretrain.evals.evaluation import evaluate
+from mmpretrain.evals.embeddings import Classes
 from mmpretrain.evals.retrieval import Retrieval, match_ranks
 from mmpretrain.evals.zero_shot import ZeroShot
 from tests import runs

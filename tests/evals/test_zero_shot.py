@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from mmpretrain.evals.embed import Classes, embed_texts
+from mmpretrain.evals.embeddings import Classes, embed_texts
 from mmpretrain.evals.zero_shot import ZeroShot, class_scores, read_classes
 from tests.evals.held_out import LABELS, TOKENIZER, make_context, make_model, make_set
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import mmpretrain
+from mmpretrain.checkpoints import open_clip as exporter
 from mmpretrain.data.packing import packed
-from mmpretrain.exporters import open_clip as exporter
-from mmpretrain.masking import PatchMask
 from mmpretrain.models.image_text import CLIP_MEAN, CLIP_STD, ImageTextModel
+from mmpretrain.models.masking import PatchMask
 from mmpretrain.models.open_clip import OpenClipText, OpenClipVision, open_clip_model
 from tests import runs
 from tests.tokenizers import hugging_face_tokenizer

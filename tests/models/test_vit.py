@@ -5,7 +5,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
-from mmpretrain.masking import MaskSpec, PatchMask, random_patch_mask
+from mmpretrain.models.masking import MaskSpec, PatchMask, random_patch_mask
 from mmpretrain.models.vit import TimmEncoder, sincos_positions
 from tests import tiny
 

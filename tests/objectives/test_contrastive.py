@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 
-from mmpretrain.objectives import IndependentObjective
+from mmpretrain.objectives.base import IndependentObjective
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import BatchStandardization
-from mmpretrain.task import Encodings
+from mmpretrain.training.task import Encodings
 from tests import tiny
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.step import forward_backward
+from mmpretrain.training.step import forward_backward
 from tests.distributed.steps import make_batches, make_task
 from tests.distributed.test_step import MIXES
 

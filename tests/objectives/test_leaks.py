@@ -11,7 +11,7 @@ from mmpretrain.objectives.captioning import Captioning
 from mmpretrain.objectives.causal_lm import CausalLM
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
-from mmpretrain.task import Encodings
+from mmpretrain.training.task import Encodings
 from tests.distributed.steps import make_batches, make_task
 
 PER_TOKEN = ["mlm", "mlm_words", "causal_lm", "captioning", "coca", "cappa"]

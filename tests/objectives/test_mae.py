@@ -13,7 +13,7 @@ from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.schedules import Now
-from mmpretrain.task import Encodings
+from mmpretrain.training.task import Encodings
 from tests import tiny
 
 DECODER: dict[str, Any] = {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}

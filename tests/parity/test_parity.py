@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import BertTokenizer, DataCollatorForLanguageModeling, ViTMAEConfig, ViTMAEForPreTraining
 
 from mmpretrain.losses import nt_xent
-from mmpretrain.masking import TokenMaskSpec, mask_tokens
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.masking import TokenMaskSpec, mask_tokens
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.captioning import Captioning
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.seeds import hash64, torch_draws
-from mmpretrain.task import Encodings, Task
+from mmpretrain.training.task import Encodings, Task
 from tests import tiny
 from tests.distributed.steps import make_batches, make_task
 

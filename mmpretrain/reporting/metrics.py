@@ -25,11 +25,11 @@ from torch.utils.tensorboard.summary import hparams
 
 from mmpretrain import files
 from mmpretrain.batch import Batch
-from mmpretrain.checkpoint import write_text
+from mmpretrain.checkpoints.store import write_text
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.objectives import Example
-from mmpretrain.pictures import example_page, pair_grid
-from mmpretrain.usage import printable
+from mmpretrain.errors import printable
+from mmpretrain.objectives.base import Example
+from mmpretrain.reporting.pictures import example_page, pair_grid
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from mmpretrain.errors import UsageError, nearest
 from mmpretrain.seeds import torch_seed
-from mmpretrain.usage import UsageError, nearest
 
 Node = dict[str, Any]
 """A `_target_` with its arguments."""

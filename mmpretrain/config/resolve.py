@@ -19,10 +19,10 @@ from omegaconf.resolvers import oc
 from yaml import YAMLError
 
 from mmpretrain import files
+from mmpretrain.config.instantiate import accepts, check_targets
+from mmpretrain.config.schema import EvaluateConfig, TrainConfig
+from mmpretrain.errors import UsageError, check_number, nearest
 from mmpretrain.schedules import SCHEDULE_TEXT, Value
-from mmpretrain.schema import EvaluateConfig, TrainConfig
-from mmpretrain.targets import accepts, check_targets
-from mmpretrain.usage import UsageError, check_number, nearest
 
 _MAX_NAME_LENGTH = 80
 _MAX_YAML_BYTES = 1 << 18

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmpretrain import files, pictures
-from mmpretrain.checkpoint import write_text
-from mmpretrain.metrics import read_metrics, read_refused, read_results
+from mmpretrain import files
+from mmpretrain.checkpoints.store import write_text
+from mmpretrain.reporting import pictures
+from mmpretrain.reporting.metrics import read_metrics, read_refused, read_results
 
 FILE = "report.html"
 _PNG = b"\x89PNG\r\n"

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from mmpretrain import distributed, files
 from mmpretrain.batch import Refused
-from mmpretrain.checkpoint import write_text
+from mmpretrain.checkpoints.store import write_text
 from mmpretrain.data.order import step_range
 from mmpretrain.data.stream import Stream
-from mmpretrain.metrics import read_refused
+from mmpretrain.errors import NO_SPACE
+from mmpretrain.reporting.metrics import read_refused
 from mmpretrain.schedules import Clock
-from mmpretrain.usage import NO_SPACE
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.schedules import Clock, Duration, Now, Value
-from mmpretrain.task import Task
+from mmpretrain.training.task import Task
 
 
 def weights_at(weights: Mapping[str, Value], now: Now) -> dict[str, float]:

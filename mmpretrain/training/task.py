@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mmpretrain.batch import Batch, Samples
-from mmpretrain.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec, mask_tokens, patch_mask
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives import Couple, CoupledObjective, IndependentObjective, Objective
-from mmpretrain.randomness import SampleRandomness
+from mmpretrain.models.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec, mask_tokens, patch_mask
+from mmpretrain.objectives.base import Couple, CoupledObjective, IndependentObjective, Objective
+from mmpretrain.training.randomness import SampleRandomness
 
 
 class Encodings:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpretrain import checkpoint
+from mmpretrain.checkpoints import store
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import OpenClipHFText, OpenClipText, model_config
@@ -206,6 +206,6 @@ def export(
         settings["model_cfg"] |= {"init_logit_bias": scalars["logit_bias"]}
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "open_clip_model.safetensors", folder / "open_clip_config.json"]
-    checkpoint.save_tensors(tensors, files[0])
+    store.save_tensors(tensors, files[0])
     files[1].write_text(json.dumps(settings, indent=2) + "\n")
     return files

@@ -22,9 +22,9 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from mmpretrain import distributed
+from mmpretrain.config.schema import register_schemas
+from mmpretrain.errors import UsageError, nearest, printable
 from mmpretrain.schedules import SCHEDULE_TEXT
-from mmpretrain.schema import register_schemas
-from mmpretrain.usage import UsageError, nearest, printable
 
 USAGE_EXIT_CODE = 2
 _MULTIRUN = ("-m", "--multirun")

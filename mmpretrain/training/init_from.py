@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from mmpretrain import checkpoint
-from mmpretrain.exporters.open_clip import from_open_clip
-from mmpretrain.loading import find
+from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.load import find
+from mmpretrain.checkpoints.open_clip import from_open_clip
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.task import Task
+from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
     """The source's tensors under our names."""
     path = Path(source)
     if path.is_dir():
-        return checkpoint.load_tensors(find(path)[1], "model.safetensors")
+        return store.load_tensors(find(path)[1], "model.safetensors")
     file = path if path.is_file() else _download(source)
     try:
         tensors: dict[str, Tensor] = load_state_dict(str(file))

@@ -16,29 +16,31 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from mmpretrain import checkpoint, distributed, optim, parallel, resume
+from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
+from mmpretrain.checkpoints import store
 from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.diagnose import diagnose, show_examples, unchanged_buffers
-from mmpretrain.ema import EMA
-from mmpretrain.freeze import Freeze
-from mmpretrain.gradient_watch import GradientWatch
-from mmpretrain.guards import Quarantine, TrainingError, check_bad_step
-from mmpretrain.measure import Window, is_better, train_values
-from mmpretrain.metrics import HParam, MetricsWriter, ProgressBar, finite
-from mmpretrain.parallel import Parallel
-from mmpretrain.plan import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
-from mmpretrain.precision import LossScale, PrecisionName, autocast
-from mmpretrain.profiling import profiled
-from mmpretrain.resume import TrainState
+from mmpretrain.reporting.metrics import HParam, MetricsWriter, ProgressBar, finite
+from mmpretrain.reporting.profiling import profiled
 from mmpretrain.schedules import Duration, Now, Schedule, Value
-from mmpretrain.step import StepLosses, forward_backward
-from mmpretrain.stop_signal import PREEMPTED_EXIT_CODE, Stopped, StopSignal
-from mmpretrain.task import Task
-from mmpretrain.transfer import Transfer
-from mmpretrain.workers import measured_workers
+from mmpretrain.training import parallel, resume
+from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buffers
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.freeze import Freeze
+from mmpretrain.training.gradient_watch import GradientWatch
+from mmpretrain.training.guards import Quarantine, TrainingError, check_bad_step
+from mmpretrain.training.parallel import Parallel
+from mmpretrain.training.precision import LossScale, PrecisionName, autocast
+from mmpretrain.training.resume import TrainState
+from mmpretrain.training.setup import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
+from mmpretrain.training.step import StepLosses, forward_backward
+from mmpretrain.training.step_metrics import Window, is_better, train_values
+from mmpretrain.training.stop_signal import PREEMPTED_EXIT_CODE, Stopped, StopSignal
+from mmpretrain.training.task import Task
+from mmpretrain.training.transfer import Transfer
+from mmpretrain.training.workers import measured_workers
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ _STOP_SECONDS, _STOP_UNSAVED_SECONDS = 10.0, 30.0
 
 
 class Evaluation(Protocol):
-    """The evaluations of a run (see `mmpretrain.evals.evaluation`)."""
+    """The evaluations of a run (see `mmpretrain.evals.base`)."""
 
     def due(self, before: int, after: int, is_last: bool) -> list[str]:
         """The names of those that a step from `before` to `after` samples brings."""
@@ -143,7 +145,7 @@ class Trainer:
             log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
         saved = resume.find_checkpoint(folder, self.num_steps, fingerprint)
         if distributed.is_main():
-            checkpoint.prune(folder / "checkpoints", options.keep_last)
+            store.prune(folder / "checkpoints", options.keep_last)
         if saved is not None:
             resume.load_task(saved, task)
         elif initialize is not None:
@@ -412,10 +414,10 @@ class Trainer:
         if state.step == self.num_steps:
             self._write_results()
         if self.writer is not None:
-            path = checkpoint.path_of(self.folder / "checkpoints", state.step)
+            path = store.path_of(self.folder / "checkpoints", state.step)
             if is_best:
-                checkpoint.mark_best(path, self.options.keep_last)
-            checkpoint.write_scores(path, state.results, state.best)
+                store.mark_best(path, self.options.keep_last)
+            store.write_scores(path, state.results, state.best)
         state.pending = None
 
     def _scores(self, due: Sequence[str]) -> dict[str, float]:
@@ -459,7 +461,7 @@ class Trainer:
                 if self.writer is not None:
                     numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
                     try:
-                        checkpoint.save(
+                        store.save(
                             self.folder / "checkpoints",
                             state.step,
                             tensors,
@@ -542,7 +544,7 @@ class Trainer:
         self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
         self.results = self.state.summary()
         if distributed.is_main():
-            checkpoint.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
+            store.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
         if self.writer is not None:
             self.writer.hparams(self.hparams, ["train/loss", *self.state.results])
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mmpretrain.step import StepLosses
-from mmpretrain.task import Task
+from mmpretrain.training.step import StepLosses
+from mmpretrain.training.task import Task
 
 _LARGEST_EXPONENT = 700.0  # of a float64
 

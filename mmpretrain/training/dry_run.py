@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmpretrain import optim
 from mmpretrain.batch import Batch
-from mmpretrain.precision import PrecisionName, autocast
-from mmpretrain.profiling import synchronize
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
+from mmpretrain.reporting.profiling import synchronize
+from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
 
 _TIMED_STEPS = 2
 

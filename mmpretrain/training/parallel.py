@@ -19,11 +19,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
-from mmpretrain.diagnose import unchanged_buffers
-from mmpretrain.precision import PrecisionName
-from mmpretrain.randomness import RandomnessWatch, SampleRandomness, checkpoint_contexts
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Task
+from mmpretrain.training.diagnose import unchanged_buffers
+from mmpretrain.training.precision import PrecisionName
+from mmpretrain.training.randomness import RandomnessWatch, SampleRandomness, checkpoint_contexts
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 

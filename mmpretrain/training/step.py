@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
 from mmpretrain.seeds import hash64
-from mmpretrain.task import Task
+from mmpretrain.training.task import Task
 
 Tensors = dict[str, Tensor]
 

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
-from mmpretrain.objectives import Decode, Example
-from mmpretrain.profiling import synchronize
-from mmpretrain.step import forward_backward
-from mmpretrain.task import Encodings, Task
+from mmpretrain.objectives.base import Decode, Example
+from mmpretrain.reporting.profiling import synchronize
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Encodings, Task
 
 _ENCODERS = ("image", "text")
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mmpretrain.objectives import Example
+from mmpretrain.objectives.base import Example
 
 _RIGHT, _WRONG = (26, 140, 60), (200, 40, 40)
 _LINES = (224, 224, 224)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmpretrain import checkpoint, config, targets, untrusted
+from mmpretrain.checkpoints import store, untrusted
+from mmpretrain.config import instantiate, resolve
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ class Loaded:
     tokenizer: Tokenizer
     scalars: Mapping[str, float]
     """`logit_scale` and `logit_bias` as the loss sees them, of the first objective that learns them."""
-    config: Mapping[str, Any]
+    resolve: Mapping[str, Any]
     """The run's config.yaml as it stands there; `setting` reads one value of it."""
     path: Path
     state: Mapping[str, Any]
@@ -50,9 +51,9 @@ def checked(value: Any, key: str, annotation: Any) -> Any:
     """A value of a run's configuration. Raises: ValueError if it is not of the type, or asks for what is elsewhere."""
     for path, leaf in untrusted.leaves(value, key):
         untrusted.check_text(leaf, f"config.yaml: {path}")
-    if not targets.accepts(value, annotation):
+    if not instantiate.accepts(value, annotation):
         raise ValueError(
-            f"config.yaml: {key} is {value!r}; expected {targets.expected_type(annotation)}, as the run wrote it"
+            f"config.yaml: {key} is {value!r}; expected {instantiate.expected_type(annotation)}, as the run wrote it"
         )
     return value
 
@@ -61,11 +62,11 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     """(the run's directory, the checkpoint) of either. Raises: ValueError if there is none."""
     path = Path(run_or_checkpoint)
     if path.name in ("best", "latest") and path.exists():
-        path = path.with_name(checkpoint.read_name(path))
+        path = path.with_name(store.read_name(path))
     if (path / "manifest.json").exists():
-        checkpoint.verify(path)
+        store.verify(path)
         return path.absolute().parent.parent, path
-    newest = checkpoint.find_latest(path / "checkpoints")
+    newest = store.find_latest(path / "checkpoints")
     if newest is None:
         raise ValueError(
             f"{path} holds no checkpoint; expected a run's directory, or a step_* folder in its checkpoints"
@@ -93,7 +94,7 @@ def _built_model(resolved: Any, tensors: Mapping[str, Tensor], source: Path) -> 
     """
 
     def build() -> Any:
-        return _built("model", source, lambda: targets.call(resolved, 0))
+        return _built("model", source, lambda: instantiate.call(resolved, 0))
 
     # Twice, since a part may be built and then replaced.
     limits = 10 * len(tensors) + 1000, 2 * _numel(tensors) + _SMALL_MODEL
@@ -186,24 +187,26 @@ def load_checkpoint(
     """
     folder, path = find(run_or_checkpoint)
     source = folder / "config.yaml"
-    saved = config.read(source)
+    saved = resolve.read(source)
     if lacking := sorted({"model", "objective", "data"} - saved.keys()):
         raise ValueError(f"{source} has no {lacking[0]!r}; expected the file as the run wrote it")
     if not isinstance(saved["objective"], dict) or not isinstance(saved["data"], dict):
         raise ValueError(f"{source}: objective and data have no keys; expected the file as the run wrote it")
     if ema and not (path / "ema.safetensors").is_file():
         raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
-    tensors = checkpoint.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
+    tensors = store.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     node, tokenizer_node = untrusted.without_weights(saved["model"]), saved["data"].get("tokenizer")
-    model_parts = targets.resolve(node, "model", untrusted.lookup(untrusted.MODELS, trust))
+    model_parts = instantiate.resolve(node, "model", untrusted.lookup(untrusted.MODELS, trust))
     tokenizer_node = untrusted.with_own_files(tokenizer_node, folder)
-    tokenizer_parts = targets.resolve(tokenizer_node, "data.tokenizer", untrusted.lookup(untrusted.TOKENIZERS, trust))
+    tokenizer_parts = instantiate.resolve(
+        tokenizer_node, "data.tokenizer", untrusted.lookup(untrusted.TOKENIZERS, trust)
+    )
     untrusted.check_model(node, max(_numel(weights), _SMALL_MODEL), trust)
     untrusted.check_tokenizer(tokenizer_node, folder, trust)
     with untrusted.offline():
         model = _built_model(model_parts, weights, source)
-        tokenizer: Tokenizer = _built("data.tokenizer", source, lambda: targets.call(tokenizer_parts, 0))
+        tokenizer: Tokenizer = _built("data.tokenizer", source, lambda: instantiate.call(tokenizer_parts, 0))
     model.load_state_dict(weights)
     if model.text is not None:
         _built("data.tokenizer", source, lambda: fit_tokenizer(tokenizer, typing.cast(TextEncoder, model.text)))
@@ -214,7 +217,7 @@ def load_checkpoint(
         scalars=_scalars(tensors, list(saved["objective"]), path),
         config=saved,
         path=path,
-        state=checkpoint.load_state(path),
+        state=store.load_state(path),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
-from mmpretrain.profiling import synchronize
+from mmpretrain.reporting.profiling import synchronize
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.embed import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
-from mmpretrain.metrics import MetricsWriter
+from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
 from mmpretrain.models.image_text import ImageTextModel, NoImages
+from mmpretrain.reporting.metrics import MetricsWriter
 from mmpretrain.schedules import Clock, Duration
-from mmpretrain.task import Task
+from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Set
 from fractions import Fraction
 
+from mmpretrain.errors import nearest
 from mmpretrain.schedules import Clock, Duration, Now, Value
-from mmpretrain.task import Task
-from mmpretrain.usage import nearest
+from mmpretrain.training.task import Task
 
 
 class Freeze:

@@ -14,7 +14,7 @@ import huggingface_hub.constants
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mmpretrain import targets
+from mmpretrain.config import instantiate
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 
@@ -27,7 +27,7 @@ _ELSEWHERE = re.compile(r"[/\\:~]")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def lookup(home: str, trust: Sequence[str]) -> targets.Lookup:
+def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
     """Finds what a configuration may name that came with a checkpoint: parts of `home` and of trusted modules.
 
     Such a part is a class of the module itself, or a function that says it returns a model or a tokenizer. What the

@@ -8,11 +8,12 @@ from typing import Any, get_type_hints
 
 import torch
 
-from mmpretrain import checkpoint, distributed, files, optim
+from mmpretrain import distributed, files, optim
+from mmpretrain.checkpoints import store
+from mmpretrain.config.instantiate import accepts
 from mmpretrain.data.shards import Fingerprint
-from mmpretrain.ema import EMA
-from mmpretrain.targets import accepts
-from mmpretrain.task import Task
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]
     """
     checkpoints = folder / "checkpoints"
     if distributed.is_main():
-        checkpoint.clean(checkpoints)
-    path = distributed.from_main(lambda: checkpoint.find_latest(checkpoints, set_aside=True))
+        store.clean(checkpoints)
+    path = distributed.from_main(lambda: store.find_latest(checkpoints, set_aside=True))
     if path is not None:
         check_fingerprint(path, fingerprint)
         if (step := read_state(path).step) > num_steps:
@@ -71,7 +72,7 @@ def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]
 
 def read_state(path: Path) -> TrainState:
     """How far a checkpoint's run was. Raises: ValueError if its state.json is not what a run writes."""
-    state = checkpoint.load_state(path)
+    state = store.load_state(path)
     known = get_type_hints(TrainState)
     for key in ("step", "samples", "fingerprint", "optimizer"):
         if key not in state:
@@ -80,7 +81,7 @@ def read_state(path: Path) -> TrainState:
         annotation = known.get(key, dict if key in ("fingerprint", "optimizer") else None)
         if not accepts(value, annotation):
             raise ValueError(f"{path / 'state.json'}: {key} is {str(value)[:40]}; expected it as the run wrote it")
-    if path != checkpoint.path_of(path.parent, state["step"]):
+    if path != store.path_of(path.parent, state["step"]):
         raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected that of its folder")
     scores = path / "scores.json"
     if scores.exists():  # of the step's evaluation, which came after the checkpoint
@@ -94,7 +95,7 @@ def read_state(path: Path) -> TrainState:
 def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
     """Raises: ValueError if a checkpoint was made on other data than `fingerprint` is of."""
     read_state(path)
-    known = checkpoint.load_state(path)["fingerprint"]
+    known = store.load_state(path)["fingerprint"]
     changed = [
         f"{name} has other shards or samples{change}"
         for name in {**known, **fingerprint}
@@ -128,7 +129,7 @@ def _change(known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
 def load_task(path: Path, task: Task) -> None:
     """Fill the task from a checkpoint. Raises: ValueError if it holds the weights of another one."""
     try:
-        task.load_state_dict(checkpoint.load_tensors(path, "model.safetensors"))
+        task.load_state_dict(store.load_tensors(path, "model.safetensors"))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not hold the weights of this run ({reason}); start a new one") from error
@@ -140,13 +141,13 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> Train
     Raises: ValueError if it holds another optimiser's state, or no average.
     """
     state = read_state(path)
-    moments, numbers = checkpoint.load_tensors(path, "optimizer.safetensors"), checkpoint.load_state(path)["optimizer"]
+    moments, numbers = store.load_tensors(path, "optimizer.safetensors"), store.load_state(path)["optimizer"]
     if not all(isinstance(number, bool | int | float | list | None) for number in numbers.values()):
         raise ValueError(f"{path / 'state.json'}: the optimiser's state has more than numbers; start a new run")
     try:
         optim.load_optimizer_state(optimizer, moments, numbers)
         if ema is not None:
-            ema.load(checkpoint.load_tensors(path, "ema.safetensors"))
+            ema.load(store.load_tensors(path, "ema.safetensors"))
     except (OSError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not hold the state of this run ({reason}); start a new one") from error

@@ -1,1 +1,0 @@
-"""Our weights under other libraries' names, and back."""
