@@ -17,9 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from mmpretrain import build, errors
+from mmpretrain import build, errors, files
 from mmpretrain.checkpoints.load import Loaded, load_checkpoint
-from mmpretrain.checkpoints.store import write_bytes, write_text
 from mmpretrain.config import command_line, resolve
 from mmpretrain.config.schema import EmbedConfig
 from mmpretrain.data.image_batches import image_batches
@@ -185,7 +184,7 @@ def _write(
             rows[start : start + len(batch)] = batch.numpy()
             start += len(batch)
             rows.flush()
-            write_text(note, json.dumps({**work, "rows": start}))
+            files.write_text(note, json.dumps({**work, "rows": start}))
             progress.update(task, completed=start)
     kept = np.isfinite(rows).all(axis=1)
     if kept.all():
@@ -194,8 +193,8 @@ def _write(
     else:
         np.save(array, rows[kept])
         partial.unlink()
-    write_bytes(key_file, b"".join(line + b"\n" for line, is_kept in zip(lines, kept, strict=True) if is_kept))
-    write_text(done, json.dumps(work) + "\n")
+    files.write_bytes(key_file, b"".join(line + b"\n" for line, is_kept in zip(lines, kept, strict=True) if is_kept))
+    files.write_text(done, json.dumps(work) + "\n")
     note.unlink()
     return [array, key_file]
 

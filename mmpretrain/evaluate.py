@@ -8,9 +8,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from mmpretrain import build, distributed, errors
+from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
-from mmpretrain.checkpoints.store import write_text
 from mmpretrain.config import command_line, resolve
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
@@ -71,7 +70,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     if distributed.is_main():
         results = {**scores, "samples": loaded.state.get("samples", 0)}
         if cfg.output is not None:
-            write_text(Path(cfg.output), json.dumps(results, indent=2) + "\n")
+            files.write_text(Path(cfg.output), json.dumps(results, indent=2) + "\n")
         print_results(results, loaded.path.parent.parent)
     return scores
 

@@ -1,4 +1,4 @@
-"""Small files that others may have written: read whole within limits, or refused in one line that names the file."""
+"""Small files: read within limits or refused in one line that names the file; written whole or not at all."""
 
 import errno
 import io
@@ -12,6 +12,9 @@ from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
 """Above what a state.json of a large optimiser, a results.json or a manifest.json takes by far."""
+
+PARTIAL = ".partial-"
+"""What the name of a file begins with that is not written to its end."""
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -48,6 +51,30 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise ValueError(
             f"{path} is not UTF-8 ({error.reason} at byte {error.start}); expected it as it was written"
         ) from None
+
+
+def sync(path: Path) -> None:
+    """Make a file's or folder's content last through a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never a part."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` for content as it is."""
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    with naming(path):
+        partial.write_bytes(content)
+        sync(partial)
+    partial.replace(path)
+    sync(path.parent)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import build, distributed, errors
+from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.untrusted import TOKENIZER_FOLDER
 from mmpretrain.config import command_line, instantiate, resolve
@@ -128,7 +128,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         )
         if distributed.is_main():
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
-            store.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
+            files.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
             _keep_tokenizer(cfg, folder)
     with enough_space(folder):
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
@@ -185,7 +185,7 @@ def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
                 f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
             )
         kept.mkdir(exist_ok=True)
-        store.write_bytes(kept / name, file.read_bytes())
+        files.write_bytes(kept / name, file.read_bytes())
 
 
 def _options(cfg: TrainConfig) -> TrainerOptions:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmpretrain import files
 from mmpretrain.checkpoints import store
 from tests import runs
 
@@ -207,6 +208,6 @@ def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> N
 def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "latest"
     path.write_text("a much longer text than the new one")
-    store.write_text(path, "new")
+    files.write_text(path, "new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]

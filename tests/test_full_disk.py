@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmpretrain import files
 from mmpretrain.batch import Refused
 from mmpretrain.checkpoints import store
 from mmpretrain.objectives.base import Example
@@ -54,7 +55,7 @@ def _log(folder: Path) -> None:
 
 
 def _text(folder: Path) -> None:
-    store.write_text(folder / "results.json", "x" * LIMIT * 2)
+    files.write_text(folder / "results.json", "x" * LIMIT * 2)
 
 
 def _report(folder: Path) -> None:

@@ -29,7 +29,6 @@ from mmpretrain import files
 log = logging.getLogger(__name__)
 
 _NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
-_PARTIAL = ".partial-"
 _FILE = re.compile(r"\w+\.safetensors|state\.json")
 _MAX_NAME_BYTES = 200
 
@@ -44,30 +43,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make a file's or folder's content last through a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never a part."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` for content as it is."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
-    with files.naming(path):
-        partial.write_bytes(content)
-        _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -103,7 +78,7 @@ def save(
     Raises: OSError if it cannot be written; the ones before it still stand.
     """
     path = path_of(folder, step)
-    partial = folder / f"{_PARTIAL}{path.name}"
+    partial = folder / f"{files.PARTIAL}{path.name}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -118,11 +93,11 @@ def save(
     manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in names}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for name in (*names, "manifest.json"):
-        _sync(partial / name)
-    _sync(partial)
+        files.sync(partial / name)
+    files.sync(partial)
     partial.rename(path)
-    _sync(folder)
-    write_text(folder / "latest", path.name + "\n")
+    files.sync(folder)
+    files.write_text(folder / "latest", path.name + "\n")
     prune(folder, keep_last)
     return path
 
@@ -134,7 +109,7 @@ def path_of(folder: Path, step: int) -> Path:
 
 def mark_best(path: Path, keep_last: int) -> None:
     """Point `best` at a checkpoint, and delete the one before if it is not among the newest `keep_last`."""
-    write_text(path.parent / "best", path.name + "\n")
+    files.write_text(path.parent / "best", path.name + "\n")
     prune(path.parent, keep_last)
 
 
@@ -152,7 +127,7 @@ def prune(folder: Path, keep_last: int) -> None:
 
 def write_scores(path: Path, results: Mapping[str, float], best: float | None) -> None:
     """Keep the last value of every evaluation beside a checkpoint, whose own is done."""
-    write_text(path / "scores.json", json.dumps({"results": results, "best": best}, indent=2) + "\n")
+    files.write_text(path / "scores.json", json.dumps({"results": results, "best": best}, indent=2) + "\n")
 
 
 def read_name(path: Path) -> str:
@@ -170,7 +145,7 @@ def _all(folder: Path) -> list[Path]:
 
 def clean(folder: Path) -> None:
     """Remove what a kill in the middle of a save left behind."""
-    for partial in folder.glob(f"{_PARTIAL}*"):
+    for partial in folder.glob(f"{files.PARTIAL}*"):
         if partial.is_dir():
             shutil.rmtree(partial)
         else:

@@ -25,7 +25,6 @@ from torch.utils.tensorboard.summary import hparams
 
 from mmpretrain import files
 from mmpretrain.batch import Batch
-from mmpretrain.checkpoints.store import write_text
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.errors import printable
 from mmpretrain.objectives.base import Example
@@ -124,7 +123,7 @@ class MetricsWriter:
         self._folder = folder
         path = folder / "metrics.jsonl"
         kept = [record for record in read_metrics(path) if record["step"] <= step]  # type: ignore[operator]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        files.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path, self._file = path, path.open("ab", buffering=0)
         purge = samples + 1 if step else 0
         before = set((folder / "tensorboard").glob(f"{_EVENTS}*"))

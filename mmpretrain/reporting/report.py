@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 from mmpretrain import files
-from mmpretrain.checkpoints.store import write_text
 from mmpretrain.reporting import pictures
 from mmpretrain.reporting.metrics import read_metrics, read_refused, read_results
 
@@ -55,7 +54,7 @@ def write(folder: Path) -> Path:
         f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path = folder / FILE
-    write_text(path, page)
+    files.write_text(path, page)
     return path
 
 

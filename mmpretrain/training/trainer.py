@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from mmpretrain import distributed, optim
+from mmpretrain import distributed, files, optim
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoints import store
 from mmpretrain.data.loader import LoaderError, build_loader, received
@@ -544,7 +544,7 @@ class Trainer:
         self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
         self.results = self.state.summary()
         if distributed.is_main():
-            store.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
+            files.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
         if self.writer is not None:
             self.writer.hparams(self.hparams, ["train/loss", *self.state.results])
 
