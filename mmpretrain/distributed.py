@@ -16,7 +16,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 Result = TypeVar("Result")
 
 # gloo and c10d have no error class for it.
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out (after|waiting)|socket timeout", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo|nccl|connection (closed|reset)|pair closure|timed out (after|waiting)|socket timeout", re.IGNORECASE
+)
+# Later releases of torch renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _ALIVE = "mmpretrain/alive/"
 _ANSWER_SECONDS, _LATE_ANSWER_SECONDS = 5.0, 0.1
 _broken: list[bool] = []  # not empty once a collective failed
@@ -43,6 +47,12 @@ def is_lost_peer(error: BaseException) -> bool:
     if not dist.is_initialized():
         return isinstance(error, dist.DistError)
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_LOST.search(str(error))))
+
+
+def reason_of(error: BaseException) -> str:
+    """What a collective's error says: of its first line the first sentence, without the place in the library's source."""
+    first = re.sub(r"^\[\S+:\d+\]\s*", "", str(error).strip().splitlines()[0])
+    return re.split(r"\.\s", first)[0].rstrip(". ")
 
 
 def absent_ranks() -> list[int]:
@@ -115,7 +125,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     if not dist.is_initialized():
         return rows
     gathered = rows.new_empty((world_size() * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(gathered, rows)
+    _all_gather(gathered, rows)
     return gathered
 
 

@@ -61,7 +61,7 @@ def _hydra_main(cfg: DictConfig) -> None:
             if not distributed.is_lost_peer(error):
                 raise
             absent = ", ".join(map(str, distributed.absent_ranks())) or "unknown"
-            log.error("error: before training began, rank %s was lost (%s)", absent, str(error).splitlines()[0])
+            log.error("error: before training began, rank %s was lost (%s)", absent, distributed.reason_of(error))
             command_line.end_job(1)
         finally:
             distributed.shut_down()

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -213,7 +214,8 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         """Send it a signal, if it still runs."""
         if self._process.is_alive():
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.pid, number)
 
     def send_until_it_ends(self, number: signal.Signals) -> None:
         """Send it a signal again and again."""

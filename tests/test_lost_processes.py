@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from mmpretrain import distributed
+from mmpretrain.training.stop_signal import StopSignal
 from tests import runs
+from tests.runs import Command
 
 LONG = ("trainer.duration=100000steps", "checkpoint.every=100000steps", "schedule=constant")
 
@@ -97,6 +101,24 @@ def test_a_rank_that_is_lost_before_training_is_named(pairs: Path, tmp_path: Pat
     assert "error: before training began" in finished.stderr
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            "[/pytorch/third_party/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer. "
+            "This means the remote peer has exited, likely due to a fault. Check other ranks' logs.",
+            "Read error [127.0.0.1]:1: Connection reset by peer",
+        ),
+        (
+            "[/pytorch/unbound_buffer.cc:86] Timed out waiting 4000ms for recv operation to complete",
+            "Timed out waiting 4000ms for recv operation to complete",
+        ),
+    ],
+)
+def test_an_error_of_gloo_is_told_in_a_sentence(error: str, told: str) -> None:
+    assert distributed.reason_of(RuntimeError(error)) == told
+
+
 # ---------------------------------------------------------------- SIGTERM
 
 
@@ -177,11 +199,14 @@ def test_a_signal_while_a_worker_is_stopped_saves_the_last_whole_step(pairs: Pat
     goes_on(tmp_path, pairs, finished.stderr)
 
 
-HANGING = """
+OWN_CODE = """
+import os
 import threading
 from pathlib import Path
 
+from mmpretrain.reporting.metrics import MetricsWriter
 from mmpretrain.models.vit import TimmEncoder
+from mmpretrain.objectives.infonce import InfoNCE
 
 
 class HangingEncoder(TimmEncoder):
@@ -190,19 +215,46 @@ class HangingEncoder(TimmEncoder):
         if Path("hang").exists():
             threading.Event().wait()
         return encoding
+
+
+class ForkingEncoder(TimmEncoder):
+    def forward(self, *args, **kwargs):
+        if not Path("forked").exists():
+            if (pid := os.fork()) == 0:
+                threading.Event().wait()
+            Path("forked").write_text(str(pid))
+        return super().forward(*args, **kwargs)
+
+
+class FailingWriter(HangingEncoder):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+        def close(self):
+            raise RuntimeError("no room")
+
+        MetricsWriter.close = close
+
+
+class DyingInfoNCE(InfoNCE):
+    def constrain(self):
+        super().constrain()
+        if Path("die").exists() and os.environ["RANK"] == "1":
+            os._exit(9)
 """
+
+
+def start_with(folder: Path, pairs: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> Command:
+    """A run that may use `OWN_CODE`."""
+    (folder / "own.py").write_text(OWN_CODE)
+    environment = {"PYTHONPATH": str(folder), **(environment or {})}
+    return runs.start_train(folder, *LONG, f"data.root={pairs}", *overrides, environment=environment)
 
 
 @pytest.mark.slow
 def test_a_step_whose_forward_pass_moved_batch_norm_is_not_saved(pairs: Path, tmp_path: Path) -> None:
-    (tmp_path / "hanging.py").write_text(HANGING)
-    model = (
-        "model.image._target_=hanging.HangingEncoder",
-        "model.image.name=test_resnet",
-        "~model.image.args",
-        "model.image.init=timm",
-    )
-    command = runs.start_train(tmp_path, *LONG, f"data.root={pairs}", *model, environment={"PYTHONPATH": str(tmp_path)})
+    encoder = ("model.image._target_=own.HangingEncoder", "model.image.name=test_resnet", "model.image.init=timm")
+    command = start_with(tmp_path, pairs, *encoder, "~model.image.args")
     command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
     (tmp_path / "hang").touch()
     command.send(signal.SIGTERM)
@@ -210,6 +262,77 @@ def test_a_step_whose_forward_pass_moved_batch_norm_is_not_saved(pairs: Path, tm
     assert finished.code == 85, finished.stderr
     assert "nothing is saved yet" in finished.stderr
     assert not runs.checkpoints(tmp_path / "run")
+
+
+def test_an_error_while_a_signal_is_answered_does_not_keep_the_process(pairs: Path, tmp_path: Path) -> None:
+    command = start_with(tmp_path, pairs, "model.image._target_=own.FailingWriter")
+    command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    (tmp_path / "hang").touch()
+    command.send(signal.SIGTERM)
+    finished = command.wait()
+    assert finished.code == 85, finished.stderr
+    assert "RuntimeError: no room" in finished.stderr
+    assert len(runs.checkpoints(tmp_path / "run")) == 1
+
+
+def test_a_process_that_the_users_code_started_does_not_hold_up_the_end(pairs: Path, tmp_path: Path) -> None:
+    command = start_with(
+        tmp_path, pairs, "model.image._target_=own.ForkingEncoder", "trainer.duration=4steps", "eval=[]"
+    )
+    finished = command.wait()
+    os.kill(int((tmp_path / "forked").read_text()), signal.SIGKILL)
+    assert finished.code == 0, finished.stderr
+
+
+def test_a_rank_that_is_lost_behind_the_optimizers_step_takes_nothing_with_it(pairs: Path, tmp_path: Path) -> None:
+    objective = ("objective=[infonce]", "objective.infonce._target_=own.DyingInfoNCE")
+    commands = [start_with(tmp_path, pairs, *objective, environment=environment) for environment in runs.group(2)]
+    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    (tmp_path / "die").touch()
+    left, lost = (command.wait() for command in commands)
+    assert (left.code, lost.code) == (1, 9), left.stderr
+    (saved,) = runs.checkpoints(tmp_path / "run")
+    assert f"goes on from step {runs.records(tmp_path / 'run')[-1]['step']}" in left.stderr
+    assert saved.name == f"step_{runs.records(tmp_path / 'run')[-1]['step']:08d}"
+
+
+def test_a_second_interrupt_ends_a_process_that_hangs_at_once(pairs: Path, tmp_path: Path) -> None:
+    commands = [start_with(tmp_path, pairs, environment=environment) for environment in runs.group(2)]
+    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands[1].send(signal.SIGSTOP)
+    began = time.monotonic()
+    commands[0].send_until_it_ends(signal.SIGINT)
+    took, finished = time.monotonic() - began, commands[0].wait()
+    commands[1].send(signal.SIGKILL)
+    commands[1].wait()
+    assert (finished.code, finished.stderr.splitlines()[-1]) == (85, "stopped by a signal; the same command goes on")
+    assert took < 8, "waited for the answer to the first"
+
+
+@pytest.mark.slow
+def test_a_signal_while_shards_of_a_checkpoint_are_waited_for_ends_with_85(pairs: Path, tmp_path: Path) -> None:
+    sharded = ("parallel=fsdp", "checkpoint.every=1steps")
+    commands = [start_with(tmp_path, pairs, *sharded, environment=environment) for environment in runs.group(2)]
+    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands[1].send(signal.SIGSTOP)
+    commands[0].send(signal.SIGTERM)
+    finished = commands[0].wait()
+    commands[1].send(signal.SIGKILL)
+    commands[1].wait()
+    assert finished.code == 85, finished.stderr
+    assert "goes on from" in finished.stderr
+
+
+def test_handlers_are_as_before_once_the_block_is_left() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)], signal.set_wakeup_fd(-1)
+    for number in (None, signal.SIGTERM, signal.SIGINT):
+        with pytest.raises(SystemExit), StopSignal(lambda seconds: None) as stop:
+            if number is not None:
+                os.kill(os.getpid(), number)
+            assert stop.received == (number is not None)
+            raise SystemExit(85)
+        after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)], signal.set_wakeup_fd(-1)
+        assert after == before
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -71,15 +71,16 @@ def test_a_killed_sweep_is_finished_by_the_same_command(
 
     def reached() -> bool:
         saved = [{path.name for path in run.glob("checkpoints/step_*")} for run in folder.glob("*")]
-        return any(LAST in steps for steps in saved) and any(steps and LAST not in steps for steps in saved)
+        is_one_finished = any(folder.glob(f"*/checkpoints/{LAST}/scores.json"))  # written last
+        return is_one_finished and any(steps and LAST not in steps for steps in saved)
 
     runs.poll(reached, "a finished job and one in the middle", lambda: process.poll() is None)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     runs.kill_stragglers(str(tmp_path))
     finished = {
-        path.parents[1].name: (path.parents[1] / "results.json").stat().st_mtime_ns
-        for path in folder.glob(f"*/checkpoints/{LAST}")
+        path.parents[2].name: (path.parents[2] / "results.json").stat().st_mtime_ns
+        for path in folder.glob(f"*/checkpoints/{LAST}/scores.json")
     }
     assert 1 <= len(finished) < len(JOBS)
 

@@ -34,7 +34,7 @@ class Loaded:
     tokenizer: Tokenizer
     scalars: Mapping[str, float]
     """`logit_scale` and `logit_bias` as the loss sees them, of the first objective that learns them."""
-    resolve: Mapping[str, Any]
+    config: Mapping[str, Any]
     """The run's config.yaml as it stands there; `setting` reads one value of it."""
     path: Path
     state: Mapping[str, Any]

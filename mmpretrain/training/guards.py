@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mmpretrain import distributed, files
 from mmpretrain.batch import Refused
-from mmpretrain.checkpoints.store import write_text
 from mmpretrain.data.order import step_range
 from mmpretrain.data.stream import Stream
 from mmpretrain.errors import NO_SPACE
@@ -45,7 +44,7 @@ class Quarantine:
         if distributed.is_main() and path.exists():
             known = read_refused(path)
             # Written anew, so that what follows does not continue a line that a kill cut short.
-            write_text(path, "".join(json.dumps(record) + "\n" for record in known))
+            files.write_text(path, "".join(json.dumps(record) + "\n" for record in known))
             self._seen = {(record["shard"], record["key"]) for record in known}
 
     def add(self, refused: Iterable[Refused]) -> None:

@@ -78,10 +78,9 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
         forward_backward(task, task, [example], weights)
         task.zero_grad()
         strangers = list(watch.otherwise)
-        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in task.modules())
         if not (watch.by_sample or strangers):
             task.randomness = None
-        elif not strangers and not has_batch_norm:
+        elif not strangers:
             task.randomness = partial(SampleRandomness, strict=False)
             if _depends_on_neighbours(task, example, weights):
                 strangers = _culprits(task, example, weights, list(watch.by_sample))
@@ -100,7 +99,10 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
 
 
 def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, float]) -> bool:
-    """Whether a step on two samples differs from one on each of them as a micro-batch of its own."""
+    """Whether a step on two samples differs from one on each of them as a micro-batch of its own.
+
+    BatchNorm, which looks at neighbours but draws nothing, is left out of it.
+    """
     halves = [
         replace(
             example, streams={name: each.rows(torch.tensor([row])) for name, each in example.streams.items()}, counts={}
@@ -108,11 +110,16 @@ def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, flo
         for row in range(2)
     ]
     found = []
+    norms = [each for each in task.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training]
+    for norm in norms:
+        norm.eval()
     for batches in ([example], halves):
         losses = forward_backward(task, task, batches, weights).reduced()
         gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
         found.append((losses, gradients))
         task.zero_grad()
+    for norm in norms:
+        norm.train()
     (losses, gradients), (split_losses, split_gradients) = found
     total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     # Each against its own norm: what layer scale makes small at first grows later. What is no more than rounding is left.

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -172,8 +173,8 @@ class Trainer:
         self.earlier_seconds = self.state.wall_seconds
         # Held while the state changes or is written, so that it can be saved while the loop hangs in a step.
         self.state_lock = threading.RLock()
-        self._mark_whole()
         self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
+        self._mark_whole()
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
             # What a step logs is written once it is evaluated; where that was cut short, it comes again.
@@ -185,7 +186,8 @@ class Trainer:
         """Train to the end.
 
         Returns: the last value of every evaluation, and steps, samples, seconds and speed.
-        Raises: TrainingError if the run cannot go on; SystemExit(85) after a signal, with a checkpoint written.
+        Raises: TrainingError if the run cannot go on; SystemExit(85) after a signal, with a checkpoint written. A process
+            that hangs when the signal comes ends with 85 from another thread: nothing of it is unwound.
         """
         with StopSignal(self._answer_signal) as stop:
             self.stop = stop
@@ -241,6 +243,20 @@ class Trainer:
                 losses = self._forward_backward(micro_batches, weights, passes, scale)
                 self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
+
+                # What waits for other processes stands before the step: from there to its end nothing of it can be lost.
+                before, after = state.samples, state.samples + self.batch_size
+                is_last = state.step + 1 == self.num_steps
+                known = self.flags.read()
+                check_bad_step(known, state.step, self.streams, self.clock, options.max_bad_steps)
+                self.quarantine.add(refused)
+                self.window.add(self.batch_size)
+                if options.clip_grad_norm is None and distributed.is_main():
+                    self.gradient_watch.add(state.step + 1, norms["all"])
+                values = diagnosis
+                if self.clock.is_due(options.log_every, before, after) or is_last:
+                    values |= self._measure(losses, weights, norms, lr_factor, progress)
+
                 with self.state_lock:
                     self.is_whole = False
                     skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
@@ -250,33 +266,21 @@ class Trainer:
                         self.ema.update(skipped, options.ema_decay(now))
                     self.bad_steps = (self.bad_steps + 1) * skipped
 
-                before = state.samples
-                state.step, state.samples = state.step + 1, state.samples + self.batch_size
-                self.quarantine.add(refused)
-                self.window.add(self.batch_size)
-                if options.clip_grad_norm is None and distributed.is_main():
-                    self.gradient_watch.add(state.step, norms["all"])
-                is_last = state.step == self.num_steps
-                known = self.flags.read()
-                check_bad_step(known, state.step - 1, self.streams, self.clock, options.max_bad_steps)
-                self._post_flags(skipped)
-
-                values = diagnosis
-                if self.clock.is_due(options.log_every, before, state.samples) or is_last:
-                    values |= self._measure(losses, weights, norms, lr_factor, progress)
-                progress.advance(state.step)
-                profile_step()
-                due = self._due()
-                if is_last or (known.get("stop") and not due):
-                    check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
-                is_saving = due or is_last or self._is_save_due(before) or known.get("save") or known.get("stop")
-                with self.window.paused():
+                    state.step, state.samples = state.step + 1, after
+                    due = self._due()
                     if due or is_last:
                         state.pending = values
                     else:
                         self._log(values)
                     self._mark_whole()
-                    if is_saving:  # before evaluation, which may fail or be killed
+                self._post_flags(skipped)
+                progress.advance(state.step)
+                profile_step()
+                with self.window.paused():
+                    if is_last or (known.get("stop") and not due):
+                        check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
+                    if due or is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
+                        # Before evaluation, which may fail or be killed.
                         self._save()
                     if due or is_last:
                         self._evaluate(due)
@@ -371,8 +375,9 @@ class Trainer:
         lr_factor: float,
         progress: ProgressBar,
     ) -> dict[str, float]:
-        """This step's values; begins a new window. A collective."""
-        self.quarantine.flush(self.state.samples)
+        """The values of the step that is about to be taken; begins a new window. A collective."""
+        step, samples = self.state.step + 1, self.state.samples + self.batch_size
+        self.quarantine.flush(samples)
         # First what waits for the device: the time below is then that of work done.
         values = train_values(losses, weights, norms, self.task)
         self.gradient_watch.check()
@@ -384,8 +389,8 @@ class Trainer:
         values |= self.window.values(self.device)
         self.state.train_seconds += self.window.seconds
         speed = values["system/samples_per_second"]
-        seconds_left = (self.clock.total_samples - self.state.samples) / speed
-        progress.show(self.state.step, values["train/loss"], speed, seconds_left)
+        seconds_left = (self.clock.total_samples - samples) / speed
+        progress.show(step, values["train/loss"], speed, seconds_left)
         self.window = Window()
         return values
 
@@ -446,38 +451,38 @@ class Trainer:
     def _save(self) -> None:
         """Write a checkpoint, which holds everything up to this step. A collective."""
         self.quarantine.flush(self.state.samples)
+        self.state.num_refused = self.quarantine.num_refused
         if (failure := distributed.broadcast_object(self._write_checkpoint())) is not None:
             raise TrainingError(failure)
 
     def _write_checkpoint(self) -> str | None:
         """The failure, if there is one. A collective where weights are sharded."""
+        state = self.state
+        is_new = state.step > self.saved_step
+        tensors = self._tensors() if is_new else {}  # not in the lock: another process may never come to it
         with self.state_lock:
-            state = self.state
-            state.bad_steps, state.num_refused = float(self.bad_steps), self.quarantine.num_refused
+            state.bad_steps = float(self.bad_steps)
             state.loss_scale, state.good_steps = self.loss_scale.state()
             state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
-            if state.step > self.saved_step:
-                tensors = self._tensors()
-                if self.writer is not None:
-                    numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
-                    try:
-                        store.save(
-                            self.folder / "checkpoints",
-                            state.step,
-                            tensors,
-                            {**asdict(state), **numbers},
-                            self.options.keep_last,
-                        )
-                    except OSError as error:
-                        return (
-                            f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
-                        )
+            if is_new and self.writer is not None:
+                numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
+                try:
+                    store.save(
+                        self.folder / "checkpoints",
+                        state.step,
+                        tensors,
+                        {**asdict(state), **numbers},
+                        self.options.keep_last,
+                    )
+                except OSError as error:
+                    return f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
             self.saved_at, self.saved_step = time.perf_counter(), state.step
             return None
 
     def _mark_whole(self) -> None:
         """The state is that after a whole step, all of which is logged."""
         self.is_whole, self.buffer_versions = True, [buffer._version for buffer in self.task.buffers()]
+        self.state.num_refused = self.quarantine.num_refused
 
     def _can_be_rescued(self) -> bool:
         """Whether the state is whole and all on this process. BatchNorm's means move in the forward pass already."""
@@ -502,11 +507,15 @@ class Trainer:
         if not self._can_be_rescued() and seconds < _STOP_UNSAVED_SECONDS:
             self.state_lock.release()
             return
-        log.warning("stopped by a signal at step %d; %s", self.state.step, self._rescue())
-        self._close()
-        for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
-            worker.kill()
-        os._exit(PREEMPTED_EXIT_CODE)
+        try:
+            log.warning("stopped by a signal at step %d; %s", self.state.step, self._rescue())
+            self._close()
+        except Exception:  # whatever it is: the process was asked to end
+            traceback.print_exc()
+        finally:
+            for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
+                worker.kill()
+            os._exit(PREEMPTED_EXIT_CODE)
 
     def _end(self, message: str) -> NoReturn:
         """End after a signal, with what is saved."""
@@ -528,7 +537,7 @@ class Trainer:
             sys.exit(1)
         named = ", ".join(map(str, absent))
         lost = f"rank {named} is lost: killed, stopped, or waiting for its data" if absent else "a collective failed"
-        reason = str(error).strip().splitlines()[0]
+        reason = distributed.reason_of(error)
         limit = f"parallel.timeout_seconds = {self.options.parallel.timeout_seconds:g}"
         raise TrainingError(f"step {step}: {lost} ({reason}; {limit}); {rescued}") from error
 

@@ -271,6 +271,17 @@ class SharedDropBlock(nn.Module):
         return self.drop(x.transpose(1, 2)[..., None]).squeeze(-1).transpose(1, 2)
 
 
+class BesideBatchNorm(SharedDropBlock):
+    """The same in a model with BatchNorm, which looks at neighbours, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
 class OfTokens(nn.Module):
     """Drops of tokens whose samples it has lost sight of."""
 
@@ -280,7 +291,7 @@ class OfTokens(nn.Module):
 
 def task_with(layer: nn.Module) -> Task:
     task = make_task(("infonce", "mae"), 0.1, init_values=1e-4)  # layer scale, which hides the layer at first
-    task.model.image.trunk.blocks[0].mlp.add_module("drop2", layer)  # type: ignore[attr-defined]
+    task.model.image.trunk.blocks[0].mlp.add_module("drop2", layer.double())  # type: ignore[attr-defined]
     return task
 
 

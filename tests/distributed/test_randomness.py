@@ -14,6 +14,7 @@ from tests import runs
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
     RANDOM,
+    BesideBatchNorm,
     Noise,
     NumpyNoise,
     OfTokens,
@@ -142,7 +143,7 @@ def test_whole_commands_with_dropout_train_alike_in_micro_batches(pairs: Path, t
 # ---------------------------------------------------------------- what does not draw by sample
 
 
-@pytest.mark.parametrize("layer", [Noise, NumpyNoise, OwnNoise, SharedDropBlock, OfTokens])
+@pytest.mark.parametrize("layer", [Noise, NumpyNoise, OwnNoise, SharedDropBlock, BesideBatchNorm, OfTokens])
 def test_layers_that_cannot_draw_by_sample_are_named(
     layer: type[nn.Module], pool: Pools, caplog: pytest.LogCaptureFixture
 ) -> None:
