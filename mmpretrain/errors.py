@@ -2,14 +2,20 @@
 
 import difflib
 import errno
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(ValueError):
     """Wrong use: one line with the value, the expectation and the fix; the process ends with exit code 2."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message is one line with the value, the expectation and the fix."""
 
 
 def printable(text: str) -> str:
@@ -59,4 +65,22 @@ def usage_errors() -> Iterator[None]:
             raise
         raise UsageError(
             f"{error.filename or 'the output'} cannot be written ({error.strerror}); make space, then give the same command"
+        ) from error
+
+
+@contextmanager
+def enough_space(folder: Path) -> Iterator[None]:
+    """Inside the block a file that cannot be written for want of space ends the run in one line.
+
+    Raises: TrainingError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free / 2**20
+        raise TrainingError(
+            f"{error.filename or folder} cannot be written ({error.strerror}; {free:,.0f} MiB are free there); the last "
+            "checkpoint still stands: make space, and the same command goes on"
         ) from error

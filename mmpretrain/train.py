@@ -7,32 +7,25 @@ if __name__ == "__main__":
     stop_signal.train()
     raise SystemExit
 
-import fcntl
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from mmpretrain import build, distributed, errors, files
-from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.untrusted import TOKENIZER_FOLDER
+from mmpretrain import build, distributed, errors
 from mmpretrain.config import command_line, instantiate, resolve
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.data.stream import Stream
-from mmpretrain.data.tokenizer import Tokenizer, tokenizer_files
+from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.errors import TrainingError, enough_space
 from mmpretrain.evals.base import Context, Evaluation, chosen_sets
 from mmpretrain.evals.embeddings import CheckStop, go_on
-from mmpretrain.reporting import report
-from mmpretrain.reporting.metrics import print_results, read_results
-from mmpretrain.schedules import Duration, Now, Schedule, Value, scheduled_values
-from mmpretrain.training import dry_run, parallel, resume
+from mmpretrain.schedules import Duration, Now, Schedule, Value
+from mmpretrain.training import dry_run, parallel, run_dir
 from mmpretrain.training.freeze import Freeze
-from mmpretrain.training.guards import LogFile, TrainingError, enough_space
 from mmpretrain.training.init_from import init_from
 from mmpretrain.training.parallel import Parallel
 from mmpretrain.training.precision import autocast
@@ -102,13 +95,13 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         if cfg.trainer.dry_run:
             return _dry_run(cfg, task.to(device), streams, tokenizer, weights, options)
         # Not closed before the run's end: closing it would free the directory.
-        lock = _open_run(cfg, folder, schedule)
+        lock = run_dir.open_run(cfg, folder, schedule)
         clock = clock_of(streams, options.duration)
         fingerprint = {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
         total_steps = clock.total_samples // clock.batch_size
-        if (finished := _finished(folder, total_steps, fingerprint, options.keep_last)) is not None:
+        if (finished := run_dir.finished(folder, total_steps, fingerprint, options.keep_last)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
-            _conclude(finished, folder, rewrite=False)
+            run_dir.conclude(finished, folder, rewrite=False)
             return finished
 
         trainer = Trainer(
@@ -128,12 +121,11 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         )
         if distributed.is_main():
             # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
-            files.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
-            _keep_tokenizer(cfg, folder)
+            run_dir.write_configuration(cfg, folder)
     with enough_space(folder):
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
             results = trainer.run()
-        _conclude(results, folder, rewrite=True)
+        run_dir.conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()
     return results
@@ -174,20 +166,6 @@ def _make_optimizer(cfg: TrainConfig) -> Callable[[Task], torch.optim.Optimizer]
     return lambda task: instantiate.instantiate(cfg.optimizer, cfg.run.seed, "optimizer")(task.named_parameters())
 
 
-def _keep_tokenizer(cfg: TrainConfig, folder: Path) -> None:
-    """A local tokenizer's files into the run's directory. Raises: ValueError if the run was made with another one."""
-    if (path := cfg.data.tokenizer.get("path")) is None:
-        return
-    kept = folder / TOKENIZER_FOLDER
-    for name, file in tokenizer_files(Path(path)).items():
-        if (kept / name).exists() and (kept / name).read_bytes() != file.read_bytes():
-            raise ValueError(
-                f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
-            )
-        kept.mkdir(exist_ok=True)
-        files.write_bytes(kept / name, file.read_bytes())
-
-
 def _options(cfg: TrainConfig) -> TrainerOptions:
     duration = Duration.parse(cfg.trainer.duration, "trainer.duration")
     if duration.unit == "%":
@@ -225,106 +203,3 @@ def _options(cfg: TrainConfig) -> TrainerOptions:
             cfg.parallel.timeout_seconds,
         ),
     )
-
-
-def _open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | None:
-    """Claim the run's directory on process 0: another configuration or another process in it is refused everywhere."""
-    lock, refusal = None, None
-    if distributed.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _check_links(folder)
-            lock = (folder / ".lock").open("a")
-            # A POSIX lock: unlike flock's, the loader's forked workers, which outlive a kill by seconds, do not hold it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except errors.UsageError as error:
-            refusal = str(error)
-        except BlockingIOError:
-            refusal = f"{folder} is in use by another process; wait for it, or choose another run.name"
-        except OSError as error:
-            refusal = f"run.dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder"
-        refusal = refusal or _check_configuration(cfg, folder, schedule)
-    refusal = distributed.broadcast_object(refusal)
-    if refusal is not None:
-        raise errors.UsageError(refusal)
-    _log_to(folder)
-    return lock
-
-
-def _check_links(folder: Path) -> None:
-    """Raises: UsageError if a part of a run's directory is a link: a run that others made would write elsewhere."""
-    for path in folder.iterdir():
-        if path.is_symlink():
-            raise errors.UsageError(
-                f"{path} is a symbolic link, through which the run would write elsewhere; expected a file or a folder: "
-                f"remove it, or link {folder} as a whole"
-            )
-
-
-def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> str | None:
-    """What a run's directory was made with that may not change, if it differs now."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        return None
-    now, values = resolve.to_plain(cfg), resolve.to_values(cfg)
-    depends = (
-        schedule.depends_on_total()
-        or any(value.depends_on_total() for value in scheduled_values(values))
-        or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
-    )
-    changed = resolve.differences(resolve.read(path), now, () if depends else ("trainer.duration",), values)
-    if not changed:
-        return None
-    return (
-        f"{folder} was made with another configuration ({'; '.join(changed)}); "
-        "expected the same to go on: undo the change, or start a new run with run.name=..."
-    )
-
-
-def _log_to(folder: Path) -> None:
-    """Messages go to the console and, from process 0, to train.log."""
-    logging.captureWarnings(True)
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if distributed.is_main():
-        handlers.append(LogFile(folder / "train.log"))
-    for handler in handlers:
-        handler.addFilter(_make_printable)
-    level = logging.INFO if distributed.is_main() else logging.WARNING
-    logging.basicConfig(
-        level=level, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
-
-
-def _make_printable(record: logging.LogRecord) -> bool:
-    """Control characters of a message as escapes: the names of samples and shards are the data's."""
-    record.msg, record.args = "\n".join(map(errors.printable, record.getMessage().splitlines())), None
-    return True
-
-
-def _finished(
-    folder: Path, num_steps: int, fingerprint: Mapping[str, Any], keep_last: int
-) -> dict[str, float | None] | None:
-    """The scores of a run whose last step is saved, and which then keeps no more than it should; on every process.
-
-    Raises: ValueError if it was trained on other data.
-    """
-
-    def look() -> dict[str, float | None] | None:
-        if not (folder / "results.json").exists():
-            return None
-        path = store.find_latest(folder / "checkpoints", set_aside=True)
-        if path is None or not resume.read_state(path).is_evaluated(num_steps):
-            return None
-        resume.check_fingerprint(path, fingerprint)
-        store.prune(folder / "checkpoints", keep_last)
-        return read_results(folder / "results.json")
-
-    return distributed.from_main(look)
-
-
-def _conclude(results: Mapping[str, float | None], folder: Path, rewrite: bool) -> None:
-    """Write the run's report, unless it is finished and came to it before, and say the results."""
-    if distributed.is_main():
-        if rewrite or not (folder / report.FILE).exists():
-            report.write(folder)
-        print_results(results, folder)

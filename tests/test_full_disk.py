@@ -12,10 +12,12 @@ import pytest
 from mmpretrain import files
 from mmpretrain.batch import Refused
 from mmpretrain.checkpoints import store
+from mmpretrain.errors import TrainingError, enough_space
 from mmpretrain.objectives.base import Example
 from mmpretrain.reporting import report
 from mmpretrain.reporting.metrics import MetricsWriter
-from mmpretrain.training.guards import LogFile, Quarantine, TrainingError, enough_space
+from mmpretrain.training.quarantine import Quarantine
+from mmpretrain.training.run_dir import LogFile
 from tests import runs
 from tests.saved_runs import save_whole_run
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from mmpretrain.batch import Refused
-from mmpretrain.training.guards import Quarantine, TrainingError
+from mmpretrain.errors import TrainingError
+from mmpretrain.training.quarantine import Quarantine
 
 
 def refused(shard: str, key: str, reason: str = "no image") -> Refused:

@@ -23,6 +23,7 @@ from mmpretrain.checkpoints import store
 from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.errors import TrainingError
 from mmpretrain.reporting.metrics import HParam, MetricsWriter, ProgressBar, finite
 from mmpretrain.reporting.profiling import profiled
 from mmpretrain.schedules import Duration, Now, Schedule, Value
@@ -31,9 +32,10 @@ from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buff
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.gradient_watch import GradientWatch
-from mmpretrain.training.guards import Quarantine, TrainingError, check_bad_step
+from mmpretrain.training.nonfinite import check_bad_step
 from mmpretrain.training.parallel import Parallel
 from mmpretrain.training.precision import LossScale, PrecisionName, autocast
+from mmpretrain.training.quarantine import Quarantine
 from mmpretrain.training.resume import TrainState
 from mmpretrain.training.setup import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
 from mmpretrain.training.step import StepLosses, forward_backward

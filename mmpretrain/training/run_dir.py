@@ -1,0 +1,155 @@
+"""A run's directory: claimed by one process, written by its first rank, and finished once its last step is evaluated.
+
+`open_run` claims it, `write_configuration` describes the run, `finished` tells whether there is anything left to do, and
+`conclude` writes the report. Checkpoints are `mmpretrain.checkpoints.store`'s, metrics `mmpretrain.reporting.metrics`'s.
+"""
+
+import fcntl
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from mmpretrain import distributed, errors, files
+from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.untrusted import TOKENIZER_FOLDER
+from mmpretrain.config import resolve
+from mmpretrain.config.schema import TrainConfig
+from mmpretrain.data.tokenizer import tokenizer_files
+from mmpretrain.reporting import report
+from mmpretrain.reporting.metrics import print_results, read_results
+from mmpretrain.schedules import Schedule, scheduled_values
+from mmpretrain.training import resume
+
+
+def open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | None:
+    """Claim the run's directory on process 0: another configuration or another process in it is refused everywhere."""
+    lock, refusal = None, None
+    if distributed.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_links(folder)
+            lock = (folder / ".lock").open("a")
+            # A POSIX lock: unlike flock's, the loader's forked workers, which outlive a kill by seconds, do not hold it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except errors.UsageError as error:
+            refusal = str(error)
+        except BlockingIOError:
+            refusal = f"{folder} is in use by another process; wait for it, or choose another run.name"
+        except OSError as error:
+            refusal = f"run.dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder"
+        refusal = refusal or _check_configuration(cfg, folder, schedule)
+    refusal = distributed.broadcast_object(refusal)
+    if refusal is not None:
+        raise errors.UsageError(refusal)
+    log_to(folder)
+    return lock
+
+
+def _check_links(folder: Path) -> None:
+    """Raises: UsageError if a part of a run's directory is a link: a run that others made would write elsewhere."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            raise errors.UsageError(
+                f"{path} is a symbolic link, through which the run would write elsewhere; expected a file or a folder: "
+                f"remove it, or link {folder} as a whole"
+            )
+
+
+def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> str | None:
+    """What a run's directory was made with that may not change, if it differs now."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return None
+    now, values = resolve.to_plain(cfg), resolve.to_values(cfg)
+    depends = (
+        schedule.depends_on_total()
+        or any(value.depends_on_total() for value in scheduled_values(values))
+        or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
+    )
+    changed = resolve.differences(resolve.read(path), now, () if depends else ("trainer.duration",), values)
+    if not changed:
+        return None
+    return (
+        f"{folder} was made with another configuration ({'; '.join(changed)}); "
+        "expected the same to go on: undo the change, or start a new run with run.name=..."
+    )
+
+
+class LogFile(logging.FileHandler):
+    """train.log; where it cannot be written the run ends, instead of a traceback for each message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raises: OSError that names the file, but for a message of the level ERROR: it is what ends the run."""
+        error = sys.exc_info()[1]
+        logging.getLogger().removeHandler(self)
+        with suppress(OSError):
+            self.close()
+        if isinstance(error, OSError) and record.levelno < logging.ERROR:
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
+
+
+def write_configuration(cfg: TrainConfig, folder: Path) -> None:
+    """Write config.yaml and keep a local tokenizer's files. Raises: ValueError if the run was made with another one."""
+    files.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
+    if (path := cfg.data.tokenizer.get("path")) is None:
+        return
+    kept = folder / TOKENIZER_FOLDER
+    for name, file in tokenizer_files(Path(path)).items():
+        if (kept / name).exists() and (kept / name).read_bytes() != file.read_bytes():
+            raise ValueError(
+                f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
+            )
+        kept.mkdir(exist_ok=True)
+        files.write_bytes(kept / name, file.read_bytes())
+
+
+def log_to(folder: Path) -> None:
+    """Messages go to the console and, from process 0, to train.log."""
+    logging.captureWarnings(True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if distributed.is_main():
+        handlers.append(LogFile(folder / "train.log"))
+    for handler in handlers:
+        handler.addFilter(_make_printable)
+    level = logging.INFO if distributed.is_main() else logging.WARNING
+    logging.basicConfig(
+        level=level, handlers=handlers, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Control characters of a message as escapes: the names of samples and shards are the data's."""
+    record.msg, record.args = "\n".join(map(errors.printable, record.getMessage().splitlines())), None
+    return True
+
+
+def finished(
+    folder: Path, num_steps: int, fingerprint: Mapping[str, Any], keep_last: int
+) -> dict[str, float | None] | None:
+    """The scores of a run whose last step is saved, and which then keeps no more than it should; on every process.
+
+    Raises: ValueError if it was trained on other data.
+    """
+
+    def look() -> dict[str, float | None] | None:
+        if not (folder / "results.json").exists():
+            return None
+        path = store.find_latest(folder / "checkpoints", set_aside=True)
+        if path is None or not resume.read_state(path).is_evaluated(num_steps):
+            return None
+        resume.check_fingerprint(path, fingerprint)
+        store.prune(folder / "checkpoints", keep_last)
+        return read_results(folder / "results.json")
+
+    return distributed.from_main(look)
+
+
+def conclude(results: Mapping[str, float | None], folder: Path, rewrite: bool) -> None:
+    """Write the run's report, unless it is finished and came to it before, and say the results."""
+    if distributed.is_main():
+        if rewrite or not (folder / report.FILE).exists():
+            report.write(folder)
+        print_results(results, folder)
