@@ -122,7 +122,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             ][: task.num_views(name)],
             repeat_batches=stream.repeat_batches,
             text_length=stream.text_length,
-            shorten=stream.shorten.value,
+            shorten=stream.shorten,
             max_image_bytes=cfg.data.max_image_bytes,
         )
         streams[name].check_first_sample()

@@ -20,12 +20,12 @@ from torch import Tensor
 from mmpretrain import build, errors, files
 from mmpretrain.checkpoints.load import Loaded, load_checkpoint
 from mmpretrain.config import command_line, resolve
-from mmpretrain.config.schema import EmbedConfig
+from mmpretrain.config.schema import EmbedConfig, Precision
 from mmpretrain.data.image_batches import image_batches
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.precision import autocast
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
         raise ValueError("neither images nor texts is given; expected images=<folder or tars>, texts=<file> or both")
     device = build.device_of(cfg.device)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
-    precision: PrecisionName = (
-        cfg.precision.value if cfg.precision is not None else loaded.setting("trainer.precision", PrecisionName)
-    )
+    precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     errors.check_number("batch_size", cfg.batch_size, at_least=1)
     errors.check_number("workers", cfg.workers, at_least=0)
     folder = Path(cfg.output)

@@ -11,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
 from mmpretrain.config import command_line, resolve
-from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig
+from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, evaluate
 from mmpretrain.reporting.metrics import print_results
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.precision import autocast
 
 
 def main() -> None:
@@ -45,9 +45,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     sets = cfg.data.val or _sets_of_run(loaded)
     root = cfg.data.root or loaded.setting("data.root", str)
-    precision: PrecisionName = (
-        cfg.precision.value if cfg.precision is not None else loaded.setting("trainer.precision", PrecisionName)
-    )
+    precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
     errors.check_number("config.yaml: data.val_batch_size", batch_size, at_least=1)
     max_image_bytes = loaded.setting("data.max_image_bytes", int | None) or MAX_IMAGE_BYTES  # older runs have none

@@ -14,10 +14,10 @@ from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.training import dry_run, parallel
-from mmpretrain.training.parallel import Parallel
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
 from tests import tiny
+from tests.distributed.steps import spread
 
 
 def make_task() -> Task:
@@ -85,7 +85,7 @@ def measured(
     checkpointing: Literal["none", "blocks"] = "none",
 ) -> dry_run.Estimate:
     task = make_task()
-    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", checkpointing))
+    parallel.prepare(task, torch.device("cpu"), "fp32", spread("ddp", checkpointing))
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(frozen is None or not name.startswith(frozen))
     batch = tiny.batch([8] * 4 + [24] * 4)

@@ -32,13 +32,14 @@ from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.step import OPEN_CLIP_PRECISION, Work, build_model, real_batches, synthetic_batches
 from mmpretrain.batch import Packing
+from mmpretrain.config.schema import Precision
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.models.attention import attention
 from mmpretrain.models.blocks import of_picks
 from mmpretrain.models.rows import Rows
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.reporting.profiling import synchronize
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.precision import autocast
 
 AGREEMENT = 1e-4
 
@@ -150,7 +151,7 @@ def ways(
 
 
 def measure(
-    text: TextTransformer, ids: Tensor, lengths: Tensor, precision: PrecisionName, rows: Sequence[int], rounds: int
+    text: TextTransformer, ids: Tensor, lengths: Tensor, precision: Precision, rows: Sequence[int], rounds: int
 ) -> dict[str, dict[str, float]]:
     """Tokens and median seconds of each way. Raises: SystemExit if their states differ."""
     found = ways(text, ids, lengths, rows)

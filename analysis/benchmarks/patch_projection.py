@@ -18,9 +18,10 @@ from torch import Tensor
 from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import demand, one_line, write_record
 from analysis.benchmarks.step import OPEN_CLIP_PRECISION
+from mmpretrain.config.schema import Precision
 from mmpretrain.models.patch_projection import PatchProjection
 from mmpretrain.reporting.profiling import synchronize
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.precision import autocast
 
 SHAPES = {
     "emoji_clip": (128, 64, 8, 192),
@@ -65,7 +66,7 @@ def check(shape: tuple[int, int, int, int], device: torch.device) -> float:
 
 
 def measure(
-    shape: tuple[int, int, int, int], precision: PrecisionName, device: torch.device, rounds: int
+    shape: tuple[int, int, int, int], precision: Precision, device: torch.device, rounds: int
 ) -> dict[str, float]:
     """Median seconds of each way."""
     projection, images, gradient = make(shape, torch.float32, device)

@@ -24,9 +24,10 @@ from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.step import OPEN_CLIP_PRECISION
 from mmpretrain.batch import Batch
 from mmpretrain.config import instantiate
+from mmpretrain.config.schema import Precision
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.reporting.profiling import synchronize
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.precision import autocast
 from mmpretrain.training.randomness import SampleRandomness
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
@@ -60,7 +61,7 @@ def check() -> None:
 
 
 def measure(
-    args: dict[str, float], batch: Batch, precision: PrecisionName, device: torch.device, rounds: int
+    args: dict[str, float], batch: Batch, precision: Precision, device: torch.device, rounds: int
 ) -> dict[str, float]:
     """Median seconds of each way."""
     plain, random = make_task({}).to(device), make_task(args).to(device)

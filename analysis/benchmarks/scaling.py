@@ -23,12 +23,12 @@ from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.ranks import on_ranks
 from analysis.benchmarks.step import AGREEMENT, BETAS, EPS, LR, OPEN_CLIP_PRECISION, WEIGHT_DECAY, build_model
 from mmpretrain import optim
+from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.reporting.profiling import synchronize
 from mmpretrain.training import parallel
 from mmpretrain.training.freeze import Freeze
-from mmpretrain.training.parallel import Parallel
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.precision import autocast
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
 
@@ -37,7 +37,7 @@ SHORTEST, LONGEST = 8, 24
 
 
 def measure(
-    model: str, batch_size: int, strategy: str, precision: PrecisionName, device_type: str, steps: int, timed: int
+    model: str, batch_size: int, strategy: str, precision: Precision, device_type: str, steps: int, timed: int
 ) -> tuple[list[float], float]:
     """On each rank: the losses of the first steps, and the seconds of one of the steps after them."""
     device = torch.device(device_type)
@@ -47,7 +47,8 @@ def measure(
     parts = (noise(built, batch_size, SHORTEST, LONGEST, seed) for seed in range(NUM_BATCHES))
     batches = [batch.to(device) for samples in parts for batch in my_batches(samples)]
     Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
-    parallel.prepare(task, device, precision, Parallel(strategy))  # type: ignore[arg-type]
+    options = ParallelConfig(Strategy(strategy), ActivationCheckpointing.none, compile=False)
+    parallel.prepare(task, device, precision, options)
     optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})
     wrapped = parallel.wrap(task, device)
 

@@ -45,6 +45,7 @@ from mmpretrain import optim
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoints.open_clip import open_clip_names, to_open_clip
 from mmpretrain.config import instantiate
+from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stream import Source, TarStream
@@ -55,8 +56,8 @@ from mmpretrain.models.open_clip import open_clip_model
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.reporting.profiling import synchronize
 from mmpretrain.schedules import Clock
-from mmpretrain.training.parallel import Parallel, prepare
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.training.parallel import prepare
+from mmpretrain.training.precision import autocast
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
 from mmpretrain.training.transfer import Transfer
@@ -75,7 +76,7 @@ class Work:
     model: str
     batch_size: int
     captions: str
-    precision: PrecisionName
+    precision: Precision
     device: torch.device
 
 
@@ -160,8 +161,9 @@ def _open_clip_decays(name: str, parameter: Tensor) -> bool:
 class Ours:
     """Steps of mmpretrain."""
 
-    def __init__(self, work: Work, task: Task, batches: list[Batch], options: Parallel | None = None) -> None:
-        prepare(task.to(work.device), work.device, work.precision, options or Parallel())
+    def __init__(self, work: Work, task: Task, batches: list[Batch], compiled: bool = False) -> None:
+        options = ParallelConfig(Strategy.ddp, ActivationCheckpointing.none, compiled)
+        prepare(task.to(work.device), work.device, work.precision, options)
         self.work, self.task, self.batches = work, task.to(work.device).train(), batches
         self.optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})
         self.transfer = Transfer(work.device)
@@ -279,7 +281,7 @@ def make_sides(work: Work, num_batches: int, best: bool) -> dict[str, Side]:
         sides["open_clip_compiled"] = OpenClip(work, compiled, open_clip_batches, compiled=True)
     sides["mmpretrain"] = ours
     if best:
-        sides["mmpretrain_compiled"] = Ours(work, new_task(), batches, Parallel(compile=True))
+        sides["mmpretrain_compiled"] = Ours(work, new_task(), batches, compiled=True)
     return sides
 
 
@@ -373,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         each: Work(args.model, args.batch, args.captions, each, torch.device(args.device)) for each in args.precision
     }
     if "fp32" not in works:
-        checked = replace(next(iter(works.values())), precision="fp32")
+        checked = replace(next(iter(works.values())), precision=Precision.fp32)
         worst = max(trace(make_sides(checked, args.steps, args.best), args.steps, "fp32").values())
         print(f"the losses of {args.steps} steps in float32 differ by {worst:.1e} at most")
     results = {}

@@ -8,6 +8,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -36,6 +37,8 @@ def accepts(value: Any, annotation: Any) -> bool:
     kind = origin or annotation
     if kind in (Any, inspect.Parameter.empty) or not isinstance(kind, type):
         return True
+    if issubclass(kind, Enum):
+        return isinstance(value, kind) or value in [option.value for option in kind]
     if issubclass(kind, Mapping):
         items = value.values() if isinstance(value, Mapping) else [None]
         return isinstance(value, Mapping) and (not options or all(accepts(item, options[1]) for item in items))
@@ -49,6 +52,8 @@ def accepts(value: Any, annotation: Any) -> bool:
 
 
 def expected_type(annotation: Any) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "one of " + ", ".join(option.value for option in annotation)
     text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
     return re.sub(r"\b(typing|collections\.abc)\.", "", text)
 

@@ -22,7 +22,7 @@ from mmpretrain import files
 from mmpretrain.config.instantiate import accepts, check_targets
 from mmpretrain.config.schema import EvaluateConfig, TrainConfig
 from mmpretrain.errors import UsageError, check_number, nearest
-from mmpretrain.schedules import SCHEDULE_TEXT, Value
+from mmpretrain.schedules import SCHEDULE_TEXT, Duration, Value
 
 _MAX_NAME_LENGTH = 80
 _MAX_YAML_BYTES = 1 << 18
@@ -168,6 +168,24 @@ def check_known(node: Any, path: str = "") -> None:
             check_known(value, f"{path}{name}.")
 
 
+def _check_durations(config: TrainConfig) -> None:
+    trainer = config.trainer
+    duration = Duration.parse(trainer.duration, "trainer.duration")
+    if duration.unit == "%":
+        raise UsageError(
+            f"trainer.duration is {trainer.duration!r}, a part of itself; expected epochs, samples or steps"
+        )
+    if not duration.value > 0:
+        raise UsageError(f"trainer.duration is {trainer.duration!r}; expected a length above 0, such as 20epochs")
+    Duration.parse(trainer.log_every, "trainer.log_every")
+    if trainer.diagnose_every is not None:
+        Duration.parse(trainer.diagnose_every, "trainer.diagnose_every")
+    Duration.parse(config.checkpoint.every, "checkpoint.every", wall_time=True)
+    for part, until in (trainer.freeze or {}).items():
+        if until is not None:
+            Duration.parse(until, f"trainer.freeze.{part}")
+
+
 def _check_ranges(config: TrainConfig) -> None:
     trainer, data = config.trainer, config.data
     check_number("trainer.batch_size", trainer.batch_size, at_least=1)
@@ -180,6 +198,7 @@ def _check_ranges(config: TrainConfig) -> None:
             f"trainer.freeze is {trainer.freeze!r}; expected parts of the model with a duration or null each: "
             "trainer.freeze={image: null, text: 10%}"
         )
+    _check_durations(config)
     if trainer.ema_decay is not None:
         check_value("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
     check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)

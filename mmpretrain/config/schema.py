@@ -11,21 +11,15 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from mmpretrain.data.shorten import Shorten
 
-class Precision(Enum):
+
+class Precision(str, Enum):
     """The arithmetic of the forward and backward passes; losses and parameters are float32 in both."""
 
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
-
-
-class Shorten(Enum):
-    """What of a text that is too long is kept: see `data.shorten`."""
-
-    truncate = "truncate"
-    random = "random"
-    block = "block"
 
 
 @dataclass
@@ -58,7 +52,7 @@ class TrainerConfig:
     detect_anomaly: bool = MISSING
 
 
-class Strategy(Enum):
+class Strategy(str, Enum):
     """How the model is spread over processes."""
 
     ddp = "ddp"
@@ -66,7 +60,7 @@ class Strategy(Enum):
     none = "none"
 
 
-class ActivationCheckpointing(Enum):
+class ActivationCheckpointing(str, Enum):
     """What is computed again in the backward pass instead of being kept."""
 
     none = "none"

@@ -1,13 +1,22 @@
 """What is kept of texts that are longer than they may be (CLIPA, Li et al. 2023, section 3.2)."""
 
-from typing import Literal
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from mmpretrain.seeds import hash64, torch_draws, torch_uniform
 
-Shorten = Literal["truncate", "random", "block"]
+
+class Shorten(str, Enum):
+    """Which tokens of a text that is too long are kept."""
+
+    truncate = "truncate"
+    """The first ones."""
+    random = "random"
+    """Any, in their order."""
+    block = "block"
+    """As many in a row, from anywhere."""
 
 
 def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: Shorten) -> tuple[Tensor, Tensor]:
@@ -16,7 +25,7 @@ def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: S
     Args:
         text: int64 [b, L]; lengths: int64 [b]; seeds: int64 [b].
         longest: at least 3.
-        how: `truncate` keeps the first ones; `block` as many in a row, from anywhere; `random` any, in their order.
+        how: which tokens are kept.
 
     Returns: (int64 [b, min(L, longest)], lengths int64 [b]).
     """
@@ -24,7 +33,7 @@ def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: S
     if width <= longest:
         return text, lengths
     inner, places = longest - 2, torch.arange(width, device=text.device)
-    if how == "random":
+    if how == Shorten.random:
         is_inner = (places > 0) & (places < (lengths - 1)[:, None])
         # Halved: what is no inner token comes behind all that are.
         rank = torch_draws(seeds, width, hash64("shorten")) // 2
@@ -33,7 +42,9 @@ def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: S
     else:
         u = torch_uniform(seeds, 1, hash64("shorten"))
         skipped = (
-            (u * (lengths - 2 - inner + 1)[:, None]).long() if how == "block" else torch.zeros_like(lengths)[:, None]
+            (u * (lengths - 2 - inner + 1)[:, None]).long()
+            if how == Shorten.block
+            else torch.zeros_like(lengths)[:, None]
         )
         chosen = 1 + skipped + places[:inner]
     kept = torch.cat([torch.zeros_like(lengths)[:, None], chosen, (lengths - 1)[:, None]], dim=1)

@@ -161,7 +161,7 @@ class TarStream:
         views: Sequence[tuple[Transform, Sequence[Augmentation]]] = (),
         repeat_batches: int | None = None,
         text_length: Scheduled | None = None,
-        shorten: Shorten = "truncate",
+        shorten: Shorten = Shorten.truncate,
         max_image_bytes: int = MAX_IMAGE_BYTES,
     ) -> None:
         weights = [source.weight for source in sources]
@@ -169,9 +169,9 @@ class TarStream:
             raise ValueError(f"data.train.{name}.sources have weights {weights}; give every source a weight, or none")
         if transform is None and caption is None:
             raise ValueError(f"data.train.{name} has neither a caption nor a transform; name at least one")
-        if shorten != "truncate" and text_length is None:
+        if shorten != Shorten.truncate and text_length is None:
             raise ValueError(
-                f"data.train.{name}.shorten is {shorten}, but no length to shorten texts to is given; set "
+                f"data.train.{name}.shorten is {shorten.value}, but no length to shorten texts to is given; set "
                 f"data.train.{name}.text_length"
             )
         self.name = name

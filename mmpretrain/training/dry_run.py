@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -10,10 +10,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpretrain import optim
+from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
+from mmpretrain.config.schema import Precision, Strategy
 from mmpretrain.reporting.profiling import synchronize
-from mmpretrain.training.precision import PrecisionName, autocast
+from mmpretrain.schedules import Now
+from mmpretrain.training import parallel
+from mmpretrain.training.precision import autocast
+from mmpretrain.training.setup import Setup
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
 
@@ -38,7 +42,7 @@ def estimate(
     micro_batch: Batch,
     weights: Mapping[str, float],
     make_optimizer: Callable[[Task], torch.optim.Optimizer],
-    precision: PrecisionName,
+    precision: Precision,
     num_pairs: int,
     num_micro_batches: int = 1,
     has_average: bool = False,
@@ -122,6 +126,23 @@ def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Op
     twin.step()
     state = sum(value.nbytes for value in twin.state[probe].values() if isinstance(value, Tensor))
     return state * sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad) // probe.numel()
+
+
+def dry_run(setup: Setup) -> Mapping[str, float]:
+    """Say what a run would cost, and leave nothing behind."""
+    cfg, task, weights = setup.cfg, setup.task, setup.weights(0)
+    setup.freeze.apply(Now(0, setup.clock), weights)
+    batch = next(setup.micro_batches()).to(setup.device)
+    precision = cfg.trainer.precision
+    # Whole and not compiled, so that operations can be counted; what is kept and what is computed again is the run's.
+    parallel.prepare(task, setup.device, precision, replace(cfg.parallel, strategy=Strategy.ddp, compile=False))
+    costs = estimate(
+        task, batch, weights, lambda task: setup.optimizer(), precision, len(next(iter(batch.streams.values()))),
+        setup.num_micro_batches, has_average=cfg.trainer.ema_decay is not None,
+        num_shards=distributed.world_size() if cfg.parallel.strategy == Strategy.fsdp else 1,
+    )  # fmt: skip
+    show(costs, setup.num_steps, setup.num_micro_batches, str(setup.device))
+    return {"flops_per_pair": costs.flops_per_pair, "memory_bytes": costs.memory_bytes}
 
 
 def show(costs: Estimate, num_steps: int, num_micro_batches: int, device: str) -> None:

@@ -5,9 +5,9 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
+from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
 from mmpretrain.training.diagnose import unchanged_buffers
-from mmpretrain.training.precision import PrecisionName
 from mmpretrain.training.randomness import RandomnessWatch, SampleRandomness, checkpoint_contexts
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
@@ -150,16 +150,6 @@ def _culprits(task: Task, example: Batch, weights: Mapping[str, float], names: l
     return culprits or names
 
 
-@dataclass(frozen=True)
-class Parallel:
-    """What conf/parallel says."""
-
-    strategy: Literal["ddp", "fsdp", "none"] = "ddp"
-    activation_checkpointing: Literal["none", "blocks", "selective"] = "none"
-    compile: bool = False
-    timeout_seconds: float = 600.0
-
-
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The outermost repeated parts: the members of lists and sequences of one class that have parts themselves."""
     found: list[nn.Module] = []
@@ -173,7 +163,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def prepare(task: Task, device: torch.device, precision: PrecisionName, options: Parallel) -> Callable[[], Task]:
+def prepare(task: Task, device: torch.device, precision: Precision, options: ParallelConfig) -> Callable[[], Task]:
     """Checkpoint, compile and shard the task's blocks, in place, once; parameters keep their names.
 
     With FSDP2 on CUDA blocks are gathered in bf16 where the passes are, and gradients summed in float32; what stands
@@ -184,25 +174,25 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
     Raises: ValueError for several processes without a strategy, and for FSDP2 or checkpointing where they cannot be.
     """
     world = distributed.world_size()
-    if options.strategy == "none" and world > 1:
+    if options.strategy == Strategy.none and world > 1:
         raise ValueError(f"parallel.strategy is none, but there are {world} processes; expected parallel=ddp or fsdp")
-    if options.strategy == "fsdp" and task.model.image.has_batch_norm:
+    if options.strategy == Strategy.fsdp and task.model.image.has_batch_norm:
         raise ValueError(
             "parallel.strategy is fsdp, but model.image has BatchNorm, which it does not synchronise; use ddp"
         )
-    is_sharded = options.strategy == "fsdp" and world > 1
+    is_sharded = options.strategy == Strategy.fsdp and world > 1
     # Without weights, and before anything is done to its blocks.
     skeleton = copy.deepcopy(task, {id(p): _on_meta(p) for p in task.parameters()}) if is_sharded else task
     blocks = blocks_of(task)
     for block in blocks:
-        if options.activation_checkpointing != "none":
+        if options.activation_checkpointing != ActivationCheckpointing.none:
             if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules()):
                 raise ValueError(
-                    f"parallel.activation_checkpointing is {options.activation_checkpointing}, but {type(block).__name__} "
-                    "has BatchNorm, whose means would move twice a step; use parallel.activation_checkpointing=none"
+                    f"parallel.activation_checkpointing is {options.activation_checkpointing.value}, but "
+                    f"{type(block).__name__} has BatchNorm, whose means would move twice a step; use none"
                 )
             keeps = None
-            if options.activation_checkpointing == "selective":
+            if options.activation_checkpointing == ActivationCheckpointing.selective:
                 keeps = _saves_products
                 for module in block.modules():
                     if getattr(module, "inplace", False):  # an activation that would overwrite what is kept
@@ -213,7 +203,7 @@ def prepare(task: Task, device: torch.device, precision: PrecisionName, options:
     if is_sharded:
         mesh = init_device_mesh(device.type, (world,))
         # On the CPU norms take no parameters that are narrower than what they normalise.
-        dtype = torch.bfloat16 if precision == "bf16" and device.type == "cuda" else None
+        dtype = torch.bfloat16 if precision == Precision.bf16 and device.type == "cuda" else None
         policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

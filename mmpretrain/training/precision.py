@@ -1,18 +1,16 @@
 """The arithmetic of the forward and backward passes: bf16, fp16 with loss scaling, or fp32."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-PrecisionName = Literal["bf16", "fp16", "fp32"]
+from mmpretrain.config.schema import Precision
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 _GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000  # torch.amp.GradScaler's
 _INITIAL_SCALE = 2.0**16
 
 
-def autocast(device: torch.device, precision: PrecisionName) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """The context of the model's passes; parameters and losses stay float32."""
     return torch.autocast(device.type, _DTYPES.get(precision, torch.bfloat16), enabled=precision in _DTYPES)
 
@@ -24,8 +22,8 @@ class LossScale:
     skipped and halves the scale; 2,000 good ones in a row double it. In other precisions the scale stays one.
     """
 
-    def __init__(self, precision: PrecisionName, device: torch.device, scale: float | None, good_steps: int) -> None:
-        self.enabled = precision == "fp16"
+    def __init__(self, precision: Precision, device: torch.device, scale: float | None, good_steps: int) -> None:
+        self.enabled = precision == Precision.fp16
         initial = _INITIAL_SCALE if scale is None else scale
         self._scale = torch.tensor(initial if self.enabled else 1.0, device=device)
         self._good_steps = torch.tensor(good_steps, dtype=torch.int32, device=device)

@@ -10,18 +10,20 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from mmpretrain import distributed, errors, files
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.untrusted import TOKENIZER_FOLDER
 from mmpretrain.config import resolve
 from mmpretrain.config.schema import TrainConfig
+from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
 from mmpretrain.reporting import report
 from mmpretrain.reporting.metrics import print_results, read_results
-from mmpretrain.schedules import Schedule, scheduled_values
+from mmpretrain.schedules import Clock, Schedule, scheduled_values
 from mmpretrain.training import resume
+from mmpretrain.training.setup import fingerprint_of
 
 
 def open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | None:
@@ -127,7 +129,7 @@ def _make_printable(record: logging.LogRecord) -> bool:
 
 
 def finished(
-    folder: Path, num_steps: int, fingerprint: Mapping[str, Any], keep_last: int
+    folder: Path, clock: Clock, streams: Mapping[str, Stream], keep_last: int
 ) -> dict[str, float | None] | None:
     """The scores of a run whose last step is saved, and which then keeps no more than it should; on every process.
 
@@ -138,9 +140,9 @@ def finished(
         if not (folder / "results.json").exists():
             return None
         path = store.find_latest(folder / "checkpoints", set_aside=True)
-        if path is None or not resume.read_state(path).is_evaluated(num_steps):
+        if path is None or not resume.read_state(path).is_evaluated(clock.total_samples // clock.batch_size):
             return None
-        resume.check_fingerprint(path, fingerprint)
+        resume.check_fingerprint(path, fingerprint_of(streams))
         store.prune(folder / "checkpoints", keep_last)
         return read_results(folder / "results.json")
 

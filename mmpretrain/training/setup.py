@@ -1,21 +1,84 @@
-"""How a run is cut: its length in steps, a step's micro-batches, and what each step weighs."""
+"""A run before its first step: its length in steps, its micro-batches, what is frozen. Training and a dry run share it."""
 
 import sys
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
+from mmpretrain.config.instantiate import instantiate
+from mmpretrain.config.schema import TrainConfig
 from mmpretrain.data.loader import MicroBatches, StepSampler
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.schedules import Clock, Duration, Now, Value
+from mmpretrain.training import parallel
+from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.task import Task
 
 
-def weights_at(weights: Mapping[str, Value], now: Now) -> dict[str, float]:
-    """The objectives' weights for the step that starts at `now`."""
-    return {name: weight(now) for name, weight in weights.items()}
+class Setup:
+    """The parts of a run, checked together.
+
+    Args:
+        cfg: the configuration.
+        clock: measures durations.
+        task: the model and its objectives, on the training device.
+        weights: the objectives' weights, as functions of the samples seen.
+        streams: what the objectives read; the first one counts samples.
+        tokenizer: makes the streams' text.
+
+    Raises: ValueError for sizes that do not divide, and where nothing would be trained.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        clock: Clock,
+        task: Task,
+        weights: Mapping[str, Value],
+        streams: Mapping[str, Stream],
+        tokenizer: Tokenizer,
+    ) -> None:
+        self.cfg, self.clock, self.task = cfg, clock, task
+        self.streams, self.tokenizer = streams, tokenizer
+        self.scheduled_weights = weights
+        self.device = task.model.device
+        self.num_steps = clock.total_samples // clock.batch_size
+        self.num_micro_batches = count_micro_batches(clock.batch_size, cfg.trainer.micro_batch_size, task)
+        example = example_batch(streams, tokenizer, clock).to(self.device)
+        until = {
+            part: None if until is None else Duration.parse(until, f"trainer.freeze.{part}")
+            for part, until in (cfg.trainer.freeze or {}).items()
+        }
+        self.freeze = Freeze(task, until, parallel.reached_parameters(task, example))
+        self.freeze.check_trains(weights, clock)
+        parallel.settle_randomness(task, example, self.num_micro_batches)
+
+    def weights(self, samples: int) -> dict[str, float]:
+        """The objectives' weights for the step that starts at `samples`."""
+        now = Now(samples, self.clock)
+        return {name: weight(now) for name, weight in self.scheduled_weights.items()}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A new optimiser of the parameters as they are now."""
+        make = instantiate(self.cfg.optimizer, self.cfg.run.seed, "optimizer")
+        optimizer: torch.optim.Optimizer = make(self.task.named_parameters())
+        return optimizer
+
+    def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
+        """What this rank sees from a step on, read one by one as they are asked for."""
+        place = distributed.rank(), distributed.world_size(), self.num_micro_batches
+        reader = MicroBatches(self.streams, self.tokenizer, self.clock)
+        return map(reader.__getitem__, StepSampler(self.streams, self.clock, first_step, sys.maxsize, *place))
+
+
+def fingerprint_of(streams: Mapping[str, Stream]) -> dict[str, Any]:
+    """What data the streams read; a checkpoint made on other data is refused."""
+    return {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
 
 
 def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:
@@ -47,15 +110,6 @@ def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Tas
             "it; leave it null or choose an encoder without BatchNorm"
         )
     return share // size
-
-
-def micro_batches(
-    streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock, num_micro_batches: int, first_step: int = 0
-) -> Iterator[Batch]:
-    """What this rank sees from a step on, read one by one as they are asked for."""
-    place = distributed.rank(), distributed.world_size(), num_micro_batches
-    reader = MicroBatches(streams, tokenizer, clock)
-    return map(reader.__getitem__, StepSampler(streams, clock, first_step, sys.maxsize, *place))
 
 
 def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> Batch:

@@ -10,9 +10,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -20,24 +20,23 @@ from torch import Tensor
 from mmpretrain import distributed, files, optim
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoints import store
+from mmpretrain.config import resolve
+from mmpretrain.config.schema import Strategy
 from mmpretrain.data.loader import LoaderError, build_loader, received
-from mmpretrain.data.stream import Stream
-from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.errors import TrainingError
-from mmpretrain.reporting.metrics import HParam, MetricsWriter, ProgressBar, finite
+from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite
 from mmpretrain.reporting.profiling import profiled
 from mmpretrain.schedules import Duration, Now, Schedule, Value
 from mmpretrain.training import parallel, resume
 from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.training.ema import EMA
-from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.gradient_watch import GradientWatch
+from mmpretrain.training.init_from import init_from
 from mmpretrain.training.nonfinite import check_bad_step
-from mmpretrain.training.parallel import Parallel
-from mmpretrain.training.precision import LossScale, PrecisionName, autocast
+from mmpretrain.training.precision import LossScale, autocast
 from mmpretrain.training.quarantine import Quarantine
 from mmpretrain.training.resume import TrainState
-from mmpretrain.training.setup import clock_of, count_micro_batches, example_batch, micro_batches, weights_at
+from mmpretrain.training.setup import Setup, fingerprint_of
 from mmpretrain.training.step import StepLosses, forward_backward
 from mmpretrain.training.step_metrics import Window, is_better, train_values
 from mmpretrain.training.stop_signal import PREEMPTED_EXIT_CODE, Stopped, StopSignal
@@ -70,103 +69,56 @@ class Evaluation(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TrainerOptions:
-    """How long, in which precision and how often; see conf/train.yaml."""
-
-    duration: Duration
-    micro_batch_size: int | None
-    precision: PrecisionName
-    clip_grad_norm: float | None
-    ema_decay: Value | None
-    freeze: Mapping[str, Duration | None]
-    log_every: Duration
-    diagnose_every: Duration | None
-    checkpoint_every: Duration
-    keep_last: int
-    best: str | None
-    max_bad_steps: int
-    max_bad_fraction: float
-    profile_steps: int
-    workers: int | None
-    data_timeout_seconds: float
-    parallel: Parallel
-
-
 class Trainer:
     """One run: made ready by `__init__`, which resumes from the newest checkpoint, and carried out by `run`.
 
     Args:
-        task: the model and its objectives, on `device`.
-        streams: what the objectives read; the first one counts samples.
-        tokenizer: makes the streams' text.
-        make_optimizer: the optimiser of a task whose unreached parameters are frozen.
+        setup: the parts of the run; the configuration says where it lies.
         schedule: the learning rate's factor.
-        weights: the objectives' weights, as functions of the samples seen.
         evaluation: the evaluations, and when they are due.
-        options: lengths, precision and limits.
-        fingerprint: of the data; a checkpoint made on other data is refused.
-        folder: the run's directory.
-        device: where to compute.
-        initialize: fills a new run's task with weights; a resumed one does not need it.
-        hparams: what TensorBoard's table of runs shows of the configuration.
 
-    Raises: ValueError for sizes that do not divide, and for a checkpoint of other data.
+    Raises: ValueError for a checkpoint of other data or another model.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        streams: Mapping[str, Stream],
-        tokenizer: Tokenizer,
-        make_optimizer: Callable[[Task], torch.optim.Optimizer],
-        schedule: Schedule,
-        weights: Mapping[str, Value],
-        evaluation: Evaluation,
-        options: TrainerOptions,
-        fingerprint: Mapping[str, Any],
-        folder: Path,
-        device: torch.device,
-        initialize: Callable[[Task], None] | None = None,
-        hparams: Mapping[str, HParam] | None = None,
-    ) -> None:
+    def __init__(self, setup: Setup, schedule: Schedule, evaluation: Evaluation) -> None:
         self.started = time.perf_counter()
-        self.hparams = hparams or {}
-        self.task, self.streams, self.tokenizer = task, streams, tokenizer
-        self.schedule, self.weights, self.evaluation = schedule, weights, evaluation
-        self.options, self.fingerprint, self.folder, self.device = options, fingerprint, folder, device
-
-        self.clock = clock_of(streams, options.duration)
-        self.batch_size = self.clock.batch_size
-        self.num_steps = self.clock.total_samples // self.batch_size
-        self.num_micro_batches = count_micro_batches(self.batch_size, options.micro_batch_size, task)
-        example = example_batch(streams, tokenizer, self.clock).to(device)
-        self.freeze = Freeze(task, options.freeze, parallel.reached_parameters(task, example))
-        self.freeze.check_trains(weights, self.clock)
-        parallel.settle_randomness(task, example, self.num_micro_batches)
-        if self.freeze.unreached:
-            log.info("frozen, since no objective reaches them: %s", ", ".join(self.freeze.unreached))
-        saved = resume.find_checkpoint(folder, self.num_steps, fingerprint)
+        self.setup, self.schedule, self.evaluation = setup, schedule, evaluation
+        self.cfg, self.task, self.clock, self.device = cfg, task, clock, device = (
+            setup.cfg, setup.task, setup.clock, setup.device,
+        )  # fmt: skip
+        self.folder, self.precision = Path(str(cfg.run.dir)), cfg.trainer.precision
+        self.batch_size, self.num_steps = clock.batch_size, setup.num_steps
+        self.log_every = Duration.parse(cfg.trainer.log_every, "trainer.log_every")
+        self.checkpoint_every = Duration.parse(cfg.checkpoint.every, "checkpoint.every", wall_time=True)
+        self.diagnose_every = (
+            None
+            if cfg.trainer.diagnose_every is None
+            else Duration.parse(cfg.trainer.diagnose_every, "trainer.diagnose_every")
+        )
+        self.fingerprint = fingerprint_of(setup.streams)
+        if setup.freeze.unreached:
+            log.info("frozen, since no objective reaches them: %s", ", ".join(setup.freeze.unreached))
+        saved = resume.find_checkpoint(self.folder, self.num_steps, self.fingerprint)
         if distributed.is_main():
-            store.prune(folder / "checkpoints", options.keep_last)
+            store.prune(self.folder / "checkpoints", cfg.checkpoint.keep_last)
         if saved is not None:
             resume.load_task(saved, task)
-        elif initialize is not None:
-            initialize(task)
-        self.whole = parallel.prepare(task, device, options.precision, options.parallel)
-        self.optimizer = make_optimizer(task)
+        elif cfg.init_from is not None:
+            init_from(task, cfg.init_from)
+        self.whole = parallel.prepare(task, device, self.precision, cfg.parallel)
+        self.optimizer = setup.optimizer()
         parallel.check_optimizer(self.optimizer)
-        self.ema = None if options.ema_decay is None else EMA(task)
+        self.ema_decay = None if cfg.trainer.ema_decay is None else Value(cfg.trainer.ema_decay, "trainer.ema_decay")
+        self.ema = None if self.ema_decay is None else EMA(task)
         self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.ema)
         self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
-        self.loss_scale = LossScale(options.precision, device, self.state.loss_scale, self.state.good_steps)
-        now = Now(self.state.samples, self.clock)
-        self.freeze.apply(now, weights_at(weights, now))
+        self.loss_scale = LossScale(self.precision, device, self.state.loss_scale, self.state.good_steps)
+        setup.freeze.apply(Now(self.state.samples, clock), setup.weights(self.state.samples))
         self.wrapped = parallel.wrap(task, device)
-        workers = self._measured_workers() if options.workers is None else options.workers
+        workers = self._measured_workers() if cfg.data.workers == "auto" else cfg.data.workers
         self.loader = build_loader(
-            streams, tokenizer, self.clock, self.state.step, self.num_steps, distributed.rank(), distributed.world_size(),
-            self.num_micro_batches, workers, pin_memory=device.type == "cuda",
+            setup.streams, setup.tokenizer, clock, self.state.step, self.num_steps, distributed.rank(),
+            distributed.world_size(), setup.num_micro_batches, workers, pin_memory=device.type == "cuda",
         )  # fmt: skip
         self.transfer = Transfer(device)
         self.flags = distributed.LateFlags()
@@ -175,14 +127,16 @@ class Trainer:
         self.earlier_seconds = self.state.wall_seconds
         # Held while the state changes or is written, so that it can be saved while the loop hangs in a step.
         self.state_lock = threading.RLock()
-        self.quarantine = Quarantine(folder / "quarantine.jsonl", options.max_bad_fraction, self.state.num_refused)
+        self.quarantine = Quarantine(
+            self.folder / "quarantine.jsonl", cfg.data.max_bad_fraction, self.state.num_refused
+        )
         self._mark_whole()
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
             # What a step logs is written once it is evaluated; where that was cut short, it comes again.
             logged = self.state.step - 1, self.state.samples - self.batch_size
             is_pending = self.state.pending is not None
-            self.writer = MetricsWriter(folder, *(logged if is_pending else (self.state.step, self.state.samples)))
+            self.writer = MetricsWriter(self.folder, *(logged if is_pending else (self.state.step, self.state.samples)))
 
     def run(self) -> dict[str, float]:
         """Train to the end.
@@ -215,11 +169,11 @@ class Trainer:
         return self.results
 
     def _loop(self) -> None:
-        state, options, device = self.state, self.options, self.device
+        setup, state, options, device = self.setup, self.state, self.cfg.trainer, self.device
         self.window = Window()
         self.gradient_watch = GradientWatch()
         with (
-            closing(received(self.loader, options.data_timeout_seconds)) as batches,
+            closing(received(self.loader, self.cfg.data.timeout_seconds)) as batches,
             ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
             profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
         ):
@@ -228,14 +182,14 @@ class Trainer:
                     micro_batches = self._next(batches)
                 refused = [refusal for batch in micro_batches for refusal in batch.refused]
                 if state.step == 0 and self.writer is not None:
-                    self.writer.pairs(micro_batches[0], self.tokenizer)
+                    self.writer.pairs(micro_batches[0], self.setup.tokenizer)
                 now = Now(state.samples, self.clock)
-                weights = weights_at(self.weights, now)
+                weights = setup.weights(state.samples)
                 micro_batches = [self.transfer(self.task.counted(batch, weights)) for batch in micro_batches]
-                if self.freeze.apply(now, weights):
+                if setup.freeze.apply(now, weights):
                     self.wrapped = parallel.wrap(self.task, device)
 
-                passes = autocast(device, options.precision)
+                passes = autocast(device, self.precision)
                 scale = self.loss_scale.scale
                 diagnosis: dict[str, float] = {}
                 if self._is_diagnosis_due():
@@ -250,13 +204,13 @@ class Trainer:
                 before, after = state.samples, state.samples + self.batch_size
                 is_last = state.step + 1 == self.num_steps
                 known = self.flags.read()
-                check_bad_step(known, state.step, self.streams, self.clock, options.max_bad_steps)
+                check_bad_step(known, state.step, setup.streams, self.clock, options.max_bad_steps)
                 self.quarantine.add(refused)
                 self.window.add(self.batch_size)
                 if options.clip_grad_norm is None and distributed.is_main():
                     self.gradient_watch.add(state.step + 1, norms["all"])
                 values = diagnosis
-                if self.clock.is_due(options.log_every, before, after) or is_last:
+                if self.clock.is_due(self.log_every, before, after) or is_last:
                     values |= self._measure(losses, weights, norms, lr_factor, progress)
 
                 with self.state_lock:
@@ -264,8 +218,8 @@ class Trainer:
                     skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
                     self.task.constrain()
                     self.loss_scale.update(skipped)
-                    if self.ema is not None and options.ema_decay is not None:
-                        self.ema.update(skipped, options.ema_decay(now))
+                    if self.ema is not None and self.ema_decay is not None:
+                        self.ema.update(skipped, self.ema_decay(now))
                     self.bad_steps = (self.bad_steps + 1) * skipped
 
                     state.step, state.samples = state.step + 1, after
@@ -280,7 +234,7 @@ class Trainer:
                 profile_step()
                 with self.window.paused():
                     if is_last or (known.get("stop") and not due):
-                        check_bad_step(self.flags.read(), state.step, self.streams, self.clock, options.max_bad_steps)
+                        check_bad_step(self.flags.read(), state.step, setup.streams, self.clock, options.max_bad_steps)
                     if due or is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
                         # Before evaluation, which may fail or be killed.
                         self._save()
@@ -291,7 +245,7 @@ class Trainer:
 
     def _is_diagnosis_due(self) -> bool:
         """Before the first step, and whenever one begins at a multiple of `trainer.diagnose_every` or just behind it."""
-        every, begins = self.options.diagnose_every, self.state.samples
+        every, begins = self.diagnose_every, self.state.samples
         return every is not None and self.clock.is_due(every, begins - self.batch_size, begins)
 
     def _diagnose(
@@ -302,7 +256,9 @@ class Trainer:
             values = diagnose(self.task, micro_batches, weights, passes, scale)
             task = self.whole()
             if self.writer is not None:
-                for name, examples in show_examples(task, micro_batches[0], weights, passes, self.tokenizer.decode):
+                for name, examples in show_examples(
+                    task, micro_batches[0], weights, passes, self.setup.tokenizer.decode
+                ):
                     self.writer.examples(f"objectives/{name}", self.state.samples, examples)
         return values
 
@@ -322,23 +278,20 @@ class Trainer:
     def _measured_workers(self) -> int:
         """How many processes decode; nothing is trained. A collective."""
 
-        upcoming = micro_batches(
-            self.streams, self.tokenizer, self.clock, self.num_micro_batches, first_step=self.state.step
-        )
-        weights = weights_at(self.weights, Now(self.state.samples, self.clock))
+        upcoming, weights = self.setup.micro_batches(self.state.step), self.setup.weights(self.state.samples)
 
         def step(batches: list[Batch]) -> None:
-            passes = autocast(self.device, self.options.precision)
+            passes = autocast(self.device, self.precision)
             forward_backward(self.task, self.task, batches, weights, passes, self.loss_scale.scale)
             self.task.zero_grad()
 
         with unchanged_buffers(self.task):
-            return measured_workers(upcoming, step, self.device, min(self.num_micro_batches, 2))
+            return measured_workers(upcoming, step, self.device, min(self.setup.num_micro_batches, 2))
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of one step. Raises: TrainingError where the data cannot be read; LoaderError."""
         try:
-            return [next(batches) for _ in range(self.num_micro_batches)]
+            return [next(batches) for _ in range(self.setup.num_micro_batches)]
         except LoaderError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
@@ -353,7 +306,7 @@ class Trainer:
 
     def _post_flags(self, skipped: Tensor) -> None:
         """Tell the other ranks what this step brought; they know it one step later."""
-        every = self.options.checkpoint_every
+        every = self.checkpoint_every
         overdue = every.unit == "min" and time.perf_counter() - self.saved_at > 60 * every.value
         self.flags.post(
             {
@@ -366,7 +319,7 @@ class Trainer:
         )
 
     def _is_save_due(self, before: int) -> bool:
-        every = self.options.checkpoint_every
+        every = self.checkpoint_every
         return every.unit != "min" and self.clock.is_due(every, before, self.state.samples)
 
     def _measure(
@@ -383,9 +336,8 @@ class Trainer:
         # First what waits for the device: the time below is then that of work done.
         values = train_values(losses, weights, norms, self.task)
         self.gradient_watch.check()
-        values |= {
-            f"train/{name}_weight": weights[name] for name, value in self.weights.items() if not value.is_constant
-        }
+        scheduled = [name for name, value in self.setup.scheduled_weights.items() if not value.is_constant]
+        values |= {f"train/{name}_weight": weights[name] for name in scheduled}
         values["train/lr"] = self.optimizer.defaults["lr"] * lr_factor
         values["system/wall_seconds"] = self.earlier_seconds + time.perf_counter() - self.started
         values |= self.window.values(self.device)
@@ -416,14 +368,14 @@ class Trainer:
         scores = self._scores(due) if due else {}
         is_best = self._is_best(scores)
         state.results.update(scores)
-        state.best = scores[str(self.options.best)] if is_best else state.best
+        state.best = scores[str(self.cfg.checkpoint.best)] if is_best else state.best
         self._log({**(state.pending or {}), **scores})
         if state.step == self.num_steps:
             self._write_results()
         if self.writer is not None:
             path = store.path_of(self.folder / "checkpoints", state.step)
             if is_best:
-                store.mark_best(path, self.options.keep_last)
+                store.mark_best(path, self.cfg.checkpoint.keep_last)
             store.write_scores(path, state.results, state.best)
         state.pending = None
 
@@ -441,7 +393,7 @@ class Trainer:
 
     def _is_best(self, scores: Mapping[str, float]) -> bool:
         """Whether the metric of `checkpoint.best` is better than ever before; losses and perplexities fall."""
-        name = self.options.best
+        name = self.cfg.checkpoint.best
         if name is None or not scores:
             return False
         if name not in scores:
@@ -474,7 +426,7 @@ class Trainer:
                         state.step,
                         tensors,
                         {**asdict(state), **numbers},
-                        self.options.keep_last,
+                        self.cfg.checkpoint.keep_last,
                     )
                 except OSError as error:
                     return f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
@@ -488,7 +440,7 @@ class Trainer:
 
     def _can_be_rescued(self) -> bool:
         """Whether the state is whole and all on this process. BatchNorm's means move in the forward pass already."""
-        is_sharded = self.options.parallel.strategy == "fsdp" and distributed.world_size() > 1
+        is_sharded = self.cfg.parallel.strategy == Strategy.fsdp and distributed.world_size() > 1
         is_unmoved = self.buffer_versions == [buffer._version for buffer in self.task.buffers()]
         return self.is_whole and is_unmoved and not is_sharded
 
@@ -540,7 +492,7 @@ class Trainer:
         named = ", ".join(map(str, absent))
         lost = f"rank {named} is lost: killed, stopped, or waiting for its data" if absent else "a collective failed"
         reason = distributed.reason_of(error)
-        limit = f"parallel.timeout_seconds = {self.options.parallel.timeout_seconds:g}"
+        limit = f"parallel.timeout_seconds = {self.cfg.parallel.timeout_seconds:g}"
         raise TrainingError(f"step {step}: {lost} ({reason}; {limit}); {rescued}") from error
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -557,7 +509,7 @@ class Trainer:
         if distributed.is_main():
             files.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
         if self.writer is not None:
-            self.writer.hparams(self.hparams, ["train/loss", *self.state.results])
+            self.writer.hparams(resolve.hparams(self.cfg), ["train/loss", *self.state.results])
 
     def _close(self) -> None:
         if self.writer is not None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from mmpretrain import distributed
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.checkpoints import store
+from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Strategy
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.text import TextTransformer
@@ -34,7 +35,6 @@ from mmpretrain.training import parallel
 from mmpretrain.training.diagnose import diagnose
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.freeze import Freeze
-from mmpretrain.training.parallel import Parallel
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Encodings, Task
 
@@ -49,6 +49,11 @@ BIDIRECTIONAL = ("mlm", "mlm_words", "mlm_texts")
 
 RANDOM = {"proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "pos_drop_rate": 0.1, "drop_path_rate": 0.2}
 """Arguments of timm's for an image encoder that draws in every way it can."""
+
+
+def spread(strategy: str = "ddp", activation_checkpointing: str = "none", compile: bool = False) -> ParallelConfig:
+    """How a task is spread over processes; what is not named is as conf/parallel/ddp.yaml has it."""
+    return ParallelConfig(Strategy(strategy), ActivationCheckpointing(activation_checkpointing), compile)
 
 
 def make_task(objectives: tuple[str, ...], text_dropout: float = 0.0, **image_args: Any) -> Task:
@@ -130,7 +135,7 @@ def step(
     weights: dict[str, float],
     random: bool = False,
     batch_size: int = BATCH_SIZE,
-    options: Parallel | None = None,
+    options: ParallelConfig | None = None,
 ) -> Result:
     """One step's losses and gradients; on several ranks through DDP. `random`: with dropout and drop path."""
     task = make_task(objectives, 0.1, **RANDOM) if random else make_task(objectives)
@@ -150,7 +155,7 @@ def step(
 
 def train(
     objectives: tuple[str, ...],
-    options: Parallel,
+    options: ParallelConfig,
     num_micro_batches: int,
     num_steps: int,
     load: Path | None = None,
@@ -211,14 +216,14 @@ def train(
 def held() -> tuple[int, int, int]:
     """Numbers of weights and gradients that this process holds under FSDP2, and of weights of the whole task."""
     task = make_task(("infonce",))
-    whole = parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("fsdp"))
+    whole = parallel.prepare(task, torch.device("cpu"), "fp32", spread("fsdp"))
     forward_backward(task, task, make_batches(1), {"infonce": 1.0})
     parameters = [p for p in task.parameters() if isinstance(p, DTensor)]
     own = sum(p.to_local().numel() for p in parameters), sum(p.grad.to_local().numel() for p in parameters)  # type: ignore[union-attr]
     return *own, sum(p.numel() for p in whole().parameters() if not isinstance(p, DTensor))
 
 
-def bf16_losses(options: Parallel) -> list[float]:
+def bf16_losses(options: ParallelConfig) -> list[float]:
     """The losses of three steps in bf16."""
     task = make_task(("infonce", "mae")).float()
     Freeze(task, {}, parallel.reached_parameters(task, make_batches(1)[0]))
@@ -307,7 +312,7 @@ def refused_randomness(layer: type[nn.Module]) -> str:
 def refused_strategy() -> str:
     """What is said where there are several processes and no strategy."""
     try:
-        parallel.prepare(make_task(("infonce",)), torch.device("cpu"), "fp32", Parallel("none"))
+        parallel.prepare(make_task(("infonce",)), torch.device("cpu"), "fp32", spread("none"))
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -317,7 +322,7 @@ def refused_optimizer(name: str) -> str:
     """What is said of an optimiser of timm where weights are sharded."""
     task = make_task(("infonce",)).float()
     Freeze(task, {}, parallel.reached_parameters(task, make_batches(1)[0]))
-    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("fsdp"))
+    parallel.prepare(task, torch.device("cpu"), "fp32", spread("fsdp"))
     try:
         parallel.check_optimizer(timm_optimizer(task.named_parameters(), name, 1e-2, 0.1, {}))
     except ValueError as error:

@@ -10,7 +10,6 @@ from torch._dynamo.utils import counters
 
 from mmpretrain.batch import Batch
 from mmpretrain.training import parallel
-from mmpretrain.training.parallel import Parallel
 from mmpretrain.training.step import forward_backward
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
@@ -23,6 +22,7 @@ from tests.distributed.steps import (
     make_task,
     refused_optimizer,
     refused_strategy,
+    spread,
     train,
 )
 
@@ -36,7 +36,7 @@ MIXES = {
 
 @cache
 def on_one_process(mix: str) -> list[dict[str, float]]:
-    return train(MIXES[mix], Parallel(), 1, NUM_STEPS)
+    return train(MIXES[mix], spread(), 1, NUM_STEPS)
 
 
 def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -48,15 +48,15 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("mix", MIXES)
 def test_two_processes_give_the_losses_of_one(pool: Callable[[int], Pool], mix: str, strategy: str) -> None:
-    for found in pool(2).run(train, MIXES[mix], Parallel(strategy), 1, NUM_STEPS):  # type: ignore[arg-type]
+    for found in pool(2).run(train, MIXES[mix], spread(strategy), 1, NUM_STEPS):
         assert_same(found, on_one_process(mix))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_tower_that_is_frozen_for_a_time_is_so_on_two_processes(pool: Callable[[int], Pool], strategy: str) -> None:
-    expected = train(MIXES["clip"], Parallel(), 1, 6, None, None, 3)
+    expected = train(MIXES["clip"], spread(), 1, 6, None, None, 3)
     assert "norm_image" in expected[2] and expected[2]["norm_image"] == 0 < expected[3]["norm_image"]
-    for found in pool(2).run(train, MIXES["clip"], Parallel(strategy), 1, 6, None, None, 3):  # type: ignore[arg-type]
+    for found in pool(2).run(train, MIXES["clip"], spread(strategy), 1, 6, None, None, 3):
         assert_same(found, expected)
 
 
@@ -64,19 +64,19 @@ def test_a_checkpoint_of_fsdp_on_two_goes_on_with_ddp_on_one_and_with_fsdp_on_fo
     pool: Callable[[int], Pool], tmp_path: Path
 ) -> None:
     objectives = MIXES["clip_mae_mlm"]
-    expected = train(objectives, Parallel(), 1, 6)
-    for found in pool(2).run(train, objectives, Parallel("fsdp"), 1, 3, None, tmp_path):
+    expected = train(objectives, spread(), 1, 6)
+    for found in pool(2).run(train, objectives, spread("fsdp"), 1, 3, None, tmp_path):
         assert_same(found[:3], expected[:3])
     saved = tmp_path / "step_00000003"
-    assert_same(train(objectives, Parallel("ddp"), 1, 3, saved), expected[3:])
-    for found in pool(4).run(train, objectives, Parallel("fsdp"), 2, 3, saved):
+    assert_same(train(objectives, spread("ddp"), 1, 3, saved), expected[3:])
+    for found in pool(4).run(train, objectives, spread("fsdp"), 2, 3, saved):
         assert_same(found, expected[3:])
 
 
 @pytest.mark.parametrize(("mix", "kind"), [("coca", "blocks"), ("clip_mae_mlm", "selective")])
 def test_activation_checkpointing_changes_nothing(pool: Callable[[int], Pool], mix: str, kind: str) -> None:
-    assert_same(train(MIXES[mix], Parallel("ddp", kind), 2, NUM_STEPS), on_one_process(mix))  # type: ignore[arg-type]
-    for found in pool(2).run(train, MIXES[mix], Parallel("fsdp", kind), 1, NUM_STEPS):  # type: ignore[arg-type]
+    assert_same(train(MIXES[mix], spread("ddp", kind), 2, NUM_STEPS), on_one_process(mix))
+    for found in pool(2).run(train, MIXES[mix], spread("fsdp", kind), 1, NUM_STEPS):
         assert_same(found, on_one_process(mix))
 
 
@@ -90,7 +90,7 @@ def test_each_of_two_processes_holds_half_of_the_weights_and_gradients(pool: Cal
 @pytest.mark.parametrize(("kind", "calls"), [("none", 1), ("blocks", 2), ("selective", 2)])
 def test_checkpointed_blocks_run_again_in_the_backward_pass(kind: str, calls: int) -> None:
     task = make_task(("infonce",))
-    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", kind))  # type: ignore[arg-type]
+    parallel.prepare(task, torch.device("cpu"), "fp32", spread("ddp", kind))
     norms = [0]
     block = task.model.text.transformer["resblocks"][0]  # type: ignore[union-attr]
     block.ln_1.register_forward_hook(lambda *_: norms.__setitem__(0, norms[0] + 1))
@@ -103,7 +103,7 @@ def test_blocks_with_batch_norm_are_not_run_twice(kind: str) -> None:
     task = make_task(("infonce",))
     task.model.text.transformer["resblocks"][1].ln_2 = torch.nn.BatchNorm1d(16)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=rf"^parallel\.activation_checkpointing is {kind}, but \w+ has BatchNorm"):
-        parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", kind))  # type: ignore[arg-type]
+        parallel.prepare(task, torch.device("cpu"), "fp32", spread("ddp", kind))
 
 
 def test_what_is_kept_is_not_overwritten_by_an_activation_in_place() -> None:
@@ -112,7 +112,7 @@ def test_what_is_kept_is_not_overwritten_by_an_activation_in_place() -> None:
         task = make_task(("infonce",))
         for block in task.model.text.transformer["resblocks"]:  # type: ignore[union-attr]
             block.mlp.gelu = torch.nn.ReLU(inplace=True)
-        parallel.prepare(task, torch.device("cpu"), "fp32", Parallel("ddp", kind))  # type: ignore[arg-type]
+        parallel.prepare(task, torch.device("cpu"), "fp32", spread("ddp", kind))
         forward_backward(task, task, make_batches(1), {"infonce": 1.0})
         gradients.append({name: p.grad for name, p in task.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
@@ -121,14 +121,14 @@ def test_what_is_kept_is_not_overwritten_by_an_activation_in_place() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "blocks"])
 def test_compiled_blocks_give_the_same_losses(kind: str) -> None:
-    compiled = Parallel("ddp", kind, compile=True)  # type: ignore[arg-type]
-    assert_same(train(MIXES["clip"], compiled, 2, 4), train(MIXES["clip"], Parallel(), 2, 4))
+    compiled = spread("ddp", kind, compile=True)
+    assert_same(train(MIXES["clip"], compiled, 2, 4), train(MIXES["clip"], spread(), 2, 4))
 
 
 @pytest.mark.slow
 def test_compiled_blocks_of_two_processes_give_the_same_losses(pool: Callable[[int], Pool]) -> None:
-    expected = train(MIXES["clip"], Parallel(), 1, 4)
-    for found in pool(2).run(train, MIXES["clip"], Parallel("fsdp", compile=True), 1, 4):
+    expected = train(MIXES["clip"], spread(), 1, 4)
+    for found in pool(2).run(train, MIXES["clip"], spread("fsdp", compile=True), 1, 4):
         assert_same(found, expected)
 
 
@@ -138,7 +138,7 @@ def test_captions_of_other_lengths_are_not_compiled_anew(monkeypatch: pytest.Mon
     task = make_task(("infonce",))
     torch._dynamo.reset()
     counters.clear()
-    parallel.prepare(task, torch.device("cpu"), "fp32", Parallel(compile=True))
+    parallel.prepare(task, torch.device("cpu"), "fp32", spread(compile=True))
     graphs = []
     for seed in range(12):
         rows = torch.randperm(BATCH_SIZE, generator=torch.Generator().manual_seed(seed))
@@ -149,7 +149,7 @@ def test_captions_of_other_lengths_are_not_compiled_anew(monkeypatch: pytest.Mon
 
 
 def test_fsdp_in_bf16_gives_the_losses_of_ddp(pool: Callable[[int], Pool]) -> None:
-    ddp, fsdp = (pool(2).run(bf16_losses, Parallel(strategy))[0] for strategy in ("ddp", "fsdp"))  # type: ignore[arg-type]
+    ddp, fsdp = (pool(2).run(bf16_losses, spread(strategy))[0] for strategy in ("ddp", "fsdp"))
     assert fsdp == pytest.approx(ddp, rel=1e-5)
 
 

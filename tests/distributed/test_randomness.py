@@ -8,7 +8,6 @@ import pytest
 from torch import nn
 
 from mmpretrain.training import parallel
-from mmpretrain.training.parallel import Parallel
 from mmpretrain.training.randomness import SampleRandomness
 from tests import runs
 from tests.distributed.pool import Pool
@@ -24,6 +23,7 @@ from tests.distributed.steps import (
     example_batch,
     make_task,
     refused_randomness,
+    spread,
     step,
     task_with,
     train,
@@ -86,41 +86,41 @@ def test_several_ranks_draw_what_one_does(
 @pytest.mark.parametrize("objectives", [("infonce", "mae"), ("infonce", "coca", "causal_lm")], ids="+".join)
 def test_blocks_that_are_computed_again_draw_what_they_drew(objectives: tuple[str, ...], kind: str) -> None:
     for num_micro_batches in (1, 3):
-        found = step(objectives, num_micro_batches, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", kind))  # type: ignore[arg-type]
+        found = step(objectives, num_micro_batches, WEIGHTS, True, BATCH_SIZE, spread("ddp", kind))
         assert_same(found, on_one_process(objectives))
 
 
 def test_sharded_blocks_that_are_computed_again_draw_what_one_process_does(pool: Pools) -> None:
-    for found in pool(2).run(step, ("infonce", "mae"), 3, WEIGHTS, True, BATCH_SIZE, Parallel("fsdp", "blocks")):
+    for found in pool(2).run(step, ("infonce", "mae"), 3, WEIGHTS, True, BATCH_SIZE, spread("fsdp", "blocks")):
         assert_same(found, on_one_process(("infonce", "mae")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "blocks"])
 def test_compiled_blocks_draw_what_eager_ones_do(kind: str) -> None:
-    found = step(("infonce",), 3, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", kind, compile=True))  # type: ignore[arg-type]
+    found = step(("infonce",), 3, WEIGHTS, True, BATCH_SIZE, spread("ddp", kind, compile=True))
     assert_same(found, on_one_process(("infonce",)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["blocks", "selective"])
 def test_compiled_blocks_without_dropout_are_computed_again(kind: str) -> None:
-    found = step(("infonce",), 1, WEIGHTS, False, BATCH_SIZE, Parallel("ddp", kind, compile=True))  # type: ignore[arg-type]
+    found = step(("infonce",), 1, WEIGHTS, False, BATCH_SIZE, spread("ddp", kind, compile=True))
     assert_same(found, step(("infonce",), 1, WEIGHTS, False, BATCH_SIZE))
 
 
 def test_what_cannot_be_compiled_and_computed_again_is_refused() -> None:
     with pytest.raises(ValueError, match="drops at random, which the two together cannot compute again; use parallel"):
-        step(("infonce",), 1, WEIGHTS, True, BATCH_SIZE, Parallel("ddp", "selective", compile=True))
+        step(("infonce",), 1, WEIGHTS, True, BATCH_SIZE, spread("ddp", "selective", compile=True))
 
 
 def test_a_run_goes_on_with_other_micro_batches(tmp_path: Path, pool: Pools) -> None:
     mix = ("infonce", "mae_images", "mlm_texts")
-    whole = train(mix, Parallel(), 1, 6, random=True)
-    train(mix, Parallel(), 1, 3, save=tmp_path, random=True)
+    whole = train(mix, spread(), 1, 6, random=True)
+    train(mix, spread(), 1, 3, save=tmp_path, random=True)
     (saved,) = tmp_path.glob("step_*")
-    alone = train(mix, Parallel(), 4, 3, saved, random=True)
-    both = pool(2).run(train, mix, Parallel(), 2, 3, saved, None, 0, True)
+    alone = train(mix, spread(), 4, 3, saved, random=True)
+    both = pool(2).run(train, mix, spread(), 2, 3, saved, None, 0, True)
     for found in (alone, *both):
         for ours, theirs in zip(found[:3], whole[3:6], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-10)
