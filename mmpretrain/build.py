@@ -1,5 +1,6 @@
 """From the configuration to the parts of a run: plain functions from dataclasses to objects."""
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from mmpretrain.evals.base import Evaluator
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.base import check_hooks, hooks_of
 from mmpretrain.schedules import Duration, Value
 from mmpretrain.training.task import Task
 
@@ -65,7 +67,11 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, Value]]:
     objectives = {}
     for name in weights:
         node = {key: value for key, value in cfg.objective[name].items() if key != "weight"}
-        objectives[name] = instantiate.instantiate(node, cfg.run.seed, f"objective.{name}", model=model)
+        path = f"objective.{name}"
+        takes_path = "config_path" in inspect.signature(instantiate.find(node["_target_"])).parameters
+        runtime = {"model": model, **({"config_path": path} if takes_path else {})}
+        objectives[name] = instantiate.instantiate(node, cfg.run.seed, path, **runtime)
+        check_hooks(objectives[name], path)
     return Task(model, objectives), weights
 
 
@@ -196,8 +202,7 @@ def build_tokenizer(node: instantiate.Node, task: Task) -> Tokenizer:
     if task.model.text is not None:
         fit_tokenizer(tokenizer, task.model.text)
     for objective in task.objectives.values():
-        if hasattr(objective, "fit"):
-            objective.fit(tokenizer)
+        hooks_of(objective).set_tokenizer(tokenizer)
     return tokenizer
 
 

@@ -55,8 +55,8 @@ def measure(
     def step(i: int) -> torch.Tensor:
         batch = batches[i % NUM_BATCHES]
         losses = forward_backward(wrapped, task, [batch], {"infonce": 1.0}, autocast(device, precision))
-        optim.guarded_step(optimizer, optim.grad_norms(optimizer)["all"], None)
-        task.constrain()
+        skipped = optim.guarded_step(optimizer, optim.grad_norms(optimizer)["all"], None)
+        task.after_step(batch.now, skipped)
         return losses.coupled["infonce"]
 
     losses = [float(step(i)) for i in range(steps)]

@@ -178,8 +178,8 @@ class Ours:
                 self.task, self.task, [batch], {"infonce": 1.0}, autocast(self.work.device, self.work.precision)
             )
             norms = optim.grad_norms(self.optimizer)
-            optim.guarded_step(self.optimizer, norms["all"], None)
-            self.task.constrain()
+            skipped = optim.guarded_step(self.optimizer, norms["all"], None)
+            self.task.after_step(batch.now, skipped)
             self.losses.append(losses.coupled["infonce"])
 
 

@@ -78,7 +78,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
                 "choose objectives with objective=[...], then override their arguments"
             )
         check_value(f"objective.{name}.weight", node.get("weight", 1.0), at_least=0)
-        check_targets(node, f"objective.{name}", ("model",), ("weight",))
+        check_targets(node, f"objective.{name}", ("model", "config_path"), ("weight",))
     check_targets(config.optimizer, "optimizer", ("parameters",))
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)

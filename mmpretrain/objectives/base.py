@@ -3,23 +3,22 @@
 An objective's `__init__` takes the model first, for its shapes alone, then the arguments of its YAML. It holds
 the heads that it alone uses. No objective knows of ranks, micro-batches or other objectives.
 
-It may have, beside them: `num_views`, how many further views of its streams' images it reads; `constrain()`, called
-after each step; `fit(tokenizer: TokenIds)`, called before the first; `examples(encodings, decode) -> list[Example]`,
-something to look at of each sample of a few.
+An objective may also define the hooks of `Hooks`, which have defaults. If its `__init__` has a parameter `config_path`, it
+receives its own name in the configuration, such as `objective.mae`, for its messages.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec
-from mmpretrain.schedules import Now, Scheduled, Value
+from mmpretrain.schedules import Now
 
 Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
@@ -103,52 +102,55 @@ class CoupledObjective(Protocol):
 
 
 Objective = IndependentObjective | CoupledObjective
-Couple = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
-"""(objective, rows of this micro-batch, shared) -> (d loss / d rows, d loss / d shared)."""
 
 
-class DroppedPatches:
-    """Which patches a contrastive objective drops at some moment (FLIP, Li et al. 2023).
+@dataclass(frozen=True)
+class Hooks:
+    """What an objective may define besides the methods of its protocol, with the defaults.
 
-    All objectives that drop the same part of a stream's patches share one pass of the encoder.
-
-    Args:
-        model: its image encoder must be a plain ViT where any are dropped.
-        ratio: the part that is dropped, 0 for none.
-        kind: see `masking.MaskSpec`.
-        key: the configuration key of the ratio, for messages.
-
-    Raises: ValueError if the encoder cannot drop patches, or the ratio leaves [0, 1).
+    State that hooks keep belongs in buffers or in parameters that need no gradient: checkpoints hold both, and a resumed run
+    goes on from them. Forward passes outside of training (a dry run, a diagnosis, an evaluation) call no hook.
     """
 
-    def __init__(self, model: ImageTextModel, ratio: Scheduled, kind: Literal["random", "block"], key: str) -> None:
-        self._ratio = Value(ratio, key, at_least=0, below=1)
-        self._kind: Literal["random", "block"] = kind
-        if max(self._ratio.values) > 0 and not model.image.is_vit:
+    num_views: int = 0
+    """The number of additional views of its streams' images that it reads (SimCLR reads 2)."""
+    perplexity: bool = False
+    """Whether exp(loss) is logged as `<objective>_perplexity`."""
+    set_tokenizer: Callable[[TokenIds], None] = lambda tokenizer: None
+    """Called once, before the first step and before weights are loaded."""
+    after_init: Callable[[ImageTextModel], None] = lambda model: None
+    """Called once in a new run, with the model's first weights, those of `init_from` included: a teacher copies them here.
+    A resumed run has its state from the checkpoint and does not call it."""
+    after_step: Callable[[ImageTextModel, Now, Tensor], None] = lambda model, now, skipped: None
+    """Called after each optimiser step on every rank: (the model, the samples seen before the step, whether the step was
+    skipped for a gradient that is not finite, a float32 scalar of 0 or 1 on the device). Moves a teacher's average or a
+    queue, or clamps a parameter. Branching on `skipped` would make the host wait: use torch.where or multiply."""
+    examples: Callable[[Encodings, Decode], list[Example]] | None = None
+    """Gives pictures and texts of each sample of a small batch, for TensorBoard."""
+
+
+_HOOKS = {hook.name: hook for hook in fields(Hooks)}
+_RENAMED = {"constrain": "after_step(model, now, skipped)", "fit": "set_tokenizer(tokenizer)"}
+
+
+def hooks_of(objective: Objective) -> Hooks:
+    """The hooks that an objective defines; defaults stand in for the others."""
+    return Hooks(**{name: getattr(objective, name) for name in _HOOKS if hasattr(objective, name)})
+
+
+def check_hooks(objective: Objective, config_path: str) -> None:
+    """Raises: ValueError for a method that is probably meant as a hook, but is spelt otherwise."""
+    own = {
+        name for kind in type(objective).__mro__ if kind.__module__.partition(".")[0] != "torch" for name in vars(kind)
+    }
+    for name in sorted(own - {*_HOOKS, "count", "loss", "embed", "streams"}):
+        meant = _RENAMED.get(name) or next(iter(get_close_matches(name, _HOOKS, n=1, cutoff=0.8)), None)
+        if meant is not None and not name.startswith("_"):
             raise ValueError(
-                f"{key} is {ratio}, but model.image cannot drop patches; expected a plain ViT (vit_*), or 0"
+                f"{config_path}: {type(objective).__name__}.{name} is no hook of an objective and would never be called; "
+                f"did you mean {meant}?"
             )
 
-    def __call__(self, now: Now) -> MaskSpec | None:
-        """The mask at `now`; None where nothing is dropped."""
-        ratio = self._ratio(now)
-        return MaskSpec("contrast", (ratio, ratio), self._kind) if ratio else None
 
-
-def next_tokens(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """What is predicted at each place but the last: (the token after it int64 [b, L - 1], whether there is one, bool)."""
-    places = torch.arange(ids.shape[1] - 1, device=ids.device)
-    return ids[:, 1:], places < (lengths - 1)[:, None]
-
-
-Places = tuple[Tensor, Tensor]
-"""(rows, columns), int64 [n] each."""
-
-
-def places(mask: Tensor, number: int | None) -> Places:
-    """Where a mask, bool [b, L], is true: an index as the mask itself is.
-
-    `number`: how many there are, exactly; None: not known, so that the host waits for the device to count them.
-    """
-    found = mask.nonzero() if number is None else torch.nonzero_static(mask, size=number)
-    return found[:, 0], found[:, 1]
+Couple = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+"""(objective, rows of this micro-batch, shared) -> (d loss / d rows, d loss / d shared)."""

@@ -10,7 +10,8 @@ from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.fusion import FusionDecoder
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.rows import Rows
-from mmpretrain.objectives.base import Decode, Encodings, Example, Terms, next_tokens, places
+from mmpretrain.objectives.base import Decode, Encodings, Example, Terms
+from mmpretrain.objectives.token_targets import next_tokens, true_positions
 from mmpretrain.seeds import hash64, torch_uniform
 
 
@@ -43,21 +44,22 @@ class Captioning(nn.Module):
         num_queries: int = 256,
         parallel: float = 0.0,
         stream: str = "pairs",
+        config_path: str = "objective.captioning",
     ) -> None:
         super().__init__()
         if model.text is None or not model.text.causal:
             raise ValueError(
-                "objective.captioning needs a causal text encoder; set model.text.causal=true, and leave out mlm, which "
+                f"{config_path} needs a causal text encoder; set model.text.causal=true, and leave out mlm, which "
                 "needs one that sees both ways"
             )
         if not 0 <= parallel <= 1:
-            raise ValueError(f"objective.captioning.parallel is {parallel}; expected a part of the captions, 0 to 1")
-        check_number("objective.captioning.decoder_depth", decoder_depth, at_least=1)
-        check_number("objective.captioning.decoder_heads", decoder_heads, at_least=1)
-        check_number("objective.captioning.num_queries", num_queries, at_least=0)
+            raise ValueError(f"{config_path}.parallel is {parallel}; expected a part of the captions, 0 to 1")
+        check_number(f"{config_path}.decoder_depth", decoder_depth, at_least=1)
+        check_number(f"{config_path}.decoder_heads", decoder_heads, at_least=1)
+        check_number(f"{config_path}.num_queries", num_queries, at_least=0)
         if model.text.width % decoder_heads:
             raise ValueError(
-                f"objective.captioning.decoder_heads is {decoder_heads}; expected a divisor of model.text.width = "
+                f"{config_path}.decoder_heads is {decoder_heads}; expected a divisor of model.text.width = "
                 f"{model.text.width}"
             )
         self.context_length = model.text.context_length
@@ -125,7 +127,7 @@ class Captioning(nn.Module):
     def loss(self, encodings: Encodings) -> Terms:
         """The sum of the cross-entropies, and of the hits as `accuracy`."""
         labels, is_label = next_tokens(*encodings.batch.texts(self.streams[0]))
-        predicted = places(is_label, encodings.num_terms(self))
+        predicted = true_positions(is_label, encodings.num_terms(self))
         states = self.decode(encodings)[predicted]
         loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[predicted])
         return loss, {"accuracy": hits}

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives.base import Encodings, Terms, next_tokens, places
+from mmpretrain.objectives.base import Encodings, Terms
+from mmpretrain.objectives.token_targets import next_tokens, true_positions
 
 
 class CausalLM(nn.Module):
@@ -22,10 +23,10 @@ class CausalLM(nn.Module):
 
     perplexity = True
 
-    def __init__(self, model: ImageTextModel, stream: str = "pairs") -> None:
+    def __init__(self, model: ImageTextModel, stream: str = "pairs", config_path: str = "objective.causal_lm") -> None:
         super().__init__()
         if model.text is None or not model.text.causal:
-            raise ValueError("objective.causal_lm needs a causal text encoder; set model.text.causal=true")
+            raise ValueError(f"{config_path} needs a causal text encoder; set model.text.causal=true")
         self.streams = (stream,)
 
     def count(self, batch: Batch) -> Tensor:
@@ -37,7 +38,7 @@ class CausalLM(nn.Module):
         """The sum of the cross-entropies, and of the hits as `accuracy`."""
         (stream,) = self.streams
         labels, is_label = next_tokens(*encodings.batch.texts(stream))
-        predicted = places(is_label, encodings.num_terms(self))
+        predicted = true_positions(is_label, encodings.num_terms(self))
         states = encodings.text(stream).tokens[predicted]
         loss, hits = token_cross_entropy(states, encodings.token_embeddings, labels[predicted])
         return loss, {"accuracy": hits}

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mmpretrain.errors import check_number
 from mmpretrain.losses import info_nce, multi_positive_info_nce
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives.base import DroppedPatches, Encodings
-from mmpretrain.schedules import Scheduled
+from mmpretrain.objectives.base import Encodings
+from mmpretrain.objectives.patch_drop import PatchDrop
+from mmpretrain.schedules import Now, Scheduled
 
 
 class InfoNCE(nn.Module):
@@ -37,13 +38,14 @@ class InfoNCE(nn.Module):
         mask_kind: Literal["random", "block"] = "random",
         stream: str = "pairs",
         positives: Literal["pair", "group"] = "pair",
+        config_path: str = "objective.infonce",
     ) -> None:
         super().__init__()
-        self.streams = (stream,)
-        self.patches = DroppedPatches(model, mask_ratio, mask_kind, "objective.infonce.mask_ratio")
+        self.streams, self._config_path = (stream,), config_path
+        self.patches = PatchDrop(model, mask_ratio, mask_kind, f"{config_path}.mask_ratio")
         self.positives = positives
-        check_number("objective.infonce.max_logit_scale", max_logit_scale, above=1)
-        check_number("objective.infonce.init_logit_scale", init_logit_scale, at_least=1, at_most=max_logit_scale)
+        check_number(f"{config_path}.max_logit_scale", max_logit_scale, above=1)
+        check_number(f"{config_path}.init_logit_scale", init_logit_scale, at_least=1, at_most=max_logit_scale)
         self.max_logit_scale = max_logit_scale
         self.logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
 
@@ -61,7 +63,7 @@ class InfoNCE(nn.Module):
             rows["groups"] = samples.groups
         else:
             raise ValueError(
-                f"objective.infonce.positives is 'group', but data.train.{stream}.group is null; set it to caption, id, "
+                f"{self._config_path}.positives is 'group', but data.train.{stream}.group is null; set it to caption, id, "
                 "cls or json.<field>"
             )
         return rows, {"logit_scale": self.logit_scale.exp()}
@@ -75,6 +77,6 @@ class InfoNCE(nn.Module):
         return info_nce(rows["image"], rows["text"], shared["logit_scale"], rows["ids"], split=True)
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        """After a step: s back into its bounds. (A clamp in the forward pass would stop s for good.)"""
+    def after_step(self, model: ImageTextModel, now: Now, skipped: Tensor) -> None:
+        """Clamp s to its bounds. (A clamp in the forward pass would stop s for good.)"""
         self.logit_scale.clamp_(0, math.log(self.max_logit_scale))

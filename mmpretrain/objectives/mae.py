@@ -44,31 +44,32 @@ class MAE(nn.Module):
         decoder_heads: int = 16,
         norm_pix: bool = True,
         stream: str = "pairs",
+        config_path: str = "objective.mae",
     ) -> None:
         super().__init__()
         encoder = model.image
         if not encoder.is_vit:
             raise ValueError(
-                "objective.mae needs a plain ViT of timm (vit_*) as model.image; this one cannot drop patches"
+                f"{config_path} needs a plain ViT of timm (vit_*) as model.image; this one cannot drop patches"
             )
         ends = mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio, mask_ratio)
         if len(ends) != 2:
             raise ValueError(
-                f"objective.mae.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order"
+                f"{config_path}.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order"
             )
-        self._least, self._most = (Value(end, "objective.mae.mask_ratio", above=0, below=1) for end in ends)
+        self._least, self._most = (Value(end, f"{config_path}.mask_ratio", above=0, below=1) for end in ends)
         if min(self._least.values) > min(self._most.values):
-            raise ValueError(f"objective.mae.mask_ratio is {mask_ratio}; expected two in order, the smallest first")
+            raise ValueError(f"{config_path}.mask_ratio is {mask_ratio}; expected two in order, the smallest first")
         if num_kept(encoder.num_patches, min(self._least.values)) == encoder.num_patches:
             raise ValueError(
-                f"objective.mae.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "
+                f"{config_path}.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "
                 f"expected at least {1 / encoder.num_patches:.3g}"
             )
-        check_number("objective.mae.decoder_heads", decoder_heads, at_least=1)
-        check_number("objective.mae.decoder_depth", decoder_depth, at_least=0)
+        check_number(f"{config_path}.decoder_heads", decoder_heads, at_least=1)
+        check_number(f"{config_path}.decoder_depth", decoder_depth, at_least=0)
         if decoder_width % decoder_heads or decoder_width % 4:
             raise ValueError(
-                f"objective.mae.decoder_width is {decoder_width}; "
+                f"{config_path}.decoder_width is {decoder_width}; "
                 f"expected a multiple of 4 and of decoder_heads = {decoder_heads}"
             )
         self.streams = (stream,)

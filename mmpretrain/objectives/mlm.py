@@ -10,7 +10,8 @@ from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import TokenMaskSpec, chosen_tokens
-from mmpretrain.objectives.base import Decode, Encodings, Example, Places, Terms, TokenIds, places
+from mmpretrain.objectives.base import Decode, Encodings, Example, Terms, TokenIds
+from mmpretrain.objectives.token_targets import true_positions
 from mmpretrain.schedules import Now, Scheduled, Value
 
 
@@ -42,19 +43,20 @@ class MLM(nn.Module):
         whole_words: bool = False,
         mask_id: int | None = None,
         stream: str = "pairs",
+        config_path: str = "objective.mlm",
     ) -> None:
         super().__init__()
         if model.text is None or model.text.causal:
             raise ValueError(
-                "objective.mlm needs a text encoder that sees both ways; set model.text.causal=false, and leave out "
+                f"{config_path} needs a text encoder that sees both ways; set model.text.causal=false, and leave out "
                 "causal_lm and captioning, which need a causal one"
             )
-        self._mask_ratio = Value(mask_ratio, "objective.mlm.mask_ratio", above=0, below=1)
+        self._mask_ratio = Value(mask_ratio, f"{config_path}.mask_ratio", above=0, below=1)
         if min(replaced, randomised) < 0 or replaced + randomised > 1:
             raise ValueError(
-                f"objective.mlm has replaced={replaced}, randomised={randomised}; expected parts that add up to at most 1"
+                f"{config_path} has replaced={replaced}, randomised={randomised}; expected parts that add up to at most 1"
             )
-        self.streams = (stream,)
+        self.streams, self._config_path = (stream,), config_path
         vocab_size = model.text.vocab_size
         self._mask_id = mask_id
         self._spec = TokenMaskSpec(
@@ -73,7 +75,7 @@ class MLM(nn.Module):
         nn.init.normal_(self.dense.weight, std=0.02)
         nn.init.zeros_(self.dense.bias)
 
-    def fit(self, tokenizer: TokenIds) -> None:
+    def set_tokenizer(self, tokenizer: TokenIds) -> None:
         """Take the tokenizer's mask token, and draw random tokens from its vocabulary.
 
         Raises: ValueError if the mask token would be a word of the text, or has no row in the encoder.
@@ -84,11 +86,11 @@ class MLM(nn.Module):
             mask_id = rows - 1 if tokenizer.mask_id is None else tokenizer.mask_id
         if not 0 <= mask_id < rows:
             raise ValueError(
-                f"objective.mlm.mask_id is {mask_id}; expected one of the {rows} rows of model.text.vocab_size"
+                f"{self._config_path}.mask_id is {mask_id}; expected one of the {rows} rows of model.text.vocab_size"
             )
         if mask_id < tokenizer.vocab_size and mask_id != tokenizer.mask_id:
             raise ValueError(
-                f"objective.mlm would hide tokens behind id {mask_id}, which is a token of the text; "
+                f"{self._config_path} would hide tokens behind id {mask_id}, which is a token of the text; "
                 f"expected a row of its own: model.text.vocab_size={tokenizer.vocab_size + 1}"
             )
         self._spec = replace(self._spec, mask_id=mask_id, vocab_size=min(rows, tokenizer.vocab_size))
@@ -103,11 +105,11 @@ class MLM(nn.Module):
         text, lengths = batch.texts(self.streams[0])
         return chosen_tokens(text.shape[1], lengths, samples.seeds, self.mask(batch.now), samples.word_starts).sum()
 
-    def predict(self, encodings: Encodings) -> tuple[Tensor, Places]:
+    def predict(self, encodings: Encodings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(states of the chosen tokens [n, d], to be held against the vocabulary; where they stand)."""
         (stream,) = self.streams
         mask = self.mask(encodings.batch.now)
-        chosen = places(encodings.token_mask(stream, mask).chosen, encodings.num_terms(self))
+        chosen = true_positions(encodings.token_mask(stream, mask).chosen, encodings.num_terms(self))
         # The vocabulary's product is the dearest of all: only for tokens that are predicted.
         states = encodings.text(stream, mask).tokens[chosen]
         return self.norm(F.gelu(self.dense(states))), chosen

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mmpretrain.errors import check_number
 from mmpretrain.losses import sigmoid_loss
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives.base import DroppedPatches, Encodings
+from mmpretrain.objectives.base import Encodings
+from mmpretrain.objectives.patch_drop import PatchDrop
 from mmpretrain.schedules import Scheduled
 
 
@@ -35,11 +36,12 @@ class Sigmoid(nn.Module):
         mask_ratio: Scheduled = 0.0,
         mask_kind: Literal["random", "block"] = "random",
         stream: str = "pairs",
+        config_path: str = "objective.sigmoid",
     ) -> None:
         super().__init__()
         self.streams = (stream,)
-        self.patches = DroppedPatches(model, mask_ratio, mask_kind, "objective.sigmoid.mask_ratio")
-        check_number("objective.sigmoid.init_logit_scale", init_logit_scale, above=0)
+        self.patches = PatchDrop(model, mask_ratio, mask_kind, f"{config_path}.mask_ratio")
+        check_number(f"{config_path}.init_logit_scale", init_logit_scale, above=0)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
         self.logit_bias = nn.Parameter(torch.tensor([float(init_logit_bias)]))
 

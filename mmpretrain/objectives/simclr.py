@@ -55,11 +55,12 @@ class SimCLR(nn.Module):
         embed_dim: int = 256,
         norm: Literal["batch", "layer"] = "batch",
         stream: str = "pairs",
+        config_path: str = "objective.simclr",
     ) -> None:
         super().__init__()
-        check_number("objective.simclr.temperature", temperature, above=0)
-        check_number("objective.simclr.hidden_width", hidden_width, at_least=1)
-        check_number("objective.simclr.embed_dim", embed_dim, at_least=1)
+        check_number(f"{config_path}.temperature", temperature, above=0)
+        check_number(f"{config_path}.hidden_width", hidden_width, at_least=1)
+        check_number(f"{config_path}.embed_dim", embed_dim, at_least=1)
         self.streams = (stream,)
         self.temperature = temperature
 

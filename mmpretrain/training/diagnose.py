@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
-from mmpretrain.objectives.base import Decode, Example
+from mmpretrain.objectives.base import Decode, Example, hooks_of
 from mmpretrain.reporting.profiling import synchronize
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Encodings, Task
@@ -89,9 +89,9 @@ def show_examples(
     }
     task.eval()
     for name, objective in task.objectives.items():
-        if weights[name] and hasattr(objective, "examples"):
+        if weights[name] and (examples := hooks_of(objective).examples) is not None:
             with autocast:
-                yield name, objective.examples(Encodings(task.model, replace(batch, streams=streams)), decode)
+                yield name, examples(Encodings(task.model, replace(batch, streams=streams)), decode)
     task.train()
 
 

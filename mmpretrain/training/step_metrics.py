@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from mmpretrain.objectives.base import hooks_of
 from mmpretrain.training.step import StepLosses
 from mmpretrain.training.task import Task
 
@@ -66,7 +67,7 @@ def train_values(
     values |= {
         f"train/{name}_perplexity": math.exp(min(each["loss"], _LARGEST_EXPONENT))
         for name, each in means.items()
-        if getattr(task.objectives[name], "perplexity", False)
+        if hooks_of(task.objectives[name]).perplexity
     }
     for name, shared in losses.shared.items():
         # The rest are a head's weights.

@@ -12,7 +12,8 @@ from mmpretrain.batch import Batch, Samples
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec, mask_tokens, patch_mask
-from mmpretrain.objectives.base import Couple, CoupledObjective, IndependentObjective, Objective
+from mmpretrain.objectives.base import Couple, CoupledObjective, IndependentObjective, Objective, hooks_of
+from mmpretrain.schedules import Now
 from mmpretrain.training.randomness import SampleRandomness
 
 
@@ -175,7 +176,7 @@ class Task(nn.Module):
     def num_views(self, stream: str) -> int:
         """How many of a stream's own views some objective reads: no other is decoded."""
         readers = (objective for objective in self.objectives.values() if stream in objective.streams)
-        return max((getattr(objective, "num_views", 0) for objective in readers), default=0)
+        return max((hooks_of(objective).num_views for objective in readers), default=0)
 
     def coupled(self, name: str) -> CoupledObjective:
         """The coupled objective `name`."""
@@ -250,11 +251,20 @@ class Task(nn.Module):
                 total = total + weights[name] * share
         return total, sums
 
-    def constrain(self) -> None:
-        """After a step: parameters that have bounds back into them."""
+    def after_init(self) -> None:
+        """Call the objectives' `after_init` hooks, once the model has its first weights."""
         for objective in self.objectives.values():
-            if hasattr(objective, "constrain"):
-                objective.constrain()
+            hooks_of(objective).after_init(self.model)
+
+    def after_step(self, now: Now, skipped: Tensor) -> None:
+        """Call the objectives' `after_step` hooks.
+
+        Args:
+            now: the samples seen before the step.
+            skipped: whether the step was skipped, a float32 scalar of 0 or 1.
+        """
+        for objective in self.objectives.values():
+            hooks_of(objective).after_step(self.model, now, skipped)
 
 
 def _inner(values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:

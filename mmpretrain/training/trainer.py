@@ -103,8 +103,10 @@ class Trainer:
             store.prune(self.folder / "checkpoints", cfg.checkpoint.keep_last)
         if saved is not None:
             resume.load_task(saved, task)
-        elif cfg.init_from is not None:
-            init_from(task, cfg.init_from)
+        else:
+            if cfg.init_from is not None:
+                init_from(task, cfg.init_from)
+            task.after_init()
         self.whole = parallel.prepare(task, device, self.precision, cfg.parallel)
         self.optimizer = setup.optimizer()
         parallel.check_optimizer(self.optimizer)
@@ -216,7 +218,7 @@ class Trainer:
                 with self.state_lock:
                     self.is_whole = False
                     skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
-                    self.task.constrain()
+                    self.task.after_step(now, skipped)
                     self.loss_scale.update(skipped)
                     if self.ema is not None and self.ema_decay is not None:
                         self.ema.update(skipped, self.ema_decay(now))

@@ -195,8 +195,8 @@ def train(
             wrapped = parallel.wrap(task, torch.device("cpu"))
         losses = forward_backward(wrapped, task, make_batches(num_micro_batches, seed=i), weights)
         norms = grad_norms(optimizer)
-        guarded_step(optimizer, norms["all"], 1.0)
-        task.constrain()
+        skipped = guarded_step(optimizer, norms["all"], 1.0)
+        task.after_step(Now(i * BATCH_SIZE, clock), skipped)
         average.update(torch.zeros(()), 0.5)
         values = {name: float(means["loss"]) for name, means in losses.reduced().items()}
         seen.append(values | {f"norm_{name}": float(norm) for name, norm in norms.items()})

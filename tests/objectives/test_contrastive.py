@@ -63,18 +63,19 @@ def test_coupled_objectives_are_not_taken_for_independent_ones() -> None:
 
 
 def test_logit_scale_is_brought_back_into_its_bounds_after_a_step_and_not_before() -> None:
-    objective = InfoNCE(tiny.image_text(), max_logit_scale=50)
+    model, batch = tiny.image_text(), tiny.batch([3, 5])
+    objective = InfoNCE(model, max_logit_scale=50)
     with torch.no_grad():
         objective.logit_scale.fill_(math.log(70))
-    _, shared = objective.embed(Encodings(tiny.image_text(), tiny.batch([3, 5])))
+    _, shared = objective.embed(Encodings(model, batch))
     assert shared["logit_scale"].item() == pytest.approx(70)
     (gradient,) = torch.autograd.grad(shared["logit_scale"], objective.logit_scale)
     assert gradient.item() == pytest.approx(70)
-    objective.constrain()
+    objective.after_step(model, batch.now, torch.zeros(()))
     assert objective.logit_scale.exp().item() == pytest.approx(50)
     with torch.no_grad():
         objective.logit_scale.fill_(-1)
-    objective.constrain()
+    objective.after_step(model, batch.now, torch.zeros(()))
     assert objective.logit_scale.exp().item() == 1
 
 

@@ -1,0 +1,115 @@
+"""Hooks of an objective: a teacher that starts from the first weights and follows them, and misspelt hooks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmpretrain.checkpoints import store
+from mmpretrain.objectives.base import Hooks, check_hooks, hooks_of
+from mmpretrain.objectives.infonce import InfoNCE
+from tests import runs, tiny
+
+TEACHER = '''
+import copy
+
+import torch
+from torch import nn
+
+
+class Distillation(nn.Module):
+    """Follow an average of one's own image encoder: the sum over images of 1 - <x_i, teacher(x_i)>."""
+
+    def __init__(self, model, decay: float = 0.9, stream: str = "pairs") -> None:
+        super().__init__()
+        self.streams, self.decay = (stream,), decay
+        self.teacher = copy.deepcopy(model.image).requires_grad_(False)
+
+    def after_init(self, model) -> None:
+        self.teacher.load_state_dict(model.image.state_dict())
+
+    @torch.no_grad()
+    def after_step(self, model, now, skipped) -> None:
+        for ours, theirs in zip(self.teacher.parameters(), model.image.parameters()):
+            ours.lerp_(theirs, (1 - self.decay) * (1 - skipped))
+
+    def count(self, batch):
+        return torch.tensor(len(batch.streams[self.streams[0]]))
+
+    def loss(self, encodings):
+        (stream,) = self.streams
+        with torch.no_grad():
+            target = self.teacher(encodings.pixels(stream)).pooled
+        found = encodings.image(stream).pooled
+        return (1 - torch.cosine_similarity(found, target, dim=-1)).sum()
+'''
+TEACHER_YAML = """
+distillation:
+  _target_: teacher.Distillation
+  weight: 1.0
+"""
+
+
+def train(folder: Path, pairs: Path, *overrides: str) -> runs.Finished:
+    (folder / "teacher.py").write_text(TEACHER)
+    (folder / "conf" / "objective").mkdir(parents=True, exist_ok=True)
+    (folder / "conf" / "objective" / "distillation.yaml").write_text(TEACHER_YAML)
+    search = f"hydra.searchpath=[file://{folder}/conf]"
+    settings = ("objective=[infonce,distillation]", "schedule=constant", "checkpoint.keep_last=0", *overrides)
+    return runs.train(folder, f"data.root={pairs}", search, *settings, environment={"PYTHONPATH": str(folder)})
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return store.load_tensors(run / "checkpoints" / f"step_{step:08d}", "model.safetensors")
+
+
+def test_a_teacher_starts_from_loaded_weights_follows_each_step_and_resumes(pairs: Path, tmp_path: Path) -> None:
+    first, whole, cut = (tmp_path / name for name in ("first", "whole", "cut"))
+    for folder in (first, whole, cut):
+        folder.mkdir()
+    assert runs.train(first, f"data.root={pairs}", "trainer.duration=2steps", "run.seed=5").code == 0
+    overrides = (f"init_from={first / 'run'}", "checkpoint.every=1steps")
+    finished = train(whole, pairs, *overrides, "trainer.duration=4steps")
+    assert finished.code == 0, finished.stderr
+
+    start = weights(first / "run", 2)
+    steps = [weights(whole / "run", step) for step in range(1, 5)]
+    name = "trunk.blocks.0.attn.qkv.weight"
+    teacher = start[f"model.image.{name}"]
+    for step in steps:
+        teacher = torch.lerp(teacher, step[f"model.image.{name}"], torch.tensor(1 - 0.9))
+        torch.testing.assert_close(step[f"objectives.distillation.teacher.{name}"], teacher)
+
+    assert train(cut, pairs, *overrides, "trainer.duration=2steps").code == 0
+    assert train(cut, pairs, *overrides, "trainer.duration=4steps").code == 0
+    assert runs.exact_outcome(cut / "run") == runs.exact_outcome(whole / "run")
+
+
+def test_hooks_that_an_objective_leaves_out_have_defaults() -> None:
+    hooks = hooks_of(InfoNCE(tiny.image_text()))
+    assert (hooks.num_views, hooks.perplexity, hooks.examples) == (0, False, None)
+    hooks.set_tokenizer(None)  # type: ignore[arg-type]
+    hooks.after_init(tiny.image_text())
+    assert hooks.after_step is not Hooks.after_step
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("after_stp", "after_step"), ("afterinit", "after_init"), ("example", "examples"), ("constrain", "after_step(model, now"),
+     ("fit", "set_tokenizer"), ("num_view", "num_views")],
+)  # fmt: skip
+def test_a_misspelt_hook_is_refused(name: str, meant: str) -> None:
+    kind = type("Mine", (nn.Module,), {name: lambda self: None, "helper": lambda self: None})
+    with pytest.raises(
+        ValueError, match=rf"^objective.mine: Mine.{name} is no hook .* did you mean {meant}".replace("(", r"\(")
+    ):
+        check_hooks(kind(), "objective.mine")
+    check_hooks(type("Mine", (nn.Module,), {"helper": lambda self: None, "_after_stp": None})(), "objective.mine")
+
+
+def test_an_objective_under_another_name_says_that_name(pairs: Path, tmp_path: Path) -> None:
+    second = "+objective.mae2={_target_: mmpretrain.objectives.mae.MAE, mask_ratio: 0.001}"
+    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=1steps", second)
+    assert finished.code == 2
+    assert "objective.mae2.mask_ratio is 0.001" in finished.errors[0]
