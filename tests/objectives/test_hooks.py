@@ -1,5 +1,6 @@
 """Hooks of an objective: a teacher that starts from the first weights and follows them, and misspelt hooks."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,8 @@ def test_a_teacher_starts_from_loaded_weights_follows_each_step_and_resumes(pair
 
     assert train(cut, pairs, *overrides, "trainer.duration=2steps").code == 0
     assert train(cut, pairs, *overrides, "trainer.duration=4steps").code == 0
-    assert runs.exact_outcome(cut / "run") == runs.exact_outcome(whole / "run")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert runs.tensors(cut / "run", file) == runs.tensors(whole / "run", file)
 
 
 def test_hooks_that_an_objective_leaves_out_have_defaults() -> None:
@@ -96,14 +98,19 @@ def test_hooks_that_an_objective_leaves_out_have_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("after_stp", "after_step"), ("afterinit", "after_init"), ("example", "examples"), ("constrain", "after_step(model, now"),
-     ("fit", "set_tokenizer"), ("num_view", "num_views")],
-)  # fmt: skip
+    [
+        ("after_stp", "after_step"),
+        ("afterinit", "after_init"),
+        ("example", "examples"),
+        ("num_view", "num_views"),
+        ("constrain", "after_step(model, now, skipped)"),
+        ("fit", "set_tokenizer(tokenizer)"),
+    ],
+)
 def test_a_misspelt_hook_is_refused(name: str, meant: str) -> None:
     kind = type("Mine", (nn.Module,), {name: lambda self: None, "helper": lambda self: None})
-    with pytest.raises(
-        ValueError, match=rf"^objective.mine: Mine.{name} is no hook .* did you mean {meant}".replace("(", r"\(")
-    ):
+    message = rf"^objective.mine: Mine.{name} is no hook .* did you mean {re.escape(meant)}"
+    with pytest.raises(ValueError, match=message):
         check_hooks(kind(), "objective.mine")
     check_hooks(type("Mine", (nn.Module,), {"helper": lambda self: None, "_after_stp": None})(), "objective.mine")
 
