@@ -117,6 +117,7 @@ def test_files_that_are_not_in_the_way_stay(make_pairs, tmp_path: Path) -> None:
         (output / name).write_bytes(content)
     (output / ".000001.tar.tmp").touch()
     (output / ".000001.tar.index.npz.abc_1.tmp").touch()
+    (output / ".000001.tar.index.npz.19675.140210098879360.tmp").touch()
     assert build(make_pairs(4), output) == 0
     assert build(make_pairs(4), output, "--seed", "1") == 0
     assert contents(output).items() >= others.items()
