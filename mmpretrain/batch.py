@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmpretrain.schedules import Now
+from mmpretrain.schedules import TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Batch:
     streams: Mapping[str, Samples]
     seed: int = 0
     """Seeds PyTorch's generator, for what a model does not draw by sample: the first sample's seed, known on the host."""
-    now: Now = field(default_factory=Now)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     """When in the run the step stands: what scheduled values are functions of."""
     refused: tuple[Refused, ...] = ()
     """What was replaced while this batch was read."""

@@ -25,7 +25,7 @@ from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import check_hooks, hooks_of
-from mmpretrain.schedules import Duration, Value
+from mmpretrain.schedules import Duration, ScheduledValue
 from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, Value]]:
+def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
     """The model with its objectives, and the objectives' weights; one that never has a weight above 0 is not built.
 
     Raises: ValueError if no objective is left.
     """
     model = instantiate.instantiate(cfg.model, cfg.run.seed, "model")
     weights = {
-        name: Value(node.get("weight", 1.0), f"objective.{name}.weight", at_least=0)
+        name: ScheduledValue(node.get("weight", 1.0), f"objective.{name}.weight", at_least=0)
         for name, node in cfg.objective.items()
     }
     weights = {name: weight for name, weight in weights.items() if max(weight.values) > 0}
@@ -133,12 +133,12 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
         )
         streams[name].check_first_sample()
         if stream.transform is not None and stream.image_size is not None:
-            _check_image_sizes(model, Value(stream.image_size, f"data.train.{name}.image_size"))
+            _check_image_sizes(model, ScheduledValue(stream.image_size, f"data.train.{name}.image_size"))
     return streams
 
 
 @torch.no_grad()
-def _check_image_sizes(model: ImageTextModel, sizes: Value) -> None:
+def _check_image_sizes(model: ImageTextModel, sizes: ScheduledValue) -> None:
     """Try each size before the run comes to it. Raises: ValueError for one that the image encoder cannot take."""
     model.eval()
     for size in {int(value) for value in sizes.values}:

@@ -82,7 +82,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Now:
+class TrainingProgress:
     """A moment of a run: the samples seen before a step, and what durations are measured against."""
 
     samples: int = 0
@@ -96,86 +96,88 @@ SCHEDULE_TEXT = re.compile(rf"\{{\s*({'|'.join(_KINDS)})\s*:")
 """How a schedule begins where it is written on a command line."""
 
 
-class Value:
+class ScheduledValue:
     """A number that may change over a run, as a function of the samples seen.
 
-    Between the knots (s_0, v_0), (s_1, v_1), ... at durations from the run's start, with p = (s - s_i) / (s_{i+1} - s_i):
+    Between the breakpoints (s_0, v_0), (s_1, v_1), ..., durations from the run's start, with p = (s - s_i) / (s_{i+1} - s_i):
 
         piecewise   v_i
         linear      v_i + (v_{i+1} - v_i) p
         cosine      v_i + (v_{i+1} - v_i) (1 - cos(pi p)) / 2
 
-    Before the first knot it is v_0, after the last one v_n.
+    Before the first breakpoint it is v_0, after the last one v_n.
 
     Args:
         value: a number, or `{piecewise: {0%: .5, 90%: 0}}` with one of the three kinds.
         name: the configuration key it stands under, for messages.
         bounds: what each of its values has to keep to (see `usage.check_number`).
-        in_stages: it stays the same between knots (the data path's values do): linear and cosine are refused.
+        in_stages: it stays the same between breakpoints (the data path's values do): linear and cosine are refused.
 
-    Raises: UsageError if it is neither, for knots that are no durations, and for values out of bounds.
+    Raises: UsageError if it is neither, for breakpoints that are no durations, and for values out of bounds.
     """
 
     def __init__(self, value: Scheduled, name: str, in_stages: bool = False, **bounds: float) -> None:
         self.kind = "constant"
-        knots: Mapping[str, float] = (
+        breakpoints: Mapping[str, float] = (
             {"0%": value} if isinstance(value, int | float) and not isinstance(value, bool) else {}
         )
         if isinstance(value, Mapping) and len(value) == 1:
-            ((self.kind, knots),) = value.items()
+            ((self.kind, breakpoints),) = value.items()
         kinds = _KINDS[:1] if in_stages else _KINDS
-        if not knots or not isinstance(knots, Mapping) or self.kind not in ("constant", *kinds):
+        if not breakpoints or not isinstance(breakpoints, Mapping) or self.kind not in ("constant", *kinds):
             raise UsageError(
                 f"{name} is {value!r}; expected a number, or how it changes ({', '.join(kinds)}), such as "
                 "{piecewise: {0%: 1, 90%: 0}}"
             )
         self.name = name
-        self.knots = [(Duration.parse(at, f"a knot of {name}"), number) for at, number in knots.items()]
-        for _, number in self.knots:
+        self.breakpoints = [
+            (Duration.parse(at, f"a breakpoint of {name}"), number) for at, number in breakpoints.items()
+        ]
+        for _, number in self.breakpoints:
             if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
                 raise UsageError(f"{name} is {value!r}; expected finite numbers")
             check_number(name, number, **bounds)
 
     @property
     def values(self) -> list[float]:
-        """What it is at its knots: its extremes are among them."""
-        return [number for _, number in self.knots]
+        """What it is at its breakpoints: its extremes are among them."""
+        return [number for _, number in self.breakpoints]
 
     @property
     def is_constant(self) -> bool:
         return len(set(self.values)) == 1
 
-    def __call__(self, now: Now) -> float:
-        """Its value for the step that starts at `now`. Raises: UsageError if the knots are not in order."""
-        places = self.places(now.clock)
-        i = bisect_right(places, now.samples) - 1
-        if i < 0 or i == len(places) - 1 or self.kind == "piecewise":
-            return self.knots[max(i, 0)][1]
-        part = float((now.samples - places[i]) / (places[i + 1] - places[i]))
+    def __call__(self, progress: TrainingProgress) -> float:
+        """Its value for the step that starts at `progress`. Raises: UsageError if the breakpoints are not in order."""
+        breakpoint_samples = self.breakpoint_samples(progress.clock)
+        i = bisect_right(breakpoint_samples, progress.samples) - 1
+        if i < 0 or i == len(breakpoint_samples) - 1 or self.kind == "piecewise":
+            return self.breakpoints[max(i, 0)][1]
+        part = float((progress.samples - breakpoint_samples[i]) / (breakpoint_samples[i + 1] - breakpoint_samples[i]))
         if self.kind == "cosine":
             part = (1 - math.cos(math.pi * part)) / 2
-        return self.knots[i][1] + (self.knots[i + 1][1] - self.knots[i][1]) * part
+        return self.breakpoints[i][1] + (self.breakpoints[i + 1][1] - self.breakpoints[i][1]) * part
 
-    def places(self, clock: Clock) -> list[Fraction]:
-        """Where its knots lie, in samples. Raises: UsageError if they are not in order."""
-        places = [clock.samples(duration) for duration, _ in self.knots]
-        if places != sorted(set(places)):
+    def breakpoint_samples(self, clock: Clock) -> list[Fraction]:
+        """Where its breakpoints lie, in samples. Raises: UsageError if they are not in order."""
+        breakpoint_samples = [clock.samples(duration) for duration, _ in self.breakpoints]
+        if breakpoint_samples != sorted(set(breakpoint_samples)):
             raise UsageError(
-                f"{self.name} has knots at {', '.join(f'{float(place):g}' for place in places)} samples; "
+                f"{self.name} has breakpoints at {', '.join(f'{float(place):g}' for place in breakpoint_samples)} samples; "
                 "expected each after the one before"
             )
-        return places
+        return breakpoint_samples
 
     def depends_on_total(self) -> bool:
         """Whether a longer run would have had other values so far."""
-        return not self.is_constant and any(at.unit == "%" and at.value > 0 for at, _ in self.knots)
+        return not self.is_constant and any(at.unit == "%" and at.value > 0 for at, _ in self.breakpoints)
 
 
-def scheduled_values(node: Any, path: str = "") -> Iterator[Value]:
+def scheduled_values(node: Any, path: str = "") -> Iterator[ScheduledValue]:
     """The values below a part of the configuration that change over the run."""
     if isinstance(node, Mapping):
         if len(node) == 1 and next(iter(node)) in _KINDS:
-            yield Value(node, path)
+            yield ScheduledValue(node, path)
         for key, child in node.items():
             yield from scheduled_values(child, f"{path}.{key}" if path else str(key))
 
@@ -216,8 +218,8 @@ class WarmupCosine:
         warmup = float(clock.samples(self.warmup))
         if samples < warmup:
             return _warmup_factor(samples, clock, self.warmup)
-        progress = min(1.0, (samples - warmup) / max(1.0, clock.total_samples - warmup))
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+        part = min(1.0, (samples - warmup) / max(1.0, clock.total_samples - warmup))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * part)) / 2
 
     def depends_on_total(self) -> bool:
         return True

@@ -16,7 +16,7 @@ from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.config.resolve import resolve
 from mmpretrain.config.schema import register_schemas
 from mmpretrain.data.order import step_positions
-from mmpretrain.schedules import Now
+from mmpretrain.schedules import TrainingProgress
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.precision import LossScale
 from mmpretrain.training.resume import read_state
@@ -213,7 +213,7 @@ def test_views_are_read_for_an_objective_alone(pairs: Path) -> None:
         task, _ = build_task(cfg)
         stream = build_streams(cfg, task)["pairs"]
         item = step_positions(stream.order, range(2), 0, 1, 1)[0]
-        views = stream.read(item, build_tokenizer(cfg.data.tokenizer, task), Now())[0].views
+        views = stream.read(item, build_tokenizer(cfg.data.tokenizer, task), TrainingProgress())[0].views
         assert (0 if views is None else views.shape[1]) == num_views
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
-from mmpretrain.schedules import Clock, Duration, Now, Scheduled, Value, WarmupConstant, WarmupCosine, scheduled_values
+from mmpretrain.schedules import (
+    Clock,
+    Duration,
+    Scheduled,
+    ScheduledValue,
+    TrainingProgress,
+    WarmupConstant,
+    WarmupCosine,
+    scheduled_values,
+)
 
 
 @pytest.mark.parametrize(
@@ -166,14 +175,20 @@ def test_a_schedule_names_its_key_in_an_error() -> None:
 )
 def test_a_value_is_a_function_of_the_samples_seen(value: Scheduled, expected: list[float]) -> None:
     clock = Clock(100, 250, 1000)
-    scheduled = Value(value, "x")
-    assert [scheduled(Now(samples, clock)) for samples in range(0, 1001, 200)] == pytest.approx(expected)
+    scheduled = ScheduledValue(value, "x")
+    assert [scheduled(TrainingProgress(samples, clock)) for samples in range(0, 1001, 200)] == pytest.approx(expected)
 
 
 def test_a_value_does_not_change_inside_a_stage() -> None:
-    scheduled = Value({"piecewise": {"0%": 64, "150samples": 128}}, "x", in_stages=True)
+    scheduled = ScheduledValue({"piecewise": {"0%": 64, "150samples": 128}}, "x", in_stages=True)
     clock = Clock(100, 250, 1000)
-    assert [scheduled(Now(samples, clock)) for samples in (0, 100, 149, 150, 200)] == [64, 64, 64, 128, 128]
+    assert [scheduled(TrainingProgress(samples, clock)) for samples in (0, 100, 149, 150, 200)] == [
+        64,
+        64,
+        64,
+        128,
+        128,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,26 +201,26 @@ def test_a_value_does_not_change_inside_a_stage() -> None:
         ({"steps": {"0%": 1}}, "expected a number, or how it changes (piecewise, linear, cosine)"),
         ({"linear": {"0%": "a"}}, "expected finite numbers"),
         (float("nan"), "expected finite numbers"),
-        ({"linear": {"soon": 1.0}}, "a knot of x is 'soon'; expected a number with a unit"),
+        ({"linear": {"soon": 1.0}}, "a breakpoint of x is 'soon'; expected a number with a unit"),
         ({"linear": {"0%": 0.5, "10%": 1.5}}, "x is 1.5; expected a number at most 1"),
     ],
 )
 def test_what_is_no_value_is_refused_in_one_line(value: Scheduled, message: str) -> None:
     with pytest.raises(ValueError) as refusal:
-        Value(value, "x", at_most=1)
+        ScheduledValue(value, "x", at_most=1)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_what_changes_in_stages_takes_no_slope() -> None:
     with pytest.raises(ValueError, match=r"how it changes \(piecewise\)"):
-        Value({"linear": {"0%": 1, "100%": 2}}, "x", in_stages=True)
+        ScheduledValue({"linear": {"0%": 1, "100%": 2}}, "x", in_stages=True)
 
 
 def test_knots_out_of_order_are_refused() -> None:
-    scheduled = Value({"linear": {"50%": 1.0, "2steps": 2.0}}, "x")
-    with pytest.raises(ValueError, match="x has knots at 500, 200 samples; expected each after the one before"):
-        scheduled(Now(0, Clock(100, 100, 1000)))
+    scheduled = ScheduledValue({"linear": {"50%": 1.0, "2steps": 2.0}}, "x")
+    with pytest.raises(ValueError, match="x has breakpoints at 500, 200 samples; expected each after the one before"):
+        scheduled(TrainingProgress(0, Clock(100, 100, 1000)))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +233,7 @@ def test_knots_out_of_order_are_refused() -> None:
     ],
 )
 def test_a_value_says_whether_a_longer_run_would_have_had_others(value: Scheduled, depends: bool) -> None:
-    assert Value(value, "x").depends_on_total() == depends
+    assert ScheduledValue(value, "x").depends_on_total() == depends
 
 
 def test_scheduled_values_are_found_wherever_they_stand() -> None:

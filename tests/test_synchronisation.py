@@ -42,7 +42,7 @@ class Steps:
         forward_backward(self.task, self.task, self.batches, weights, passes, self.loss_scale.scale)
         self.loss_scale.unscale(gradients(self.optimizer))
         skipped = guarded_step(self.optimizer, grad_norms(self.optimizer)["all"], 1.0)
-        self.task.after_step(self.batches[0].now, skipped)
+        self.task.after_step(self.batches[0].progress, skipped)
         self.loss_scale.update(skipped)
         self.average.update(skipped, 0.99)
         self.flags.post({"skipped": skipped, "stop": torch.full((), False, device=self.device)})

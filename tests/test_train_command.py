@@ -44,9 +44,9 @@ WRONG_OVERRIDES = {
     "argument of an objective that is not chosen": ("objective.mae.weight=1", "'objective.mae'", "objective=[infonce,"),
     "text for an integer": ("trainer.batch_size=abc", "trainer.batch_size", "'abc'", "Integer"),
     "text for a weight": ("objective.infonce.weight=x", "objective.infonce.weight is 'x'", "expected a number"),
-    "a knot without a unit": (
+    "a breakpoint without a unit": (
         "objective.infonce.weight={linear: {0%: 1, 20: 2}}",
-        "a knot of objective.infonce.weight",
+        "a breakpoint of objective.infonce.weight",
         "20epochs",
     ),
     "a schedule without its brace": (
@@ -191,7 +191,7 @@ def test_streams_and_held_out_sets_are_added_on_the_command_line(pairs: Path, tm
 
 
 def test_the_command_line_goes_before_schedules_and_sizes_of_yamls(pairs: Path, tmp_path: Path) -> None:
-    """A schedule is replaced, not merged with the knots that are there; a part's values go before those of a size."""
+    """A schedule is replaced, not merged with the breakpoints that are there; a part's values go before those of a size."""
     given = (
         "objective=[flip,mae]", "size=tiny_heads", "trainer.duration=1steps", "eval=[]",
         "objective.infonce.mask_ratio={linear: {0%: 0.25, 50%: 0}}", "objective.mae={decoder_width: 64, decoder_heads: 2}",

@@ -120,11 +120,11 @@ def states_of_tokens(text: TextTransformer, tokens: Tokens) -> Tensor:
 def states_of_rows(text: TextTransformer, ids: Tensor, lengths: Tensor, packing: Packing | None) -> Tensor:
     """The same for captions [b, L] in rows, several in each or one."""
     rows = Rows(lengths, ids.shape[1], packing)
-    x = text.token_embedding(rows.pack(ids)) + F.embedding(rows.places, text.positional_embedding)
+    x = text.token_embedding(rows.pack(ids)) + F.embedding(rows.positions, text.positional_embedding)
     mask = rows.mask(text.causal)
     for block in text.blocks:
         x = block(x, mask, text.causal and mask is None)
-    return text.ln_final(rows.picked(of_picks(x, rows.picks(lengths - 1))))
+    return text.ln_final(rows.unpack_tokens(of_picks(x, rows.token_indices(lengths - 1))))
 
 
 def ways(

@@ -56,7 +56,7 @@ def measure(
         batch = batches[i % NUM_BATCHES]
         losses = forward_backward(wrapped, task, [batch], {"infonce": 1.0}, autocast(device, precision))
         skipped = optim.guarded_step(optimizer, optim.grad_norms(optimizer)["all"], None)
-        task.after_step(batch.now, skipped)
+        task.after_step(batch.progress, skipped)
         return losses.coupled["infonce"]
 
     losses = [float(step(i)) for i in range(steps)]

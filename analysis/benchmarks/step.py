@@ -179,7 +179,7 @@ class Ours:
             )
             norms = optim.grad_norms(self.optimizer)
             skipped = optim.guarded_step(self.optimizer, norms["all"], None)
-            self.task.after_step(batch.now, skipped)
+            self.task.after_step(batch.progress, skipped)
             self.losses.append(losses.coupled["infonce"])
 
 

@@ -142,7 +142,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
         if argument == "debug=nan":
             argument = "debug='nan'"
         elif any(SCHEDULE_TEXT.match(part) for part in parts):
-            # As a text, which `config.resolve` reads: a mapping would be merged with the knots that are there.
+            # As a text, which `config.resolve` reads: a mapping would be merged with the breakpoints that are there.
             texts = [f"'{part}'" if SCHEDULE_TEXT.match(part) else part for part in parts]
             argument = f"{key}={','.join(texts)}"
         elif is_plain and "," in value and is_sweep:

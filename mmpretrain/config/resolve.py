@@ -22,7 +22,7 @@ from mmpretrain import files
 from mmpretrain.config.instantiate import accepts, check_targets
 from mmpretrain.config.schema import EvaluateConfig, TrainConfig
 from mmpretrain.errors import UsageError, check_number, nearest
-from mmpretrain.schedules import SCHEDULE_TEXT, Duration, Value
+from mmpretrain.schedules import SCHEDULE_TEXT, Duration, ScheduledValue
 
 _MAX_NAME_LENGTH = 80
 _MAX_YAML_BYTES = 1 << 18
@@ -118,7 +118,7 @@ def _from_environment(cfg: DictConfig) -> dict[tuple[str | int, ...], str]:
 
 
 def _read_schedules(cfg: DictConfig) -> None:
-    """Schedules that the command line gave as texts, in whose place no knot of a YAML is left."""
+    """Schedules that the command line gave as texts, in whose place no breakpoint of a YAML is left."""
     for path, value in _flat(OmegaConf.to_container(cfg, resolve=False)).items():
         if isinstance(value, str) and SCHEDULE_TEXT.match(value):
             try:
@@ -224,7 +224,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
 def check_value(key: str, value: Any, is_whole: bool = False, **bounds: float) -> None:
     """Raises: UsageError for what is no number, nor a schedule of numbers, or lies out of bounds."""
-    numbers = Value(value, key, in_stages=is_whole, **bounds).values
+    numbers = ScheduledValue(value, key, in_stages=is_whole, **bounds).values
     if is_whole and not all(isinstance(number, int) for number in numbers):
         raise UsageError(f"{key} is {value!r}; expected whole numbers")
 

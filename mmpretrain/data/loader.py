@@ -21,7 +21,7 @@ from mmpretrain.batch import Batch
 from mmpretrain.data.order import step_positions, step_range
 from mmpretrain.data.stream import Stream, StreamItem
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.schedules import Clock, Now
+from mmpretrain.schedules import Clock, TrainingProgress
 
 Item = TypeVar("Item")
 
@@ -40,14 +40,15 @@ class MicroBatches(Dataset[Batch]):
         self._clock = clock
 
     def __getitem__(self, item: MicroBatchItem) -> Batch:
-        now = Now(item[0], self._clock)
+        progress = TrainingProgress(item[0], self._clock)
         parts = {
-            name: self._streams[name].read(stream_item, self._tokenizer, now) for name, stream_item in item[1].items()
+            name: self._streams[name].read(stream_item, self._tokenizer, progress)
+            for name, stream_item in item[1].items()
         }
         first_stream = next(iter(parts.values()))[0]
         seed = int(first_stream.seeds[first_stream.positions.argmin()])
         refused = tuple(refusal for _, refusals in parts.values() for refusal in refusals)
-        return Batch({name: samples for name, (samples, _) in parts.items()}, seed, now, refused)
+        return Batch({name: samples for name, (samples, _) in parts.items()}, seed, progress, refused)
 
 
 class StepSampler(Sampler[MicroBatchItem]):

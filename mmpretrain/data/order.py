@@ -13,7 +13,7 @@ from math import lcm
 
 import numpy as np
 
-from mmpretrain.schedules import Clock, Value
+from mmpretrain.schedules import Clock, ScheduledValue
 from mmpretrain.seeds import hash64, permutation
 
 BLOCK_SIZE = 256
@@ -150,7 +150,7 @@ class Order:
         return sources, samples
 
 
-def step_range(batch_size: Value, step: int, clock: Clock) -> range:
+def step_range(batch_size: ScheduledValue, step: int, clock: Clock) -> range:
     """The positions of a stream that a step takes: they follow those of the steps before it, whatever its stages' sizes.
 
     Args:
@@ -158,8 +158,8 @@ def step_range(batch_size: Value, step: int, clock: Clock) -> range:
         step: its number, from 0.
         clock: what the stages are measured against.
     """
-    # A stage begins with the first step that starts at its knot or behind it; the first one with the run.
-    first_steps = [0, *(-(-place // clock.batch_size) for place in batch_size.places(clock)[1:])]
+    # A stage begins with the first step that starts at its breakpoint or behind it; the first one with the run.
+    first_steps = [0, *(-(-place // clock.batch_size) for place in batch_size.breakpoint_samples(clock)[1:])]
     sizes = [int(size) for size in batch_size.values]
     start = 0
     for first, end, size in zip(first_steps, [*first_steps[1:], step + 1], sizes, strict=True):

@@ -32,9 +32,9 @@ def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: S
     width = text.shape[1]
     if width <= longest:
         return text, lengths
-    inner, places = longest - 2, torch.arange(width, device=text.device)
+    inner, positions = longest - 2, torch.arange(width, device=text.device)
     if how == Shorten.random:
-        is_inner = (places > 0) & (places < (lengths - 1)[:, None])
+        is_inner = (positions > 0) & (positions < (lengths - 1)[:, None])
         # Halved: what is no inner token comes behind all that are.
         rank = torch_draws(seeds, width, hash64("shorten")) // 2
         order = rank.masked_fill(~is_inner, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
@@ -46,7 +46,7 @@ def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: S
             if how == Shorten.block
             else torch.zeros_like(lengths)[:, None]
         )
-        chosen = 1 + skipped + places[:inner]
+        chosen = 1 + skipped + positions[:inner]
     kept = torch.cat([torch.zeros_like(lengths)[:, None], chosen, (lengths - 1)[:, None]], dim=1)
-    kept = torch.where((lengths > longest)[:, None], kept, places[:longest])
+    kept = torch.where((lengths > longest)[:, None], kept, positions[:longest])
     return text.gather(1, kept), lengths.clamp(max=longest)

@@ -28,7 +28,7 @@ from mmpretrain.data.shorten import Shorten, shortened
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
-from mmpretrain.schedules import Now, Scheduled, Value
+from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import draw, draws, hash64, uniform
 
 _MAX_REPLACEMENTS = 20
@@ -86,7 +86,7 @@ class Stream(Protocol):
     """What the loader and the trainer ask of a stream."""
 
     name: str
-    batch_size: Value
+    batch_size: ScheduledValue
     """Samples of a step, over all ranks."""
     order: Order
     fingerprints: dict[str, str]
@@ -100,7 +100,7 @@ class Stream(Protocol):
         """A name for the sample that stands at `position`."""
         ...
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:
         """One micro-batch's part of the stream, and what was refused."""
         ...
 
@@ -175,7 +175,7 @@ class TarStream:
                 f"data.train.{name}.text_length"
             )
         self.name = name
-        self.batch_size = Value(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
+        self.batch_size = ScheduledValue(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
         self.sources = list(sources)
         if None in weights and len(sources) > 1:
             # Sources without weights are one data set: each sample is seen once an epoch.
@@ -191,11 +191,11 @@ class TarStream:
         self._seed = hash64(seed, name)
         self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
         self._transform = transform
-        self._image_size = Value(image_size, f"data.train.{name}.image_size", in_stages=True, at_least=1)
+        self._image_size = ScheduledValue(image_size, f"data.train.{name}.image_size", in_stages=True, at_least=1)
         self._text_length = (
             None
             if text_length is None
-            else Value(text_length, f"data.train.{name}.text_length", in_stages=True, at_least=3)
+            else ScheduledValue(text_length, f"data.train.{name}.text_length", in_stages=True, at_least=3)
         )
         self._shorten = shorten
         self._channels = channels
@@ -315,14 +315,14 @@ class TarStream:
             f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; mend the data"
         )
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:
         """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
 
         Raises: OSError for an I/O error; ValueError if some position finds no usable sample.
         """
         positions, sources, ids = item
         seeds = draws(np.uint64(self._seed), positions)
-        images, views = self._memory(len(positions), int(self._image_size(now)))
+        images, views = self._memory(len(positions), int(self._image_size(progress)))
         samples_drawn = zip(sources.tolist(), ids.tolist(), seeds.tolist(), strict=True)
         drawn = list(zip(samples_drawn, images, views, strict=True))
         rows = [self._usable(*sample, [image, *more]) for sample, image, more in drawn]
@@ -345,7 +345,7 @@ class TarStream:
         )
         if self._captions is not None:
             if self._text_length is not None:
-                text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(now)), self._shorten)
+                text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(progress)), self._shorten)
             samples = with_text(samples, text, lengths, tokenizer)
         if self._transform is not None:
             samples = replace(samples, images=images, views=views if self._views else None)

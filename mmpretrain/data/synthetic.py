@@ -11,7 +11,7 @@ from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.stream import StreamItem, with_text
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.schedules import Now, Scheduled, Value
+from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import draws, hash64
 
 _FIRST_TOKEN = 1  # 0 is padding with some tokenizers
@@ -39,7 +39,7 @@ class SyntheticStream:
         if len(text_length) != 2 or not 2 <= text_length[0] <= text_length[1]:
             raise ValueError(f"text_length is {list(text_length)}; expected two numbers with 2 <= smallest <= largest")
         self.name = name
-        self.batch_size = Value(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
+        self.batch_size = ScheduledValue(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
         self.order = Order([SourceOrder(hash64(seed, name, "synthetic"), num_samples)], [1.0])
         self.fingerprints = {"synthetic": f"{num_samples} samples, texts of {list(text_length)} tokens"}
         self._seed = hash64(seed, name)
@@ -53,7 +53,7 @@ class SyntheticStream:
         """A name for the sample that stands at `position`."""
         return f"synthetic:{int(self.order(np.array([position]))[1][0])}"
 
-    def read(self, item: StreamItem, tokenizer: Tokenizer, now: Now) -> tuple[Samples, list[Refused]]:
+    def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:
         """One micro-batch's part of the stream."""
         positions, _, ids = item
         seeds = draws(np.uint64(self._seed), positions)

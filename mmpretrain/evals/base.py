@@ -84,7 +84,7 @@ class Evaluator(Protocol):
 
     data: Sequence[str] | None
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         """The data sets that have what it needs: it is run on `data`, or where that is None on all of them."""
         ...
 
@@ -151,7 +151,7 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
     for tower, module in (("image", context.model.image), ("text", context.model.text)):
         if module is None or isinstance(module, NoImages):
             raise ValueError(f"eval.{name} embeds images and texts, but model.{tower} is null; leave it out: eval=[]")
-    possible = evaluator.wants(context)
+    possible = evaluator.applicable_datasets(context)
     if evaluator.data is None:
         if not possible:
             log.warning("eval.%s finds no data set in data.val that has what it needs; it gives no score", name)

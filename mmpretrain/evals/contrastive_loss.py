@@ -25,7 +25,7 @@ class ContrastiveLoss:
         self.data = data
         self.batch_size = batch_size
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         """The data sets that it is run on; none where the run has no logit_scale."""
         if context.logit_scale is None:
             return []

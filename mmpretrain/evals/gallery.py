@@ -23,7 +23,7 @@ class Gallery:
         self.num_queries = num_queries
         self.num_answers = num_answers
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         """The data sets that it is run on."""
         return [name for name, data in context.sets.items() if data.caption is not None]
 

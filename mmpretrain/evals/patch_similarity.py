@@ -21,7 +21,7 @@ class PatchSimilarity:
         self.data = data
         self.num_images = num_images
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         """The data sets that it is run on; none where the image encoder is no ViT that pools one of its tokens."""
         image = context.model.image
         if not image.is_vit or image.num_prefix_tokens == 0 or not getattr(image, "pools_token", True):

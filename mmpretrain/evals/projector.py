@@ -20,7 +20,7 @@ class Projector:
         self.data = data
         self.num_images = num_images
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         """The data sets that it is run on."""
         return list(context.sets)
 

@@ -58,7 +58,7 @@ class Retrieval:
         self.ks = ks
         self.chunk_size = chunk_size
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         """The data sets that it is run on."""
         return [name for name, data in context.sets.items() if data.caption is not None]
 

@@ -105,7 +105,7 @@ class ZeroShot:
     def __init__(self, data: Sequence[str] | None = None) -> None:
         self.data = data
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         """The data sets that it is run on."""
         return [name for name, data in context.sets.items() if data.classes is not None and data.label is not None]
 

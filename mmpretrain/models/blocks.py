@@ -22,7 +22,9 @@ class SelfAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, is_causal: bool = False, picks: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, is_causal: bool = False, token_indices: Tensor | None = None
+    ) -> Tensor:
         """What tokens x [b, l, d] see of one another, [b, l, d], or with `picks` what some of them see, [b, m, d].
 
         Args:
@@ -31,25 +33,28 @@ class SelfAttention(nn.Module):
             picks: int64 [b, m], the numbers of the tokens.
         """
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
-        if picks is None:
+        if token_indices is None:
             qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, *heads))
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
         else:
             width = x.shape[-1]
-            q = F.linear(of_picks(x, picks), self.in_proj_weight[:width], self.in_proj_bias[:width])
+            q = F.linear(of_picks(x, token_indices), self.in_proj_weight[:width], self.in_proj_bias[:width])
             q = q.unflatten(-1, heads).transpose(1, 2)
             kv = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).unflatten(-1, (2, *heads))
             k, v = kv.permute(2, 0, 3, 1, 4)
             if is_causal:
-                mask, is_causal = (torch.arange(x.shape[1], device=x.device) <= picks[..., None])[:, None], False
+                mask, is_causal = (
+                    (torch.arange(x.shape[1], device=x.device) <= token_indices[..., None])[:, None],
+                    False,
+                )
             elif mask is not None and mask.shape[2] > 1:
-                mask = of_picks(mask[:, 0], picks)[:, None]
+                mask = of_picks(mask[:, 0], token_indices)[:, None]
         return self.out_proj(attention(q, k, v, mask, is_causal).transpose(1, 2).flatten(2))
 
 
-def of_picks(x: Tensor, picks: Tensor) -> Tensor:
+def of_picks(x: Tensor, token_indices: Tensor) -> Tensor:
     """Some tokens of x [b, l, d], by their numbers int64 [b, m]: [b, m, d]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], picks]
+    return x[torch.arange(len(x), device=x.device)[:, None], token_indices]
 
 
 class Block(nn.Module):
@@ -76,11 +81,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(layers))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, is_causal: bool = False, picks: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, is_causal: bool = False, token_indices: Tensor | None = None
+    ) -> Tensor:
         """[b, l, d] -> [b, l, d], or with `picks`, int64 [b, m], the states of some tokens alone, [b, m, d].
 
         mask, is_causal: as in `SelfAttention`.
         """
-        attended = self.drop(self.attn(self.ln_1(x), mask, is_causal, picks))
-        x = (x if picks is None else of_picks(x, picks)) + attended
+        attended = self.drop(self.attn(self.ln_1(x), mask, is_causal, token_indices))
+        x = (x if token_indices is None else of_picks(x, token_indices)) + attended
         return x + self.drop(self.mlp(self.ln_2(x)))

@@ -212,7 +212,7 @@ class OpenClipVision(nn.Module):
         for block in blocks:
             x = block(x, attn_mask)
         first = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
-        ends = Encoding(lambda: last(x, attn_mask), lambda _: last(x, attn_mask, picks=first)[:, 0])
+        ends = Encoding(lambda: last(x, attn_mask), lambda _: last(x, attn_mask, token_indices=first)[:, 0])
         return Encoding(
             lambda: ends.tokens if visual.attn_pool is not None else visual.ln_post(ends.tokens),
             lambda _: visual.ln_post(ends.pooled) if self.pools_token else visual._pool(ends.tokens)[0],
@@ -290,7 +290,7 @@ class OpenClipText(nn.Module):
             pooled_place = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
             rows = Rows(lengths, ids.shape[1], packing if self._has_own_blocks else None)
             x = text.token_embedding(rows.pack(ids))
-            x = x + F.embedding(rows.places, text.positional_embedding).to(x.dtype)
+            x = x + F.embedding(rows.positions, text.positional_embedding).to(x.dtype)
             if not self._has_own_blocks:
                 x = text.transformer(x, attn_mask=text.attn_mask[: x.shape[1], : x.shape[1]])
                 x = text.ln_final(x)
@@ -302,7 +302,7 @@ class OpenClipText(nn.Module):
                 x = block(x, mask, is_causal)
             return Encoding(
                 lambda: rows.unpack(text.ln_final(last(x, mask, is_causal))),
-                lambda _: text.ln_final(rows.picked(last(x, mask, is_causal, rows.picks(pooled_place)))),
+                lambda _: text.ln_final(rows.unpack_tokens(last(x, mask, is_causal, rows.token_indices(pooled_place)))),
             )
         is_padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
         assert self.pad_id is not None

@@ -94,7 +94,7 @@ class TextTransformer(nn.Module):
     def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
         """Encode token ids int64 [b, L] of texts of `lengths` [b], packed into rows or each in its own."""
         rows = Rows(lengths, ids.shape[1], packing)
-        x = self.drop(self.token_embedding(rows.pack(ids)) + F.embedding(rows.places, self.positional_embedding))
+        x = self.drop(self.token_embedding(rows.pack(ids)) + F.embedding(rows.positions, self.positional_embedding))
         mask = rows.mask(self.causal)
         is_causal = self.causal and mask is None
         *blocks, last = self.blocks
@@ -109,7 +109,7 @@ class TextTransformer(nn.Module):
                 # The state that other objectives see: a block that is run twice would drop twice.
                 return of_picks(encoding.tokens, (lengths - 1)[:, None])[:, 0]
             if self.pool == "last":
-                return self.ln_final(rows.picked(last(x, mask, is_causal, rows.picks(lengths - 1))))
+                return self.ln_final(rows.unpack_tokens(last(x, mask, is_causal, rows.token_indices(lengths - 1))))
             states = encoding.tokens
             is_token = torch.arange(states.shape[1], device=ids.device) < lengths[:, None]
             return (states * is_token[..., None]).sum(1) / lengths[:, None].to(states.dtype)

@@ -18,7 +18,7 @@ from mmpretrain.batch import Batch, Samples
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec
-from mmpretrain.schedules import Now
+from mmpretrain.schedules import TrainingProgress
 
 Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 """A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
@@ -121,7 +121,7 @@ class Hooks:
     after_init: Callable[[ImageTextModel], None] = lambda model: None
     """Called once in a new run, with the model's first weights, those of `init_from` included: a teacher copies them here.
     A resumed run has its state from the checkpoint and does not call it."""
-    after_step: Callable[[ImageTextModel, Now, Tensor], None] = lambda model, now, skipped: None
+    after_step: Callable[[ImageTextModel, TrainingProgress, Tensor], None] = lambda model, progress, skipped: None
     """Called after each optimiser step on every rank: (the model, the samples seen before the step, whether the step was
     skipped for a gradient that is not finite, a float32 scalar of 0 or 1 on the device). Moves a teacher's average or a
     queue, or clamps a parameter. Branching on `skipped` would make the host wait: use torch.where or multiply."""
@@ -130,7 +130,7 @@ class Hooks:
 
 
 _HOOKS = {hook.name: hook for hook in fields(Hooks)}
-_RENAMED = {"constrain": "after_step(model, now, skipped)", "fit": "set_tokenizer(tokenizer)"}
+_RENAMED = {"constrain": "after_step(model, progress, skipped)", "fit": "set_tokenizer(tokenizer)"}
 
 
 def hooks_of(objective: Objective) -> Hooks:

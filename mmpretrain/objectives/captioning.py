@@ -119,8 +119,8 @@ class Captioning(nn.Module):
             states = encodings.text(stream).tokens
             states = F.pad(states, (0, 0, 0, self.context_length - states.shape[1]))
             x = torch.where(in_parallel[:, None, None], x.to(states.dtype), states)
-            places = torch.arange(self.context_length, device=x.device)
-            mask = (in_parallel[:, None, None] | (places <= places[:, None]))[:, None]
+            positions = torch.arange(self.context_length, device=x.device)
+            mask = (in_parallel[:, None, None] | (positions <= positions[:, None]))[:, None]
         rows = Rows(lengths, self.context_length, None)
         return self.decoder(x, rows, image_tokens, mask, is_causal=False)
 

@@ -12,7 +12,7 @@ from mmpretrain.losses import info_nce, multi_positive_info_nce
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import Encodings
 from mmpretrain.objectives.patch_drop import PatchDrop
-from mmpretrain.schedules import Now, Scheduled
+from mmpretrain.schedules import Scheduled, TrainingProgress
 
 
 class InfoNCE(nn.Module):
@@ -54,7 +54,7 @@ class InfoNCE(nn.Module):
         (stream,) = self.streams
         samples = encodings.samples(stream)
         rows = {
-            "image": encodings.image_embedding(stream, self.patches(encodings.batch.now)),
+            "image": encodings.image_embedding(stream, self.patches(encodings.batch.progress)),
             "text": encodings.text_embedding(stream),
         }
         if self.positives == "pair":
@@ -77,6 +77,6 @@ class InfoNCE(nn.Module):
         return info_nce(rows["image"], rows["text"], shared["logit_scale"], rows["ids"], split=True)
 
     @torch.no_grad()
-    def after_step(self, model: ImageTextModel, now: Now, skipped: Tensor) -> None:
+    def after_step(self, model: ImageTextModel, progress: TrainingProgress, skipped: Tensor) -> None:
         """Clamp s to its bounds. (A clamp in the forward pass would stop s for good.)"""
         self.logit_scale.clamp_(0, math.log(self.max_logit_scale))

@@ -17,7 +17,7 @@ from mmpretrain.models.masking import MaskSpec, PatchMask, num_hidden, num_kept
 from mmpretrain.models.patches import masked_reconstruction, patch_statistics, patchify, unpatchify
 from mmpretrain.models.vit import sincos_positions
 from mmpretrain.objectives.base import Decode, Encodings, Example
-from mmpretrain.schedules import Now, Scheduled, Value
+from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 
 
 class MAE(nn.Module):
@@ -57,7 +57,7 @@ class MAE(nn.Module):
             raise ValueError(
                 f"{config_path}.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order"
             )
-        self._least, self._most = (Value(end, f"{config_path}.mask_ratio", above=0, below=1) for end in ends)
+        self._least, self._most = (ScheduledValue(end, f"{config_path}.mask_ratio", above=0, below=1) for end in ends)
         if min(self._least.values) > min(self._most.values):
             raise ValueError(f"{config_path}.mask_ratio is {mask_ratio}; expected two in order, the smallest first")
         if num_kept(encoder.num_patches, min(self._least.values)) == encoder.num_patches:
@@ -97,11 +97,11 @@ class MAE(nn.Module):
         """The number of hidden patches of a micro-batch."""
         (stream,) = self.streams
         num_patches = math.prod(batch.grid_size(stream, self.patch_size))
-        return num_hidden(batch.streams[stream].seeds, num_patches, self.mask(batch.now))
+        return num_hidden(batch.streams[stream].seeds, num_patches, self.mask(batch.progress))
 
-    def mask(self, now: Now) -> MaskSpec:
+    def mask(self, progress: TrainingProgress) -> MaskSpec:
         """What is hidden at a moment of the run."""
-        return MaskSpec("mae", (self._least(now), self._most(now)))
+        return MaskSpec("mae", (self._least(progress), self._most(progress)))
 
     def _positions(self, grid_size: tuple[int, int]) -> Tensor:
         """[1, N, width]; those of a smaller or larger grid stand in the same picture, as the encoder's interpolated do."""
@@ -113,7 +113,7 @@ class MAE(nn.Module):
     def reconstruct(self, encodings: Encodings) -> tuple[Tensor, PatchMask]:
         """(a prediction for each patch [b, N, p_h p_w 3], kept ones too, and which were hidden)."""
         (stream,) = self.streams
-        spec = self.mask(encodings.batch.now)
+        spec = self.mask(encodings.batch.progress)
         mask = encodings.patch_mask(stream, spec)
         tokens = self.decoder_embed(encodings.image(stream, spec).tokens)
         prefix, kept = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]

@@ -12,7 +12,7 @@ from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import TokenMaskSpec, chosen_tokens
 from mmpretrain.objectives.base import Decode, Encodings, Example, Terms, TokenIds
 from mmpretrain.objectives.token_targets import true_positions
-from mmpretrain.schedules import Now, Scheduled, Value
+from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 
 
 class MLM(nn.Module):
@@ -51,7 +51,7 @@ class MLM(nn.Module):
                 f"{config_path} needs a text encoder that sees both ways; set model.text.causal=false, and leave out "
                 "causal_lm and captioning, which need a causal one"
             )
-        self._mask_ratio = Value(mask_ratio, f"{config_path}.mask_ratio", above=0, below=1)
+        self._mask_ratio = ScheduledValue(mask_ratio, f"{config_path}.mask_ratio", above=0, below=1)
         if min(replaced, randomised) < 0 or replaced + randomised > 1:
             raise ValueError(
                 f"{config_path} has replaced={replaced}, randomised={randomised}; expected parts that add up to at most 1"
@@ -95,20 +95,22 @@ class MLM(nn.Module):
             )
         self._spec = replace(self._spec, mask_id=mask_id, vocab_size=min(rows, tokenizer.vocab_size))
 
-    def mask(self, now: Now) -> TokenMaskSpec:
-        """How tokens are hidden at `now`."""
-        return replace(self._spec, ratio=self._mask_ratio(now))
+    def mask(self, progress: TrainingProgress) -> TokenMaskSpec:
+        """How tokens are hidden at `progress`."""
+        return replace(self._spec, ratio=self._mask_ratio(progress))
 
     def count(self, batch: Batch) -> Tensor:
         """The number of chosen tokens of a micro-batch."""
         samples = batch.streams[self.streams[0]]
         text, lengths = batch.texts(self.streams[0])
-        return chosen_tokens(text.shape[1], lengths, samples.seeds, self.mask(batch.now), samples.word_starts).sum()
+        return chosen_tokens(
+            text.shape[1], lengths, samples.seeds, self.mask(batch.progress), samples.word_starts
+        ).sum()
 
     def predict(self, encodings: Encodings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(states of the chosen tokens [n, d], to be held against the vocabulary; where they stand)."""
         (stream,) = self.streams
-        mask = self.mask(encodings.batch.now)
+        mask = self.mask(encodings.batch.progress)
         chosen = true_positions(encodings.token_mask(stream, mask).chosen, encodings.num_terms(self))
         # The vocabulary's product is the dearest of all: only for tokens that are predicted.
         states = encodings.text(stream, mask).tokens[chosen]

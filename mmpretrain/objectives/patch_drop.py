@@ -4,7 +4,7 @@ from typing import Literal
 
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import MaskSpec
-from mmpretrain.schedules import Now, Scheduled, Value
+from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 
 
 class PatchDrop:
@@ -22,14 +22,14 @@ class PatchDrop:
     """
 
     def __init__(self, model: ImageTextModel, ratio: Scheduled, kind: Literal["random", "block"], key: str) -> None:
-        self._ratio = Value(ratio, key, at_least=0, below=1)
+        self._ratio = ScheduledValue(ratio, key, at_least=0, below=1)
         self._kind: Literal["random", "block"] = kind
         if max(self._ratio.values) > 0 and not model.image.is_vit:
             raise ValueError(
                 f"{key} is {ratio}, but model.image cannot drop patches; expected a plain ViT (vit_*), or 0"
             )
 
-    def __call__(self, now: Now) -> MaskSpec | None:
-        """The mask at `now`; None where nothing is dropped."""
-        ratio = self._ratio(now)
+    def __call__(self, progress: TrainingProgress) -> MaskSpec | None:
+        """The mask at `progress`; None where nothing is dropped."""
+        ratio = self._ratio(progress)
         return MaskSpec("contrast", (ratio, ratio), self._kind) if ratio else None

@@ -49,7 +49,7 @@ class Sigmoid(nn.Module):
         """Rows: image [b, e], text [b, e], ids int64 [b]; shared: logit_scale [1], logit_bias [1]."""
         (stream,) = self.streams
         rows = {
-            "image": encodings.image_embedding(stream, self.patches(encodings.batch.now)),
+            "image": encodings.image_embedding(stream, self.patches(encodings.batch.progress)),
             "text": encodings.text_embedding(stream),
             "ids": encodings.samples(stream).ids,
         }

@@ -14,7 +14,7 @@ from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
 from mmpretrain.config.schema import Precision, Strategy
 from mmpretrain.reporting.profiling import synchronize
-from mmpretrain.schedules import Now
+from mmpretrain.schedules import TrainingProgress
 from mmpretrain.training import parallel
 from mmpretrain.training.precision import autocast
 from mmpretrain.training.setup import Setup
@@ -131,7 +131,7 @@ def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Op
 def dry_run(setup: Setup) -> Mapping[str, float]:
     """Say what a run would cost, and leave nothing behind."""
     cfg, task, weights = setup.cfg, setup.task, setup.weights(0)
-    setup.freeze.apply(Now(0, setup.clock), weights)
+    setup.freeze.apply(TrainingProgress(0, setup.clock), weights)
     batch = next(setup.micro_batches()).to(setup.device)
     precision = cfg.trainer.precision
     # Whole and not compiled, so that operations can be counted; what is kept and what is computed again is the run's.

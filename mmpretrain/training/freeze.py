@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from fractions import Fraction
 
 from mmpretrain.errors import nearest
-from mmpretrain.schedules import Clock, Duration, Now, Value
+from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.training.task import Task
 
 
@@ -47,16 +47,16 @@ class Freeze:
         self._trainable = frozenset(name for name, parameter in task.named_parameters() if parameter.requires_grad)
         self._trained = self._trainable
 
-    def check_trains(self, weights: Mapping[str, Value], clock: Clock) -> None:
+    def check_trains(self, weights: Mapping[str, ScheduledValue], clock: Clock) -> None:
         """Raises: ValueError if at some step of the run nothing would be trained."""
-        knots = [place for weight in weights.values() for place in weight.places(clock)]
+        breakpoints = [place for weight in weights.values() for place in weight.breakpoint_samples(clock)]
         thaws = [clock.samples(until) for until in self._until.values()]
-        # Between knots no weight comes to 0: a step that begins at one or just behind it tells.
-        begins = {-(-place // clock.batch_size) * clock.batch_size for place in [Fraction(0), *knots, *thaws]}
+        # Between breakpoints no weight comes to 0: a step that begins at one or just behind it tells.
+        begins = {-(-place // clock.batch_size) * clock.batch_size for place in [Fraction(0), *breakpoints, *thaws]}
         for samples in sorted(int(place) for place in begins if place < clock.total_samples):
-            now = Now(samples, clock)
-            at = {name: weight(now) for name, weight in weights.items()}
-            if not any(self._is_trained(name, now, at) for name in self._trainable):
+            progress = TrainingProgress(samples, clock)
+            at = {name: weight(progress) for name, weight in weights.items()}
+            if not any(self._is_trained(name, progress, at) for name in self._trainable):
                 shown = ", ".join(f"objective.{name}.weight {value:g}" for name, value in at.items())
                 frozen = f", trainer.freeze of {len(self._until)} parameters" if self._until else ""
                 raise ValueError(
@@ -64,17 +64,17 @@ class Freeze:
                     "above 0 that reaches what is not frozen: change that schedule, or trainer.freeze"
                 )
 
-    def _is_trained(self, name: str, now: Now, weights: Mapping[str, float]) -> bool:
+    def _is_trained(self, name: str, progress: TrainingProgress, weights: Mapping[str, float]) -> bool:
         is_reached = any(weights[objective] and name in names for objective, names in self._reached.items())
         until = self._until.get(name)
-        return is_reached and (until is None or now.samples >= now.clock.samples(until))
+        return is_reached and (until is None or progress.samples >= progress.clock.samples(until))
 
-    def apply(self, now: Now, weights: Mapping[str, float]) -> bool:
-        """Freeze and thaw for the step that starts at `now`, an objective of weight 0 reaching nothing.
+    def apply(self, progress: TrainingProgress, weights: Mapping[str, float]) -> bool:
+        """Freeze and thaw for the step that starts at `progress`, an objective of weight 0 reaching nothing.
 
         Returns: whether anything changed.
         """
-        trained = frozenset(name for name in self._trainable if self._is_trained(name, now, weights))
+        trained = frozenset(name for name in self._trainable if self._is_trained(name, progress, weights))
         if trained == self._trained:
             return False
         for name, parameter in self._task.named_parameters():

@@ -71,7 +71,7 @@ class SampleRandomness(TorchFunctionMode):
             self._passes[key] = _Pass(hash64(*map(str, key)), samples.seeds)
             if samples.packing is not None and samples.lengths is not None:
                 rows = Rows(samples.lengths, samples.packing.row_length, samples.packing)
-                self._passes[key].owners, self._passes[key].positions = rows.owners().clamp(min=0), rows.places
+                self._passes[key].owners, self._passes[key].positions = rows.owners().clamp(min=0), rows.positions
         self._current.append(self._passes[key])
         try:
             yield
@@ -116,12 +116,16 @@ class SampleRandomness(TorchFunctionMode):
 
         None where the rows are not the samples. Raises: ValueError then, if `strict`.
         """
-        now = self._current[-1]
-        salt = hash64(now.key, now.num_calls)
-        now.num_calls += 1
-        seeds = torch_draws(now.seeds, 1, salt)[:, 0]
-        if now.owners is not None and now.positions is not None and tuple(shape[:2]) == tuple(now.owners.shape):
-            seeds, inner = torch_draw(seeds[now.owners], now.positions), shape[2:]
+        current = self._current[-1]
+        salt = hash64(current.key, current.num_calls)
+        current.num_calls += 1
+        seeds = torch_draws(current.seeds, 1, salt)[:, 0]
+        if (
+            current.owners is not None
+            and current.positions is not None
+            and tuple(shape[:2]) == tuple(current.owners.shape)
+        ):
+            seeds, inner = torch_draw(seeds[current.owners], current.positions), shape[2:]
         elif shape and shape[0] and shape[0] % len(seeds) == 0:
             inner = shape[1:]
             if shape[0] > len(seeds):  # several rows for each sample one after the other, as windows of an image

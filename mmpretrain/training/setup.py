@@ -14,7 +14,7 @@ from mmpretrain.data.loader import MicroBatches, StepSampler
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.schedules import Clock, Duration, Now, Value
+from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.training import parallel
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.task import Task
@@ -39,7 +39,7 @@ class Setup:
         cfg: TrainConfig,
         clock: Clock,
         task: Task,
-        weights: Mapping[str, Value],
+        weights: Mapping[str, ScheduledValue],
         streams: Mapping[str, Stream],
         tokenizer: Tokenizer,
     ) -> None:
@@ -60,8 +60,8 @@ class Setup:
 
     def weights(self, samples: int) -> dict[str, float]:
         """The objectives' weights for the step that starts at `samples`."""
-        now = Now(samples, self.clock)
-        return {name: weight(now) for name, weight in self.scheduled_weights.items()}
+        progress = TrainingProgress(samples, self.clock)
+        return {name: weight(progress) for name, weight in self.scheduled_weights.items()}
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A new optimiser of the parameters as they are now."""

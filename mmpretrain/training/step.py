@@ -142,7 +142,7 @@ def forward_backward(
     autocast = autocast or nullcontext()
     micro_batches = [task.counted(batch, weights) for batch in micro_batches]
     counts = {name: _count(name, micro_batches, task) for name in task.independent if weights[name]}
-    coupling = _Coupling(task, hash64("coupled", micro_batches[0].now.samples) >> 1)
+    coupling = _Coupling(task, hash64("coupled", micro_batches[0].progress.samples) >> 1)
     coupled_weights = {name: 0.0 if name in counts else weight for name, weight in weights.items()}
     if len(micro_batches) > 1 and any(coupled_weights.values()):
         with torch.no_grad():

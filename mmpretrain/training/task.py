@@ -13,7 +13,7 @@ from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec, mask_tokens, patch_mask
 from mmpretrain.objectives.base import Couple, CoupledObjective, IndependentObjective, Objective, hooks_of
-from mmpretrain.schedules import Now
+from mmpretrain.schedules import TrainingProgress
 from mmpretrain.training.randomness import SampleRandomness
 
 
@@ -256,7 +256,7 @@ class Task(nn.Module):
         for objective in self.objectives.values():
             hooks_of(objective).after_init(self.model)
 
-    def after_step(self, now: Now, skipped: Tensor) -> None:
+    def after_step(self, progress: TrainingProgress, skipped: Tensor) -> None:
         """Call the objectives' `after_step` hooks.
 
         Args:
@@ -264,7 +264,7 @@ class Task(nn.Module):
             skipped: whether the step was skipped, a float32 scalar of 0 or 1.
         """
         for objective in self.objectives.values():
-            hooks_of(objective).after_step(self.model, now, skipped)
+            hooks_of(objective).after_step(self.model, progress, skipped)
 
 
 def _inner(values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:

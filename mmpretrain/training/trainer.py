@@ -26,7 +26,7 @@ from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.errors import TrainingError
 from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite
 from mmpretrain.reporting.profiling import profiled
-from mmpretrain.schedules import Duration, Now, Schedule, Value
+from mmpretrain.schedules import Duration, Schedule, ScheduledValue, TrainingProgress
 from mmpretrain.training import parallel, resume
 from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.training.ema import EMA
@@ -107,15 +107,17 @@ class Trainer:
             if cfg.init_from is not None:
                 init_from(task, cfg.init_from)
             task.after_init()
-        self.whole = parallel.prepare(task, device, self.precision, cfg.parallel)
+        self.gather_full = parallel.prepare(task, device, self.precision, cfg.parallel)
         self.optimizer = setup.optimizer()
         parallel.check_optimizer(self.optimizer)
-        self.ema_decay = None if cfg.trainer.ema_decay is None else Value(cfg.trainer.ema_decay, "trainer.ema_decay")
+        self.ema_decay = (
+            None if cfg.trainer.ema_decay is None else ScheduledValue(cfg.trainer.ema_decay, "trainer.ema_decay")
+        )
         self.ema = None if self.ema_decay is None else EMA(task)
         self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.ema)
         self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
         self.loss_scale = LossScale(self.precision, device, self.state.loss_scale, self.state.good_steps)
-        setup.freeze.apply(Now(self.state.samples, clock), setup.weights(self.state.samples))
+        setup.freeze.apply(TrainingProgress(self.state.samples, clock), setup.weights(self.state.samples))
         self.wrapped = parallel.wrap(task, device)
         workers = self._measured_workers() if cfg.data.workers == "auto" else cfg.data.workers
         self.loader = build_loader(
@@ -176,7 +178,7 @@ class Trainer:
         self.gradient_watch = GradientWatch()
         with (
             closing(received(self.loader, self.cfg.data.timeout_seconds)) as batches,
-            ProgressBar(self.num_steps, state.step, distributed.is_main()) as progress,
+            ProgressBar(self.num_steps, state.step, distributed.is_main()) as bar,
             profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
         ):
             while state.step < self.num_steps:
@@ -185,10 +187,10 @@ class Trainer:
                 refused = [refusal for batch in micro_batches for refusal in batch.refused]
                 if state.step == 0 and self.writer is not None:
                     self.writer.pairs(micro_batches[0], self.setup.tokenizer)
-                now = Now(state.samples, self.clock)
+                progress = TrainingProgress(state.samples, self.clock)
                 weights = setup.weights(state.samples)
                 micro_batches = [self.transfer(self.task.counted(batch, weights)) for batch in micro_batches]
-                if setup.freeze.apply(now, weights):
+                if setup.freeze.apply(progress, weights):
                     self.wrapped = parallel.wrap(self.task, device)
 
                 passes = autocast(device, self.precision)
@@ -213,15 +215,15 @@ class Trainer:
                     self.gradient_watch.add(state.step + 1, norms["all"])
                 values = diagnosis
                 if self.clock.is_due(self.log_every, before, after) or is_last:
-                    values |= self._measure(losses, weights, norms, lr_factor, progress)
+                    values |= self._measure(losses, weights, norms, lr_factor, bar)
 
                 with self.state_lock:
                     self.is_whole = False
                     skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
-                    self.task.after_step(now, skipped)
+                    self.task.after_step(progress, skipped)
                     self.loss_scale.update(skipped)
                     if self.ema is not None and self.ema_decay is not None:
-                        self.ema.update(skipped, self.ema_decay(now))
+                        self.ema.update(skipped, self.ema_decay(progress))
                     self.bad_steps = (self.bad_steps + 1) * skipped
 
                     state.step, state.samples = state.step + 1, after
@@ -232,7 +234,7 @@ class Trainer:
                         self._log(values)
                     self._mark_whole()
                 self._post_flags(skipped)
-                progress.advance(state.step)
+                bar.advance(state.step)
                 profile_step()
                 with self.window.paused():
                     if is_last or (known.get("stop") and not due):
@@ -256,7 +258,7 @@ class Trainer:
         """What each objective costs, and pictures of what it does. A collective."""
         with self.window.paused():
             values = diagnose(self.task, micro_batches, weights, passes, scale)
-            task = self.whole()
+            task = self.gather_full()
             if self.writer is not None:
                 for name, examples in show_examples(
                     task, micro_batches[0], weights, passes, self.setup.tokenizer.decode
@@ -330,7 +332,7 @@ class Trainer:
         weights: Mapping[str, float],
         norms: Mapping[str, Tensor],
         lr_factor: float,
-        progress: ProgressBar,
+        bar: ProgressBar,
     ) -> dict[str, float]:
         """The values of the step that is about to be taken; begins a new window. A collective."""
         step, samples = self.state.step + 1, self.state.samples + self.batch_size
@@ -346,7 +348,7 @@ class Trainer:
         self.state.train_seconds += self.window.seconds
         speed = values["system/samples_per_second"]
         seconds_left = (self.clock.total_samples - samples) / speed
-        progress.show(step, values["train/loss"], speed, seconds_left)
+        bar.show(step, values["train/loss"], speed, seconds_left)
         self.window = Window()
         return values
 
@@ -384,10 +386,10 @@ class Trainer:
     def _scores(self, due: Sequence[str]) -> dict[str, float]:
         """The scores of these evaluations, and of the averaged weights. A collective."""
         samples = self.state.samples
-        scores = dict(self.evaluation.run(due, self.whole(), samples, self.writer, self._check_stop))
+        scores = dict(self.evaluation.run(due, self.gather_full(), samples, self.writer, self._check_stop))
         if scores and self.ema is not None:
             with self.ema.applied():
-                averaged = self.evaluation.run(due, self.whole(), samples, None, self._check_stop)
+                averaged = self.evaluation.run(due, self.gather_full(), samples, None, self._check_stop)
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))

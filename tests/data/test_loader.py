@@ -24,7 +24,7 @@ from mmpretrain.data.shards import Fingerprint, Shards
 from mmpretrain.data.stream import Source, TarStream, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
-from mmpretrain.schedules import Clock, Now
+from mmpretrain.schedules import Clock, TrainingProgress
 from mmpretrain.seeds import draw, hash64
 from tests.tars import Sample, encode, make_samples, smooth_pixels, write_tar, write_tars
 
@@ -213,7 +213,7 @@ def test_a_stage_has_its_own_image_size_and_text_length(tars: list[str], tokeniz
         samples, reference = batch.streams["pairs"], rows_of(other.streams["pairs"])
         assert samples.images is not None and samples.lengths is not None
         assert samples.images.shape[2:] == ((16, 16) if step < 2 else (24, 24))
-        assert batch.now == Now(10 * step, clock)
+        assert batch.progress == TrainingProgress(10 * step, clock)
         for position, row in rows_of(samples).items():
             whole = reference[position][-1]
             assert row[:2] == reference[position][:2]

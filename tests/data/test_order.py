@@ -16,7 +16,7 @@ from mmpretrain.data.order import (
     step_positions,
     step_range,
 )
-from mmpretrain.schedules import Clock, Now, Scheduled, Value
+from mmpretrain.schedules import Clock, Scheduled, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import draw, hash64
 
 
@@ -186,11 +186,11 @@ def test_batches_cross_an_epochs_end_without_padding_or_dropping() -> None:
     "sizes", [4, {"piecewise": {"0%": 4, "30samples": 8, "50%": 2}}, {"piecewise": {"2steps": 6, "3steps": 4}}]
 )
 def test_steps_take_positions_one_after_the_other_whatever_the_stages_sizes(sizes: Scheduled) -> None:
-    batch_size, clock = Value(sizes, "x", in_stages=True), Clock(10, 100, 200)
+    batch_size, clock = ScheduledValue(sizes, "x", in_stages=True), Clock(10, 100, 200)
     taken, seen = [], []
     for step in range(20):
         positions = step_range(batch_size, step, clock)
         taken += list(positions)
         seen.append(len(positions))
     assert taken == list(range(len(taken)))
-    assert seen == [batch_size(Now(10 * step, clock)) for step in range(20)]
+    assert seen == [batch_size(TrainingProgress(10 * step, clock)) for step in range(20)]

@@ -6,7 +6,7 @@ import torch
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import ClipTokenizer
-from mmpretrain.schedules import Now
+from mmpretrain.schedules import TrainingProgress
 
 
 def test_a_sample_is_the_same_in_any_micro_batch() -> None:
@@ -17,7 +17,7 @@ def test_a_sample_is_the_same_in_any_micro_batch() -> None:
         found = {}
         for rank in range(world_size):
             for item in step_positions(stream.order, range(24, 36), rank, world_size, num_micro_batches):
-                read, _ = stream.read(item, tokenizer, Now())
+                read, _ = stream.read(item, tokenizer, TrainingProgress())
                 assert read.images is not None and read.text is not None and read.lengths is not None
                 for position, image, text, length in zip(
                     read.positions.tolist(), read.images, read.text, read.lengths.tolist(), strict=True

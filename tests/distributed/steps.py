@@ -29,7 +29,7 @@ from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
-from mmpretrain.schedules import Clock, Duration, Now
+from mmpretrain.schedules import Clock, Duration, TrainingProgress
 from mmpretrain.seeds import hash64, torch_draws
 from mmpretrain.training import parallel
 from mmpretrain.training.diagnose import diagnose
@@ -191,12 +191,12 @@ def train(
     seen = []
     clock = Clock(BATCH_SIZE, BATCH_SIZE, NUM_STEPS * BATCH_SIZE)
     for i in range(first, first + num_steps):
-        if freeze.apply(Now(i * BATCH_SIZE, clock), weights):
+        if freeze.apply(TrainingProgress(i * BATCH_SIZE, clock), weights):
             wrapped = parallel.wrap(task, torch.device("cpu"))
         losses = forward_backward(wrapped, task, make_batches(num_micro_batches, seed=i), weights)
         norms = grad_norms(optimizer)
         skipped = guarded_step(optimizer, norms["all"], 1.0)
-        task.after_step(Now(i * BATCH_SIZE, clock), skipped)
+        task.after_step(TrainingProgress(i * BATCH_SIZE, clock), skipped)
         average.update(torch.zeros(()), 0.5)
         values = {name: float(means["loss"]) for name, means in losses.reduced().items()}
         seen.append(values | {f"norm_{name}": float(norm) for name, norm in norms.items()})

@@ -37,6 +37,6 @@ def test_an_image_with_many_captions_stands_with_its_first() -> None:
 
 def test_it_is_run_on_sets_with_captions_where_the_run_has_a_logit_scale(tmp_path: Path) -> None:
     data = make_set(tmp_path)
-    assert ContrastiveLoss().wants(make_context(data=data)) == ["val"]
-    assert ContrastiveLoss().wants(make_context(data=data, logit_scale=None)) == []
-    assert ContrastiveLoss().wants(make_context(data=make_set(tmp_path, caption=None))) == []
+    assert ContrastiveLoss().applicable_datasets(make_context(data=data)) == ["val"]
+    assert ContrastiveLoss().applicable_datasets(make_context(data=data, logit_scale=None)) == []
+    assert ContrastiveLoss().applicable_datasets(make_context(data=make_set(tmp_path, caption=None))) == []

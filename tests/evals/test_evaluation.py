@@ -18,7 +18,7 @@ class Precision:
 
     data: Sequence[str] | None = None
 
-    def wants(self, context: Context) -> list[str]:
+    def applicable_datasets(self, context: Context) -> list[str]:
         return list(context.sets)
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:

@@ -214,7 +214,7 @@ def test_patch_similarity_is_shown_where_the_model_has_patches(tmp_path: Path) -
     evaluate({"patches": PatchSimilarity(num_images=2)}, context)
     assert context.shown.pictures["eval-val/patch_similarity"].std() > 1
     without = ImageTextModel(TimmEncoder("test_resnet", 32), make_model().text, 12)
-    assert PatchSimilarity().wants(make_context(model=without, data=make_set(tmp_path))) == []
+    assert PatchSimilarity().applicable_datasets(make_context(model=without, data=make_set(tmp_path))) == []
 
 
 @pytest.mark.parametrize("pooling", [{"pool_type": "avg"}, {"attentional_pool": True, "attn_pooler_heads": 2}])
@@ -223,9 +223,9 @@ def test_patch_similarity_is_not_shown_where_no_token_is_pooled(pooling: dict[st
     text = {"width": 32, "heads": 2, "layers": 1, "context_length": 16}
     data = make_set(tmp_path)
     pooled = open_clip_model("ViT-B-32", vision={**vision, **pooling}, text=text)
-    assert PatchSimilarity().wants(make_context(model=pooled, data=data)) == []
+    assert PatchSimilarity().applicable_datasets(make_context(model=pooled, data=data)) == []
     token = open_clip_model("ViT-B-32", vision=vision, text=text)
-    assert PatchSimilarity().wants(make_context(model=token, data=data)) == ["val"]
+    assert PatchSimilarity().applicable_datasets(make_context(model=token, data=data)) == ["val"]
 
 
 def test_grey_and_transparent_images_can_be_drawn() -> None:

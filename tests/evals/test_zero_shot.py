@@ -140,4 +140,4 @@ def test_it_is_run_on_sets_that_have_classes_and_labels(tmp_path: Path) -> None:
         ({"label": "cls"}, []),
         ({"classes": classes}, []),
     ):
-        assert ZeroShot().wants(make_context(data=make_set(tmp_path, **fields))) == expected
+        assert ZeroShot().applicable_datasets(make_context(data=make_set(tmp_path, **fields))) == expected

@@ -63,10 +63,10 @@ def test_a_block_is_pytorchs_attention_and_an_mlp(kind: str) -> None:
 def test_some_tokens_states_alone_are_those_among_all_with_their_gradients(kind: str) -> None:
     block, (mask, is_causal) = new_block(), MASKS[kind]
     x = torch.randn(5, 7, 8, dtype=torch.float64, requires_grad=True)
-    picks = torch.tensor([[1, 0], [0, 2], [2, 2], [5, 3], [6, 1]])
+    token_indices = torch.tensor([[1, 0], [0, 2], [2, 2], [5, 3], [6, 1]])
     weights = torch.randn(5, 2, 8, dtype=torch.float64)
-    alone = block(x, mask, is_causal, picks)
-    among = block(x, mask, is_causal).gather(1, picks[..., None].expand(-1, -1, 8))
+    alone = block(x, mask, is_causal, token_indices)
+    among = block(x, mask, is_causal).gather(1, token_indices[..., None].expand(-1, -1, 8))
     torch.testing.assert_close(alone, among, rtol=1e-10, atol=1e-12)
     inputs = [x, *block.parameters()]
     of_alone, of_among = (torch.autograd.grad((part * weights).sum(), inputs) for part in (alone, among))

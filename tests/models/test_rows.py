@@ -29,9 +29,9 @@ def test_packed_texts_stand_where_they_should_and_come_back() -> None:
 def test_tokens_know_their_text_and_their_place_in_it() -> None:
     rows = packed_rows()
     assert rows.owners().tolist() == [[1] * 5, [3, 3, 3, 2, -1], [0, 0, -1, -1, -1]]
-    assert rows.places[0].tolist() == [0, 1, 2, 3, 4]
-    assert rows.places[1, :4].tolist() == [0, 1, 2, 0] and rows.places[2, :2].tolist() == [0, 1]
-    assert (rows.places < 5).all(), "what fills a row looks up a position that there is"
+    assert rows.positions[0].tolist() == [0, 1, 2, 3, 4]
+    assert rows.positions[1, :4].tolist() == [0, 1, 2, 0] and rows.places[2, :2].tolist() == [0, 1]
+    assert (rows.positions < 5).all(), "what fills a row looks up a position that there is"
 
 
 def allowed(rows: Rows, is_causal: bool) -> Tensor:
@@ -51,16 +51,21 @@ def test_a_token_sees_its_own_text_alone() -> None:
 
 def test_one_token_of_each_text_is_picked_and_found_again() -> None:
     rows = packed_rows()
-    picks = rows.picks(LENGTHS - 1)
-    assert picks.shape == (3, 2) and picks[0, 0] == 4 and picks[1].tolist() == [2, 3] and picks[2, 0] == 1
-    states = rows.pack(IDS)[torch.arange(3)[:, None], picks][..., None]
-    assert rows.picked(states)[:, 0].tolist() == [12, 25, 31, 43]
+    token_indices = rows.token_indices(LENGTHS - 1)
+    assert (
+        token_indices.shape == (3, 2)
+        and token_indices[0, 0] == 4
+        and token_indices[1].tolist() == [2, 3]
+        and token_indices[2, 0] == 1
+    )
+    states = rows.pack(IDS)[torch.arange(3)[:, None], token_indices][..., None]
+    assert rows.unpack_tokens(states)[:, 0].tolist() == [12, 25, 31, 43]
 
 
 def test_texts_with_a_row_each_stay_as_they_are() -> None:
     rows = Rows(LENGTHS, 5, None)
     assert rows.pack(IDS) is IDS and rows.unpack(IDS) is IDS
-    assert rows.places.tolist() == [0, 1, 2, 3, 4]
+    assert rows.positions.tolist() == [0, 1, 2, 3, 4]
     assert rows.mask(is_causal=True) is None and allowed(rows, False)[3, 0].tolist() == [True, True, True, False, False]
-    assert rows.picks(LENGTHS - 1).tolist() == [[1], [4], [0], [2]]
-    assert rows.picked(IDS[:, :1, None]).tolist() == [[11], [21], [31], [41]]
+    assert rows.token_indices(LENGTHS - 1).tolist() == [[1], [4], [0], [2]]
+    assert rows.unpack_tokens(IDS[:, :1, None]).tolist() == [[11], [21], [31], [41]]

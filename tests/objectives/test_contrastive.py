@@ -71,11 +71,11 @@ def test_logit_scale_is_brought_back_into_its_bounds_after_a_step_and_not_before
     assert shared["logit_scale"].item() == pytest.approx(70)
     (gradient,) = torch.autograd.grad(shared["logit_scale"], objective.logit_scale)
     assert gradient.item() == pytest.approx(70)
-    objective.after_step(model, batch.now, torch.zeros(()))
+    objective.after_step(model, batch.progress, torch.zeros(()))
     assert objective.logit_scale.exp().item() == pytest.approx(50)
     with torch.no_grad():
         objective.logit_scale.fill_(-1)
-    objective.after_step(model, batch.now, torch.zeros(()))
+    objective.after_step(model, batch.progress, torch.zeros(()))
     assert objective.logit_scale.exp().item() == 1
 
 

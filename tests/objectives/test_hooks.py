@@ -31,7 +31,7 @@ class Distillation(nn.Module):
         self.teacher.load_state_dict(model.image.state_dict())
 
     @torch.no_grad()
-    def after_step(self, model, now, skipped) -> None:
+    def after_step(self, model, progress, skipped) -> None:
         for ours, theirs in zip(self.teacher.parameters(), model.image.parameters()):
             ours.lerp_(theirs, (1 - self.decay) * (1 - skipped))
 
@@ -103,7 +103,7 @@ def test_hooks_that_an_objective_leaves_out_have_defaults() -> None:
         ("afterinit", "after_init"),
         ("example", "examples"),
         ("num_view", "num_views"),
-        ("constrain", "after_step(model, now, skipped)"),
+        ("constrain", "after_step(model, progress, skipped)"),
         ("fit", "set_tokenizer(tokenizer)"),
     ],
 )

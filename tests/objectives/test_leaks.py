@@ -53,7 +53,7 @@ def test_a_masked_word_reaches_no_state(name: str) -> None:
     (batch,) = make_batches(1)
     samples, text, _ = of(batch)
     encodings = Encodings(task.model, batch)
-    spec = mlm.mask(batch.now)
+    spec = mlm.mask(batch.progress)
     mask = encodings.token_mask("pairs", spec)
     masked = mask.chosen & (mask.ids == spec.mask_id)
     assert masked.sum() > 5
@@ -125,7 +125,7 @@ def test_a_dropped_patch_reaches_no_embedding(name: str) -> None:
     (batch,) = make_batches(1)
     images = batch.streams["pairs"].images
     assert images is not None
-    spec = objective.patches(batch.now)  # type: ignore[union-attr]
+    spec = objective.patches(batch.progress)  # type: ignore[union-attr]
     hidden = Encodings(task.model, batch).patch_mask("pairs", spec).hidden
     assert hidden.sum(1).tolist() == [int(hidden[0].sum())] * len(images)
     pixels = hidden.reshape(-1, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]

@@ -12,7 +12,7 @@ from mmpretrain.batch import Batch
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.mae import MAE
-from mmpretrain.schedules import Now
+from mmpretrain.schedules import TrainingProgress
 from mmpretrain.training.task import Encodings
 from tests import tiny
 
@@ -60,7 +60,7 @@ def test_count_of_a_range_is_the_hidden_patches_of_the_masks_that_are_drawn() ->
     batch = tiny.batch([3] * 40)
     model = tiny.image_text()
     mae = MAE(model, mask_ratio=[0.25, 0.75], **DECODER)
-    hidden = Encodings(model, batch).patch_mask("pairs", mae.mask(Now())).hidden.sum(1)
+    hidden = Encodings(model, batch).patch_mask("pairs", mae.mask(TrainingProgress())).hidden.sum(1)
     assert mae.count(batch) == hidden.sum()
     assert set(hidden.tolist()) == set(range(4, 13))
 
@@ -70,7 +70,7 @@ def loss_by_sample(model: ImageTextModel, mae: MAE, batch: Batch) -> Tensor:
     samples = batch.streams["pairs"]
     assert samples.images is not None
     pixels = model.normalize(samples.images)
-    mask = Encodings(model, batch).patch_mask("pairs", mae.mask(Now()))
+    mask = Encodings(model, batch).patch_mask("pairs", mae.mask(TrainingProgress()))
     trunk, prefix = model.image.trunk, model.image.num_prefix_tokens
     rows, columns = model.image.grid_size
     positions = torch.from_numpy(published_positions(16, rows, columns).astype(np.float32)).double()
@@ -118,7 +118,7 @@ def test_what_hidden_patches_show_changes_the_target_and_not_the_prediction(rati
     model = tiny.image_text()
     mae = tiny.randomize(MAE(model, mask_ratio=ratio, norm_pix=False, **DECODER))
     batch, other = tiny.batch([3] * 4), tiny.batch([3] * 4)
-    hidden = Encodings(model, batch).patch_mask("pairs", mae.mask(Now())).hidden
+    hidden = Encodings(model, batch).patch_mask("pairs", mae.mask(TrainingProgress())).hidden
     images = other.streams["pairs"].images
     assert images is not None
     images[hidden.reshape(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).expand_as(images)] = 255
@@ -134,11 +134,11 @@ def test_masks_belong_to_samples_and_not_to_their_batch() -> None:
     mae = MAE(model, mask_ratio=(0.2, 0.9), **DECODER)
     whole = tiny.batch([3] * 4)
     samples = whole.streams["pairs"]
-    hidden = Encodings(model, whole).patch_mask("pairs", mae.mask(Now())).hidden
+    hidden = Encodings(model, whole).patch_mask("pairs", mae.mask(TrainingProgress())).hidden
     assert samples.images is not None
     third = [tensor[2:3] for tensor in (samples.positions, samples.ids, samples.seeds, samples.images)]
     alone = Batch({"pairs": type(samples)(*third)})
-    assert torch.equal(Encodings(model, alone).patch_mask("pairs", mae.mask(Now())).hidden, hidden[2:3])
+    assert torch.equal(Encodings(model, alone).patch_mask("pairs", mae.mask(TrainingProgress())).hidden, hidden[2:3])
 
 
 def test_error_is_taken_in_float32_under_bf16() -> None:
