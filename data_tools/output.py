@@ -29,7 +29,7 @@ MADE_BY = "mmpretrain data_tools"
 _LOCK = ".building.lock"
 _LOCK_SECONDS = 5.0  # the workers of a killed build hold its lock until they have seen that it is gone
 _SHARD_NAME = re.compile(r"\d{6,}\.tar")
-_TEMPORARY = re.compile(r"\.(.+?\.(?:tar|json|jsonl|tsv|npz))(?:\.[^.]+){0,2}\.tmp")  # an index's has the process and the thread
+_TEMPORARY = re.compile(r"\.(.+?\.(?:tar|json|jsonl|tsv|npz))(?:\.[^.]+){0,2}\.tmp")  # an index has process and thread
 _FORMER_JOURNAL = re.compile(r"(?:[0-9a-f]{64})?")  # a plan alone, from before it was JSON
 
 
