@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import webdataset
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 
 NUM_PAIRS = 200
 NUM_HELD_OUT = 40
@@ -274,6 +276,13 @@ def train(folder: Path, *overrides: str, environment: Mapping[str, str] | None =
     return start_train(folder, *overrides, environment=environment).wait()
 
 
+def trained(folder: Path, pairs: Path, *overrides: str, code: int = 0) -> Finished:
+    """`train` on the data set `pairs`, which must end with this exit code."""
+    finished = train(folder, f"data.root={pairs}", *overrides)
+    assert finished.code == code, finished.stderr
+    return finished
+
+
 def train_group(folder: Path, world_size: int, *overrides: str) -> list[Finished]:
     """The same on several processes, which speak gloo."""
     ranks = [start_train(folder, *overrides, environment=environment) for environment in group(world_size)]
@@ -302,6 +311,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def tensors(folder: Path, name: str) -> bytes:
     """A file of the last checkpoint of a run, as it is."""
     return (checkpoints(folder)[-1] / name).read_bytes()
+
+
+def weights(folder: Path, step: int, part: str = "model") -> dict[str, Tensor]:
+    """The tensors of a checkpoint of a run: `model`, `optimizer` or `ema`."""
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{part}.safetensors")
 
 
 def exact_outcome(folder: Path) -> dict[str, Any]:

@@ -260,7 +260,7 @@ class Task(nn.Module):
         """Call the objectives' `after_step` hooks.
 
         Args:
-            now: the samples seen before the step.
+            progress: the samples seen before the step.
             skipped: whether the step was skipped, a float32 scalar of 0 or 1.
         """
         for objective in self.objectives.values():

@@ -11,7 +11,7 @@ from mmpretrain.config import resolve
 from mmpretrain.config.schema import register_schemas
 from tests import runs
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # grocery_clip evaluates on labels that only its data have.
 ON_SHAPES = [name for name in EXPERIMENTS if name != "grocery_clip"]

@@ -132,7 +132,7 @@ def catches_sigterm(pid: int) -> bool:
 )
 def test_a_signal_while_torch_is_imported_ends_with_85(entry: list[str], pairs: Path, tmp_path: Path) -> None:
     command = [sys.executable, *entry, *runs.TINY_RUN, *LONG, f"data.root={pairs}"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment) as process:
         runs.poll(lambda: catches_sigterm(process.pid), "handler", lambda: process.poll() is None)
         assert "libtorch_python" not in Path(f"/proc/{process.pid}/maps").read_text(), "too late to tell"
@@ -376,7 +376,7 @@ def test_a_run_evaluates_with_few_descriptors(pairs: Path, tmp_path: Path) -> No
     finished = subprocess.run(
         [sys.executable, "-m", "mmpretrain.train", *settings], cwd=tmp_path, capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit), timeout=runs.DEADLINE_SECONDS,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert "eval-val/image_retrieval_recall@1" in runs.results(tmp_path / "run")

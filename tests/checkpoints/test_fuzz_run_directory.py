@@ -24,8 +24,8 @@ from mmpretrain.config import resolve
 from mmpretrain.reporting import report
 from mmpretrain.reporting.metrics import MetricsWriter
 from mmpretrain.training import resume
+from tests.checkpoints.test_untrusted import sign
 from tests.saved_runs import save_whole_run
-from tests.test_untrusted_runs import sign
 
 STEP = "checkpoints/step_00000005"
 FILES = (

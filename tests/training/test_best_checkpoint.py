@@ -1,0 +1,37 @@
+"""`checkpoint.best`."""
+
+from pathlib import Path
+
+from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.training.resume import read_state
+from mmpretrain.training.step_metrics import is_better
+from tests import runs
+
+
+def test_best_checkpoint_is_kept_and_can_be_named(pairs: Path, tmp_path: Path) -> None:
+    metric = "eval-val/contrastive_loss"
+    runs.trained(
+        tmp_path, pairs, "trainer.duration=12steps", "trainer.eval_every=2steps", "eval=[contrastive_loss]",
+        f"checkpoint.best={metric}", "checkpoint.keep_last=1", "checkpoint.every=100%", "optimizer.lr=0.05",
+    )  # fmt: skip
+    losses = {r["step"]: r[metric] for r in runs.records(tmp_path / "run") if metric in r}
+    best = min(losses, key=lambda step: losses[step])
+    assert len(losses) == 6
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "best").read_text() == f"step_{best:08d}\n"
+    assert {path.name for path in runs.checkpoints(tmp_path / "run")} == {f"step_{best:08d}", "step_00000012"}
+    assert load_checkpoint(folder / "best").state["step"] == best
+    assert read_state(load_checkpoint(folder / "best").path).best == losses[best]
+
+
+def test_a_best_metric_that_nothing_gives_is_told(pairs: Path, tmp_path: Path) -> None:
+    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=2steps", "checkpoint.best=eval-val/acc1")
+    assert finished.code == 0
+    assert "checkpoint.best is 'eval-val/acc1', which no evaluation gave; they gave: eval-val/" in finished.stderr
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    nan = float("nan")
+    assert is_better("eval-val/acc1", 0.1, None) and not is_better("eval-val/acc1", nan, None)
+    assert is_better("eval-val/acc1", 0.2, 0.1) and not is_better("eval-val/acc1", 0.1, 0.1)
+    assert is_better("eval-val/contrastive_loss", 1.0, 2.0) and not is_better("eval-val/contrastive_loss", nan, 2.0)
