@@ -5,12 +5,10 @@ import logging
 import multiprocessing
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -21,7 +19,6 @@ from mmpretrain import distributed, files, optim
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoints import store
 from mmpretrain.config import resolve
-from mmpretrain.config.schema import Strategy
 from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.errors import TrainingError
 from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite
@@ -32,10 +29,11 @@ from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buff
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.gradient_watch import GradientWatch
 from mmpretrain.training.init_from import init_from
-from mmpretrain.training.nonfinite import check_bad_step
+from mmpretrain.training.nonfinite import BadSteps
 from mmpretrain.training.precision import LossScale, autocast
 from mmpretrain.training.quarantine import Quarantine
 from mmpretrain.training.resume import TrainState
+from mmpretrain.training.saver import Saver
 from mmpretrain.training.setup import Setup, fingerprint_of
 from mmpretrain.training.step import StepLosses, forward_backward
 from mmpretrain.training.step_metrics import Window, is_better, train_values
@@ -81,7 +79,7 @@ class Trainer:
     """
 
     def __init__(self, setup: Setup, schedule: Schedule, evaluation: Evaluation) -> None:
-        self.started = time.perf_counter()
+        started = time.perf_counter()
         self.setup, self.schedule, self.evaluation = setup, schedule, evaluation
         self.cfg, self.task, self.clock, self.device = cfg, task, clock, device = (
             setup.cfg, setup.task, setup.clock, setup.device,
@@ -95,10 +93,10 @@ class Trainer:
             if cfg.trainer.diagnose_every is None
             else Duration.parse(cfg.trainer.diagnose_every, "trainer.diagnose_every")
         )
-        self.fingerprint = fingerprint_of(setup.streams)
+        fingerprint = fingerprint_of(setup.streams)
         if setup.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(setup.freeze.unreached))
-        saved = resume.find_checkpoint(self.folder, self.num_steps, self.fingerprint)
+        saved = resume.find_checkpoint(self.folder, self.num_steps, fingerprint)
         if distributed.is_main():
             store.prune(self.folder / "checkpoints", cfg.checkpoint.keep_last)
         if saved is not None:
@@ -115,7 +113,7 @@ class Trainer:
         )
         self.ema = None if self.ema_decay is None else EMA(task)
         self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.ema)
-        self.bad_steps = torch.tensor(self.state.bad_steps, device=device)
+        self.bad_steps = BadSteps(self.state.bad_steps, cfg.trainer.max_bad_steps, setup.streams, clock, device)
         self.loss_scale = LossScale(self.precision, device, self.state.loss_scale, self.state.good_steps)
         setup.freeze.apply(TrainingProgress(self.state.samples, clock), setup.weights(self.state.samples))
         self.wrapped = parallel.wrap(task, device)
@@ -127,14 +125,13 @@ class Trainer:
         self.transfer = Transfer(device)
         self.flags = distributed.LateFlags()
         self.results = self.state.summary()
-        self.saved_at, self.saved_step = time.perf_counter(), self.state.step
-        self.earlier_seconds = self.state.wall_seconds
-        # Held while the state changes or is written, so that it can be saved while the loop hangs in a step.
-        self.state_lock = threading.RLock()
         self.quarantine = Quarantine(
             self.folder / "quarantine.jsonl", cfg.data.max_bad_fraction, self.state.num_refused
         )
-        self._mark_whole()
+        self.saver = Saver(
+            cfg, fingerprint, self.state, task, self.optimizer, self.ema, self.loss_scale, self.bad_steps,
+            self.quarantine, started,
+        )  # fmt: skip
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
             # What a step logs is written once it is evaluated; where that was cut short, it comes again.
@@ -158,9 +155,9 @@ class Trainer:
                     self._write_results()  # of a finished run, whose file is gone
                 self._loop()
             except Stopped:
-                self._end(f"stopped by a signal at step {self.state.step}; {self._rescue()}")
+                self._end(f"stopped by a signal at step {self.state.step}; {self.saver.rescue()}")
             except LoaderError as error:
-                rescued = self._rescue()
+                rescued = self.saver.rescue()
                 if stop.received:
                     self._end(f"stopped by a signal at step {self.state.step}; {rescued}")
                 where = f"step {self.state.step + 1}" if self.state.pending is None else "evaluation"
@@ -208,7 +205,7 @@ class Trainer:
                 before, after = state.samples, state.samples + self.batch_size
                 is_last = state.step + 1 == self.num_steps
                 known = self.flags.read()
-                check_bad_step(known, state.step, setup.streams, self.clock, options.max_bad_steps)
+                self.bad_steps.check(known, state.step)
                 self.quarantine.add(refused)
                 self.window.add(self.batch_size)
                 if options.clip_grad_norm is None and distributed.is_main():
@@ -217,31 +214,28 @@ class Trainer:
                 if self.clock.is_due(self.log_every, before, after) or is_last:
                     values |= self._measure(losses, weights, norms, lr_factor, bar)
 
-                with self.state_lock:
-                    self.is_whole = False
+                with self.saver.step():
                     skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
                     self.task.after_step(progress, skipped)
                     self.loss_scale.update(skipped)
                     if self.ema is not None and self.ema_decay is not None:
                         self.ema.update(skipped, self.ema_decay(progress))
-                    self.bad_steps = (self.bad_steps + 1) * skipped
-
+                    self.bad_steps.update(skipped)
                     state.step, state.samples = state.step + 1, after
                     due = self._due()
                     if due or is_last:
                         state.pending = values
                     else:
                         self._log(values)
-                    self._mark_whole()
                 self._post_flags(skipped)
                 bar.advance(state.step)
                 profile_step()
                 with self.window.paused():
                     if is_last or (known.get("stop") and not due):
-                        check_bad_step(self.flags.read(), state.step, setup.streams, self.clock, options.max_bad_steps)
+                        self.bad_steps.check(self.flags.read(), state.step)
                     if due or is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
                         # Before evaluation, which may fail or be killed.
-                        self._save()
+                        self.saver.save()
                     if due or is_last:
                         self._evaluate(due)
                 if known.get("stop") and not is_last:
@@ -311,11 +305,11 @@ class Trainer:
     def _post_flags(self, skipped: Tensor) -> None:
         """Tell the other ranks what this step brought; they know it one step later."""
         every = self.checkpoint_every
-        overdue = every.unit == "min" and time.perf_counter() - self.saved_at > 60 * every.value
+        overdue = every.unit == "min" and time.perf_counter() - self.saver.saved_at > 60 * every.value
         self.flags.post(
             {
                 "skipped": skipped,
-                "bad_steps": self.bad_steps,
+                "bad_steps": self.bad_steps.in_a_row,
                 # Filled and not copied, which would wait for the device.
                 "stop": torch.full((), self.stop.received, device=self.device),
                 "save": torch.full((), overdue and distributed.is_main(), device=self.device),
@@ -343,7 +337,7 @@ class Trainer:
         scheduled = [name for name, value in self.setup.scheduled_weights.items() if not value.is_constant]
         values |= {f"train/{name}_weight": weights[name] for name in scheduled}
         values["train/lr"] = self.optimizer.defaults["lr"] * lr_factor
-        values["system/wall_seconds"] = self.earlier_seconds + time.perf_counter() - self.started
+        values["system/wall_seconds"] = self.saver.wall_seconds
         values |= self.window.values(self.device)
         self.state.train_seconds += self.window.seconds
         speed = values["system/samples_per_second"]
@@ -377,7 +371,7 @@ class Trainer:
         if state.step == self.num_steps:
             self._write_results()
         if self.writer is not None:
-            path = store.path_of(self.folder / "checkpoints", state.step)
+            path = store.path_of(self.saver.folder, state.step)
             if is_best:
                 store.mark_best(path, self.cfg.checkpoint.keep_last)
             store.write_scores(path, state.results, state.best)
@@ -406,67 +400,15 @@ class Trainer:
             return False
         return is_better(name, scores[name], self.state.best)
 
-    def _save(self) -> None:
-        """Write a checkpoint, which holds everything up to this step. A collective."""
-        self.quarantine.flush(self.state.samples)
-        self.state.num_refused = self.quarantine.num_refused
-        if (failure := distributed.broadcast_object(self._write_checkpoint())) is not None:
-            raise TrainingError(failure)
-
-    def _write_checkpoint(self) -> str | None:
-        """The failure, if there is one. A collective where weights are sharded."""
-        state = self.state
-        is_new = state.step > self.saved_step
-        tensors = self._tensors() if is_new else {}  # not in the lock: another process may never come to it
-        with self.state_lock:
-            state.bad_steps = float(self.bad_steps)
-            state.loss_scale, state.good_steps = self.loss_scale.state()
-            state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
-            if is_new and self.writer is not None:
-                numbers = {"optimizer": optim.optimizer_numbers(self.optimizer), "fingerprint": self.fingerprint}
-                try:
-                    store.save(
-                        self.folder / "checkpoints",
-                        state.step,
-                        tensors,
-                        {**asdict(state), **numbers},
-                        self.cfg.checkpoint.keep_last,
-                    )
-                except OSError as error:
-                    return f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
-            self.saved_at, self.saved_step = time.perf_counter(), state.step
-            return None
-
-    def _mark_whole(self) -> None:
-        """The state is that after a whole step, all of which is logged."""
-        self.is_whole, self.buffer_versions = True, [buffer._version for buffer in self.task.buffers()]
-        self.state.num_refused = self.quarantine.num_refused
-
-    def _can_be_rescued(self) -> bool:
-        """Whether the state is whole and all on this process. BatchNorm's means move in the forward pass already."""
-        is_sharded = self.cfg.parallel.strategy == Strategy.fsdp and distributed.world_size() > 1
-        is_unmoved = self.buffer_versions == [buffer._version for buffer in self.task.buffers()]
-        return self.is_whole and is_unmoved and not is_sharded
-
-    def _rescue(self) -> str:
-        """Save the last whole step without the other processes, where that can be done; says what there is."""
-        if self._can_be_rescued() and distributed.is_main():
-            failure = self._write_checkpoint()
-            if failure is not None:
-                return failure
-        if not distributed.is_main():
-            return "the same command goes on from what process 0 has saved"
-        return f"the same command goes on from step {self.saved_step}" if self.saved_step else "nothing is saved yet"
-
     def _answer_signal(self, seconds: float) -> None:
         """In another thread, while the loop does not come to a signal: it waits for data, or for a process that is lost."""
-        if seconds < _STOP_SECONDS or not self.state_lock.acquire(blocking=False):
+        if seconds < _STOP_SECONDS or not self.saver.lock.acquire(blocking=False):
             return
-        if not self._can_be_rescued() and seconds < _STOP_UNSAVED_SECONDS:
-            self.state_lock.release()
+        if not self.saver.can_rescue() and seconds < _STOP_UNSAVED_SECONDS:
+            self.saver.lock.release()
             return
         try:
-            log.warning("stopped by a signal at step %d; %s", self.state.step, self._rescue())
+            log.warning("stopped by a signal at step %d; %s", self.state.step, self.saver.rescue())
             self._close()
         except Exception:  # whatever it is: the process was asked to end
             traceback.print_exc()
@@ -488,7 +430,7 @@ class Trainer:
         """
         step = self.state.step + 1
         absent = distributed.absent_ranks()
-        rescued = self._rescue()
+        rescued = self.saver.rescue()
         if self.stop.received:
             self._end(f"stopped by a signal at step {self.state.step}; {rescued}")
         if any(rank not in absent for rank in range(distributed.rank())):  # it says so
@@ -499,16 +441,9 @@ class Trainer:
         limit = f"parallel.timeout_seconds = {self.cfg.parallel.timeout_seconds:g}"
         raise TrainingError(f"step {step}: {lost} ({reason}; {limit}); {rescued}") from error
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint keeps, on process 0. A collective."""
-        tensors = {"model": self.task.state_dict(), "optimizer": optim.optimizer_tensors(self.optimizer)}
-        if self.ema is not None:
-            tensors["ema"] = self.ema.tensors
-        return {part: distributed.on_main(named) for part, named in tensors.items()}
-
     def _write_results(self) -> None:
         """results.json stands before the last step's scores do: a run whose last step is evaluated is finished."""
-        self.state.wall_seconds = self.earlier_seconds + time.perf_counter() - self.started
+        self.state.wall_seconds = self.saver.wall_seconds
         self.results = self.state.summary()
         if distributed.is_main():
             files.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")

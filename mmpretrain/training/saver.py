@@ -1,0 +1,128 @@
+"""Checkpoints of a run: saved by the loop, or of the last whole step by whoever ends a process that hangs.
+
+The training state changes only inside of `Saver.step()`. While the loop waits for data or for a collective, another thread
+may therefore save the state that the last step left.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmpretrain import distributed, optim
+from mmpretrain.checkpoints import store
+from mmpretrain.config.schema import Strategy, TrainConfig
+from mmpretrain.errors import TrainingError
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.nonfinite import BadSteps
+from mmpretrain.training.precision import LossScale
+from mmpretrain.training.quarantine import Quarantine
+from mmpretrain.training.resume import TrainState
+from mmpretrain.training.task import Task
+
+
+class Saver:
+    """Writes the checkpoints of a run; only rank 0 writes files.
+
+    Args:
+        cfg: the configuration.
+        fingerprint: describes the training data.
+        state: counters and scores.
+        task, optimizer, ema, loss_scale, bad_steps, quarantine: the rest of the training state.
+        started: `time.perf_counter()` at the start of this process's part of the run.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        fingerprint: Mapping[str, Any],
+        state: TrainState,
+        task: Task,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA | None,
+        loss_scale: LossScale,
+        bad_steps: BadSteps,
+        quarantine: Quarantine,
+        started: float,
+    ) -> None:
+        self.folder, self.keep_last = Path(str(cfg.run.dir)) / "checkpoints", cfg.checkpoint.keep_last
+        self._is_sharded = cfg.parallel.strategy == Strategy.fsdp and distributed.world_size() > 1
+        self._fingerprint, self._state, self._task, self._optimizer = fingerprint, state, task, optimizer
+        self._ema, self._loss_scale, self._bad_steps, self._quarantine = ema, loss_scale, bad_steps, quarantine
+        self._started, self._earlier_seconds = started, state.wall_seconds
+        self.saved_at, self.saved_step = time.perf_counter(), state.step
+        self.lock = threading.RLock()
+        """Held while the state changes or is written."""
+        self._mark_whole()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds that the run has taken, in this process and the ones before."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Enclose the change from one whole step to the next: parameters, counters and log."""
+        with self.lock:
+            self._is_whole = False
+            yield
+            self._mark_whole()
+
+    def _mark_whole(self) -> None:
+        self._is_whole, self._buffer_versions = True, self._versions()
+        self._state.num_refused = self._quarantine.num_refused
+
+    def _versions(self) -> list[int]:
+        """Versions of the buffers, which BatchNorm changes in the forward pass already."""
+        return [buffer._version for buffer in self._task.buffers()]
+
+    def can_rescue(self) -> bool:
+        """Return whether this process alone can save a whole step."""
+        return self._is_whole and self._buffer_versions == self._versions() and not self._is_sharded
+
+    def save(self) -> None:
+        """Write a checkpoint of the last step. A collective. Raises: TrainingError on all ranks if it cannot be written."""
+        self._quarantine.flush(self._state.samples)
+        self._state.num_refused = self._quarantine.num_refused
+        if (failure := distributed.broadcast_object(self._write())) is not None:
+            raise TrainingError(failure)
+
+    def rescue(self) -> str:
+        """Save the last whole step without the other ranks if possible. Returns: what the next start resumes from."""
+        if self.can_rescue() and distributed.is_main() and (failure := self._write()) is not None:
+            return failure
+        if not distributed.is_main():
+            return "the same command goes on from what process 0 has saved"
+        return f"the same command goes on from step {self.saved_step}" if self.saved_step else "nothing is saved yet"
+
+    def _write(self) -> str | None:
+        """Write a checkpoint unless the step has one. A collective where weights are sharded. Returns: an error message."""
+        state = self._state
+        is_new = state.step > self.saved_step
+        # Outside of the lock: gathering shards waits for the other ranks.
+        tensors = self._tensors() if is_new else {}
+        with self.lock:
+            state.bad_steps = float(self._bad_steps.in_a_row)
+            state.loss_scale, state.good_steps = self._loss_scale.state()
+            state.wall_seconds = self.wall_seconds
+            if is_new and distributed.is_main():
+                numbers = {"optimizer": optim.optimizer_numbers(self._optimizer), "fingerprint": self._fingerprint}
+                try:
+                    store.save(self.folder, state.step, tensors, {**asdict(state), **numbers}, self.keep_last)
+                except OSError as error:
+                    return f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
+            self.saved_at, self.saved_step = time.perf_counter(), state.step
+            return None
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Gather the tensors of a checkpoint on rank 0. A collective where weights are sharded."""
+        tensors = {"model": self._task.state_dict(), "optimizer": optim.optimizer_tensors(self._optimizer)}
+        if self._ema is not None:
+            tensors["ema"] = self._ema.tensors
+        return {part: distributed.on_main(named) for part, named in tensors.items()}
