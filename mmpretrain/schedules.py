@@ -110,7 +110,7 @@ class ScheduledValue:
     Args:
         value: a number, or `{piecewise: {0%: .5, 90%: 0}}` with one of the three kinds.
         name: the configuration key it stands under, for messages.
-        bounds: what each of its values has to keep to (see `usage.check_number`).
+        bounds: what each of its values has to keep to (see `errors.check_number`).
         in_stages: it stays the same between breakpoints (the data path's values do): linear and cosine are refused.
 
     Raises: UsageError if it is neither, for breakpoints that are no durations, and for values out of bounds.

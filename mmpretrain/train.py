@@ -59,7 +59,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 def train(cfg: TrainConfig) -> Mapping[str, float | None]:
     """Carry out a configuration: build the parts, resume or begin, train, and return the scores.
 
-    Raises: usage.UsageError before anything is computed; TrainingError if the run cannot go on.
+    Raises: errors.UsageError before anything is computed; TrainingError if the run cannot go on.
     """
     with errors.usage_errors(), enough_space(Path(str(cfg.run.dir))):
         device = build.device_of(cfg.trainer.device)
