@@ -19,7 +19,7 @@ from mmpretrain import build, distributed, errors
 from mmpretrain.config import command_line, instantiate, resolve
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError, enough_space
-from mmpretrain.evals.base import Context, Evaluation, chosen_sets
+from mmpretrain.evals.base import Context, Evaluation, check_best, chosen_sets
 from mmpretrain.evals.embeddings import CheckStop, go_on
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.training import run_dir
@@ -85,8 +85,9 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
                 autocast=autocast(device, cfg.trainer.precision),
             )
 
-        for name, evaluator in evaluators.items():
-            chosen_sets(name, evaluator, evaluation_context(task))
+        context = evaluation_context(task)
+        evaluated = {each for name, evaluator in evaluators.items() for each in chosen_sets(name, evaluator, context)}
+        check_best(cfg.checkpoint.best, evaluated)
         clock = clock_of(streams, Duration.parse(cfg.trainer.duration, "trainer.duration"))
         task = task.to(device)
         if cfg.trainer.dry_run:

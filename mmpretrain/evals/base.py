@@ -1,7 +1,7 @@
 """The evaluations of a run: which are due, on which data, each data set embedded once."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -162,3 +162,20 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
             lack = "lacks what it needs" if data in context.sets else "is not in data.val"
             raise ValueError(f"eval.{name}.data has {data!r}, which {lack}; expected one of: {known}")
     return list(evaluator.data)
+
+
+def check_best(metric: str | None, evaluated: Set[str]) -> None:
+    """Check the data set in `checkpoint.best`.
+
+    Args:
+        metric: `eval-<data set>/<name>`, or `eval-<data set>-ema/<name>` for the averaged weights.
+        evaluated: names of the data sets that some evaluator is run on.
+
+    Raises: ValueError if no evaluation can give the metric.
+    """
+    possible = {f"eval-{name}{average}" for name in evaluated for average in ("", "-ema")}
+    if metric is not None and metric.partition("/")[0] not in possible:
+        raise ValueError(
+            f"checkpoint.best is {metric!r}; expected eval-<data set>/<metric> of a data set that is evaluated: "
+            f"{', '.join(sorted(evaluated)) or 'there is none'}"
+        )

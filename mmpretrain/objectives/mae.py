@@ -83,7 +83,7 @@ class MAE(nn.Module):
             Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm_layer) for _ in range(decoder_depth)
         )
         self.norm = norm_layer(decoder_width)
-        self.predict = nn.Linear(decoder_width, self.patch_size[0] * self.patch_size[1] * 3)
+        self.predict = nn.Linear(decoder_width, self.patch_size[0] * self.patch_size[1] * model.num_channels)
         self.grid_size = encoder.grid_size
         self.positions: Tensor
         self.register_buffer("positions", sincos_positions(self.grid_size, decoder_width), persistent=False)
@@ -111,7 +111,7 @@ class MAE(nn.Module):
         return sincos_positions(grid_size, self.positions.shape[-1], (steps[0], steps[1])).to(self.positions)
 
     def reconstruct(self, encodings: Encodings) -> tuple[Tensor, PatchMask]:
-        """(a prediction for each patch [b, N, p_h p_w 3], kept ones too, and which were hidden)."""
+        """(a prediction for each patch [b, N, p_h p_w c], kept ones too, and which were hidden)."""
         (stream,) = self.streams
         spec = self.mask(encodings.batch.progress)
         mask = encodings.patch_mask(stream, spec)

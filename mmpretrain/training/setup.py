@@ -1,5 +1,6 @@
 """A run before its first step: its length in steps, its micro-batches, what is frozen. Training and a dry run share it."""
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgre
 from mmpretrain.training import parallel
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.task import Task
+
+log = logging.getLogger(__name__)
 
 
 class Setup:
@@ -56,7 +59,25 @@ class Setup:
         }
         self.freeze = Freeze(task, until, parallel.reached_parameters(task, example))
         self.freeze.check_trains(weights, clock)
+        trained = [name for name, parameter in task.named_parameters() if parameter.requires_grad]
+        if not any(name.startswith("model.") for name in trained):
+            log.warning(
+                "no parameter of the model is trained, only %s; if that is not meant, change trainer.freeze",
+                ", ".join(trained),
+            )
+        for name in streams:
+            self._check_text_length(name)
         parallel.settle_randomness(task, example, self.num_micro_batches)
+
+    def _check_text_length(self, stream: str) -> None:
+        """Raises: ValueError for texts that would be longer than the tokenizer makes them."""
+        text_length, key = self.cfg.data.train[stream].text_length, f"data.train.{stream}.text_length"
+        longest = self.tokenizer.context_length
+        if text_length is not None and max(ScheduledValue(text_length, key).values) > longest:
+            raise ValueError(
+                f"{key} is {text_length}, but the tokenizer cuts texts to {longest} tokens; expected at most that: lower it, "
+                "or raise data.tokenizer.context_length and model.text.context_length"
+            )
 
     def weights(self, samples: int) -> dict[str, float]:
         """The objectives' weights for the step that starts at `samples`."""

@@ -132,6 +132,9 @@ class Trainer:
             cfg, fingerprint, self.state, task, self.optimizer, self.ema, self.loss_scale, self.bad_steps,
             self.quarantine, started,
         )  # fmt: skip
+        self.all_evaluators = evaluation.due(0, clock.total_samples, True)
+        self.evaluated: set[str] = set()
+        self.waits_for_best = True
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
             # What a step logs is written once it is evaluated; where that was cut short, it comes again.
@@ -364,6 +367,7 @@ class Trainer:
         """
         state = self.state
         scores = self._scores(due) if due else {}
+        self.evaluated.update(due)
         is_best = self._is_best(scores)
         state.results.update(scores)
         state.best = scores[str(self.cfg.checkpoint.best)] if is_best else state.best
@@ -395,8 +399,10 @@ class Trainer:
         if name is None or not scores:
             return False
         if name not in scores:
-            if self.state.step == self.num_steps and self.state.best is None:
-                log.warning("checkpoint.best is %r, which no evaluation gave; they gave: %s", name, ", ".join(scores))
+            known = {**self.state.results, **scores}
+            if name not in known and self.waits_for_best and not set(self.all_evaluators) - self.evaluated:
+                log.warning("checkpoint.best is %r, which no evaluation gives; they give: %s", name, ", ".join(known))
+                self.waits_for_best = False
             return False
         return is_better(name, scores[name], self.state.best)
 

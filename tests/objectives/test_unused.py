@@ -50,3 +50,10 @@ def test_views_of_a_stream_of_images(given: tuple[str, ...], pairs: Path, tmp_pa
     small = ("objective.simclr.hidden_width=8", "objective.simclr.embed_dim=4")
     runs.trained(tmp_path, pairs, "trainer.duration=2steps", *mix, *small, *given)
     assert runs.records(tmp_path / "run")[-1]["train/simclr_loss"] > 0
+
+
+def test_texts_longer_than_the_tokenizer_makes_them_are_refused(pairs: Path, tmp_path: Path) -> None:
+    finished = runs.trained(tmp_path, pairs, "trainer.duration=1steps", "data.train.pairs.text_length=17", code=2)
+    assert "data.train.pairs.text_length is 17, but the tokenizer cuts texts to 16 tokens" in finished.errors[0]
+    longest = "data.train.pairs.text_length={piecewise: {0%: 8, 50%: 16}}"
+    runs.trained(tmp_path, pairs, "trainer.duration=1steps", longest, "eval=[]")

@@ -24,10 +24,20 @@ def test_best_checkpoint_is_kept_and_can_be_named(pairs: Path, tmp_path: Path) -
     assert read_state(load_checkpoint(folder / "best").path).best == losses[best]
 
 
-def test_a_best_metric_that_nothing_gives_is_told(pairs: Path, tmp_path: Path) -> None:
-    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=2steps", "checkpoint.best=eval-val/acc1")
+def test_a_best_metric_that_nothing_gives_is_told_at_the_first_evaluation(pairs: Path, tmp_path: Path) -> None:
+    settings = ("trainer.duration=4steps", "trainer.eval_every=1steps", "checkpoint.best=eval-val/acc1")
+    finished = runs.train(tmp_path, f"data.root={pairs}", *settings)
     assert finished.code == 0
-    assert "checkpoint.best is 'eval-val/acc1', which no evaluation gave; they gave: eval-val/" in finished.stderr
+    told = "checkpoint.best is 'eval-val/acc1', which no evaluation gives; they give: eval-val/"
+    assert finished.stderr.count(told) == 1
+    assert finished.stderr.index(told) < finished.stderr.index("step 2/4")
+
+
+def test_a_best_metric_of_a_data_set_that_is_not_evaluated_is_refused(pairs: Path, tmp_path: Path) -> None:
+    finished = runs.trained(tmp_path, pairs, "checkpoint.best=eval-vall/acc1", "trainer.duration=1steps", code=2)
+    assert finished.errors == [
+        "error: checkpoint.best is 'eval-vall/acc1'; expected eval-<data set>/<metric> of a data set that is evaluated: val"
+    ]
 
 
 def test_a_score_that_is_no_number_is_never_the_best() -> None:

@@ -48,3 +48,9 @@ def test_a_part_that_is_not_there_is_told(pairs: Path, tmp_path: Path) -> None:
     assert finished.stderr == (
         "error: trainer.freeze has 'imag', which is no part of the model; did you mean 'image'?\n"
     )
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_told(pairs: Path, tmp_path: Path) -> None:
+    parts = "{image: null, text: null, image_projection: null, text_projection: null}"
+    finished = runs.trained(tmp_path, pairs, "trainer.duration=1steps", f"trainer.freeze={parts}", "eval=[]")
+    assert "no parameter of the model is trained, only objectives.infonce.logit_scale; if" in finished.stderr
