@@ -3,13 +3,13 @@
 A source's epoch is a seeded permutation of its blocks of consecutive samples, and inside each window of
 blocks a seeded permutation of the window's samples: reads stay local, and no shuffle buffer exists.
 A stream of several weighted sources deals positions out in a fixed pattern that holds each source's share
-to within one sample at every position.
+exactly over a period, and to within one sample at every position where the period is kept as a table.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
-from math import lcm
+from math import gcd, lcm
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from mmpretrain.seeds import hash64, permutation
 
 BLOCK_SIZE = 256
 WINDOW_BLOCKS = 64
-MAX_PERIOD = 10_000
+MAX_TABLE = 10_000
+"""The longest period of several sources that is kept as a table."""
 
 
 class SourceOrder:
@@ -87,31 +88,63 @@ class SourceOrder:
         self._window = lru_cache(maxsize=4)(self._make_window)
 
 
-def quota_pattern(weights: Sequence[float]) -> np.ndarray:
-    """Which source each position of a period takes from: int64 [period], shares exact over the period.
+def integer_shares(weights: Sequence[float]) -> list[int]:
+    """Return the smallest integers in the ratio of the weights, as they are written: their sum is the period of the order.
+
+    Raises: ValueError if a weight is not positive.
+    """
+    if min(weights) <= 0:
+        raise ValueError(f"source weights are {list(weights)}; each must be positive: leave out a source instead")
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    return [each // gcd(*whole) for each in whole]
+
+
+def quota_pattern(shares: Sequence[int]) -> np.ndarray:
+    """Return the source of each position of a period: int64 [sum(shares)], source k in `shares[k]` of them.
 
     Of the sources that have not yet had their share, the next position goes to the one whose next sample is due
     first: earliest deadline first, which meets every deadline and so stays within one sample of every share.
     (Taking the source that is furthest behind does not: with seven sources it can be off by more than one.)
-    Raises: ValueError if a weight is not positive, or if the weights have no common period of a sensible length.
     """
-    if min(weights) <= 0:
-        raise ValueError(f"source weights are {list(weights)}; each must be positive: leave out a source instead")
-    total = sum(Fraction(str(weight)) for weight in weights)
-    shares = [Fraction(str(weight)) / total for weight in weights]
-    period = lcm(*(share.denominator for share in shares))
-    if period > MAX_PERIOD:
-        raise ValueError(
-            f"source weights {list(weights)} repeat only after {period} samples, more than {MAX_PERIOD}; round them"
-        )
-    taken = [0] * len(weights)
+    period = sum(shares)
+    taken = [0] * len(shares)
     pattern = np.empty(period, dtype=np.int64)
     for i in range(period):
-        may_take = [k for k, share in enumerate(shares) if taken[k] < share * (i + 1)]
-        source = min(may_take, key=lambda k: (taken[k] + 1) / shares[k])
+        may_take = [k for k, share in enumerate(shares) if taken[k] * period < share * (i + 1)]
+        source = min(may_take, key=lambda k: Fraction(taken[k] + 1, shares[k]))
         taken[source] += 1
         pattern[i] = source
     return pattern
+
+
+def split_by_shares(positions: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Deal positions out to sources by arithmetic, for periods that are too long for a table.
+
+    Of every W positions that the sources k, k + 1, ... share (W: the sum of their shares w), source k takes the positions i
+    where floor((i + 1) w_k / W) exceeds floor(i w_k / W); the rest is numbered anew and dealt out to k + 1, ... alike. Each
+    source has exactly its share of a period; in between it is less than one sample from its part of what the sources
+    before it leave.
+
+    Args:
+        positions: int64 [n].
+        shares: positive integers of any size.
+
+    Returns: (source int64 [n], index within the source's own sequence int64 [n]).
+    """
+    sources, indices = np.full(len(positions), len(shares) - 1, dtype=np.int64), positions.copy()
+    rows, rest = np.arange(len(positions)), sum(shares)
+    # Products of remainders and shares have to fit; Python's integers are exact at any size.
+    left = positions if rest < 1 << 31 else positions.astype(object)
+    for k, share in enumerate(shares[:-1]):
+        periods, offsets = left // rest, left % rest
+        before, after = (periods * share + offset * share // rest for offset in (offsets, offsets + 1))
+        is_taken = (after > before).astype(bool)
+        sources[rows[is_taken]], indices[rows[is_taken]] = k, before[is_taken]
+        rows, left, rest = rows[~is_taken], (left - before)[~is_taken], rest - share
+    indices[rows] = left
+    return sources, indices
 
 
 class Order:
@@ -126,8 +159,10 @@ class Order:
     def __init__(self, sources: Sequence[SourceOrder], weights: Sequence[float], period: int | None = None) -> None:
         self.sources = sources
         self._period = period
-        self._pattern = quota_pattern(weights)
-        self._counts = np.cumsum(self._pattern[:, None] == np.arange(len(sources)), axis=0)
+        self._shares = integer_shares(weights)
+        self._pattern = quota_pattern(self._shares) if sum(self._shares) <= MAX_TABLE else None
+        if self._pattern is not None:
+            self._counts = np.cumsum(self._pattern[:, None] == np.arange(len(sources)), axis=0)
 
     @property
     def num_samples(self) -> int:
@@ -141,12 +176,16 @@ class Order:
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Stream positions int64 [n] -> (source int64 [n], sample id within the source int64 [n])."""
         positions = self.wrapped(positions)
-        periods, places = np.divmod(positions, len(self._pattern))
-        sources = self._pattern[places]
+        if self._pattern is None:
+            sources, indices = split_by_shares(positions, self._shares)
+        else:
+            periods, offsets = np.divmod(positions, len(self._pattern))
+            sources = self._pattern[offsets]
+            indices = periods * self._counts[-1, sources] + self._counts[offsets, sources] - 1
         samples = np.empty(len(positions), dtype=np.int64)
         for i, order in enumerate(self.sources):
             rows = np.flatnonzero(sources == i)
-            samples[rows] = order(periods[rows] * self._counts[-1, i] + self._counts[places[rows], i] - 1)
+            samples[rows] = order(indices[rows])
         return sources, samples
 
 

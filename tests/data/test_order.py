@@ -12,7 +12,9 @@ from mmpretrain.data.order import (
     WINDOW_BLOCKS,
     Order,
     SourceOrder,
+    integer_shares,
     quota_pattern,
+    split_by_shares,
     step_positions,
     step_range,
 )
@@ -122,7 +124,7 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_quotas_are_exact_over_a_period_and_within_one_sample_at_every_prefix(weights: list[float]) -> None:
-    pattern = quota_pattern(weights)
+    pattern = quota_pattern(integer_shares(weights))
     shares = np.array(weights) / sum(weights)
     counts = np.cumsum(pattern[:, None] == np.arange(len(weights)), axis=0)
     assert counts[-1] == pytest.approx(shares * len(pattern), abs=1e-9)
@@ -131,7 +133,7 @@ def test_quotas_are_exact_over_a_period_and_within_one_sample_at_every_prefix(we
 
 @pytest.mark.parametrize(("weights", "period"), [([0.7, 0.2, 0.1], 10), ([0.1, 0.3], 4), ([2, 4], 3), ([5.0], 1)])
 def test_the_period_is_the_shortest_whatever_floats_hold(weights: list[float], period: int) -> None:
-    assert len(quota_pattern(weights)) == period
+    assert sum(integer_shares(weights)) == period
 
 
 @pytest.mark.parametrize(
@@ -139,12 +141,41 @@ def test_the_period_is_the_shortest_whatever_floats_hold(weights: list[float], p
     [
         ([1.0, 0.0], r"\[1\.0, 0\.0\]; each must be positive"),
         ([1.0, -2.0], "each must be positive"),
-        ([0.123456789, 1.0], r"repeat only after \d+ samples, more than 10000; round them"),
     ],
 )
 def test_weights_without_a_quota_are_refused(weights: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        quota_pattern(weights)
+        integer_shares(weights)
+
+
+@pytest.mark.parametrize("shares", [[1, 1], [3, 1], [7, 2, 1], [1, 2, 3, 5, 7], [40, 1, 1, 3]])
+def test_positions_dealt_out_by_arithmetic_are_each_sources_next(shares: list[int]) -> None:
+    positions = np.arange(3 * sum(shares))
+    sources, indices = split_by_shares(positions, shares)
+    assert np.bincount(sources).tolist() == [3 * share for share in shares]
+    for source in range(len(shares)):
+        assert indices[sources == source].tolist() == list(range(3 * shares[source]))
+    counts = np.cumsum(sources[:, None] == np.arange(len(shares)), axis=0)
+    exact = np.array(shares) / sum(shares) * np.arange(1, len(positions) + 1)[:, None]
+    assert np.abs(counts - exact)[:, 0].max() < 1 and np.abs(counts - exact).max() < len(shares)
+    some = np.random.default_rng(0).permutation(len(positions))[:20]
+    assert [part.tolist() for part in split_by_shares(some, shares)] == [sources[some].tolist(), indices[some].tolist()]
+
+
+def test_shares_of_any_number_of_digits_are_exact() -> None:
+    order = Order([SourceOrder(0, 30), SourceOrder(1, 50), SourceOrder(2, 20)], [0.1234567891, 1.0, 1e-7])
+    shares = integer_shares([0.1234567891, 1.0, 1e-7])
+    assert sum(shares) == 11_234_568_891 > 1 << 31
+    sources, samples = order(np.arange(200_000))
+    expected = [200_000 * share / sum(shares) for share in shares]
+    assert np.abs(np.bincount(sources, minlength=3) - expected).max() < 2
+    for source, num in enumerate((30, 50, 20)):
+        drawn = samples[sources == source]
+        assert np.array_equal(drawn, SourceOrder(source, num)(np.arange(len(drawn))))
+    # Positions whose products with the shares a float would round.
+    far = range(4 * 10**15 + 1, 4 * 10**15 + 13)
+    _, indices = split_by_shares(np.array(far), [3, 1])
+    assert indices.tolist() == [i * 3 // 4 if (i + 1) * 3 // 4 > i * 3 // 4 else i - i * 3 // 4 for i in far]
 
 
 def test_each_weighted_source_goes_through_its_own_epochs() -> None:
