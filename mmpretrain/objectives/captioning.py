@@ -51,10 +51,10 @@ class Captioning(nn.Module):
         if model.text is None or not model.text.causal:
             raise ValueError(
                 f"{config_path} needs a causal text encoder; set model.text.causal=true, and leave out mlm, which "
-                "needs one that sees both ways"
+                "needs a bidirectional one"
             )
         if not 0 <= parallel <= 1:
-            raise ValueError(f"{config_path}.parallel is {parallel}; expected a part of the captions, 0 to 1")
+            raise ValueError(f"{config_path}.parallel is {parallel}; expected a fraction of the captions, 0 to 1")
         check_number(f"{config_path}.decoder_depth", decoder_depth, at_least=1)
         check_number(f"{config_path}.decoder_heads", decoder_heads, at_least=1)
         check_number(f"{config_path}.num_queries", num_queries, at_least=0)

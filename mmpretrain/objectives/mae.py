@@ -55,11 +55,11 @@ class MAE(nn.Module):
         ends = mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio, mask_ratio)
         if len(ends) != 2:
             raise ValueError(
-                f"{config_path}.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order"
+                f"{config_path}.mask_ratio is {mask_ratio}; expected a number, a schedule, or [smallest, largest]"
             )
         self._least, self._most = (ScheduledValue(end, f"{config_path}.mask_ratio", above=0, below=1) for end in ends)
         if min(self._least.values) > min(self._most.values):
-            raise ValueError(f"{config_path}.mask_ratio is {mask_ratio}; expected two in order, the smallest first")
+            raise ValueError(f"{config_path}.mask_ratio is {mask_ratio}; expected [smallest, largest]")
         if num_kept(encoder.num_patches, min(self._least.values)) == encoder.num_patches:
             raise ValueError(
                 f"{config_path}.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "

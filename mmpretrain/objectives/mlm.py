@@ -50,13 +50,13 @@ class MLM(nn.Module):
         super().__init__()
         if model.text is None or model.text.causal:
             raise ValueError(
-                f"{config_path} needs a text encoder that sees both ways; set model.text.causal=false, and leave out "
+                f"{config_path} needs a bidirectional text encoder; set model.text.causal=false, and leave out "
                 "causal_lm and captioning, which need a causal one"
             )
         self._mask_ratio = ScheduledValue(mask_ratio, f"{config_path}.mask_ratio", above=0, below=1)
         if min(replaced, randomised) < 0 or replaced + randomised > 1:
             raise ValueError(
-                f"{config_path} has replaced={replaced}, randomised={randomised}; expected parts that add up to at most 1"
+                f"{config_path} has replaced={replaced}, randomised={randomised}; expected fractions whose sum is at most 1"
             )
         self.streams, self._config_path = (stream,), config_path
         vocab_size = model.text.vocab_size
@@ -92,7 +92,7 @@ class MLM(nn.Module):
             )
         if mask_id < tokenizer.vocab_size and mask_id != tokenizer.mask_id:
             raise ValueError(
-                f"{self._config_path} would hide tokens behind id {mask_id}, which is a token of the text; "
+                f"{self._config_path} has id {mask_id} as its mask token, but the tokenizer uses it for another token; "
                 f"expected a row of its own: model.text.vocab_size={tokenizer.vocab_size + 1}"
             )
         self._spec = replace(self._spec, mask_id=mask_id, vocab_size=min(rows, tokenizer.vocab_size))
