@@ -26,7 +26,7 @@ _LOST = re.compile(
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _ALIVE = "mmpretrain/alive/"
 _ANSWER_SECONDS, _LATE_ANSWER_SECONDS = 5.0, 0.1
-_broken: list[bool] = []  # not empty once a collective failed
+_broken: list[bool] = []  # non-empty after a collective has failed
 
 
 def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:

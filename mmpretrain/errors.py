@@ -85,5 +85,5 @@ def enough_space(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free / 2**20
         raise TrainingError(
             f"{error.filename or folder} cannot be written ({error.strerror}; {free:,.0f} MiB are free there); the last "
-            "checkpoint still stands: make space, and the same command goes on"
+            "checkpoint is intact: make space, and the same command goes on"
         ) from error

@@ -122,7 +122,7 @@ def _chunks(rows: Tensor, columns: Tensor, chunk_bytes: int, split: bool) -> _Ch
 
 
 def _copies(ids: Tensor, rows: slice) -> Tensor:
-    """Return True for the columns that are other copies of a row's sample, bool [c, B] for c rows."""
+    """Return a mask of the columns that are other copies of a row's sample, bool [c, B] for c rows."""
     copies = ids[rows, None] == ids[None, :]
     copies.diagonal(rows.start).fill_(False)
     return copies

@@ -131,7 +131,7 @@ class ScheduledValue:
         kinds = _KINDS[:1] if in_stages else _KINDS
         if not breakpoints or not isinstance(breakpoints, Mapping) or self.kind not in ("constant", *kinds):
             raise UsageError(
-                f"{name} is {value!r}; expected a number, or how it changes ({', '.join(kinds)}), such as "
+                f"{name} is {value!r}; expected a number or a schedule ({', '.join(kinds)}), such as "
                 "{piecewise: {0%: 1, 90%: 0}}"
             )
         self.name = name
@@ -175,7 +175,7 @@ class ScheduledValue:
         if breakpoint_samples != sorted(set(breakpoint_samples)):
             raise UsageError(
                 f"{self.name} has breakpoints at {', '.join(f'{float(place):g}' for place in breakpoint_samples)} samples; "
-                "expected each after the one before"
+                "expected each one after the previous one"
             )
         return breakpoint_samples
 

@@ -22,7 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
     """Compute softmax(q k^T / sqrt(d)) v, with the softmax in float32 or wider.
 
     Args:
-        q, k, v: [b, heads, L, d].
+        q, k, v: queries, keys and values, [b, heads, L, d].
         attn_mask: bool, broadcast to [b, heads, L, L]; True where a query may attend to a key.
         is_causal: mask the keys after each query's own position.
 

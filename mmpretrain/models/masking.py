@@ -72,7 +72,7 @@ class TokenMask:
 def num_kept(num_patches: int, ratio: float) -> int:
     """Return the number of patches that are kept when the fraction `ratio` is hidden; at least 1.
 
-    The product is rounded to the nearest integer: int() would truncate one that floating point puts just below it.
+    The product is rounded, not truncated, since floating-point error may put it just below an integer.
     """
     return max(1, round(num_patches * (1 - ratio)))
 
@@ -205,6 +205,6 @@ def num_hidden(seeds: Tensor, num_patches: int, spec: MaskSpec) -> Tensor:
     The positions of the hidden patches are not drawn.
     """
     most = num_kept(num_patches, spec.ratio[0])
-    # A block has one size, that of the smallest ratio.
+    # All blocks have the size of the smallest ratio.
     fewest = most if spec.kind == "block" else num_kept(num_patches, spec.ratio[1])
     return (num_patches - _drawn_num_keep(seeds, fewest, most, spec)).sum()
