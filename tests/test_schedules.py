@@ -219,7 +219,9 @@ def test_what_changes_in_stages_takes_no_slope() -> None:
 
 def test_knots_out_of_order_are_refused() -> None:
     scheduled = ScheduledValue({"linear": {"50%": 1.0, "2steps": 2.0}}, "x")
-    with pytest.raises(ValueError, match="x has breakpoints at 500, 200 samples; expected each one after the previous one"):
+    with pytest.raises(
+        ValueError, match="x has breakpoints at 500, 200 samples; expected each one after the previous one"
+    ):
         scheduled(TrainingProgress(0, Clock(100, 100, 1000)))
 
 
