@@ -1,6 +1,6 @@
-"""What a step sees.
+"""Micro-batches: the input of a training step.
 
-Shape legend, used throughout: b samples of a micro-batch, B of a batch, L text tokens, N image tokens,
+Symbols of shapes, used throughout: b samples of a micro-batch, B of a batch, L text tokens, N image tokens,
 K kept image tokens, d encoder width, e embedding width, h x w pixels.
 """
 
@@ -17,7 +17,7 @@ from mmpretrain.schedules import TrainingProgress
 
 @dataclass(frozen=True)
 class Refused:
-    """A sample that could not be used."""
+    """Record of a sample that could not be used and was replaced."""
 
     stream: str
     shard: str
@@ -27,19 +27,20 @@ class Refused:
 
 @dataclass(frozen=True)
 class Packing:
-    """Texts of a micro-batch that stand behind one another in rows of one length (see `models.rows`)."""
+    """Placement of a micro-batch's texts, one after another, in rows of one length (see `models.rows`)."""
 
     slots: Tensor
-    """int64 [b], where each text's first token stands among the `num_rows * row_length`."""
+    """int64 [b], index of each text's first token among the `num_rows * row_length` tokens of all rows."""
     turns: Tensor
-    """int64 [b], how many texts stand before it in its row."""
+    """int64 [b], index of each text within its row."""
     num_rows: int
     row_length: int
     most: int
-    """The most texts in a row; like the numbers above it known on the host, so that nothing synchronises."""
+    """Largest number of texts in a row. It is an int on the host, as are `num_rows` and `row_length`, so that reading it
+    does not synchronise with the device."""
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Packing":
-        """`fn` of each tensor."""
+        """Apply `fn` to each tensor."""
         return replace(self, slots=fn(self.slots), turns=fn(self.turns))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -50,9 +51,9 @@ class Packing:
 
 
 def _by_value(of: Any, shared: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields for a pickle, tensors but those `shared` as arrays.
+    """Return the fields of a dataclass for pickling, with CPU tensors as NumPy arrays, except those named in `shared`.
 
-    What a worker sends as a tensor lies in shared memory of its own and holds a file descriptor until it is freed.
+    A tensor sent by a worker gets its own shared memory and holds a file descriptor until it is freed. An array does not.
     """
     values = {each.name: getattr(of, each.name) for each in fields(of)}
     return {
@@ -70,50 +71,50 @@ def _restore(to: Any, state: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Samples:
-    """One stream's part of a micro-batch."""
+    """Samples of one stream in a micro-batch."""
 
     positions: Tensor
-    """int64 [b], each row's position in its stream."""
+    """int64 [b], position of each row in its stream."""
     ids: Tensor
-    """int64 [b], which sample of the data it is; equal ids are copies of one sample."""
+    """int64 [b], id of each row's sample in the data; rows with equal ids are copies of one sample."""
     seeds: Tensor
-    """int64 [b], the 64 random bits that belong to the row."""
+    """int64 [b], 64 random bits per row, from which its random numbers are drawn."""
     images: Tensor | None = None
     """uint8 [b, 3, h, w]."""
     text: Tensor | None = None
     """int64 [b, L], token ids."""
     lengths: Tensor | None = None
-    """int64 [b], the number of tokens of each row, start and end tokens included."""
+    """int64 [b], number of tokens of each text, including start and end tokens."""
     packing: Packing | None = None
-    """How the texts are computed, several in a row; None: each in its own."""
+    """Placement of several texts per row; None: one text per row."""
     word_starts: Tensor | None = None
-    """bool [b, L], where a word begins; None where the tokenizer does not say."""
+    """bool [b, L], True at the first token of a word; None if the tokenizer does not provide it."""
     views: Tensor | None = None
-    """uint8 [b, v, 3, h, w], further views of the images (see `data.train.<stream>.views`)."""
+    """uint8 [b, v, 3, h, w], additional views of the images (see `data.train.<stream>.views`)."""
     groups: Tensor | None = None
-    """int64 [b]; rows with equal numbers belong together (see `data.train.<stream>.group`)."""
+    """int64 [b], group of each row (see `data.train.<stream>.group`)."""
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def rows(self, rows: Tensor) -> "Samples":
-        """Some of the samples, by their rows; their texts are not packed."""
+        """Select samples by their row indices, without the packing of their texts."""
         return replace(self, packing=None).map(lambda tensor: tensor[rows.to(tensor.device)])
 
     def to(self, device: torch.device) -> "Samples":
-        """The same samples on another device."""
+        """Copy the samples to a device."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Samples":
-        """The same samples in page-locked memory (what `DataLoader(pin_memory=True)` calls)."""
+        """Copy the samples to page-locked memory; called by `DataLoader(pin_memory=True)`."""
         return self.map(Tensor.pin_memory)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell CUDA's allocator that `stream` reads them, too."""
+        """Tell CUDA's caching allocator that `stream` also uses the tensors."""
         self.map(lambda tensor: tensor.record_stream(stream) or tensor)  # type: ignore[func-returns-value]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Samples":
-        """`fn` of each tensor."""
+        """Apply `fn` to each tensor, including those of `packing`."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         mapped: dict[str, Any] = {
             name: fn(value) if isinstance(value, Tensor) else value for name, value in values.items()
@@ -131,20 +132,24 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank: a part of every stream."""
+    """Micro-batch of one rank, with samples of every stream."""
 
     streams: Mapping[str, Samples]
     seed: int = 0
-    """Seeds PyTorch's generator, for what a model does not draw by sample: the first sample's seed, known on the host."""
+    """Seed of PyTorch's generator, for random numbers that are not drawn per sample. It is the first sample's seed, as an
+    int on the host."""
     progress: TrainingProgress = field(default_factory=TrainingProgress)
-    """When in the run the step stands: what scheduled values are functions of."""
+    """Progress of the run before the step, on which scheduled values depend."""
     refused: tuple[Refused, ...] = ()
-    """What was replaced while this batch was read."""
+    """Samples that were replaced while this batch was read."""
     counts: Mapping[str, float] = field(default_factory=dict)
-    """The number of terms of independent objectives, as far as they were counted (see `Task.counted`)."""
+    """Number of terms of each independent objective that has been counted (see `Task.counted`)."""
 
     def images(self, stream: str) -> Tensor:
-        """A stream's images, uint8 [b, 3, h, w]. Raises: ValueError if it has none."""
+        """Return a stream's images, uint8 [b, 3, h, w].
+
+        Raises: ValueError if the stream has no images.
+        """
         images = self.streams[stream].images
         if images is None:
             raise ValueError(
@@ -154,7 +159,10 @@ class Batch:
         return images
 
     def texts(self, stream: str) -> tuple[Tensor, Tensor]:
-        """A stream's token ids int64 [b, L] and their numbers int64 [b]. Raises: ValueError if it has none."""
+        """Return a stream's token ids, int64 [b, L], and the number of tokens of each text, int64 [b].
+
+        Raises: ValueError if the stream has no texts.
+        """
         samples = self.streams[stream]
         if samples.text is None or samples.lengths is None:
             raise ValueError(
@@ -164,19 +172,19 @@ class Batch:
         return samples.text, samples.lengths
 
     def grid_size(self, stream: str, patch_size: tuple[int, int]) -> tuple[int, int]:
-        """The rows and columns of patches that a stream's images are cut into; what fills no patch is left out."""
+        """Return the number of rows and columns of whole patches in a stream's images."""
         height, width = self.images(stream).shape[2:]
         return height // patch_size[0], width // patch_size[1]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
+        """Copy the batch to a device."""
         return replace(self, streams={name: samples.to(device) for name, samples in self.streams.items()})
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory."""
+        """Copy the batch to page-locked memory; called by `DataLoader(pin_memory=True)`."""
         return replace(self, streams={name: samples.pin_memory() for name, samples in self.streams.items()})
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell CUDA's allocator that `stream` reads them, too."""
+        """Tell CUDA's caching allocator that `stream` also uses the tensors."""
         for samples in self.streams.values():
             samples.record_stream(stream)

@@ -1,4 +1,7 @@
-"""Ranks and collectives: the only file that speaks to other processes. Without torchrun, one process and no-ops."""
+"""Ranks and collectives: the only module that communicates with other processes.
+
+Without torchrun there is one process, and collectives are no-ops.
+"""
 
 import os
 import re
@@ -15,21 +18,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 Result = TypeVar("Result")
 
-# gloo and c10d have no error class for it.
+# gloo and c10d have no error class for a lost peer; it is recognised by the message.
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset)|pair closure|timed out (after|waiting)|socket timeout", re.IGNORECASE
 )
-# Later releases of torch renamed it.
+# all_gather_into_tensor is called all_gather_single in later releases of torch.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _ALIVE = "mmpretrain/alive/"
 _ANSWER_SECONDS, _LATE_ANSWER_SECONDS = 5.0, 0.1
-_broken: list[bool] = []  # not empty once a collective failed
+_broken: list[bool] = []  # non-empty after a collective has failed
 
 
 def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:
-    """Join the group that torchrun's environment describes: nccl on CUDA, gloo elsewhere.
+    """Initialise the process group from torchrun's environment variables: nccl on CUDA, gloo elsewhere.
 
-    `timeout_seconds`: how long a collective waits for the slowest process.
+    Args:
+        device: device of the training.
+        timeout_seconds: timeout of a collective.
     """
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -37,26 +42,29 @@ def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:
 
 
 def shut_down() -> None:
-    """Leave the group, unless it is broken: what is lost would be waited for."""
+    """Destroy the process group, unless a collective has failed: it would then wait for the lost processes."""
     if dist.is_initialized() and not _broken:
         dist.destroy_process_group()
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error is a collective's: another process was killed, or did not answer in time."""
+    """Return True if the error is that of a collective: another process was killed, or did not answer in time."""
     if not dist.is_initialized():
         return isinstance(error, dist.DistError)
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and bool(_LOST.search(str(error))))
 
 
 def reason_of(error: BaseException) -> str:
-    """What a collective's error says: of its first line the first sentence, without the place in the library's source."""
+    """Return the reason in a collective's error message: the first sentence, without the source location."""
     first = re.sub(r"^\[\S+:\d+\]\s*", "", str(error).strip().splitlines()[0])
     return re.split(r"\.\s", first)[0].rstrip(". ")
 
 
 def absent_ranks() -> list[int]:
-    """The processes that do not answer, after a collective failed. Called by each process that is alive, once."""
+    """Return the ranks that do not answer after a collective has failed. Every process that is alive calls it once.
+
+    Rank 0 hosts the store through which the processes answer. If it does not respond, the result is [0].
+    """
     if not dist.is_initialized():
         return []
     _broken.append(True)
@@ -73,7 +81,7 @@ def absent_ranks() -> list[int]:
             except dist.DistError:
                 absent.append(other)
 
-    # In a thread: a store whose host is stopped is waited for without a limit.
+    # Run in a thread, since requests to a store whose host is stopped have no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * _ANSWER_SECONDS + 2 * _LATE_ANSWER_SECONDS * world_size())
@@ -81,46 +89,49 @@ def absent_ranks() -> list[int]:
 
 
 def local_rank() -> int:
-    """This process's number on its machine."""
+    """Return the rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """How many processes there are on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes."""
+    """Return True on rank 0, the process that writes files."""
     return rank() == 0
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, in place."""
+    """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_max(tensor: Tensor) -> Tensor:
-    """The elementwise maximum of every process's tensor, in place."""
+    """Take the elementwise maximum of a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """[b, ...] of each process, all of one shape -> [world * b, ...] in the order of ranks, without gradients."""
+    """Concatenate the rows [b, ...] of all ranks into [world * b, ...], in the order of ranks, without gradients.
+
+    The shape must be the same on all ranks.
+    """
     rows = rows.detach().contiguous()
     if not dist.is_initialized():
         return rows
@@ -130,7 +141,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_ragged_rows(rows: Tensor) -> Tensor:
-    """[b_r, ...] of process r -> [sum b_r, ...] in the order of ranks, on every process; b_r may differ."""
+    """Concatenate the rows [b_r, ...] of all ranks r into [sum b_r, ...], in the order of ranks; b_r may differ."""
     if not dist.is_initialized():
         return rows
     counts: list[int] = gather_objects(len(rows))
@@ -141,7 +152,7 @@ def gather_ragged_rows(rows: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every process's value, in the order of ranks, on every process. Only for values this program made itself."""
+    """Gather the values of all ranks, in the order of ranks. Values are pickled: use it only for the program's own."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
@@ -150,7 +161,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Process 0's value."""
+    """Return rank 0's value on all ranks."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -159,9 +170,9 @@ def broadcast_object(value: Any) -> Any:
 
 
 def from_main(fn: Callable[[], Result]) -> Result:
-    """What `fn` gives on process 0, on every process; what it refuses there is refused everywhere. A collective.
+    """Call `fn` on rank 0 and return its result on all ranks. A collective.
 
-    Raises: the ValueError or OSError of `fn`.
+    Raises: the ValueError or OSError of `fn`, on all ranks.
     """
     value, error = None, None
     if is_main():
@@ -176,30 +187,33 @@ def from_main(fn: Callable[[], Result]) -> Result:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over the processes (FSDP2), whole on each. A collective where it is."""
+    """Return a tensor unsharded. A collective if it is sharded over the ranks (FSDP2)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whole, on process 0 alone; empty elsewhere. A collective where they are spread."""
+    """Return unsharded tensors on rank 0, and an empty dictionary on the others. A collective if they are sharded."""
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         gathered = full(tensor)
-        if is_main():  # one at a time, and on the host: the device need not hold them all at once
+        if is_main():  # moved to the host one at a time, so that the device does not hold all of them at once
             whole[name] = gathered.cpu() if isinstance(tensor, DTensor) else gathered
     return whole
 
 
 def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `other`, of the same shape, is spread; else the tensor itself."""
+    """Shard a tensor like `other` and return this rank's DTensor.
+
+    The tensor is returned unchanged if `other` is not sharded or has another shape.
+    """
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
-    # Every process has the whole of it: nothing is sent.
+    # Every rank has the full tensor: nothing is communicated.
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 class LateFlags:
-    """Numbers whose maximum over ranks is known one step after they were posted, without holding up the device."""
+    """Maximum of numbers over all ranks, read one step after they were posted, so that the device does not stall."""
 
     def __init__(self) -> None:
         self._flags: Tensor | None = None
@@ -207,21 +221,21 @@ class LateFlags:
         self._copied: torch.cuda.Event | None = None
 
     def post(self, flags: Mapping[str, Tensor]) -> None:
-        """Send this step's flags: scalars on the training device, float or bool."""
+        """Start the reduction of this step's flags: float or bool scalars on the training device."""
         self._names = list(flags)
         values = torch.stack([flag.float() for flag in flags.values()])
         self._work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
         self._flags = values
         if values.is_cuda:
             if self._work is not None:
-                self._work.wait()  # on CUDA this makes the stream wait, not the host
+                self._work.wait()  # on CUDA this blocks the stream, not the host
                 self._work = None
             self._flags = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
 
     def read(self) -> dict[str, float]:
-        """The flags posted last, by name; empty before the first."""
+        """Return the flags posted last, reduced, by name. The result is empty if none were posted since the last read."""
         if self._flags is None:
             return {}
         if self._work is not None:

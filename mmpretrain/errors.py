@@ -1,4 +1,4 @@
-"""Wrong use, and how it is said: one line with the value, the expectation and the fix."""
+"""Exceptions and their messages: one line with the value, the expectation and the fix."""
 
 import difflib
 import errno
@@ -11,20 +11,20 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UsageError(ValueError):
-    """Wrong use: one line with the value, the expectation and the fix; the process ends with exit code 2."""
+    """Invalid use, such as a wrong configuration value or input file. The process exits with code 2."""
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on; the message is one line with the value, the expectation and the fix."""
+    """Failure because of which a run cannot continue."""
 
 
 def printable(text: str) -> str:
-    """A text that a terminal shows as it is: control characters, which could rewrite a screen, as escapes."""
+    """Escape the non-printable characters of a text, such as control characters that could manipulate a terminal."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` where a known name is near, else the known names."""
+    """Return `did you mean 'x'?` if a known name resembles `name`, else a list of the known names."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
@@ -39,7 +39,10 @@ def check_number(
     at_most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises: UsageError that names the key, the value and the bounds, if a number lies outside them or is none."""
+    """Check that a number is within bounds.
+
+    Raises: UsageError with the key, the value and the bounds if it is outside them or NaN.
+    """
     bounds = {
         f"at least {at_least}": at_least is None or value >= at_least,
         f"above {above}": above is None or value > above,
@@ -53,7 +56,7 @@ def check_number(
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Inside the block a ValueError, a missing file or a full disk is answered as wrong use is."""
+    """Convert a ValueError, a missing file or a full disk inside the block to a UsageError."""
     try:
         yield
     except UsageError:
@@ -70,7 +73,7 @@ def usage_errors() -> Iterator[None]:
 
 @contextmanager
 def enough_space(folder: Path) -> Iterator[None]:
-    """Inside the block a file that cannot be written for want of space ends the run in one line.
+    """Convert an OSError for lack of disk space inside the block to a TrainingError with a message of one line.
 
     Raises: TrainingError.
     """
@@ -82,5 +85,5 @@ def enough_space(folder: Path) -> Iterator[None]:
         free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free / 2**20
         raise TrainingError(
             f"{error.filename or folder} cannot be written ({error.strerror}; {free:,.0f} MiB are free there); the last "
-            "checkpoint still stands: make space, and the same command goes on"
+            "checkpoint is intact: make space, and the same command goes on"
         ) from error

@@ -1,4 +1,7 @@
-"""Small files: read within limits or refused in one line that names the file; written whole or not at all."""
+"""Reading and writing of small files.
+
+Reads are limited in size, and fail with a message of one line that names the file. Writes are atomic.
+"""
 
 import errno
 import io
@@ -11,19 +14,19 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
-"""Above what a state.json of a large optimiser, a results.json or a manifest.json takes by far."""
+"""Size limit of JSON files, far above a state.json of a large optimiser, a results.json or a manifest.json."""
 
 PARTIAL = ".partial-"
-"""What the name of a file begins with that is not written to its end."""
+"""Prefix of the names of incomplete files."""
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file, or of what a symbolic link leads to.
+    """Read a regular file. Symbolic links are followed.
 
-    Raises: FileNotFoundError if there is none; ValueError for a pipe, device or folder, and above `max_bytes`; OSError if
-        it cannot be read, which says nothing about it.
+    Raises: FileNotFoundError if there is no such file; ValueError if it is a pipe, device or folder, a circular link, or
+        larger than `max_bytes`; OSError if it cannot be read, which does not mean that its content is invalid.
     """
-    # Opening a pipe waits for its other end, unless told not to.
+    # Without O_NONBLOCK opening a pipe would wait for its other end.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -44,7 +47,10 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """`read_bytes` of UTF-8. Raises: ValueError also for other bytes."""
+    """Read a UTF-8 file with `read_bytes`.
+
+    Raises: the errors of `read_bytes`; ValueError if the file is not UTF-8.
+    """
     try:
         return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -54,7 +60,7 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def sync(path: Path) -> None:
-    """Make a file's or folder's content last through a crash of the machine."""
+    """Flush a file or folder to disk, so that its content survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,12 +69,12 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new, never a part."""
+    """Write a small text file atomically: a reader sees the old or the new content, never a part."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` for content as it is."""
+    """Write a small binary file atomically, like `write_text`."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
     with naming(path):
         partial.write_bytes(content)
@@ -79,7 +85,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside the block an OSError that names no file names this one: one of writing to an open file does not."""
+    """Add the path to an OSError inside the block that names no file, such as one of writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -89,28 +95,36 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_all(file: io.RawIOBase, text: str | bytes) -> None:
-    """Write to an unbuffered file, which may take a part at a time; no buffer is left to fail later. Raises: OSError."""
+    """Write all of a text to an unbuffered file, which may accept only a part per call.
+
+    Since nothing is buffered, no write can fail later.
+
+    Raises: OSError.
+    """
     rest = memoryview(text.encode() if isinstance(text, str) else text)
     while rest:
         rest = rest[file.write(rest) :]
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What a JSON text says. Raises: ValueError that begins with `where`, for no JSON or values nested too deep."""
+    """Parse a JSON text.
+
+    Raises: ValueError, with a message that begins with `where`, if the text is not JSON or is nested too deeply.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is no JSON ({error}); expected it as it was written") from None
     except RecursionError:
         raise ValueError(f"{where} nests too deep; expected JSON as it was written") from None
-    except ValueError as error:  # bytes that are no UTF-8, a number of thousands of digits
+    except ValueError as error:  # bytes that are not UTF-8, or a number with thousands of digits
         raise ValueError(f"{where} cannot be read ({error}); expected JSON as it was written") from None
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read a JSON file that contains an object.
 
-    Raises: FileNotFoundError if there is no such file; ValueError if it is no JSON object or lies beyond the limits.
+    Raises: FileNotFoundError if there is no such file; ValueError if it is not a JSON object or exceeds the limits.
     """
     value = parse_json(read_text(path, max_bytes), str(path))
     if not isinstance(value, dict):

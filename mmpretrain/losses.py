@@ -1,4 +1,4 @@
-"""Pure tensor functions, float32 or wider: each is its paper's equation and nothing else."""
+"""Losses as pure tensor functions in float32 or wider; each implements the equation of its paper."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,19 +21,22 @@ def info_nce(
     chunk_bytes: int = CHUNK_BYTES,
     split: bool = False,
 ) -> Tensor:
-    """The symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3).
+    """Compute the symmetric contrastive loss of CLIP (Radford et al. 2021, figure 3).
 
     L = -1/2B sum_i [log softmax_j(s <x_i, y_j>)_i + log softmax_j(s <x_j, y_i>)_i]
 
     Args:
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale: s, one number.
-        ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
-        chunk_bytes: of the similarities that stand in memory at once; never all of them do.
-        split: each process takes its part of the rows, in the order of ranks. The loss is then whole on all of them, and
-            so are the gradients of text and scale; that of image is there for the process's own rows. A collective.
+        ids: int64 [B], id of each row's sample; rows with equal ids are copies of one sample, and not negatives of each
+            other.
+        chunk_bytes: size of a chunk of the similarity matrix, which is never in memory as a whole.
+        split: divide the rows among the ranks, in their order. The loss and the gradients of text and scale are complete on
+            every rank. The gradient of image is nonzero only for the rank's own rows. A collective.
 
-    Returns: a scalar. Raises: ValueError for rows narrower than float32, as all losses here that go in chunks.
+    Returns: a scalar.
+
+    Raises: ValueError if image or text is narrower than float32. The other chunked contrastive losses raise it, too.
     """
     chunks = _chunks(image, text, chunk_bytes, split)
     return cast(Tensor, _Contrast.apply(image, text, logit_scale, ids, None, chunks, torch.is_grad_enabled()))
@@ -47,14 +50,14 @@ def multi_positive_info_nce(
     chunk_bytes: int = CHUNK_BYTES,
     split: bool = False,
 ) -> Tensor:
-    """The contrastive loss in which all pairs of a group are right answers (UniCL, Yang et al. 2022, equations 3 to 5).
+    """Compute the contrastive loss in which all pairs of a group are positives (UniCL, Yang et al. 2022, equations 3 to 5).
 
     L = -1/2B sum_i 1/|P(i)| sum_{k in P(i)} [log softmax_j(s <x_i, y_j>)_k + log softmax_j(s <x_j, y_i>)_k]
 
     Args:
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale: s, one number.
-        groups: int64 [B]; P(i) is the rows whose number is that of row i, itself among them.
+        groups: int64 [B], group of each row; P(i) are the rows of the same group as row i, including i.
         chunk_bytes, split: as in `info_nce`.
 
     Returns: a scalar.
@@ -72,15 +75,14 @@ def sigmoid_loss(
     chunk_bytes: int = CHUNK_BYTES,
     split: bool = False,
 ) -> Tensor:
-    """The pairwise sigmoid loss of SigLIP (Zhai et al. 2023, equation 1).
+    """Compute the pairwise sigmoid loss of SigLIP (Zhai et al. 2023, equation 1).
 
     L = -1/B sum_ij log sigma(z_ij (t <x_i, y_j> + b)),  z_ij = 1 on the diagonal and -1 off it
 
     Args:
         image, text: x and y, [B, e] of unit length; row i of both is a pair.
         logit_scale, logit_bias: t and b, one number each.
-        ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
-        chunk_bytes, split: as in `info_nce`.
+        ids, chunk_bytes, split: as in `info_nce`.
 
     Returns: a scalar.
     """
@@ -91,19 +93,22 @@ def sigmoid_loss(
 
 @dataclass(frozen=True)
 class _Chunks:
-    """The rows of similarities that this process computes, a chunk at a time."""
+    """Chunks of rows of the similarity matrix that this rank computes."""
 
     rows: list[slice]
     split: bool
 
     def sum(self, *tensors: Tensor) -> None:
-        """Add up in place what each process's rows gave."""
+        """Sum tensors over all ranks, in place, if the rows are split."""
         for tensor in tensors if self.split else ():
             distributed.all_reduce_sum(tensor)
 
 
 def _chunks(rows: Tensor, columns: Tensor, chunk_bytes: int, split: bool) -> _Chunks:
-    """Chunks of `rows` whose similarities to all `columns` take so many bytes; of this process's part, if split."""
+    """Divide `rows`, or if split this rank's part of them, into chunks.
+
+    The similarities of a chunk to all `columns` take at most `chunk_bytes`, or one row if that is more.
+    """
     for tensor in (rows, columns):
         if tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -117,21 +122,22 @@ def _chunks(rows: Tensor, columns: Tensor, chunk_bytes: int, split: bool) -> _Ch
 
 
 def _copies(ids: Tensor, rows: slice) -> Tensor:
-    """Of some rows, which columns are other copies of the same sample, bool [c, B]."""
+    """Return a mask of the columns that are other copies of a row's sample, bool [c, B] for c rows."""
     copies = ids[rows, None] == ids[None, :]
     copies.diagonal(rows.start).fill_(False)
     return copies
 
 
 class _Contrast(torch.autograd.Function):
-    """Both softmaxes over the similarities l_ij = s <x_i, y_j>, a chunk of rows at a time, and their gradients.
+    """Contrastive loss over the similarities l_ij = s <x_i, y_j>, and its gradients, computed in chunks of rows.
 
-    A first pass finds the normalisers a_i of rows and b_j of columns, a second one computes each chunk again:
+    A first pass computes log-sum-exp of the rows, a_i, and of the columns, b_j. A second pass recomputes each chunk for the
+    gradients:
 
         L = 1/2B [sum_i a_i + sum_j b_j - sum_ij t_ij l_ij],     t_ij = 1/|P(i)| + 1/|P(j)| for j in P(i), else 0
         d L / d l_ij = 1/2B [exp(l_ij - a_i) + exp(l_ij - b_j) - t_ij]
 
-    Without groups P(i) is i alone. Other copies of a sample have l = -inf.
+    Without groups P(i) = {i}. Other copies of a sample have l = -inf.
     """
 
     @staticmethod
@@ -145,7 +151,7 @@ class _Contrast(torch.autograd.Function):
         chunks: _Chunks,
         has_backward: bool,
     ) -> Tensor:
-        # The only two blocks of similarities that ever stand in memory.
+        # Two buffers that all chunks of similarities reuse.
         longest = chunks.rows[0].stop - chunks.rows[0].start
         blocks = [x.new_empty(longest, len(y)) for _ in range(2)]
 
@@ -154,17 +160,17 @@ class _Contrast(torch.autograd.Function):
             logits = torch.mm(scaled, y.T, out=blocks[0][: len(scaled)])
             return logits if ids is None else logits.masked_fill_(_copies(ids, rows), -torch.inf)
 
-        # Finite: a column may have nothing but copies in the first chunks, and inf - inf is no number.
+        # The initial maximum is finite: a column may have only copies (-inf) in the first chunks, and inf - inf is NaN.
         a, most, total = x.new_zeros(len(x)), x.new_full((len(x),), torch.finfo(x.dtype).min / 2), x.new_zeros(len(x))
-        # Of each row and column, the sum of the similarities to its right answers, and their number.
+        # For each row and column, the sum of the similarities to its positives, and their number.
         right_rows, right_columns, num_right = (x.new_zeros(len(x)) for _ in range(3))
         for rows in chunks.rows:
             logits = similarities(rows)
-            # logsumexp, written out: it would need a third chunk of memory.
+            # torch.logsumexp would need a third buffer.
             highest = logits.amax(dim=1)
             exponentials = torch.sub(logits, highest[:, None], out=blocks[1][: len(logits)]).exp_()
             a[rows] = highest + exponentials.sum(dim=1).log()
-            # A running maximum: with a fixed one exp would underflow at a scale of 100.
+            # A running maximum is subtracted. With a fixed one exp would underflow at a scale of 100.
             higher = torch.maximum(most, logits.amax(dim=0))
             total = total * (most - higher).exp() + torch.sub(logits, higher, out=exponentials).exp_().sum(dim=0)
             most = higher
@@ -186,7 +192,7 @@ class _Contrast(torch.autograd.Function):
             return loss
         d_x, d_y, d_s = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(s)
         for rows in chunks.rows:
-            if len(chunks.rows) > 1:  # the only one is still there
+            if len(chunks.rows) > 1:  # a single chunk is still in its buffer
                 logits = similarities(rows)
             d_logits = torch.sub(logits, a[rows, None], out=blocks[1][: len(logits)]).exp_()
             d_logits += logits.sub_(b).exp_()
@@ -211,7 +217,7 @@ class _Contrast(torch.autograd.Function):
 
 
 class _PairwiseSigmoid(torch.autograd.Function):
-    """`sigmoid_loss` a chunk of rows at a time, and its gradients: d L / d l_ij = -z_ij sigma(-z_ij l_ij) / B."""
+    """`sigmoid_loss` and its gradients, computed in chunks of rows: d L / d l_ij = -z_ij sigma(-z_ij l_ij) / B."""
 
     @staticmethod
     def forward(
@@ -227,10 +233,10 @@ class _PairwiseSigmoid(torch.autograd.Function):
         loss = x.new_zeros(())
         d_x, d_y, d_t, d_b = (torch.zeros_like(tensor) for tensor in (x, y, t, b))
         for rows in chunks.rows:
-            signed = ((t * x[rows]) @ y.T + b).neg_()  # z l, with z = -1 but on the diagonal
+            signed = ((t * x[rows]) @ y.T + b).neg_()  # z l, with z = -1 off the diagonal
             signed.diagonal(rows.start).neg_()
             if ids is not None:
-                signed.masked_fill_(_copies(ids, rows), torch.inf)  # no question: log sigma is 0
+                signed.masked_fill_(_copies(ids, rows), torch.inf)  # log sigma(inf) = 0
             loss -= F.logsigmoid(signed).sum() / len(x)
             if not has_backward:
                 continue
@@ -252,14 +258,14 @@ class _PairwiseSigmoid(torch.autograd.Function):
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | None = None) -> Tensor:
-    """The normalised temperature-scaled cross-entropy of two views (SimCLR, Chen et al. 2020, equation 1).
+    """Compute the normalised temperature-scaled cross-entropy of two views (SimCLR, Chen et al. 2020, equation 1).
 
     L = -1/2B sum_i log [ exp(<z_i, z_j(i)> / tau) / sum_{k != i} exp(<z_i, z_k> / tau) ]
 
     Args:
-        first, second: z, [B, e] of unit length; row i of both is one image, so that j(i) is its other view.
+        first, second: z, [B, e] of unit length; row i of both is one image, and j(i) is the other view of i.
         temperature: tau.
-        ids: int64 [B], which sample a row is; another copy of the same sample is no negative of it.
+        ids: as in `info_nce`.
 
     Returns: a scalar.
     """
@@ -278,20 +284,20 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | Non
 def token_cross_entropy(
     states: Tensor, embeddings: Tensor, labels: Tensor, bias: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over a vocabulary, computed in chunks of tokens: the logits never stand in memory all at once.
+    """Compute the cross-entropy over a vocabulary in chunks of tokens, so that the logits are never in memory as a whole.
 
     L = -sum_i log softmax_v(<h_i, e_v> + b_v)_{y_i}
 
-    The gradients are computed with each chunk, while its logits are there.
+    The gradients of each chunk are computed in the forward pass, while its logits are in memory.
 
     Args:
         states: h, [n, d].
         embeddings: e, [vocabulary, d].
         labels: y, int64 [n].
         bias: b, [vocabulary].
-        chunk_bytes: of a chunk's logits.
+        chunk_bytes: size of the float32 logits of a chunk.
 
-    Returns: (L, a scalar, float32 or wider; how many labels have the largest logit, int64, a scalar).
+    Returns: (L, a scalar, float32 or wider; number of labels with the largest logit, an int64 scalar).
     """
     device_type = states.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else states.dtype
@@ -301,7 +307,7 @@ def token_cross_entropy(
 
 
 class _TokenCrossEntropy(torch.autograd.Function):
-    """`token_cross_entropy` and its gradients; without `has_backward` only the sums."""
+    """`token_cross_entropy` and its gradients, which are computed only with `has_backward`."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The optimiser: groups of parameters by tower, optimisers by name, and the guard that skips a step that is not finite."""
+"""Optimisers: parameter groups by tower, optimisers by name, and steps that are skipped if the gradient is not finite."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,12 +14,12 @@ from mmpretrain.errors import check_number, nearest
 TOWERS = ("image", "text", "heads")
 _OF_A_TOWER = ("lr", "weight_decay")
 
-# adahessian wants a second backward pass, kron keeps state that no checkpoint can hold, lookahead wraps another.
+# adahessian needs a second backward pass, kron has state that cannot be checkpointed, lookahead wraps another optimiser.
 _UNSUITABLE = ("adahessian", "kron", "lookahead")
 
 
 def tower_of(parameter_name: str) -> str:
-    """`image`, `text`, or `heads` for projections and what belongs to objectives."""
+    """Return the tower of a parameter: `image`, `text`, or `heads` for projections and parameters of objectives."""
     for tower in ("image", "text"):
         if parameter_name.startswith(f"model.{tower}."):
             return tower
@@ -27,7 +27,10 @@ def tower_of(parameter_name: str) -> str:
 
 
 def _decays(parameter: nn.Parameter) -> bool:
-    """Matrices decay; biases, norms, scales and single tokens, which have one dimension larger than 1, do not."""
+    """Return True if weight decay acts on the parameter: it has at least two dimensions larger than 1.
+
+    Biases, norms, scales and single tokens have at most one, and do not decay.
+    """
     return sum(size > 1 for size in parameter.shape) > 1
 
 
@@ -37,14 +40,15 @@ def parameter_groups(
     weight_decay: float,
     towers: Mapping[str, Mapping[str, float | None]],
 ) -> list[dict[str, Any]]:
-    """An optimiser's groups: the parameters of each tower, those that decay apart from those that do not.
+    """Return the parameter groups of an optimiser: per tower, one with and one without weight decay.
 
     Args:
-        parameters: named as in the task; frozen ones are left out.
-        lr, weight_decay: no decay acts on one-dimensional parameters.
-        towers: `lr` and `weight_decay` of `image`, `text` or `heads`, where they differ; None means as above.
+        parameters: (name in the task, parameter); frozen parameters are omitted.
+        lr: learning rate.
+        weight_decay: weight decay; it does not act on one-dimensional parameters.
+        towers: overrides of `lr` and `weight_decay` for `image`, `text` or `heads`; None: the value above.
 
-    Raises: ValueError if `towers` names another tower or argument, and for numbers out of range.
+    Raises: ValueError if `towers` has an unknown tower or argument, or a number is out of range.
     """
     check_number("optimizer.lr", lr, at_least=0)
     check_number("optimizer.weight_decay", weight_decay, at_least=0)
@@ -95,7 +99,7 @@ def adamw(
         parameters, lr, weight_decay, towers: see `parameter_groups`.
         betas, eps: as in the paper.
 
-    Raises: ValueError for numbers out of range, and what `parameter_groups` does.
+    Raises: ValueError if a number is out of range, and in the cases of `parameter_groups`.
     """
     check_number("optimizer.eps", eps, at_least=0)
     for i, beta in enumerate(betas):
@@ -112,18 +116,18 @@ def torch_optimizer(
     towers: Mapping[str, Mapping[str, float | None]],
     args: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimiser of `torch.optim`.
+    """Build an optimiser of `torch.optim`.
 
     Args:
         parameters, lr, weight_decay, towers: see `parameter_groups`.
-        name: `SGD`, `Adam`, `NAdam`, ...
-        args: its further arguments.
+        name: name of the class: `SGD`, `Adam`, `NAdam`, ...
+        args: further arguments of the optimiser.
 
-    Raises: ValueError if torch has none of that name or it refuses an argument, and what `parameter_groups` does.
+    Raises: ValueError if torch has no such optimiser or it rejects an argument, and in the cases of `parameter_groups`.
     """
     kinds = {key: kind for key, kind in vars(torch.optim).items() if isinstance(kind, type)}
     kinds = {key: kind for key, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
-    # The loss is not computed again, and gradients are dense.
+    # LBFGS needs to recompute the loss, and SparseAdam needs sparse gradients.
     del kinds["Optimizer"], kinds["LBFGS"], kinds["SparseAdam"]
     if name not in kinds:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, list(kinds))}")
@@ -140,14 +144,15 @@ def timm_optimizer(
     towers: Mapping[str, Mapping[str, float | None]],
     args: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimiser of timm.
+    """Build an optimiser of timm.
 
     Args:
         parameters, lr, weight_decay, towers: see `parameter_groups`.
         name: one of `timm.optim.list_optimizers()`, such as `lion`, `lamb`, `adafactorbv`.
-        args: its further arguments.
+        args: further arguments of the optimiser.
 
-    Raises: ValueError if timm has none of that name or it refuses an argument, and what `parameter_groups` does.
+    Raises: ValueError if timm has no such optimiser, it is not supported or it rejects an argument, and in the cases of
+        `parameter_groups`.
     """
     known = [str(each) for each in timm.optim.list_optimizers() if not str(each).startswith(_UNSUITABLE)]
     if name not in known:
@@ -173,25 +178,25 @@ def _built(
 
 
 def twin(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimiser of the same kind and options as the first group's, of other parameters."""
+    """Build an optimiser for `parameters`, with the class of `optimizer` and the options of its first group."""
     options = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "names")}
     kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
     return kind([{**options, "params": parameters}])
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's learning rate: its own times the schedule's factor."""
+    """Set the learning rate of each group to its base value times the factor of the schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The gradients of all parameters that have one."""
+    """Return the gradients of all parameters that have one."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The gradient's 2-norm over each tower and (`all`) over all of them, scalars on the device."""
+    """Return the 2-norm of the gradient of each tower and of all towers (`all`), scalars on the device."""
     gradients: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
         gradients.setdefault(group["tower"], []).extend(p.grad for p in group["params"] if p.grad is not None)
@@ -202,11 +207,17 @@ def grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None) -> Tensor:
-    """Clip the gradient to `max_norm`, take the step if the gradient is finite, and clear it.
+    """Clip the gradient to `max_norm`, take a step if the gradient is finite, and clear it.
 
-    A gradient that is not finite leaves parameters and moments bit-identical; the decision stays on the device.
+    If it is not finite, parameters and moments stay bit-identical. With fused kernels the check does not synchronise with
+    the host.
 
-    Returns: whether the step was skipped, a float32 scalar of 0 or 1.
+    Args:
+        optimizer: the optimiser.
+        norm: norm of the gradient, a scalar.
+        max_norm: largest norm of the clipped gradient; None: no clipping.
+
+    Returns: a float32 scalar, 1 if the step was skipped, else 0.
     """
     skipped = (~torch.isfinite(norm)).float()
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -215,25 +226,25 @@ def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = skipped  # type: ignore[attr-defined]  # read by the fused kernels
         optimizer.step()
-    elif not skipped:  # without fused kernels the host has to look
+    elif not skipped:  # without fused kernels the host has to read the result
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return skipped
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of the optimiser's state by `<parameter>/<name of the state>`, such as AdamW's exp_avg."""
+    """Return the tensors of the optimiser's state, keyed `<parameter>/<state>`, such as AdamW's `exp_avg`."""
     return {key: value for key, value in _states(optimizer) if isinstance(value, Tensor)}
 
 
 def optimizer_numbers(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The rest of it by the same names, plain values for JSON."""
+    """Return the rest of the optimiser's state, plain values for JSON, keyed as in `optimizer_tensors`."""
     return {key: value for key, value in _states(optimizer) if not isinstance(value, Tensor)}
 
 
 def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
     for i, group in enumerate(optimizer.param_groups):
-        if "step" in group:  # some optimisers of timm count once for a group
+        if "step" in group:  # some optimisers of timm count steps per group
             yield f"group{i}/step", group["step"]
         for name, parameter in zip(group["names"], group["params"], strict=True):
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -243,9 +254,9 @@ def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Any]]:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Put back what `optimizer_tensors` and `optimizer_numbers` gave.
+    """Restore the state that `optimizer_tensors` and `optimizer_numbers` returned.
 
-    Raises: ValueError if some of it belongs to no parameter of the optimiser.
+    Raises: ValueError if it contains a parameter that the optimiser does not have.
     """
     values: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, value in {**tensors, **numbers}.items():

@@ -1,4 +1,4 @@
-"""Everything that changes over a run is f(samples seen): durations, scheduled values, and the learning rate's schedules."""
+"""Durations, scheduled values and learning-rate schedules, all as functions of the number of samples seen."""
 
 import math
 import re
@@ -22,9 +22,9 @@ _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training: `20epochs`, `10Msamples`, `2000steps`, `5%` (of the run) or `30min` (of wall time).
+    """Length of training: `20epochs`, `10Msamples`, `2000steps`, `5%` (of the run) or `30min` (of wall time).
 
-    The value is exact: in floats 7% of 100 samples lie beyond sample 7, and 1.1Msamples beyond 1,100,000.
+    The value is an exact fraction. As floats, 7% of 100 samples would be more than 7, and 1.1Msamples more than 1,100,000.
     """
 
     value: Fraction
@@ -32,14 +32,14 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str | int | float, name: str, wall_time: bool = False) -> "Duration":
-        """Read a duration.
+        """Parse a duration.
 
         Args:
-            text: what the user wrote.
-            name: the configuration key it stands under, for the message.
-            wall_time: whether `min` makes sense here.
+            text: value from the configuration.
+            name: configuration key of the value, for error messages.
+            wall_time: accept the unit `min`.
 
-        Raises: UsageError if it is no duration, or a wall time where none makes sense.
+        Raises: UsageError if `text` is not a duration, exceeds 100%, or is a wall time and `wall_time` is False.
         """
         match = _PATTERN.fullmatch(str(text).strip())
         units = "epochs, samples, steps, %" + (" or min" if wall_time else "")
@@ -57,14 +57,17 @@ class Duration:
 
 @dataclass(frozen=True)
 class Clock:
-    """What a duration is measured against: the run's batch size, epoch and length, in samples of its first stream."""
+    """Batch size, epoch and length of a run in samples of its first stream, which convert durations to samples."""
 
     batch_size: int
     epoch_samples: int
     total_samples: int = 0
 
     def samples(self, duration: Duration) -> Fraction:
-        """A duration in samples. Raises: ValueError for a wall time."""
+        """Convert a duration to samples.
+
+        Raises: ValueError for a wall time.
+        """
         if duration.unit == "samples":
             return duration.value
         if duration.unit == "steps":
@@ -76,44 +79,46 @@ class Clock:
         raise ValueError(f"{float(duration.value):g}min has no length in samples; use epochs, samples, steps or %")
 
     def is_due(self, every: Duration, before: int, after: int) -> bool:
-        """Whether a multiple of `every` lies in (before, after], in samples seen; never if it is zero."""
+        """Return True if a multiple of `every` lies in (before, after], in samples seen. Always False if `every` is zero."""
         period = self.samples(every)
         return period > 0 and after // period > before // period
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """A moment of a run: the samples seen before a step, and what durations are measured against."""
+    """Progress of a run before a step: the number of samples seen, and the clock of the run."""
 
     samples: int = 0
     clock: Clock = Clock(1, 1)
 
 
 Scheduled = float | Mapping[str, Mapping[str, float]]
-"""A number, or how it changes: {piecewise: {0%: .5, 90%: 0}}, {linear: {...}} or {cosine: {...}}."""
+"""A number, or a schedule such as {piecewise: {0%: .5, 90%: 0}}, {linear: {...}} or {cosine: {...}}."""
 _KINDS = ("piecewise", "linear", "cosine")
 SCHEDULE_TEXT = re.compile(rf"\{{\s*({'|'.join(_KINDS)})\s*:")
-"""How a schedule begins where it is written on a command line."""
+"""Beginning of a schedule on the command line."""
 
 
 class ScheduledValue:
     """A number that may change over a run, as a function of the samples seen.
 
-    Between the breakpoints (s_0, v_0), (s_1, v_1), ..., durations from the run's start, with p = (s - s_i) / (s_{i+1} - s_i):
+    A schedule has breakpoints (s_0, v_0), (s_1, v_1), ..., where s_i is a duration from the start of the run. Its value at
+    s_i <= s < s_{i+1}, with p = (s - s_i) / (s_{i+1} - s_i), is
 
         piecewise   v_i
         linear      v_i + (v_{i+1} - v_i) p
         cosine      v_i + (v_{i+1} - v_i) (1 - cos(pi p)) / 2
 
-    Before the first breakpoint it is v_0, after the last one v_n.
+    Before the first breakpoint it is v_0, from the last one on v_n.
 
     Args:
-        value: a number, or `{piecewise: {0%: .5, 90%: 0}}` with one of the three kinds.
-        name: the configuration key it stands under, for messages.
-        bounds: what each of its values has to keep to (see `errors.check_number`).
-        in_stages: it stays the same between breakpoints (the data path's values do): linear and cosine are refused.
+        value: a number, or a schedule of one of the three kinds, such as `{piecewise: {0%: .5, 90%: 0}}`.
+        name: configuration key of the value, for error messages.
+        in_stages: accept only the kind `piecewise`, for values of the data path, which are constant between breakpoints.
+        bounds: bounds of all values (see `errors.check_number`).
 
-    Raises: UsageError if it is neither, for breakpoints that are no durations, and for values out of bounds.
+    Raises: UsageError if `value` is neither a number nor a schedule, a breakpoint is not a duration, or a value is out of
+        bounds.
     """
 
     def __init__(self, value: Scheduled, name: str, in_stages: bool = False, **bounds: float) -> None:
@@ -126,7 +131,7 @@ class ScheduledValue:
         kinds = _KINDS[:1] if in_stages else _KINDS
         if not breakpoints or not isinstance(breakpoints, Mapping) or self.kind not in ("constant", *kinds):
             raise UsageError(
-                f"{name} is {value!r}; expected a number, or how it changes ({', '.join(kinds)}), such as "
+                f"{name} is {value!r}; expected a number or a schedule ({', '.join(kinds)}), such as "
                 "{piecewise: {0%: 1, 90%: 0}}"
             )
         self.name = name
@@ -140,7 +145,7 @@ class ScheduledValue:
 
     @property
     def values(self) -> list[float]:
-        """What it is at its breakpoints: its extremes are among them."""
+        """Values at the breakpoints, which include the minimum and maximum of the schedule."""
         return [number for _, number in self.breakpoints]
 
     @property
@@ -148,7 +153,10 @@ class ScheduledValue:
         return len(set(self.values)) == 1
 
     def __call__(self, progress: TrainingProgress) -> float:
-        """Its value for the step that starts at `progress`. Raises: UsageError if the breakpoints are not in order."""
+        """Return the value for the step that starts at `progress`.
+
+        Raises: UsageError if the breakpoints are not in ascending order.
+        """
         breakpoint_samples = self.breakpoint_samples(progress.clock)
         i = bisect_right(breakpoint_samples, progress.samples) - 1
         if i < 0 or i == len(breakpoint_samples) - 1 or self.kind == "piecewise":
@@ -159,22 +167,25 @@ class ScheduledValue:
         return self.breakpoints[i][1] + (self.breakpoints[i + 1][1] - self.breakpoints[i][1]) * part
 
     def breakpoint_samples(self, clock: Clock) -> list[Fraction]:
-        """Where its breakpoints lie, in samples. Raises: UsageError if they are not in order."""
+        """Return the breakpoints in samples.
+
+        Raises: UsageError if they are not in ascending order.
+        """
         breakpoint_samples = [clock.samples(duration) for duration, _ in self.breakpoints]
         if breakpoint_samples != sorted(set(breakpoint_samples)):
             raise UsageError(
                 f"{self.name} has breakpoints at {', '.join(f'{float(place):g}' for place in breakpoint_samples)} samples; "
-                "expected each after the one before"
+                "expected each one after the previous one"
             )
         return breakpoint_samples
 
     def depends_on_total(self) -> bool:
-        """Whether a longer run would have had other values so far."""
+        """Return True if the value at a given number of samples depends on the length of the run."""
         return not self.is_constant and any(at.unit == "%" and at.value > 0 for at, _ in self.breakpoints)
 
 
 def scheduled_values(node: Any, path: str = "") -> Iterator[ScheduledValue]:
-    """The values below a part of the configuration that change over the run."""
+    """Yield all schedules in a part of the configuration, searched recursively."""
     if isinstance(node, Mapping):
         if len(node) == 1 and next(iter(node)) in _KINDS:
             yield ScheduledValue(node, path)
@@ -183,29 +194,32 @@ def scheduled_values(node: Any, path: str = "") -> Iterator[ScheduledValue]:
 
 
 class Schedule(Protocol):
-    """A learning rate's factor as a function of the samples seen."""
+    """Factor of the learning rate as a function of the samples seen."""
 
     def __call__(self, samples: int, clock: Clock) -> float: ...
 
     def depends_on_total(self) -> bool:
-        """Whether a longer run would have had other values so far."""
+        """Return True if the value at a given number of samples depends on the length of the run."""
         ...
 
 
 def _warmup_factor(samples: int, clock: Clock, warmup: Duration) -> float:
-    """Linear from one batch's share up to 1; it counts the batch at hand, so that the first step moves."""
+    """Return the factor of a linear warm-up.
+
+    The current batch is included in the samples seen, so that the factor of the first step is not zero.
+    """
     length = float(clock.samples(warmup))
     return min(1.0, (samples + clock.batch_size) / length) if length > 0 else 1.0
 
 
 class WarmupCosine:
-    """Linear warm-up, then half a cosine down to `final`.
+    """Linear warm-up, then cosine decay to `final`.
 
-    factor = final + (1 - final) (1 + cos(pi (s - W) / (S - W))) / 2   for s >= W
+    factor = final + (1 - final) (1 + cos(pi (s - W) / (S - W))) / 2   for W <= s <= S, the length of the run
 
     Args:
         warmup: W, a duration.
-        final: the factor at the run's end.
+        final: factor at the end of the run.
     """
 
     def __init__(self, warmup: str = "0steps", final: float = 0.0) -> None:
@@ -214,7 +228,7 @@ class WarmupCosine:
         self.final = final
 
     def __call__(self, samples: int, clock: Clock) -> float:
-        """The factor of the step that starts after `samples`."""
+        """Return the factor of the step that starts after `samples` samples."""
         warmup = float(clock.samples(self.warmup))
         if samples < warmup:
             return _warmup_factor(samples, clock, self.warmup)
@@ -226,11 +240,12 @@ class WarmupCosine:
 
 
 class WarmupConstant:
-    """Linear warm-up, a constant, and at the end a linear cool-down to `final`.
+    """Linear warm-up, then a constant factor of 1, then a linear cool-down to `final` at the end of the run.
 
     Args:
-        warmup, cooldown: durations.
-        final: the factor at the end of the cool-down.
+        warmup: duration of the warm-up.
+        cooldown: duration of the cool-down.
+        final: factor at the end of the cool-down.
     """
 
     def __init__(self, warmup: str = "0steps", cooldown: str = "0steps", final: float = 0.0) -> None:
@@ -240,7 +255,7 @@ class WarmupConstant:
         self.final = final
 
     def __call__(self, samples: int, clock: Clock) -> float:
-        """The factor of the step that starts after `samples`."""
+        """Return the factor of the step that starts after `samples` samples."""
         cooldown = float(clock.samples(self.cooldown))
         left = clock.total_samples - samples
         if cooldown > 0 and left < cooldown:

@@ -1,8 +1,8 @@
-"""The one hash: sample seeds, permutations and masks, with the same bits in Python, NumPy and torch.
+"""Hash for sample seeds, permutations and masks, with the same bits in Python, NumPy and torch.
 
-splitmix64 (Steele, Lea, Flood 2014): the i-th output of the generator seeded with `s` is
-``mix(s + (i + 1) * GOLDEN)``. It is counter-based, so any draw can be had without the ones before it,
-and it is ours, so that no library version changes an order or a mask.
+It is splitmix64 (Steele, Lea, Flood 2014): output i of the generator with seed `s` is ``mix(s + (i + 1) * GOLDEN)``.
+The generator is counter-based, so that any output can be computed without the previous ones. It is implemented here, so
+that orders and masks do not change with library versions.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ def _mix(x: int) -> int:
 
 
 def draw(seed: int, counter: int) -> int:
-    """Output number `counter` of the generator `seed`, in [0, 2^64)."""
+    """Return output `counter` of the generator with seed `seed`, in [0, 2^64)."""
     return _mix((seed + (counter + 1) * GOLDEN) & _MASK)
 
 
 def uniform(seed: int, counter: int) -> float:
-    """Output number `counter` of the generator `seed` as a float in [0, 1)."""
+    """Return output `counter` of the generator with seed `seed` as a float in [0, 1)."""
     return (draw(seed, counter) >> 11) * 2.0**-53
 
 
 def hash64(*parts: int | str) -> int:
-    """One 64-bit hash of integers and strings, in [0, 2^64)."""
+    """Return a 64-bit hash of integers and strings, in [0, 2^64)."""
     state = 0
     for part in parts:
         if isinstance(part, str):
@@ -49,7 +49,7 @@ def hash64(*parts: int | str) -> int:
 
 
 def draws(seeds: np.ndarray | np.uint64, counters: np.ndarray | int) -> np.ndarray:
-    """`draw` over arrays: seeds uint64 and counters integer, broadcast together -> uint64."""
+    """Compute `draw` over arrays: uint64 seeds and integer counters, broadcast together; returns uint64."""
     with np.errstate(over="ignore"):
         x = np.asarray(seeds, np.uint64) + (np.asarray(counters).astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(_MULTIPLIERS[0])
@@ -58,17 +58,17 @@ def draws(seeds: np.ndarray | np.uint64, counters: np.ndarray | int) -> np.ndarr
 
 
 def permutation(seed: int, n: int) -> np.ndarray:
-    """The permutation of range(n) that `seed` names, int64 [n]."""
+    """Return the permutation of range(n) determined by `seed`, int64 [n]."""
     return np.argsort(draws(np.uint64(seed), np.arange(n)), kind="stable")
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64, which torch only shifts arithmetically."""
+    """Shift int64 right logically; torch's own shift is arithmetic."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def torch_draw(seeds: Tensor, counters: Tensor) -> Tensor:
-    """`draw` over tensors: seeds and counters int64, broadcast together -> int64, the bits of `draws`."""
+    """Compute `draw` over tensors: int64 seeds and counters, broadcast together; returns int64 with the bits of `draws`."""
     x = seeds + (counters + 1) * _signed(GOLDEN)
     x = x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(_MULTIPLIERS[0]))
     x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(_MULTIPLIERS[1]))
@@ -76,24 +76,24 @@ def torch_draw(seeds: Tensor, counters: Tensor) -> Tensor:
 
 
 def torch_draws(seeds: Tensor, n: int, salt: int = 0) -> Tensor:
-    """Outputs 0 .. n-1 of the generators `seeds ^ salt`: int64 [...] -> int64 [..., n]."""
+    """Return outputs 0 to n - 1 of the generators with seeds `seeds ^ salt`: int64 [...] -> int64 [..., n]."""
     return torch_draw((seeds ^ _signed(salt))[..., None], torch.arange(n, device=seeds.device))
 
 
 def unit_interval(bits: Tensor) -> Tensor:
-    """64 random bits, int64 -> float64 in [0, 1)."""
+    """Convert 64 random bits, int64, to float64 in [0, 1)."""
     return _shift_right(bits, 11).double() * 2.0**-53
 
 
 def torch_uniform(seeds: Tensor, n: int, salt: int = 0) -> Tensor:
-    """`torch_draws` as float64 in [0, 1): int64 [...] -> float64 [..., n]."""
+    """Return `torch_draws` as float64 in [0, 1): int64 [...] -> float64 [..., n]."""
     return unit_interval(torch_draws(seeds, n, salt))
 
 
 @contextmanager
 def torch_seed(*parts: int | str) -> Iterator[None]:
-    """Torch's generators seeded from `parts` inside the block, and as they were after it."""
-    # All devices, fork_rng's default, would open a context on every GPU of the machine in each of its processes.
+    """Seed torch's generators from `parts` inside the block, and restore their state after it."""
+    # The default of fork_rng, all devices, would create a context on every GPU of the machine in each process.
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(hash64(*parts) >> 1)

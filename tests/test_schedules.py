@@ -194,11 +194,11 @@ def test_a_value_does_not_change_inside_a_stage() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("x", "x is 'x'; expected a number, or how it changes"),
-        (True, "expected a number, or how it changes"),
-        ({}, "expected a number, or how it changes"),
-        ({"piecewise": {}}, "expected a number, or how it changes"),
-        ({"steps": {"0%": 1}}, "expected a number, or how it changes (piecewise, linear, cosine)"),
+        ("x", "x is 'x'; expected a number or a schedule"),
+        (True, "expected a number or a schedule"),
+        ({}, "expected a number or a schedule"),
+        ({"piecewise": {}}, "expected a number or a schedule"),
+        ({"steps": {"0%": 1}}, "expected a number or a schedule (piecewise, linear, cosine)"),
         ({"linear": {"0%": "a"}}, "expected finite numbers"),
         (float("nan"), "expected finite numbers"),
         ({"linear": {"soon": 1.0}}, "a breakpoint of x is 'soon'; expected a number with a unit"),
@@ -213,13 +213,15 @@ def test_what_is_no_value_is_refused_in_one_line(value: Scheduled, message: str)
 
 
 def test_what_changes_in_stages_takes_no_slope() -> None:
-    with pytest.raises(ValueError, match=r"how it changes \(piecewise\)"):
+    with pytest.raises(ValueError, match=r"a schedule \(piecewise\)"):
         ScheduledValue({"linear": {"0%": 1, "100%": 2}}, "x", in_stages=True)
 
 
 def test_knots_out_of_order_are_refused() -> None:
     scheduled = ScheduledValue({"linear": {"50%": 1.0, "2steps": 2.0}}, "x")
-    with pytest.raises(ValueError, match="x has breakpoints at 500, 200 samples; expected each after the one before"):
+    with pytest.raises(
+        ValueError, match="x has breakpoints at 500, 200 samples; expected each one after the previous one"
+    ):
         scheduled(TrainingProgress(0, Clock(100, 100, 1000)))
 
 

@@ -1,1 +1,1 @@
-"""Image and text encoders, and the model that joins them."""
+"""Image encoders, text encoders, and the model that combines them."""

@@ -1,4 +1,4 @@
-"""Which kernel computes attention: the same mathematics, a few times faster or slower by device and precision."""
+"""Attention, and the choice of its kernel by device and precision. All kernels compute the same function."""
 
 from collections.abc import Iterable
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def prefers_explicit(device: torch.device) -> bool:
-    """Whether softmax(q k^T) v, written out, is faster than torch's fused kernel.
+    """Return True if explicit softmax(q k^T) v is faster than torch's fused kernel.
 
-    On the CPU in bf16 it is, at 24 to 577 tokens by 1.7 to 3.3 times, forward and backward; in float32, and on other
-    devices, the fused kernel is.
+    It is on the CPU under bf16 autocast: 1.7 to 3.3 times faster at 24 to 577 tokens, forward and backward. In float32 and
+    on other devices the fused kernel is faster.
     """
     if device.type != "cpu":
         return False
@@ -19,12 +19,12 @@ def prefers_explicit(device: torch.device) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, the softmax in float32 or wider.
+    """Compute softmax(q k^T / sqrt(d)) v, with the softmax in float32 or wider.
 
     Args:
-        q, k, v: [b, heads, L, d].
-        attn_mask: bool, broadcast to [b, heads, L, L], True where a key may be seen.
-        is_causal: a query sees its own key and those before it.
+        q, k, v: queries, keys and values, [b, heads, L, d].
+        attn_mask: bool, broadcast to [b, heads, L, L]; True where a query may attend to a key.
+        is_causal: mask the keys after each query's own position.
 
     Returns: [b, heads, L, d].
     """
@@ -39,9 +39,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
 
 
 def choose_kernel(blocks: Iterable[nn.Module], device: torch.device, is_masked: bool = False) -> None:
-    """The same choice for the attention modules of timm's blocks, which have a switch for it.
+    """Set `fused_attn` of the attention modules in timm blocks by the rule of `prefers_explicit`.
 
-    Their written-out path takes boolean masks only in later releases, so that a masked pass stays fused.
+    A masked pass always uses the fused kernel: the explicit path of older timm releases does not accept boolean masks.
     """
     is_fused = is_masked or not prefers_explicit(device)
     for block in blocks:

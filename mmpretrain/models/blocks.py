@@ -1,6 +1,6 @@
-"""The transformer block of the text encoders, the decoders and open_clip's towers.
+"""Transformer block of the text encoders, the decoders and open_clip's towers.
 
-Parameters carry open_clip's names, so that weights go over one to one.
+Parameters have open_clip's names, so that weights can be exchanged without renaming.
 """
 
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from mmpretrain.models.attention import attention
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with `nn.MultiheadAttention`'s parameters."""
+    """Multi-head self-attention with the parameters of `nn.MultiheadAttention`."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -25,12 +25,15 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, is_causal: bool = False, token_indices: Tensor | None = None
     ) -> Tensor:
-        """What tokens x [b, l, d] see of one another, [b, l, d], or with `picks` what some of them see, [b, m, d].
+        """Compute self-attention over x [b, l, d], for all tokens or only for selected queries.
 
         Args:
-            mask: bool [b, 1, 1 or l, l], True where a key may be seen; None: everywhere.
-            is_causal: nothing after a token may be seen.
-            picks: int64 [b, m], the numbers of the tokens.
+            x: tokens, [b, l, d].
+            mask: bool [b, 1, 1 or l, l], True where a query may attend to a key; None: no mask.
+            is_causal: mask the keys after each query's own position.
+            token_indices: int64 [b, m], indices of the tokens that act as queries; None: all of them.
+
+        Returns: [b, l, d], or [b, m, d] with `token_indices`.
         """
         heads = (self.num_heads, x.shape[-1] // self.num_heads)
         if token_indices is None:
@@ -53,17 +56,19 @@ class SelfAttention(nn.Module):
 
 
 def of_picks(x: Tensor, token_indices: Tensor) -> Tensor:
-    """Some tokens of x [b, l, d], by their numbers int64 [b, m]: [b, m, d]."""
+    """Gather tokens of x [b, l, d] by their indices int64 [b, m]; returns [b, m, d]."""
     return x[torch.arange(len(x), device=x.device)[:, None], token_indices]
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block.
+    """Pre-norm transformer block.
 
     Args:
-        width, num_heads, hidden: its shape; `hidden` is the MLP's.
-        activation: the MLP's; None: GELU.
-        dropout: the probability with which an element of a residual branch is dropped.
+        width: number of channels of the tokens.
+        num_heads: number of attention heads.
+        hidden: hidden width of the MLP.
+        activation: activation of the MLP; None: GELU.
+        dropout: dropout probability of both residual branches.
     """
 
     def __init__(
@@ -84,9 +89,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, is_causal: bool = False, token_indices: Tensor | None = None
     ) -> Tensor:
-        """[b, l, d] -> [b, l, d], or with `picks`, int64 [b, m], the states of some tokens alone, [b, m, d].
+        """Compute the states of all tokens [b, l, d], or only of those in `token_indices`, [b, m, d].
 
-        mask, is_causal: as in `SelfAttention`.
+        The arguments are those of `SelfAttention.forward`.
         """
         attended = self.drop(self.attn(self.ln_1(x), mask, is_causal, token_indices))
         x = (x if token_indices is None else of_picks(x, token_indices)) + attended

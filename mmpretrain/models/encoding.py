@@ -1,4 +1,4 @@
-"""What an encoder gives."""
+"""Output of an encoder."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -7,13 +7,16 @@ from torch import Tensor
 
 
 class Encoding:
-    """An encoder's output, each part of it computed when it is first asked for: `pooled` alone costs less than all.
+    """Lazily computed output of an encoder. Each part is computed on first access and cached.
+
+    Accessing only `pooled` is cheaper than accessing both parts.
 
     Args:
-        tokens: gives an image's [b, P + N, d], of which the first P are no patches (class and register tokens), or a
-            text's [b, L, d], meaningless beyond each row's length.
-        pooled: gives [b, d], one state for each image or text; it is handed the encoding, should it need the tokens.
-            (A closure that held the encoding would make a cycle, and activations would wait for the garbage collector.)
+        tokens: function that returns the token states. For images they are [b, P + N, d], where the first P are class and
+            register tokens. For texts they are [b, L, d], with undefined values beyond each text's length.
+        pooled: function that returns one state per image or text, [b, d]. It receives this encoding as its argument, from
+            which it can read the tokens. (A closure over the encoding would create a reference cycle, and activations
+            would stay in memory until the garbage collector runs.)
     """
 
     def __init__(self, tokens: Callable[[], Tensor], pooled: "Callable[[Encoding], Tensor]") -> None:
@@ -21,10 +24,10 @@ class Encoding:
 
     @cached_property
     def tokens(self) -> Tensor:
-        """[b, P + N, d] or [b, L, d]."""
+        """Token states, [b, P + N, d] for images or [b, L, d] for texts."""
         return self._tokens()
 
     @cached_property
     def pooled(self) -> Tensor:
-        """[b, d]."""
+        """Pooled states, [b, d]."""
         return self._pooled(self)

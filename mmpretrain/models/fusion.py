@@ -1,4 +1,4 @@
-"""Decoders of text over image tokens: CoCa's (Yu et al. 2022) and CapPa's (Tschannen et al. 2023)."""
+"""Text decoder with cross-attention to image tokens, for CoCa (Yu et al. 2022) and CapPa (Tschannen et al. 2023)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from mmpretrain.models.rows import Rows
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one sequence to another."""
+    """Multi-head cross-attention."""
 
     def __init__(self, width: int, context_width: int, num_heads: int) -> None:
         super().__init__()
@@ -19,9 +19,14 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, rows: Rows | None = None) -> Tensor:
-        """x [b, l, d], context [b, N, c] -> [b, l, d]: each row's tokens look at the row's own context.
+        """Attend from each sequence to its own context.
 
-        With `rows` x is [R, l, d], and each text's tokens look at the text's own context.
+        Args:
+            x: queries, [b, l, d], or [R, l, d] with `rows`.
+            context: keys and values, [b, N, c].
+            rows: layout of the texts in x; each text attends to its own row of `context`. None: one text per row.
+
+        Returns: a tensor of the shape of x.
         """
         q = self.query(x) if rows is None else rows.unpack(self.query(x))
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -31,7 +36,7 @@ class CrossAttention(nn.Module):
 
 
 class AttentionPooler(nn.Module):
-    """Learned queries that look at a sequence (CoCa, section 3.2): N tokens become as many as there are queries."""
+    """Attentional pooling (CoCa, section 3.2): learned queries attend to N tokens and give one output token each."""
 
     def __init__(self, width: int, context_width: int, num_queries: int, num_heads: int) -> None:
         super().__init__()
@@ -41,13 +46,13 @@ class AttentionPooler(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, context: Tensor) -> Tensor:
-        """[b, N, c] -> [b, num_queries, d]."""
+        """Pool [b, N, c] into [b, num_queries, d]."""
         queries = self.queries.to(context.dtype).expand(len(context), -1, -1)
         return self.norm(self.attention(queries, self.norm_context(context)))
 
 
 class FusionBlock(nn.Module):
-    """Self-attention over text and an MLP, then attention to the image's tokens and an MLP."""
+    """Decoder block: self-attention over text and an MLP, then cross-attention to image tokens and an MLP."""
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -59,19 +64,22 @@ class FusionBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor, rows: Rows, context: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """x [R, l, d], context [b, N, d] -> [R, l, d]; mask and is_causal as in `models.blocks`."""
+        """Compute text states [R, l, d] from x [R, l, d] and context [b, N, d].
+
+        mask, is_causal: as in `models.blocks`.
+        """
         x = self.text(x, mask, is_causal)
         x = x + self.cross(self.norm_cross(x), context, rows)
         return x + self.mlp(self.norm_mlp(x))
 
 
 class FusionDecoder(nn.Module):
-    """Text states that look at image tokens, layer by layer.
+    """Transformer decoder over text states, with cross-attention to image tokens in every block.
 
     Args:
-        width, depth, num_heads: its shape.
-        image_width: of the image's tokens.
-        num_queries: image tokens are pooled into so many first; 0 takes them as they are.
+        width, depth, num_heads: shape of the decoder.
+        image_width: width of the image tokens.
+        num_queries: number of queries that pool the image tokens first; 0: no pooling, only a linear projection.
     """
 
     def __init__(self, width: int, depth: int, num_heads: int, image_width: int, num_queries: int) -> None:
@@ -91,7 +99,10 @@ class FusionDecoder(nn.Module):
                 nn.init.normal_(linear.weight, std=branch_std)  # type: ignore[union-attr, arg-type]
 
     def forward(self, x: Tensor, rows: Rows, image_tokens: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """x [R, l, d], image_tokens [b, N, c] -> [R, l, d]; mask and is_causal as in `models.blocks`."""
+        """Compute text states [R, l, d] from x [R, l, d] and image_tokens [b, N, c].
+
+        mask, is_causal: as in `models.blocks`.
+        """
         context = self.image_proj(image_tokens) if self.pooler is None else self.pooler(image_tokens)  # type: ignore[misc]
         for block in self.blocks:
             x = block(x, rows, context, mask, is_causal)

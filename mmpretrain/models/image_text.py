@@ -1,4 +1,4 @@
-"""The model that is pre-trained: an image encoder, a text encoder, and a space that they share."""
+"""The pre-trained model: an image encoder, a text encoder, and a shared embedding space."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -17,7 +17,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageEncoder(Protocol):
-    """What an image encoder has; the shape of its grid is a plain ViT's alone."""
+    """Interface of image encoders.
+
+    Only plain ViTs need to define `num_prefix_tokens`, `num_patches`, `grid_size` and `patch_size`.
+    """
 
     image_size: int
     width: int
@@ -32,12 +35,12 @@ class ImageEncoder(Protocol):
     def __call__(self, images: Tensor, mask: PatchMask | None = None) -> Encoding: ...
 
     def project(self, pooled: Tensor) -> Tensor:
-        """[b, width] -> [b, e]; only where `projects` says that the encoder brings its projection along."""
+        """Project pooled states [b, width] to the shared space [b, e]; only called if `projects` is True."""
         ...
 
 
 class TextEncoder(Protocol):
-    """What a text encoder has."""
+    """Interface of text encoders."""
 
     vocab_size: int
     context_length: int
@@ -45,25 +48,25 @@ class TextEncoder(Protocol):
     causal: bool
     projects: bool
     pad_id: int | None
-    """The padding that it looks at; None where padding cannot matter."""
+    """Padding token id, if padding affects the output; None otherwise."""
     token_embeddings: Tensor
-    """[vocabulary, d], the matrix that tokens are looked up in."""
+    """Token embedding matrix, [vocabulary, d]."""
     adopts_padding: bool
-    """Whether `pad_id` is the tokenizer's to say, since nothing in the encoder is made for one id."""
+    """True if `pad_id` can be set to the tokenizer's, because the encoder does not depend on a particular id."""
     end_id: int | None
-    """The token whose state it pools, by its id; None where the last token is pooled, whatever it is."""
+    """Id of the token whose state is pooled; None if pooling does not depend on a token id."""
 
     def __call__(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding: ...
 
     def project(self, pooled: Tensor) -> Tensor:
-        """[b, width] -> [b, e]; only where `projects` says that the encoder brings its projection along."""
+        """Project pooled states [b, width] to the shared space [b, e]; only called if `projects` is True."""
         ...
 
 
 class NoImages(nn.Module):
-    """Stands for the image encoder of a model of texts alone."""
+    """Placeholder for the image encoder of a text-only model."""
 
-    image_size = 1  # which no image will have
+    image_size = 1  # placeholder: no image is encoded
     width = 0
     is_vit = has_batch_norm = False
     projects = True
@@ -71,24 +74,27 @@ class NoImages(nn.Module):
     grid_size = patch_size = (0, 0)
 
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
-        """Raises: ValueError."""
+        """Raise ValueError: there is no image encoder."""
         raise ValueError("the model has no image encoder (model.image is null); an objective or evaluator asks for one")
 
     def project(self, pooled: Tensor) -> Tensor:
-        """Never called: nothing is encoded."""
+        """Raise AssertionError: it is never called, since no image is encoded."""
         raise AssertionError
 
 
 class ImageTextModel(nn.Module):
-    """Two towers and their projections into a space of `embed_dim` dimensions (CLIP, Radford et al. 2021).
+    """Image and text towers with projections into a shared space of `embed_dim` dimensions (CLIP, Radford et al. 2021).
 
     Args:
-        image: an `ImageEncoder`; None for an experiment on texts alone.
-        text: a `TextEncoder`; None for an experiment on images alone.
-        embed_dim: e, the width of the shared space; encoders that bring projections along have it already.
-        image_mean, image_std: what pixels in [0, 1] are normalised with, per channel: 3 of them, or 1 (grey images) or 4
-            (with transparency), as many as the image encoder takes.
-        squash: whether evaluation resizes the whole image to a square; else it takes the largest centred square.
+        image: an `ImageEncoder`; None for a text-only model.
+        text: a `TextEncoder`; None for an image-only model.
+        embed_dim: e, the width of the shared space. For encoders with a projection of their own it must be that
+            projection's output width.
+        image_mean, image_std: mean and standard deviation per channel that normalise pixels in [0, 1]. Their number is that
+            of the image encoder's input channels: 3 (colour), 1 (grey) or 4 (colour and alpha).
+        squash: if True, evaluation resizes the whole image to a square; if False, it crops the largest centred square.
+
+    Raises: ValueError if `image_mean` and `image_std` differ in length, or in number from the encoder's input channels.
     """
 
     def __init__(
@@ -109,7 +115,7 @@ class ImageTextModel(nn.Module):
         self.squash = squash
         self.image_projection = None if image.projects else _projection(image.width, embed_dim)
         self.text_projection = None if text is None or text.projects else _projection(text.width, embed_dim)
-        # On the device once: made in every forward pass, they would be copied there and the host would wait.
+        # As buffers they are copied to the device once. Created in the forward pass, each copy would stall the host.
         if len(image_mean) != len(image_std):
             raise ValueError(
                 f"model.image_mean has {len(image_mean)} values and model.image_std {len(image_std)}; "
@@ -129,23 +135,23 @@ class ImageTextModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.pixel_mean.device
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, h, w] -> the parameters' dtype, zero mean and unit deviation over the training pixels."""
+        """Normalise uint8 images [b, c, h, w] with `image_mean` and `image_std`, in the parameters' dtype."""
         return (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
 
     def denormalize(self, pixels: Tensor) -> Tensor:
-        """What `normalize` made [b, 3, h, w] -> uint8 images."""
+        """Invert `normalize`: pixels [b, c, h, w] -> uint8 images of the same shape."""
         return (pixels * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
 
     def encode_image(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
-        """uint8 [b, 3, h, w] -> tokens and the pooled state of the image encoder."""
+        """Encode uint8 images [b, c, h, w] into tokens and pooled states."""
         return self.image(self.normalize(images), mask)
 
     def encode_text(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
-        """Token ids int64 [b, L] of texts of `lengths` [b] -> tokens and the pooled state of the text encoder.
+        """Encode token ids int64 [b, L] of texts with `lengths` int64 [b] into tokens and pooled states.
 
         Raises: ValueError if the model has no text encoder.
         """
@@ -157,29 +163,32 @@ class ImageTextModel(nn.Module):
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """uint8 [b, c, h, w] -> [b, e] of unit length, without gradients."""
+        """Embed uint8 images [b, c, h, w] as unit vectors [b, e], without gradients."""
         return self.project_image(self.encode_image(images.to(self.device)).pooled)
 
     @torch.no_grad()
     def embed_texts(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Token ids int64 [b, L] and lengths int64 [b] -> [b, e] of unit length, without gradients."""
+        """Embed token ids int64 [b, L] of texts with `lengths` int64 [b] as unit vectors [b, e], without gradients."""
         pooled = self.encode_text(ids.to(self.device), lengths.to(self.device)).pooled
         return self.project_text(pooled)
 
     def project_image(self, pooled: Tensor) -> Tensor:
-        """[b, d] -> [b, e] of unit length, float32 or wider: bf16 would round similarities to 1/256."""
+        """Project pooled image states [b, d] to unit vectors [b, e], float32 or wider.
+
+        In bf16 similarities would be rounded to 1/256.
+        """
         projection = self.image.project if self.image_projection is None else self.image_projection
         return _unit(projection(pooled))
 
     def project_text(self, pooled: Tensor) -> Tensor:
-        """[b, d] -> [b, e] of unit length, float32 or wider."""
+        """Project pooled text states [b, d] to unit vectors [b, e], float32 or wider."""
         assert self.text is not None
         projection = self.text.project if self.text_projection is None else self.text_projection
         return _unit(projection(pooled))
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:
-    """CLIP's projection at its start."""
+    """Return a linear projection without bias, with CLIP's initialisation."""
     linear = nn.Linear(width, embed_dim, bias=False)
     nn.init.normal_(linear.weight, std=width**-0.5)
     return linear

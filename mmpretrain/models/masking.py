@@ -1,4 +1,4 @@
-"""Which patches are hidden: pure functions of per-sample seeds, on the CPU or on the device."""
+"""Patch and token masks: pure functions of per-sample seeds, on the CPU or on the device."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +11,11 @@ from mmpretrain.seeds import hash64, torch_draws, torch_uniform
 
 @dataclass(frozen=True)
 class PatchMask:
-    """Which of N patches each of b samples keeps.
+    """Mask over the N patches of b samples.
 
-    `keep` int64 [b, K]: the kept patches first; columns from a sample's own number on are filler.
-    `num_keep` int64 [b], or None where every sample keeps all K, so that attention needs no mask.
-    `hidden` bool [b, N].
+    `keep`: int64 [b, K], indices of the kept patches; columns from `num_keep` on are filler.
+    `num_keep`: int64 [b], number of kept patches of each sample. None if it is K for all: attention then needs no mask.
+    `hidden`: bool [b, N], True where a patch is hidden.
     """
 
     keep: Tensor
@@ -25,10 +25,11 @@ class PatchMask:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """A way to draw patch masks.
+    """Parameters of a patch mask.
 
-    `name`: what it is drawn under. `ratio`: the smallest and largest part that is hidden. `kind`: `random`, or `block`:
-    what stays is one rectangle of the grid.
+    `name`: salt of the random draws; masks of different names are independent.
+    `ratio`: smallest and largest fraction of the patches that is hidden.
+    `kind`: `random` hides patches at random; `block` keeps one rectangle of the grid.
     """
 
     name: str
@@ -38,10 +39,17 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class TokenMaskSpec:
-    """A way to hide tokens for masked language modelling (BERT, Devlin et al. 2019; drawn anew each time, RoBERTa).
+    """Parameters of a token mask for masked language modelling (BERT, Devlin et al. 2019).
 
-    `name`: what it is drawn under. `ratio`: the part that is chosen. Of the chosen ones `replaced` become the mask
-    token, `randomised` any token, and the rest stay as they are. `whole_words`: a word is chosen as a whole.
+    A new mask is drawn at each visit of a sample, as in RoBERTa.
+
+    `name`: salt of the random draws; masks of different names are independent.
+    `ratio`: probability with which a token is chosen.
+    `mask_id`: id of the mask token.
+    `vocab_size`: random tokens are drawn from the ids below it.
+    `replaced`, `randomised`: fractions of the chosen tokens that become the mask token and a random token; the rest is
+        unchanged.
+    `whole_words`: choose whole words instead of single tokens.
     """
 
     name: str
@@ -55,28 +63,34 @@ class TokenMaskSpec:
 
 @dataclass(frozen=True)
 class TokenMask:
-    """Token ids int64 [b, L] with some of them hidden, and which were chosen, bool [b, L]."""
+    """Masked token ids, int64 [b, L], and the chosen positions, bool [b, L]."""
 
     ids: Tensor
     chosen: Tensor
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
-    """How many of `num_patches` stay when `ratio` is hidden: rounded, since int() would floor floats; at least one."""
+    """Return the number of patches that are kept when the fraction `ratio` is hidden; at least 1.
+
+    The product is rounded, not truncated, since floating-point error may put it just below an integer.
+    """
     return max(1, round(num_patches * (1 - ratio)))
 
 
 def chosen_tokens(
     length: int, lengths: Tensor, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None
 ) -> Tensor:
-    """Which tokens `mask_tokens` chooses of texts padded to `length`, bool [b, length]."""
+    """Return the positions that `mask_tokens` chooses in texts padded to `length`, bool [b, length]."""
     columns = torch.arange(length, device=lengths.device)
     can_be_chosen = (columns > 0) & (columns < (lengths - 1)[:, None])
     return can_be_chosen & (_token_draws("token-chosen", length, seeds, spec, word_starts) < spec.ratio)
 
 
 def _token_draws(what: str, length: int, seeds: Tensor, spec: TokenMaskSpec, word_starts: Tensor | None) -> Tensor:
-    """A draw for each token, float64 [b, length] in [0, 1); with whole words that of its word's first one."""
+    """Draw a uniform number in [0, 1) for each token, float64 [b, length].
+
+    With `whole_words` all tokens of a word share the number of its first token. `what` is a salt.
+    """
     u = torch_uniform(seeds, length, hash64(what, spec.name))
     if not spec.whole_words:
         return u
@@ -91,15 +105,17 @@ def mask_tokens(
 ) -> TokenMask:
     """Choose tokens to predict, and hide most of them.
 
-    Every token but a row's first and last (start and end) is chosen with probability `ratio`, whatever the padded
-    shape, the row's place or the device.
+    Every token except the first and last of a text (start and end) is chosen with probability `ratio`. The result for a
+    sample does not depend on the padded length, its row in the batch, or the device.
 
     Args:
-        ids: int64 [b, L]; lengths: int64 [b]; seeds: int64 [b].
-        spec: how; with `whole_words` all tokens of a word share their first one's fate.
-        word_starts: bool [b, L], where a word begins; needed for whole words.
+        ids: token ids, int64 [b, L].
+        lengths: number of tokens of each text, int64 [b].
+        seeds: sample seeds, int64 [b].
+        spec: parameters of the mask; with `whole_words` all tokens of a word are treated like its first token.
+        word_starts: bool [b, L], True at the first token of a word; required for whole words.
 
-    Raises: ValueError if whole words are asked for and `word_starts` is None.
+    Raises: ValueError if `spec.whole_words` is set and `word_starts` is None.
     """
     chosen = chosen_tokens(ids.shape[1], lengths, seeds, spec, word_starts)
     u_action = _token_draws("token-action", ids.shape[1], seeds, spec, word_starts)
@@ -111,20 +127,28 @@ def mask_tokens(
 
 
 def patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) -> PatchMask:
-    """The mask that `spec` draws for each sample, seeds int64 [b], on a grid of (rows, columns) patches."""
+    """Draw a mask for each sample.
+
+    Args:
+        seeds: sample seeds, int64 [b].
+        grid_size: rows and columns of patches.
+        spec: parameters of the mask.
+    """
     if spec.kind == "block":
         return block_patch_mask(seeds, grid_size, spec)
     return random_patch_mask(seeds, grid_size[0] * grid_size[1], spec)
 
 
 def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) -> PatchMask:
-    """Keep one rectangle of patches, anywhere in the grid (FLIP, Li et al. 2023, table 2: block masking).
+    """Keep one rectangle of patches at a random position in the grid (FLIP, Li et al. 2023, table 2: block masking).
+
+    The rectangle has about the aspect ratio of the grid. If it has more patches than are to be kept, the surplus is hidden
+    at one end of its top or bottom row.
 
     Args:
-        seeds: int64 [b].
-        grid_size: rows and columns.
-        spec: its smallest ratio counts; the rectangle has about the grid's proportions, and where its number of patches
-            is not that which is to stay, some of an outer row are hidden, too, from one of its ends.
+        seeds: sample seeds, int64 [b].
+        grid_size: rows and columns of patches.
+        spec: parameters of the mask; only its smallest ratio is used.
     """
     rows, columns = grid_size
     kept = num_kept(rows * columns, spec.ratio[0])
@@ -136,7 +160,7 @@ def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) 
     left = (u[:, 1] * (columns - width + 1)).long()
     place = torch.arange(rows * columns, device=seeds.device)
     row, column = (place // columns).expand(len(seeds), -1), (place % columns).expand(len(seeds), -1)
-    # Counted from either side, so that what is hidden of the rectangle is of any of its corners.
+    # Rows and columns are counted from a random side, so that the surplus can be cut at any of the four corners.
     row = torch.where(u[:, 2:3] < 0.5, row, rows - 1 - row)
     column = torch.where(u[:, 3:4] < 0.5, column, columns - 1 - column)
     inside = (
@@ -145,7 +169,7 @@ def block_patch_mask(seeds: Tensor, grid_size: tuple[int, int], spec: MaskSpec) 
         & (column >= left[:, None])
         & (column < left[:, None] + width)
     )
-    # Inside first, in their order; of the rectangle's last row only as many as are to stay.
+    # Sort the patches inside the rectangle first, row by row; the surplus is at the end of its last row.
     order = (~inside).long().mul(rows * columns).add(row * columns + column).argsort(dim=1)
     keep = order[:, :kept].sort(dim=1).values
     hidden = torch.ones_like(inside).scatter(1, keep, False)
@@ -156,9 +180,9 @@ def random_patch_mask(seeds: Tensor, num_patches: int, spec: MaskSpec) -> PatchM
     """Hide patches uniformly at random (MAE, He et al. 2022, section 3).
 
     Args:
-        seeds: int64 [b], one per sample.
+        seeds: sample seeds, int64 [b].
         num_patches: N.
-        spec: with a range of ratios each sample draws its own number of kept patches, uniformly.
+        spec: parameters of the mask; with a range of ratios each sample draws its number of kept patches uniformly.
     """
     salt = hash64("patch-mask", spec.name)
     order = torch_draws(seeds, num_patches, salt).argsort(dim=1)
@@ -176,8 +200,11 @@ def _drawn_num_keep(seeds: Tensor, fewest: int, most: int, spec: MaskSpec) -> Te
 
 
 def num_hidden(seeds: Tensor, num_patches: int, spec: MaskSpec) -> Tensor:
-    """How many patches `patch_mask` hides of all samples together, int64, without drawing which."""
+    """Return the total number of patches that `patch_mask` hides over all samples, an int64 scalar.
+
+    The positions of the hidden patches are not drawn.
+    """
     most = num_kept(num_patches, spec.ratio[0])
-    # A block has one size, that of the smallest ratio.
+    # All blocks have the size of the smallest ratio.
     fewest = most if spec.kind == "block" else num_kept(num_patches, spec.ratio[1])
     return (num_patches - _drawn_num_keep(seeds, fewest, most, spec)).sum()

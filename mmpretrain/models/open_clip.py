@@ -1,6 +1,7 @@
-"""open_clip's models by name: its own modules, wrapped as encoders that give tokens and, where they can, take masks.
+"""Models of open_clip by name, wrapped as encoders that return tokens and, if possible, accept patch masks.
 
-Parameters keep open_clip's names, projections included, so that weights go over one to one (`exporters.open_clip`).
+Parameters keep open_clip's names, including projections, so that weights can be exchanged without renaming
+(`checkpoints.open_clip`).
 """
 
 import difflib
@@ -38,16 +39,17 @@ def open_clip_model(
     image_std: Sequence[float] | None = None,
     squash: bool | None = None,
 ) -> ImageTextModel:
-    """A model of open_clip with random weights; `init_from` fills them in.
+    """Build a model of open_clip with random weights; `init_from` loads trained ones.
 
     Args:
-        name: of `open_clip.list_models()`, or `local-dir:<folder with open_clip_config.json>`.
-        image_size: side of the images in pixels, if not the model's own.
-        context_length: tokens of a text, if not the model's own.
-        vision, text: what differs from the model's `vision_cfg` and `text_cfg`; `text.causal` is `not no_causal_mask`.
-        image_mean, image_std, squash: see `ImageTextModel`; None takes what the model's published weights expect.
+        name: an entry of `open_clip.list_models()`, or `local-dir:<folder with open_clip_config.json>`.
+        image_size: side of the images in pixels; None: the model's own.
+        context_length: largest number of tokens of a text; None: the model's own.
+        vision, text: overrides of the model's `vision_cfg` and `text_cfg`; `text.causal` sets `no_causal_mask` to its
+            negation.
+        image_mean, image_std, squash: see `ImageTextModel`; None: the values of the model's published weights.
 
-    Raises: ValueError if open_clip does not know the name or refuses an argument, or a tower cannot be wrapped.
+    Raises: ValueError if open_clip does not know the name or rejects an argument, or a tower cannot be wrapped.
     """
     config = model_config(name, image_size, context_length, vision, text)
     towers = {"vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]}
@@ -87,7 +89,7 @@ def _image_encoder(visual: Any, name: str) -> Any:
     if isinstance(visual, VisionTransformer):
         return OpenClipVision(visual)
     if isinstance(visual, TimmModel) and "pool" not in visual.head._modules:
-        # timm's classifier is the projection where open_clip adds none of its own.
+        # If open_clip adds no projection of its own, timm's classifier is the projection.
         return TimmEncoder.around(visual.trunk, visual.image_size[0], head=visual.head)
     if isinstance(visual, ModifiedResNet):
         return OpenClipResNet(visual)
@@ -96,7 +98,10 @@ def _image_encoder(visual: Any, name: str) -> Any:
 
 
 def _published_preprocess(name: str) -> dict[str, Any]:
-    """What a model's first published weights say of its images, where there are any; three models have tags that differ."""
+    """Return the mean, std and resize mode of a model's first published weights; empty if none are published.
+
+    For three models of open_clip the values differ between published weights.
+    """
     tags = open_clip.list_pretrained_tags_by_model(name)
     config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
     return {key: config[key] for key in ("mean", "std", "resize_mode") if config.get(key) is not None}
@@ -109,7 +114,7 @@ def model_config(
     vision: Mapping[str, Any] | None = None,
     text: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """open_clip's configuration of a model, with what differs; never asks for weights of a tower.
+    """Return open_clip's configuration of a model with the given overrides, and with pretrained towers switched off.
 
     Raises: ValueError if open_clip does not know the name.
     """
@@ -121,7 +126,7 @@ def model_config(
             "local-dir:<folder with open_clip_config.json>"
         )
     text = dict(text or {})
-    if "causal" in text:  # as our own text encoders call it, and objectives ask for it
+    if "causal" in text:  # the name of our own text encoders, which the messages of objectives use
         text["no_causal_mask"] = not text.pop("causal")
     vision_cfg = {**config["vision_cfg"], **(vision or {}), "timm_model_pretrained": False}
     text_cfg = {**config["text_cfg"], **text, "hf_model_pretrained": False}
@@ -133,7 +138,7 @@ def model_config(
 
 
 def _config_in_folder(name: str) -> dict[str, Any] | None:
-    """The model_cfg of a `local-dir:<folder>`, if there is one."""
+    """Return the `model_cfg` of `local-dir:<folder>`; None if the name has another form or the file is missing."""
     file = Path(name.removeprefix("local-dir:"), "open_clip_config.json")
     if not name.startswith("local-dir:") or not file.is_file():
         return None
@@ -142,9 +147,9 @@ def _config_in_folder(name: str) -> dict[str, Any] | None:
 
 
 def _take_blocks(transformer: Any) -> bool:
-    """Have a transformer's blocks computed by ours, which hold the same parameters under the same names.
+    """Replace the blocks of an open_clip transformer by `Block`, with the same parameters under the same names.
 
-    Returns: whether they could be; open_clip's custom blocks, and those with layer scale, stay as they are.
+    Returns: True if they were replaced. Custom blocks and blocks with layer scale are left unchanged.
     """
     blocks = list(transformer.resblocks)
     if not all(type(block) is ResidualAttentionBlock and isinstance(block.ls_1, nn.Identity) for block in blocks):
@@ -158,7 +163,7 @@ def _take_blocks(transformer: Any) -> bool:
 
 
 class OpenClipVision(nn.Module):
-    """open_clip's `VisionTransformer`, on all patches or on the kept ones; its own patch dropout is never used."""
+    """Wrapper of open_clip's `VisionTransformer` that accepts patch masks. open_clip's own patch dropout is not used."""
 
     is_vit = True
     has_batch_norm = False
@@ -178,13 +183,13 @@ class OpenClipVision(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """N, the number of patches of an image."""
+        """Number of patches of an image, N."""
         return self.grid_size[0] * self.grid_size[1]
 
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
-        """Encode images [b, 3, h, w]; with a mask only the kept patches are computed, filler is never attended to.
+        """Encode images [b, 3, h, w]. With a mask only the kept patches are computed, and filler is never attended to.
 
-        Raises: ValueError if a varying number of patches is to be pooled by more than the class token.
+        Raises: ValueError if the number of kept patches varies, and pooling reads more than the class token.
         """
         visual = self.visual
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
@@ -219,18 +224,18 @@ class OpenClipVision(nn.Module):
         )
 
     def _added(self, is_seen: Tensor, dtype: torch.dtype) -> Tensor:
-        """A mask bool [b, l] in `nn.MultiheadAttention`'s form, added to the logits: a matrix for each head of each row."""
+        """Convert a mask bool [b, l] to the additive form of `nn.MultiheadAttention`, [b * heads, l, l]."""
         heads, length = self.visual.transformer.resblocks[0].attn.num_heads, is_seen.shape[1]
         added = torch.zeros_like(is_seen, dtype=dtype).masked_fill_(~is_seen, -torch.inf)
         return added[:, None, None, :].expand(-1, heads, length, -1).flatten(0, 1)
 
     def project(self, pooled: Tensor) -> Tensor:
-        """[b, width] -> [b, e]."""
+        """Project pooled states [b, width] to the shared space [b, e]."""
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
 
 class OpenClipResNet(nn.Module):
-    """OpenAI's `ModifiedResNet`; its attention pooling ends with the projection, so that pooled is the embedding."""
+    """Wrapper of OpenAI's `ModifiedResNet`. Its attention pooling includes the projection: `pooled` is the embedding."""
 
     is_vit = False
     has_batch_norm = True
@@ -243,7 +248,10 @@ class OpenClipResNet(nn.Module):
         self.width: int = visual.output_dim
 
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
-        """Encode images [b, 3, h, w]. Raises: ValueError if a mask is given."""
+        """Encode images [b, 3, h, w].
+
+        Raises: ValueError if a mask is given.
+        """
         if mask is not None:
             raise ValueError("open_clip's ModifiedResNet cannot drop patches; expected a ViT")
         visual = self.visual
@@ -253,16 +261,16 @@ class OpenClipResNet(nn.Module):
         return Encoding(lambda: x.flatten(2).transpose(1, 2), lambda _: visual.attnpool(x))
 
     def project(self, pooled: Tensor) -> Tensor:
-        """[b, e] as it is."""
+        """Return `pooled` [b, e] unchanged."""
         return pooled
 
 
 class OpenClipText(nn.Module):
-    """open_clip's `TextTransformer`, without its padding where padding cannot matter."""
+    """Wrapper of open_clip's `TextTransformer`, which omits padding if padding does not affect the output."""
 
     projects = True
     prefix = "text."
-    """Where open_clip keeps its parameters; empty in models whose text tower is not a part of its own."""
+    """Prefix of its parameters in open_clip's checkpoints; empty for models without a separate text module."""
 
     def __init__(self, text: TextTransformer) -> None:
         super().__init__()
@@ -271,7 +279,8 @@ class OpenClipText(nn.Module):
         self.context_length: int = text.context_length
         self.width: int = text.width
         self.causal = text.attn_mask is not None
-        # Behind a causal mask nothing after the end token matters. SigLIP's towers look at padding, and need it all.
+        # Under a causal mask tokens after the end token have no effect. SigLIP's text towers attend to padding, so that
+        # their texts must be padded to the full context length.
         self._ignores_padding = self.causal and text.cls_emb is None and text.pool_type in ("argmax", "eos", "first")
         self.pad_id: int | None = None if self._ignores_padding else text.pad_id
         self.adopts_padding = not self._ignores_padding and text.cls_emb is None
@@ -280,11 +289,14 @@ class OpenClipText(nn.Module):
 
     @property
     def token_embeddings(self) -> Tensor:
-        """[vocabulary, d], the matrix that tokens are looked up in."""
+        """Token embedding matrix, [vocabulary, d]."""
         return cast(Tensor, self.text.token_embedding.weight)
 
     def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
-        """Encode token ids int64 [b, L] of texts of `lengths` [b]; `packing` is made use of where the blocks are ours."""
+        """Encode token ids int64 [b, L] of texts with `lengths` int64 [b].
+
+        `packing` is ignored if open_clip's blocks were kept (see `_take_blocks`).
+        """
         text = self.text
         if self._ignores_padding:
             pooled_place = torch.zeros_like(lengths) if text.pool_type == "first" else lengths - 1
@@ -316,7 +328,7 @@ class OpenClipText(nn.Module):
         return Encoding(lambda: x, lambda _: text_global_pool(x, ids, text.pool_type, text.eos_id))
 
     def project(self, pooled: Tensor) -> Tensor:
-        """[b, width] -> [b, e]."""
+        """Project pooled states [b, width] to the shared space [b, e]."""
         projection = self.text.text_projection
         if projection is None:
             return pooled
@@ -324,7 +336,7 @@ class OpenClipText(nn.Module):
 
 
 class OpenClipHFText(nn.Module):
-    """A text model of Hugging Face in open_clip's adapter."""
+    """Wrapper of open_clip's adapter for text models of Hugging Face."""
 
     projects = True
     prefix = "text."
@@ -341,15 +353,18 @@ class OpenClipHFText(nn.Module):
 
     @property
     def token_embeddings(self) -> Tensor:
-        """[vocabulary, d], the matrix that tokens are looked up in."""
+        """Token embedding matrix, [vocabulary, d]."""
         return cast(Tensor, self.text.transformer.get_input_embeddings().weight)
 
     def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
-        """Encode token ids int64 [b, L], each text in its own row; padding is told from `lengths`, never attended to."""
+        """Encode token ids int64 [b, L] of texts with `lengths` int64 [b].
+
+        Padding, the positions from `lengths` on, is never attended to. `packing` is ignored.
+        """
         is_token = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
         out = self.text.transformer(input_ids=ids, attention_mask=is_token)
         return Encoding(lambda: out.last_hidden_state, lambda _: self.text.pooler(out, is_token))
 
     def project(self, pooled: Tensor) -> Tensor:
-        """[b, width] -> [b, e]."""
+        """Project pooled states [b, width] to the shared space [b, e]."""
         return self.text.proj(pooled)

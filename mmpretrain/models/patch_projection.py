@@ -1,4 +1,4 @@
-"""The projection of patches, which models write as a convolution, as one matrix product where that is faster."""
+"""Patch projection as a matrix product, where that is faster than the convolution."""
 
 import torch
 import torch.nn.functional as F
@@ -8,28 +8,29 @@ from mmpretrain.models.patches import patchify
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose windows lie side by side; the same parameters, and the same values to rounding.
+    """Convolution with non-overlapping windows (kernel size = stride), computed as a matrix product on the CPU in autocast.
 
-    In bf16 on the CPU the product takes .6 to .8 of the convolution's time, in float32 .95 to 1.2
-    (`analysis/benchmarks/patch_projection.py`); on CUDA it has not been measured.
+    It has the parameters of `nn.Conv2d` and returns the same values up to rounding. In bf16 on the CPU the product takes .6
+    to .8 of the convolution's time, in float32 .95 to 1.2 (`analysis/benchmarks/patch_projection.py`). On CUDA it has not
+    been measured.
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        """[b, c, h, w] -> [b, d, rows, columns]."""
+        """Project images [b, c, h, w] to patch embeddings [b, d, rows, columns]."""
         if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             return self.product(images)
         return super().forward(images)
 
     def product(self, images: Tensor) -> Tensor:
-        """The same by a matrix product."""
+        """Compute `forward` by a matrix product."""
         height, width = self.kernel_size
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # as patchify lays pixels
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # the pixel order of patchify
         patches = F.linear(patchify(images, (height, width)), weight, self.bias)
         return patches.unflatten(1, (images.shape[2] // height, images.shape[3] // width)).permute(0, 3, 1, 2)
 
 
 def project_side_by_side(convolution: nn.Module) -> None:
-    """Make a convolution a `PatchProjection`, in place, if its windows lie side by side; leave any other as it is."""
+    """Convert a convolution with non-overlapping windows to a `PatchProjection`, in place; leave any other unchanged."""
     if (
         type(convolution) is nn.Conv2d
         and convolution.kernel_size == convolution.stride

@@ -1,4 +1,4 @@
-"""What a transformer computes of texts of different lengths: rows of one length, with one text in each or several."""
+"""Layout of texts of different lengths as rows of one length, with one or several texts per row."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from mmpretrain.batch import Packing
 
 
 class Rows:
-    """Texts [b, L] as R rows of l tokens: themselves, or several of them packed into one.
+    """Layout of texts [b, L] in R rows of l tokens, unpacked or packed.
 
-    Several are kept apart by `mask`; nothing that a text's tokens see depends on its neighbours.
+    `mask` confines attention to each text, so that its states do not depend on the other texts in its row.
 
     Args:
-        lengths: int64 [b], each text's number of tokens.
+        lengths: number of tokens of each text, int64 [b].
         length: L.
-        packing: where the texts stand; None: each has its own row, and l = L.
+        packing: placement of the texts in the rows; None: one text per row, with R = b and l = L.
     """
 
     def __init__(self, lengths: Tensor, length: int, packing: Packing | None) -> None:
@@ -22,47 +22,57 @@ class Rows:
         positions = torch.arange(length, device=lengths.device)
         if packing is None:
             self.positions = positions
-            """int64 [l] or [R, l], each token's number in its text."""
+            """Index of each token within its text, int64 [l], or [R, l] if packed."""
             return
         num_tokens = packing.num_rows * packing.row_length
         slots = packing.slots[:, None] + positions
         is_token = positions < lengths[:, None]
         texts = torch.arange(len(lengths) * length, device=lengths.device)
-        # Of each of the R x l tokens, which of the b x L it is; -1 where none is. Padding is written beyond the end.
+        # For each of the R x l tokens, its index among the b x L tokens; -1 is padding. The padding of the texts is
+        # scattered into one extra element at the end.
         sources = torch.full((num_tokens + 1,), -1, device=lengths.device)
         sources.scatter_(0, slots.where(is_token, num_tokens).flatten(), texts)
         self._sources = sources[:-1].unflatten(0, (packing.num_rows, packing.row_length))
-        # Of each of the b x L tokens, which of the R x l it is; padding repeats its text's last.
+        # For each of the b x L tokens, its index among the R x l tokens; padding has the index of its text's last token.
         self._slots = packing.slots[:, None] + torch.minimum(positions, lengths[:, None] - 1)
         self.positions = self._sources % length
 
     def pack(self, x: Tensor) -> Tensor:
-        """[b, L, ...] -> [R, l, ...]; what fills the rows' ends is seen by no text."""
+        """Pack [b, L, ...] into rows [R, l, ...]. No text attends to the padding at the end of a row."""
         if self.packing is None:
             return x
         return x.flatten(0, 1).index_select(0, self._sources.flatten().clamp(min=0)).unflatten(0, self._sources.shape)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[R, l, d] -> [b, L, d], meaningless beyond each text's length."""
+        """Unpack rows [R, l, d] into texts [b, L, d], with undefined values beyond each text's length."""
         if self.packing is None:
             return x
         return x.flatten(0, 1).index_select(0, self._slots.flatten()).unflatten(0, self._slots.shape)
 
     def owners(self) -> Tensor:
-        """int64 [R, l], whose token each is where texts are packed; -1: nobody's."""
+        """Return the index of the text that owns each token, int64 [R, l]; -1 is padding. Requires packed texts."""
         return self._sources.div(self.length, rounding_mode="floor")
 
     def mask(self, is_causal: bool) -> Tensor | None:
-        """What a token may see, bool [R, 1, 1 or l, l]; None: all, or all before it where `is_causal`."""
+        """Return the attention mask, bool [R, 1, 1 or l, l], True where a query may attend to a key.
+
+        With one text per row and `is_causal` it is None: the kernel's own causal mask is sufficient.
+        """
         if self.packing is None:
-            # Behind a causal mask padding is seen by padding alone.
+            # Under a causal mask only padding attends to padding.
             return None if is_causal else (self.positions < self.lengths[:, None])[:, None, None]
         owners = self.owners()
         mask = owners[:, :, None] == owners[:, None, :]
         return (mask.tril() if is_causal else mask)[:, None]
 
     def token_indices(self, positions: Tensor) -> Tensor:
-        """One token of each text, by its number there int64 [b] -> by its number in the row, int64 [R, most texts]."""
+        """Convert one position per text to token indices within the rows.
+
+        Args:
+            positions: index of a token within each text, int64 [b].
+
+        Returns: int64 [R, T], where T is the largest number of texts in a row. Unused entries are 0.
+        """
         if self.packing is None:
             return positions[:, None]
         token_indices = positions.new_zeros(self.packing.num_rows, self.packing.most)
@@ -73,10 +83,10 @@ class Rows:
         )
 
     def unpack_tokens(self, x: Tensor) -> Tensor:
-        """What was computed of the picks [R, most texts, d] -> [b, d]."""
+        """Unpack the states of the tokens in `token_indices`, [R, T, d], into one per text, [b, d]."""
         return x[:, 0] if self.packing is None else x.flatten(0, 1).index_select(0, self._turns())
 
     def _turns(self) -> Tensor:
-        """int64 [b], each text's place among R x most."""
+        """Return the index of each text among the R x T entries of `token_indices`, int64 [b]."""
         assert self.packing is not None
         return self.packing.slots // self.packing.row_length * self.packing.most + self.packing.turns

@@ -1,6 +1,6 @@
-"""Text encoders: CLIP's causal transformer and its bidirectional sister.
+"""Text encoder: CLIP's transformer, causal or bidirectional.
 
-Parameters carry open_clip's names, so that weights go over one to one.
+Parameters have open_clip's names, so that weights can be exchanged without renaming.
 """
 
 from collections.abc import Iterable
@@ -18,15 +18,15 @@ from mmpretrain.models.rows import Rows
 
 
 class TextTransformer(nn.Module):
-    """The text tower of CLIP (Radford et al. 2021).
+    """Text tower of CLIP (Radford et al. 2021).
 
     Args:
-        vocab_size, context_length, width, depth, num_heads, mlp_ratio: its shape.
-        causal: tokens see only what stands before them; else all but padding.
-        pool: `last` is the end token's state, `mean` the mean over tokens.
-        dropout: of the embeddings and of each residual branch; BERT's and GPT's is .1.
+        vocab_size, context_length, width, depth, num_heads, mlp_ratio: shape of the transformer.
+        causal: if True, tokens attend to themselves and the tokens before them; if False, to all tokens of the text.
+        pool: `last` pools the state of the end token, `mean` averages the states of all tokens.
+        dropout: dropout probability of the embeddings and of each residual branch; BERT and GPT use .1.
 
-    Raises: ValueError if the heads do not divide the width, and for sizes below 1.
+    Raises: ValueError if `width` is not a multiple of `num_heads`, or a number is out of range.
     """
 
     projects = False
@@ -71,16 +71,16 @@ class TextTransformer(nn.Module):
 
     @property
     def token_embeddings(self) -> Tensor:
-        """[vocabulary, d], the matrix that tokens are looked up in."""
+        """Token embedding matrix, [vocabulary, d]."""
         return self.token_embedding.weight
 
     @property
     def blocks(self) -> Iterable[Any]:
-        """The transformer's blocks; what a container holds has no type that knows its parts."""
+        """Blocks of the transformer, as Any: the type of a container's items does not know their attributes."""
         return cast(nn.ModuleList, self.transformer["resblocks"])
 
     def _init_weights(self, depth: int) -> None:
-        """CLIP's initialisation: residual branches are scaled down with depth."""
+        """Apply CLIP's initialisation, which scales residual branches down with depth."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         branch_std = self.width**-0.5 * (2 * depth) ** -0.5
@@ -92,7 +92,13 @@ class TextTransformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
 
     def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
-        """Encode token ids int64 [b, L] of texts of `lengths` [b], packed into rows or each in its own."""
+        """Encode token ids.
+
+        Args:
+            ids: token ids, int64 [b, L].
+            lengths: number of tokens of each text, int64 [b].
+            packing: computes several texts per row; None: one text per row.
+        """
         rows = Rows(lengths, ids.shape[1], packing)
         x = self.drop(self.token_embedding(rows.pack(ids)) + F.embedding(rows.positions, self.positional_embedding))
         mask = rows.mask(self.causal)
@@ -106,7 +112,7 @@ class TextTransformer(nn.Module):
 
         def pooled(encoding: Encoding) -> Tensor:
             if self.pool == "last" and self.training and self.drop.p:
-                # The state that other objectives see: a block that is run twice would drop twice.
+                # Reuse the token states that other objectives read: a second run of the block would draw new dropout masks.
                 return of_picks(encoding.tokens, (lengths - 1)[:, None])[:, 0]
             if self.pool == "last":
                 return self.ln_final(rows.unpack_tokens(last(x, mask, is_causal, rows.token_indices(lengths - 1))))

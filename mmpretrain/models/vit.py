@@ -1,4 +1,4 @@
-"""Image encoders: timm's models, giving tokens and a pooled embedding, on all patches or on the kept ones."""
+"""Image encoders: models of timm that return tokens and a pooled state, for all patches or only the kept ones."""
 
 import difflib
 from collections.abc import Mapping
@@ -18,20 +18,20 @@ from mmpretrain.models.patch_projection import project_side_by_side
 
 
 class TimmEncoder(nn.Module):
-    """An image model of timm without its classifier.
+    """Image model of timm without its classifier.
 
     Args:
-        name: timm's name of it.
+        name: name of the model in timm.
         image_size: side of the images, in pixels.
-        args: further arguments of timm's model (`embed_dim`, `depth`, `patch_size`, `global_pool`, ...).
-        init: `timm` as the model comes; for a plain ViT also `clip`, open_clip's initialisation, or `mae`, that of MAE with
-            its fixed positions.
+        args: further arguments of the model (`embed_dim`, `depth`, `patch_size`, `global_pool`, ...).
+        init: initialisation. `timm` is the model's own. Plain ViTs also accept `clip`, that of open_clip, and `mae`, that
+            of MAE with fixed sine-cosine positions.
 
-    Raises: ValueError if timm does not know the name or an argument, or the model has no such initialisation.
+    Raises: ValueError if timm does not know the name or rejects an argument, or the model does not support `init`.
     """
 
-    trunk: Any  # timm's models share no type that knows their parts
-    head: nn.Module | None  # a projection that the model brings along
+    trunk: Any  # timm's models share no base type with these attributes
+    head: nn.Module | None  # projection that comes with the model
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class TimmEncoder(nn.Module):
 
     @classmethod
     def around(cls, trunk: nn.Module, image_size: int, head: nn.Module) -> "TimmEncoder":
-        """The encoder of a model of timm that exists already, projected by its classifier, then by `head`."""
+        """Wrap an existing model of timm. Its classifier, followed by `head`, is the projection."""
         encoder = cls.__new__(cls)
         nn.Module.__init__(encoder)
         encoder.trunk = trunk
@@ -70,29 +70,32 @@ class TimmEncoder(nn.Module):
     def _describe(self, image_size: int) -> None:
         self.image_size = image_size
         self.width: int = self.trunk.head_hidden_size
-        # In a hybrid, whose patches go through convolutions, what a hidden patch shows would reach its neighbours.
+        # Hybrids are excluded: their convolutions would leak the content of hidden patches into neighbouring ones.
         self.is_vit = isinstance(self.trunk, VisionTransformer) and isinstance(self.trunk.patch_embed, PatchEmbed)
         self.has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
         if self.is_vit:
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
             self.grid_size: tuple[int, int] = self.trunk.patch_embed.grid_size
             self.patch_size: tuple[int, int] = self.trunk.patch_embed.patch_size
-            # Images of another size than the table of positions was made for have it interpolated, by timm.
+            # timm interpolates the position embeddings for images of another size.
             self.trunk.dynamic_img_size = True
             self.trunk.patch_embed.strict_img_size = False
             self.trunk.patch_embed.flatten = False
             self.trunk.patch_embed.output_fmt = Format.NHWC
             project_side_by_side(self.trunk.patch_embed.proj)
             if self._can_pick():
-                self.trunk.blocks[-1].__class__ = PickingBlock  # the same parameters, one more way to be called
+                self.trunk.blocks[-1].__class__ = PickingBlock  # adds a forward pass for the class token alone
             if not self.num_patches:
                 raise ValueError(
                     f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
                 )
 
     def _init_like_clip(self) -> None:
-        """open_clip's image tower at its start: class token and positions of deviation width^-1/2, so that they count
-        beside normalised patches at any width, Xavier attention, and PyTorch's own initialisation elsewhere."""
+        """Apply the initialisation of open_clip's image tower.
+
+        The class token and positions have standard deviation width^-1/2, which keeps their scale relative to normalised
+        patches at any width. Attention has Xavier weights. The other layers have PyTorch's own initialisation.
+        """
         for module in self.trunk.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
                 module.reset_parameters()
@@ -106,7 +109,7 @@ class TimmEncoder(nn.Module):
                 nn.init.normal_(token, std=self.trunk.embed_dim**-0.5)
 
     def _init_like_mae(self) -> None:
-        """MAE's encoder at its start (He et al. 2022, models_mae.py): Xavier weights, sine-cosine positions that stay."""
+        """Apply MAE's initialisation (He et al. 2022, models_mae.py): Xavier weights and fixed sine-cosine positions."""
         for module in self.trunk.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -125,7 +128,7 @@ class TimmEncoder(nn.Module):
 
     @staticmethod
     def _create(name: str, image_size: int, args: Mapping[str, Any]) -> nn.Module:
-        """timm's model, built for one image size; convolutional ones know no such argument and take any."""
+        """Create the model for one image size. Models without an `img_size` argument (convolutional ones) take any size."""
         try:
             return timm.create_model(name, num_classes=0, img_size=image_size, **args)
         except TypeError as error:
@@ -135,23 +138,24 @@ class TimmEncoder(nn.Module):
 
     @property
     def projects(self) -> bool:
-        """Whether `project` leads to the shared space, so that the joint model needs no projection of its own."""
+        """True if `project` maps to the shared space, so that `ImageTextModel` adds no projection."""
         return self.head is not None
 
     def project(self, pooled: Tensor) -> Tensor:
-        """[b, width] -> [b, e], where the model brings a projection along."""
+        """Project pooled states [b, width] to [b, e]; only for models that come with a projection."""
         assert self.head is not None
         return self.head(self.trunk.get_classifier()(pooled))
 
     @property
     def num_patches(self) -> int:
-        """N, the number of patches of an image."""
+        """Number of patches of an image, N."""
         return self.grid_size[0] * self.grid_size[1]
 
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
-        """Encode images [b, 3, h, w]; with a mask only the kept patches are computed, filler is never attended to.
+        """Encode images [b, 3, h, w]. With a mask only the kept patches are computed, and filler is never attended to.
 
-        Raises: ValueError if a mask is given and the model is no plain ViT.
+        Raises: ValueError if a mask is given and the model is not a plain ViT, or the number of kept patches varies and
+            `global_pool` is neither `token` nor `avg`.
         """
         if self.is_vit:
             return self._encode(images, mask)
@@ -171,7 +175,7 @@ class TimmEncoder(nn.Module):
         x = trunk._pos_embed(trunk.patch_embed(images))
         if mask is None:
             x = trunk.patch_drop(x)
-        else:  # only now: positions are added before patches are dropped
+        else:  # patches are dropped after positions are added
             prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
             x = torch.cat([prefix, patches.gather(1, mask.keep[..., None].expand(-1, -1, patches.shape[-1]))], dim=1)
         num_keep = None if mask is None else mask.num_keep
@@ -207,7 +211,7 @@ class TimmEncoder(nn.Module):
         return Encoding(tokens, pooled)
 
     def _can_pick(self) -> bool:
-        """Whether the class token's state is all that is pooled, and the last block one whose mathematics is known here."""
+        """Return True if pooling reads only the class token, and `PickingBlock` reproduces the last block."""
         block, is_plain = self.trunk.blocks[-1], type(self.trunk) is VisionTransformer
         if (
             not is_plain
@@ -216,20 +220,23 @@ class TimmEncoder(nn.Module):
             or type(block.attn) is not Attention
         ):
             return False
-        is_gated = getattr(block.attn, "gate", None) is not None  # known to later releases of timm
+        is_gated = getattr(block.attn, "gate", None) is not None  # exists in later releases of timm
         return not is_gated and isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity)
 
     def _draws(self) -> bool:
-        """Whether the last block drops something at random: what it draws depends on how many tokens it computes."""
+        """Return True if the last block has active dropout; its random draws depend on the number of computed tokens."""
         modules = self.trunk.blocks[-1].modules()
         return self.training and any(getattr(module, name, 0) for module in modules for name in ("p", "drop_prob"))
 
 
 class PickingBlock(Block):
-    """timm's block, which can also be asked for the first token's state alone."""
+    """Block of timm with an additional forward pass for the first token alone."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, first_alone: bool = False) -> Tensor:
-        """[b, N, d] -> [b, N, d], or [b, 1, d] where no other token's query, projection or MLP is computed."""
+        """Compute the states of all tokens, [b, N, d] -> [b, N, d], or with `first_alone` of the first one, [b, 1, d].
+
+        With `first_alone` the query, output projection and MLP are computed for the first token only.
+        """
         if not first_alone:
             return super().forward(x, attn_mask=attn_mask)
         attn: Any = self.attn
@@ -246,13 +253,15 @@ class PickingBlock(Block):
 
 
 def sincos_positions(grid_size: tuple[int, int], width: int, steps: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """MAE's fixed positions [1, N, width]: sines and cosines of the column, then of the row, a quarter each.
+    """Return MAE's fixed position embeddings, float32 [1, N, width].
+
+    Their four quarters are the sine and cosine of the column, and the sine and cosine of the row.
 
     Args:
-        grid_size: rows and columns.
-        width: a multiple of 4.
-        steps: from one row to the next, from one column to the next; the first stands half a step from the edge,
-            as it does with steps of 1.
+        grid_size: rows and columns of patches.
+        width: number of channels, a multiple of 4.
+        steps: distance between adjacent rows and between adjacent columns. The first row and column are half a step from
+            the edge of the image, which is at -0.5: with steps of 1 the coordinates are 0, 1, 2, ...
     """
     places = [
         (torch.arange(n, dtype=torch.float64) + 0.5) * step - 0.5 for n, step in zip(grid_size, steps, strict=True)

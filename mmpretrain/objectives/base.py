@@ -1,10 +1,10 @@
-"""What a model is trained for. One file each; a class is an objective by having the methods of one protocol below.
+"""Interface of training objectives. A class is an objective if it implements one of the protocols below.
 
-An objective's `__init__` takes the model first, for its shapes alone, then the arguments of its YAML. It holds
-the heads that it alone uses. No objective knows of ranks, micro-batches or other objectives.
+The first argument of an objective's `__init__` is the model, from which it reads only shapes; the others are the arguments
+of its YAML. The objective owns the heads that only it uses. It does not depend on ranks, micro-batches or other objectives.
 
 An objective may also define the hooks of `Hooks`, which have defaults. If its `__init__` has a parameter `config_path`, it
-receives its own name in the configuration, such as `objective.mae`, for its messages.
+receives its own key in the configuration, such as `objective.mae`, for error messages.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,24 +21,24 @@ from mmpretrain.models.masking import MaskSpec, PatchMask, TokenMask, TokenMaskS
 from mmpretrain.schedules import TrainingProgress
 
 Terms = Tensor | tuple[Tensor, Mapping[str, Tensor]]
-"""A sum over terms, a scalar; or with it further sums to be shown per term, such as hits as `accuracy`."""
+"""Sum of a loss over terms, a scalar; optionally with further sums to log per term, such as hits as `accuracy`."""
 
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids -> text, special tokens left out."""
+"""Function from token ids to text, without special tokens."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What an objective made of one sample, to be looked at."""
+    """Visualisation of an objective's output for one sample."""
 
     images: Sequence[Tensor]
-    """Pictures beside each other, uint8 [3, h, w] each."""
+    """Images to show side by side, uint8 [3, h, w] each."""
     text: str
 
 
 class TokenIds(Protocol):
-    """What an objective may know of the tokenizer: the ids that it gives, and the mask token's, if it has one."""
+    """Part of the tokenizer that objectives may use: the vocabulary size, and the id of the mask token, if there is one."""
 
     vocab_size: int
 
@@ -47,7 +47,7 @@ class TokenIds(Protocol):
 
 
 class Encodings(Protocol):
-    """What an objective sees of a micro-batch (see `mmpretrain.training.task.Encodings`)."""
+    """Interface through which an objective reads a micro-batch (see `mmpretrain.training.task.Encodings`)."""
 
     batch: Batch
 
@@ -69,35 +69,41 @@ class Encodings(Protocol):
 
 @runtime_checkable
 class IndependentObjective(Protocol):
-    """A sum over independent terms, divided by their number in the whole batch; told from a coupled one by `count`."""
+    """Objective whose loss is a sum over independent terms, divided by their number in the whole batch.
+
+    The method `count` distinguishes it from a coupled objective.
+    """
 
     @property
     def streams(self) -> tuple[str, ...]: ...
 
     def count(self, batch: Batch) -> Tensor:
-        """The number of terms of a micro-batch, a scalar, from seeds and masks alone: no encoder runs for it.
+        """Return the number of terms of a micro-batch, a scalar, from seeds and masks alone, without running an encoder.
 
-        In training the micro-batch is still on the host: nothing waits for the device.
+        In training the micro-batch is still on the host, so that the call does not synchronise with the device.
         """
         ...
 
     def loss(self, encodings: Encodings) -> Terms:
-        """The SUM over the micro-batch's terms, a scalar; further sums beside it are shown per term."""
+        """Return the SUM of the loss over the micro-batch's terms, a scalar; further sums are logged per term."""
         ...
 
 
 class CoupledObjective(Protocol):
-    """A loss in which every sample of the batch meets every other."""
+    """Objective whose loss depends jointly on all samples of the batch, such as a contrastive loss."""
 
     @property
     def streams(self) -> tuple[str, ...]: ...
 
     def embed(self, encodings: Encodings) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """(rows: tensors [b, ...] of a micro-batch; shared: the objective's own scalars)."""
+        """Compute the inputs of the loss for a micro-batch.
+
+        Returns: (rows, tensors [b, ...] with one row per sample; shared, tensors computed from the objective's parameters).
+        """
         ...
 
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-        """The loss of the whole batch, a scalar, from the rows [B, ...] of all of it; plain tensor code."""
+        """Return the loss of the whole batch, a scalar, from the rows [B, ...] of all its samples, in plain tensor code."""
         ...
 
 
@@ -106,27 +112,29 @@ Objective = IndependentObjective | CoupledObjective
 
 @dataclass(frozen=True)
 class Hooks:
-    """What an objective may define besides the methods of its protocol, with the defaults.
+    """Optional attributes and methods of an objective, with their defaults.
 
-    State that hooks keep belongs in buffers or in parameters that need no gradient: checkpoints hold both, and a resumed run
-    goes on from them. Forward passes outside of training (a dry run, a diagnosis, an evaluation) call no hook.
+    Keep state of hooks in buffers or in parameters without gradient: checkpoints contain both, and a resumed run restores
+    them. Forward passes outside of training (dry run, diagnosis, evaluation) call no hook.
     """
 
     num_views: int = 0
-    """The number of additional views of its streams' images that it reads (SimCLR reads 2)."""
+    """Number of additional views of its streams' images that it reads (SimCLR reads 2)."""
     perplexity: bool = False
-    """Whether exp(loss) is logged as `<objective>_perplexity`."""
+    """If True, exp(loss) is logged as `<objective>_perplexity`."""
     set_tokenizer: Callable[[TokenIds], None] = lambda tokenizer: None
     """Called once, before the first step and before weights are loaded."""
     after_init: Callable[[ImageTextModel], None] = lambda model: None
-    """Called once in a new run, with the model's first weights, those of `init_from` included: a teacher copies them here.
-    A resumed run has its state from the checkpoint and does not call it."""
+    """Called once in a new run with the initial weights, which include those of `init_from`. A teacher copies them here.
+    A resumed run does not call it: its state comes from the checkpoint."""
     after_step: Callable[[ImageTextModel, TrainingProgress, Tensor], None] = lambda model, progress, skipped: None
-    """Called after each optimiser step on every rank: (the model, the samples seen before the step, whether the step was
-    skipped for a gradient that is not finite, a float32 scalar of 0 or 1 on the device). Moves a teacher's average or a
-    queue, or clamps a parameter. Branching on `skipped` would make the host wait: use torch.where or multiply."""
+    """Called after each optimiser step on every rank, to update a teacher's average or a queue, or to clamp a parameter.
+
+    Its arguments are the model, the progress before the step, and `skipped`, a float32 scalar on the device: 1 if the step
+    was skipped because of a non-finite gradient, else 0. Branching on `skipped` would make the host wait for the device; use
+    torch.where or multiply instead."""
     examples: Callable[[Encodings, Decode], list[Example]] | None = None
-    """Gives pictures and texts of each sample of a small batch, for TensorBoard."""
+    """Returns images and texts for each sample of a small batch, to be shown in TensorBoard."""
 
 
 _HOOKS = {hook.name: hook for hook in fields(Hooks)}
@@ -134,12 +142,15 @@ _RENAMED = {"constrain": "after_step(model, progress, skipped)", "fit": "set_tok
 
 
 def hooks_of(objective: Objective) -> Hooks:
-    """The hooks that an objective defines; defaults stand in for the others."""
+    """Return the hooks of an objective, with defaults for those that it does not define."""
     return Hooks(**{name: getattr(objective, name) for name in _HOOKS if hasattr(objective, name)})
 
 
 def check_hooks(objective: Objective, config_path: str) -> None:
-    """Raises: ValueError for a method that is probably meant as a hook, but is spelt otherwise."""
+    """Check the objective's attributes for misspelt hooks.
+
+    Raises: ValueError for a public name that resembles a hook, or is a hook's former name.
+    """
     own = {
         name for kind in type(objective).__mro__ if kind.__module__.partition(".")[0] != "torch" for name in vars(kind)
     }
@@ -153,4 +164,4 @@ def check_hooks(objective: Objective, config_path: str) -> None:
 
 
 Couple = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
-"""(objective, rows of this micro-batch, shared) -> (d loss / d rows, d loss / d shared)."""
+"""Function (name of the objective, rows of this micro-batch, shared) -> (d loss / d rows, d loss / d shared)."""

@@ -1,4 +1,4 @@
-"""Captions from images: CoCa's decoder (Yu et al. 2022), and CapPa's parallel prediction (Tschannen et al. 2023)."""
+"""Image captioning: CoCa's decoder (Yu et al. 2022) and CapPa's parallel prediction (Tschannen et al. 2023)."""
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +16,23 @@ from mmpretrain.seeds import hash64, torch_uniform
 
 
 class Captioning(nn.Module):
-    """Predict each token of a caption from the image and the tokens before it.
+    """Captioning: predict each token of a caption from the image and the tokens before it.
 
     L = - sum_t log p(x_t | image, x_1 ... x_{t-1}), per predicted token of the whole batch
 
-    The decoder reads the causal text encoder's states (CoCa's unimodal layers) and looks at the image's tokens. A part
-    of the captions can be predicted in parallel, from the image alone: all tokens at once, none of them given, nor how
-    many there are (CapPa): a mask token stands at every place of the context, and all of them see each other.
+    The decoder reads the states of the causal text encoder (CoCa's unimodal layers) and attends to the image tokens.
+
+    A fraction of the captions can be predicted in parallel, from the image alone (CapPa). The decoder's input is then a mask
+    token at every position of the context, with bidirectional attention: it reveals neither tokens nor their number.
 
     Args:
         model: its text encoder must be causal.
-        decoder_depth, decoder_heads: the decoder's shape; its width is the text encoder's.
-        num_queries: the image's tokens are pooled into so many; 0 takes them as they are.
-        parallel: the part of the captions that is predicted in parallel; CapPa's is .75.
-        stream: where the pairs come from.
+        decoder_depth, decoder_heads: depth and number of heads of the decoder; its width is the text encoder's.
+        num_queries: number of queries that pool the image tokens; 0: no pooling.
+        parallel: fraction of the captions that is predicted in parallel; .75 in CapPa.
+        stream: data stream of the pairs.
 
-    Raises: ValueError if the text encoder is missing or sees both ways, or `parallel` is no part.
+    Raises: ValueError if the text encoder is missing or bidirectional, or an argument is out of range.
     """
 
     perplexity = True
@@ -50,10 +51,10 @@ class Captioning(nn.Module):
         if model.text is None or not model.text.causal:
             raise ValueError(
                 f"{config_path} needs a causal text encoder; set model.text.causal=true, and leave out mlm, which "
-                "needs one that sees both ways"
+                "needs a bidirectional one"
             )
         if not 0 <= parallel <= 1:
-            raise ValueError(f"{config_path}.parallel is {parallel}; expected a part of the captions, 0 to 1")
+            raise ValueError(f"{config_path}.parallel is {parallel}; expected a fraction of the captions, 0 to 1")
         check_number(f"{config_path}.decoder_depth", decoder_depth, at_least=1)
         check_number(f"{config_path}.decoder_heads", decoder_heads, at_least=1)
         check_number(f"{config_path}.num_queries", num_queries, at_least=0)
@@ -72,12 +73,15 @@ class Captioning(nn.Module):
             self.positions = nn.Parameter(torch.randn(model.text.context_length, width) * 0.01)
 
     def count(self, batch: Batch) -> Tensor:
-        """The number of tokens of a micro-batch that have one before them."""
+        """Return the number of predicted tokens of a micro-batch: all tokens but the first of each text."""
         _, lengths = batch.texts(self.streams[0])
         return (lengths - 1).clamp(min=0).sum()
 
     def generate(self, encodings: Encodings, longest: int = 32) -> Tensor:
-        """The likeliest next token, again and again, from each text's first (the start) on: int64 [b, longest] at most."""
+        """Generate captions by greedy decoding from the first token of each text (the start token).
+
+        Returns: token ids, int64 [b, min(longest, context length)].
+        """
         (stream,) = self.streams
         ids = encodings.batch.texts(stream)[0][:, :1]
         for length in range(1, min(longest, self.context_length)):
@@ -87,7 +91,7 @@ class Captioning(nn.Module):
         return ids
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
-        """Each image over the caption that was generated for it, and its own."""
+        """Return each image with its generated caption and, in parentheses, its own."""
         (stream,) = self.streams
         images, (text, lengths) = encodings.batch.images(stream), encodings.batch.texts(stream)
         examples = []
@@ -98,11 +102,12 @@ class Captioning(nn.Module):
         return examples
 
     def decode(self, encodings: Encodings, parallel: float | None = None) -> Tensor:
-        """The decoder's states [b, L, d]: at each place what is known of the token after it.
+        """Compute the decoder's states [b, L, d]; the state at each position predicts the next token.
 
-        Where some captions are predicted in parallel, L is the whole context.
-
-        `parallel`: the part that is predicted in parallel, if not the objective's own.
+        Args:
+            encodings: encodings of the micro-batch.
+            parallel: fraction of the captions that is predicted in parallel; None: the objective's own. Above 0 L is the
+                context length.
         """
         (stream,) = self.streams
         parallel = self.parallel if parallel is None else parallel
@@ -125,7 +130,7 @@ class Captioning(nn.Module):
         return self.decoder(x, rows, image_tokens, mask, is_causal=False)
 
     def loss(self, encodings: Encodings) -> Terms:
-        """The sum of the cross-entropies, and of the hits as `accuracy`."""
+        """Return the sum of the cross-entropies, and the number of correct predictions as `accuracy`."""
         labels, is_label = next_tokens(*encodings.batch.texts(self.streams[0]))
         predicted = true_positions(is_label, encodings.num_terms(self))
         states = self.decode(encodings)[predicted]

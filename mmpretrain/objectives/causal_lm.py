@@ -1,4 +1,4 @@
-"""Next-token prediction on the text encoder: GPT (Radford et al. 2018)."""
+"""Next-token prediction with the text encoder: GPT (Radford et al. 2018)."""
 
 from torch import Tensor, nn
 
@@ -10,15 +10,17 @@ from mmpretrain.objectives.token_targets import next_tokens, true_positions
 
 
 class CausalLM(nn.Module):
-    """Predict each token from those before it; the vocabulary's matrix is that of the encoder's embedding.
+    """Causal language modelling: predict each token from the tokens before it.
 
     L = - sum_t log p(x_t | x_1 ... x_{t-1}), per predicted token of the whole batch
 
+    The output matrix is the encoder's token embedding matrix.
+
     Args:
         model: its text encoder must be causal.
-        stream: where the texts come from.
+        stream: data stream of the texts.
 
-    Raises: ValueError if the text encoder is missing or sees both ways.
+    Raises: ValueError if the text encoder is missing or bidirectional.
     """
 
     perplexity = True
@@ -30,12 +32,12 @@ class CausalLM(nn.Module):
         self.streams = (stream,)
 
     def count(self, batch: Batch) -> Tensor:
-        """The number of tokens of a micro-batch that have one before them."""
+        """Return the number of predicted tokens of a micro-batch: all tokens but the first of each text."""
         _, lengths = batch.texts(self.streams[0])
         return (lengths - 1).clamp(min=0).sum()
 
     def loss(self, encodings: Encodings) -> Terms:
-        """The sum of the cross-entropies, and of the hits as `accuracy`."""
+        """Return the sum of the cross-entropies, and the number of correct predictions as `accuracy`."""
         (stream,) = self.streams
         labels, is_label = next_tokens(*encodings.batch.texts(stream))
         predicted = true_positions(is_label, encodings.num_terms(self))

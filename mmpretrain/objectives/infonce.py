@@ -16,17 +16,18 @@ from mmpretrain.schedules import Scheduled, TrainingProgress
 
 
 class InfoNCE(nn.Module):
-    """The symmetric contrastive loss with a learned temperature.
+    """Symmetric contrastive loss with a learned temperature.
 
     Args:
-        model: its image encoder must be a plain ViT where patches are dropped.
-        init_logit_scale: s at the start; the loss sees exp of the parameter.
-        max_logit_scale: s never leaves [1, this].
-        mask_ratio: the part of the patches that is dropped (FLIP, Li et al. 2023), 0 for none; a schedule with 0 at its
-            end has FLIP's unmasked stage.
-        mask_kind: `random` patches, or `block`: all but one rectangle of them.
-        stream: where the pairs come from.
-        positives: `pair`, or `group`: all pairs of one group are right answers (see `data.train.<stream>.group`).
+        model: its image encoder must be a plain ViT if patches are dropped.
+        init_logit_scale: initial value of s = exp(parameter).
+        max_logit_scale: upper bound of s; the lower bound is 1.
+        mask_ratio: fraction of the patches that is dropped (FLIP, Li et al. 2023), or a schedule of it; 0: none. A schedule
+            that ends with 0 corresponds to FLIP's unmasked stage.
+        mask_kind: `random` drops patches at random; `block` keeps one rectangle.
+        stream: data stream of the pairs.
+        positives: `pair`: the positive of an image is its own text. `group`: all texts of its group are positives (see
+            `data.train.<stream>.group`), and likewise for texts.
     """
 
     def __init__(
@@ -50,7 +51,12 @@ class InfoNCE(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor([math.log(init_logit_scale)]))
 
     def embed(self, encodings: Encodings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Rows: image [b, e], text [b, e], ids or groups int64 [b]; shared: logit_scale [1]."""
+        """Compute the inputs of the loss for a micro-batch.
+
+        Returns: (rows: image [b, e], text [b, e], ids or groups int64 [b]; shared: logit_scale [1]).
+
+        Raises: ValueError if `positives` is `group` and the stream has no groups.
+        """
         (stream,) = self.streams
         samples = encodings.samples(stream)
         rows = {
@@ -69,7 +75,7 @@ class InfoNCE(nn.Module):
         return rows, {"logit_scale": self.logit_scale.exp()}
 
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-        """`losses.info_nce` or `losses.multi_positive_info_nce` over the whole batch."""
+        """Compute `losses.info_nce` or `losses.multi_positive_info_nce` over the whole batch."""
         if self.positives == "group":
             return multi_positive_info_nce(
                 rows["image"], rows["text"], shared["logit_scale"], rows["groups"], split=True
@@ -78,5 +84,5 @@ class InfoNCE(nn.Module):
 
     @torch.no_grad()
     def after_step(self, model: ImageTextModel, progress: TrainingProgress, skipped: Tensor) -> None:
-        """Clamp s to its bounds. (A clamp in the forward pass would stop s for good.)"""
+        """Clamp s to its bounds. (Clamped in the forward pass, s would get no gradient beyond a bound.)"""
         self.logit_scale.clamp_(0, math.log(self.max_logit_scale))

@@ -21,18 +21,18 @@ from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 
 
 class MAE(nn.Module):
-    """Reconstruct the pixels of hidden patches from the encoding of the others.
+    """Masked autoencoding: reconstruct the pixels of hidden patches from the encoding of the visible ones.
 
     Args:
         model: its image encoder must be a plain ViT.
-        mask_ratio: the part of the patches that is hidden, or a schedule of it, or [smallest, largest], from which each
-            sample draws.
-        decoder_width, decoder_depth, decoder_heads: the decoder's shape.
-        norm_pix: the target is each patch normalised by its own mean and deviation.
-        stream: where the images come from.
+        mask_ratio: fraction of the patches that is hidden, or a schedule of it, or [smallest, largest], between which each
+            sample draws its own.
+        decoder_width, decoder_depth, decoder_heads: shape of the decoder.
+        norm_pix: normalise each target patch by its own mean and deviation.
+        stream: data stream of the images.
 
-    Raises: ValueError if the image encoder is no plain ViT, the ratio is not inside (0, 1), or the decoder's
-        width does not divide.
+    Raises: ValueError if the image encoder is not a plain ViT, the ratio is not inside (0, 1) or hides no patch, or
+        `decoder_width` is not a multiple of 4 and of `decoder_heads`.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class MAE(nn.Module):
         ends = mask_ratio if isinstance(mask_ratio, Sequence) else (mask_ratio, mask_ratio)
         if len(ends) != 2:
             raise ValueError(
-                f"{config_path}.mask_ratio is {mask_ratio}; expected a number, a schedule of it, or two in order"
+                f"{config_path}.mask_ratio is {mask_ratio}; expected a number, a schedule, or [smallest, largest]"
             )
         self._least, self._most = (ScheduledValue(end, f"{config_path}.mask_ratio", above=0, below=1) for end in ends)
         if min(self._least.values) > min(self._most.values):
-            raise ValueError(f"{config_path}.mask_ratio is {mask_ratio}; expected two in order, the smallest first")
+            raise ValueError(f"{config_path}.mask_ratio is {mask_ratio}; expected [smallest, largest]")
         if num_kept(encoder.num_patches, min(self._least.values)) == encoder.num_patches:
             raise ValueError(
                 f"{config_path}.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "
@@ -94,31 +94,37 @@ class MAE(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def count(self, batch: Batch) -> Tensor:
-        """The number of hidden patches of a micro-batch."""
+        """Return the number of hidden patches of a micro-batch."""
         (stream,) = self.streams
         num_patches = math.prod(batch.grid_size(stream, self.patch_size))
         return num_hidden(batch.streams[stream].seeds, num_patches, self.mask(batch.progress))
 
     def mask(self, progress: TrainingProgress) -> MaskSpec:
-        """What is hidden at a moment of the run."""
+        """Return the parameters of the patch mask at `progress`."""
         return MaskSpec("mae", (self._least(progress), self._most(progress)))
 
     def _positions(self, grid_size: tuple[int, int]) -> Tensor:
-        """[1, N, width]; those of a smaller or larger grid stand in the same picture, as the encoder's interpolated do."""
+        """Return the decoder's positions for a grid, [1, N, width].
+
+        Positions of another grid size cover the same image area, like the interpolated positions of the encoder.
+        """
         if grid_size == self.grid_size:
             return self.positions
         steps = [own / other for own, other in zip(self.grid_size, grid_size, strict=True)]
         return sincos_positions(grid_size, self.positions.shape[-1], (steps[0], steps[1])).to(self.positions)
 
     def reconstruct(self, encodings: Encodings) -> tuple[Tensor, PatchMask]:
-        """(a prediction for each patch [b, N, p_h p_w c], kept ones too, and which were hidden)."""
+        """Predict the pixels of all patches, including the visible ones.
+
+        Returns: (prediction [b, N, p_h p_w c], mask).
+        """
         (stream,) = self.streams
         spec = self.mask(encodings.batch.progress)
         mask = encodings.patch_mask(stream, spec)
         tokens = self.decoder_embed(encodings.image(stream, spec).tokens)
         prefix, kept = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
         width = kept.shape[-1]
-        # Put kept tokens back in their places; what is hidden, filler's places included, gets the mask token.
+        # Scatter kept tokens to their positions. Hidden positions, including those of filler, get the mask token below.
         places = mask.keep[..., None].expand(-1, -1, width)
         patches = kept.new_zeros(*mask.hidden.shape, width).scatter(1, places, kept)
         positions = self._positions(encodings.batch.grid_size(stream, self.patch_size))
@@ -130,12 +136,12 @@ class MAE(nn.Module):
         return self.predict(self.norm(x))[:, self.num_prefix_tokens :], mask
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
-        """The image, what the encoder saw of it, and that with what was predicted in the hidden places."""
+        """Return for each sample the image, its visible patches, and these with predictions for the hidden patches."""
         (stream,) = self.streams
         prediction, mask = self.reconstruct(encodings)
         patches = patchify(encodings.pixels(stream), self.patch_size)
         prediction = prediction.to(patches.dtype)
-        if self.norm_pix:  # what was predicted are patches without their own mean and deviation
+        if self.norm_pix:  # predictions are normalised patches
             mean, deviation = patch_statistics(patches)
             prediction = prediction * deviation + mean
         grid_size = encodings.batch.grid_size(stream, self.patch_size)
@@ -145,8 +151,8 @@ class MAE(nn.Module):
         return [Example(images, "") for images in zip(*columns, strict=True)]
 
     def loss(self, encodings: Encodings) -> Tensor:
-        """The sum over hidden patches of `patches.masked_reconstruction`."""
+        """Return the sum of `patches.masked_reconstruction` over hidden patches."""
         prediction, mask = self.reconstruct(encodings)
-        # The error is taken in float32 or wider: bf16 would round it away as the reconstruction gets good.
+        # The error is computed in float32 or wider: bf16 would round small errors away.
         target = patchify(encodings.pixels(self.streams[0]), self.patch_size)
         return masked_reconstruction(prediction.to(target.dtype), target, mask.hidden, self.norm_pix)

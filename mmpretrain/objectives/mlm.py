@@ -1,4 +1,4 @@
-"""Masked language modelling: BERT (Devlin et al. 2019), drawn anew at every visit as in RoBERTa (Liu et al. 2019)."""
+"""Masked language modelling: BERT (Devlin et al. 2019), with a new mask at every visit as in RoBERTa (Liu et al. 2019)."""
 
 from dataclasses import replace
 
@@ -16,20 +16,22 @@ from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 
 
 class MLM(nn.Module):
-    """Predict the tokens that were hidden, from the tokens around them.
+    """Masked language modelling: predict chosen tokens, most of which are hidden, from the tokens around them.
 
     L = - sum over chosen t of log p(x_t | x with the chosen ones hidden), per chosen token of the whole batch
 
     Args:
-        model: its text encoder must see both ways (`model.text.causal=false`).
-        mask_ratio: the part of the tokens that is chosen, or a schedule of it.
-        replaced, randomised: of the chosen ones, the part that becomes the mask token, and any token; the rest stays.
-        whole_words: choose words, not tokens.
-        mask_id: the mask token; None takes the tokenizer's or, where it has none, the encoder's last row, which lies
-            beyond the tokenizer's vocabulary where `model.text.vocab_size` is larger.
-        stream: where the texts come from.
+        model: its text encoder must be bidirectional (`model.text.causal=false`).
+        mask_ratio: probability with which a token is chosen, or a schedule of it.
+        replaced, randomised: fractions of the chosen tokens that become the mask token and a random token; the rest is
+            unchanged.
+        whole_words: choose whole words instead of single tokens.
+        mask_id: id of the mask token. None: the tokenizer's or, if it has none, the last row of the encoder's embedding,
+            which is outside the tokenizer's vocabulary if `model.text.vocab_size` is larger.
+        stream: data stream of the texts.
 
-    Raises: ValueError if the text encoder is causal or missing, or the parts are not inside [0, 1].
+    Raises: ValueError if the text encoder is causal or missing, `mask_ratio` is not inside (0, 1), or `replaced` and
+        `randomised` are negative or add up to more than 1.
     """
 
     perplexity = True
@@ -48,13 +50,13 @@ class MLM(nn.Module):
         super().__init__()
         if model.text is None or model.text.causal:
             raise ValueError(
-                f"{config_path} needs a text encoder that sees both ways; set model.text.causal=false, and leave out "
+                f"{config_path} needs a bidirectional text encoder; set model.text.causal=false, and leave out "
                 "causal_lm and captioning, which need a causal one"
             )
         self._mask_ratio = ScheduledValue(mask_ratio, f"{config_path}.mask_ratio", above=0, below=1)
         if min(replaced, randomised) < 0 or replaced + randomised > 1:
             raise ValueError(
-                f"{config_path} has replaced={replaced}, randomised={randomised}; expected parts that add up to at most 1"
+                f"{config_path} has replaced={replaced}, randomised={randomised}; expected fractions whose sum is at most 1"
             )
         self.streams, self._config_path = (stream,), config_path
         vocab_size = model.text.vocab_size
@@ -76,9 +78,9 @@ class MLM(nn.Module):
         nn.init.zeros_(self.dense.bias)
 
     def set_tokenizer(self, tokenizer: TokenIds) -> None:
-        """Take the tokenizer's mask token, and draw random tokens from its vocabulary.
+        """Set the mask token, and the vocabulary from which random tokens are drawn, from the tokenizer.
 
-        Raises: ValueError if the mask token would be a word of the text, or has no row in the encoder.
+        Raises: ValueError if the mask id is an ordinary token of the tokenizer, or outside the encoder's embedding.
         """
         rows = self.bias.numel()
         mask_id = self._mask_id
@@ -90,17 +92,17 @@ class MLM(nn.Module):
             )
         if mask_id < tokenizer.vocab_size and mask_id != tokenizer.mask_id:
             raise ValueError(
-                f"{self._config_path} would hide tokens behind id {mask_id}, which is a token of the text; "
+                f"{self._config_path} has id {mask_id} as its mask token, but the tokenizer uses it for another token; "
                 f"expected a row of its own: model.text.vocab_size={tokenizer.vocab_size + 1}"
             )
         self._spec = replace(self._spec, mask_id=mask_id, vocab_size=min(rows, tokenizer.vocab_size))
 
     def mask(self, progress: TrainingProgress) -> TokenMaskSpec:
-        """How tokens are hidden at `progress`."""
+        """Return the parameters of the token mask at `progress`."""
         return replace(self._spec, ratio=self._mask_ratio(progress))
 
     def count(self, batch: Batch) -> Tensor:
-        """The number of chosen tokens of a micro-batch."""
+        """Return the number of chosen tokens of a micro-batch."""
         samples = batch.streams[self.streams[0]]
         text, lengths = batch.texts(self.streams[0])
         return chosen_tokens(
@@ -108,16 +110,19 @@ class MLM(nn.Module):
         ).sum()
 
     def predict(self, encodings: Encodings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(states of the chosen tokens [n, d], to be held against the vocabulary; where they stand)."""
+        """Compute the head's states of the chosen tokens, before the product with the vocabulary.
+
+        Returns: (states [n, d]; the tokens' rows and columns, int64 [n] each).
+        """
         (stream,) = self.streams
         mask = self.mask(encodings.batch.progress)
         chosen = true_positions(encodings.token_mask(stream, mask).chosen, encodings.num_terms(self))
-        # The vocabulary's product is the dearest of all: only for tokens that are predicted.
+        # Select the predicted tokens here: the product with the vocabulary is the most expensive one.
         states = encodings.text(stream, mask).tokens[chosen]
         return self.norm(F.gelu(self.dense(states))), chosen
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
-        """Each text with its chosen tokens in brackets: what was predicted, and behind an arrow what stood there."""
+        """Return each text with its chosen tokens as `[prediction → original]`."""
         text, lengths = encodings.batch.texts(self.streams[0])
         states, chosen = self.predict(encodings)
         logits = F.linear(states, encodings.token_embeddings, self.bias)
@@ -132,7 +137,7 @@ class MLM(nn.Module):
         return examples
 
     def loss(self, encodings: Encodings) -> Terms:
-        """The sum of the chosen tokens' cross-entropies, and of the hits as `accuracy`."""
+        """Return the sum of the chosen tokens' cross-entropies, and the number of correct predictions as `accuracy`."""
         states, chosen = self.predict(encodings)
         text, _ = encodings.batch.texts(self.streams[0])
         loss, hits = token_cross_entropy(states, encodings.token_embeddings, text[chosen], self.bias)

@@ -1,4 +1,4 @@
-"""Patches that contrastive objectives drop (FLIP, Li et al. 2023)."""
+"""Patch dropping for contrastive objectives (FLIP, Li et al. 2023)."""
 
 from typing import Literal
 
@@ -8,17 +8,17 @@ from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 
 
 class PatchDrop:
-    """The patches that a contrastive objective drops, as a function of the samples seen (FLIP, Li et al. 2023).
+    """Patch mask of a contrastive objective as a function of the samples seen (FLIP, Li et al. 2023).
 
-    All objectives that drop the same part of a stream's patches share one pass of the encoder.
+    Objectives with the same stream, ratio and kind share one pass of the encoder.
 
     Args:
-        model: its image encoder must be a plain ViT where any are dropped.
-        ratio: the part that is dropped, 0 for none.
+        model: its image encoder must be a plain ViT if patches are dropped.
+        ratio: fraction of the patches that is dropped, or a schedule of it; 0: none.
         kind: see `masking.MaskSpec`.
-        key: the configuration key of the ratio, for messages.
+        key: configuration key of the ratio, for error messages.
 
-    Raises: ValueError if the encoder cannot drop patches, or the ratio leaves [0, 1).
+    Raises: ValueError if patches are dropped and the encoder is not a plain ViT, or the ratio is outside [0, 1).
     """
 
     def __init__(self, model: ImageTextModel, ratio: Scheduled, kind: Literal["random", "block"], key: str) -> None:
@@ -30,6 +30,6 @@ class PatchDrop:
             )
 
     def __call__(self, progress: TrainingProgress) -> MaskSpec | None:
-        """The mask at `progress`; None where nothing is dropped."""
+        """Return the parameters of the patch mask at `progress`; None if no patch is dropped."""
         ratio = self._ratio(progress)
         return MaskSpec("contrast", (ratio, ratio), self._kind) if ratio else None

@@ -1,4 +1,4 @@
-"""The pairwise sigmoid loss between images and texts: SigLIP (Zhai et al. 2023)."""
+"""Pairwise sigmoid loss between images and texts: SigLIP (Zhai et al. 2023)."""
 
 import math
 from collections.abc import Mapping
@@ -16,16 +16,18 @@ from mmpretrain.schedules import Scheduled
 
 
 class Sigmoid(nn.Module):
-    """Every image-text pair of the batch is its own binary question; temperature and bias are learned.
+    """Pairwise sigmoid loss: a binary classification of every image-text combination of the batch as a pair or not.
+
+    The temperature and the bias are learned.
 
     Args:
-        model: its image encoder must be a plain ViT where patches are dropped.
-        init_logit_scale: t at the start; it is not bounded, released models exceed 100.
-        init_logit_bias: b at the start, about the log-odds of a pair among so many non-pairs.
-        mask_ratio: the part of the patches that is dropped (FLIP, Li et al. 2023), 0 for none; a schedule with 0 at its
-            end has FLIP's unmasked stage.
-        mask_kind: `random` patches, or `block`: all but one rectangle of them.
-        stream: where the pairs come from.
+        model: its image encoder must be a plain ViT if patches are dropped.
+        init_logit_scale: initial value of t. It is not bounded, since t of released models exceeds 100.
+        init_logit_bias: initial value of b, about the log-odds of a pair, which are low because non-pairs dominate.
+        mask_ratio: fraction of the patches that is dropped (FLIP, Li et al. 2023), or a schedule of it; 0: none. A schedule
+            that ends with 0 corresponds to FLIP's unmasked stage.
+        mask_kind: `random` drops patches at random; `block` keeps one rectangle.
+        stream: data stream of the pairs.
     """
 
     def __init__(
@@ -46,18 +48,21 @@ class Sigmoid(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor([float(init_logit_bias)]))
 
     def embed(self, encodings: Encodings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Rows: image [b, e], text [b, e], ids int64 [b]; shared: logit_scale [1], logit_bias [1]."""
+        """Compute the inputs of the loss for a micro-batch.
+
+        Returns: (rows: image [b, e], text [b, e], ids int64 [b]; shared: logit_scale [1], logit_bias [1]).
+        """
         (stream,) = self.streams
         rows = {
             "image": encodings.image_embedding(stream, self.patches(encodings.batch.progress)),
             "text": encodings.text_embedding(stream),
             "ids": encodings.samples(stream).ids,
         }
-        # A product with one keeps the bias a graph node of its own, as exp does for the scale.
+        # Multiplying by 1 makes the bias a graph node separate from the parameter, as exp does for the scale.
         return rows, {"logit_scale": self.logit_scale.exp(), "logit_bias": self.logit_bias * 1}
 
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-        """`losses.sigmoid_loss` over the whole batch."""
+        """Compute `losses.sigmoid_loss` over the whole batch."""
         return sigmoid_loss(
             rows["image"], rows["text"], shared["logit_scale"], shared["logit_bias"], rows["ids"], split=True
         )

@@ -1,4 +1,4 @@
-"""SimCLR (Chen et al. 2020) beside CLIP, as SLIP has it (Mu et al. 2022)."""
+"""SimCLR (Chen et al. 2020), which SLIP combines with CLIP (Mu et al. 2022)."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -15,8 +15,11 @@ from mmpretrain.objectives.base import Encodings
 
 
 class BatchStandardization(nn.Module):
-    """BatchNorm (Ioffe and Szegedy 2015, algorithm 1) of the batch at hand: the head is never used for evaluation, so
-    that no running means are kept, and a batch of one, which torch refuses, gives the shift."""
+    """BatchNorm (Ioffe and Szegedy 2015, algorithm 1) with the statistics of the current batch.
+
+    It keeps no running statistics, since the head is not used for evaluation. It also accepts a batch of one, which torch's
+    BatchNorm rejects, and returns the bias for it.
+    """
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -25,24 +28,25 @@ class BatchStandardization(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, d] -> [b, d]."""
+        """Standardise each column of x [b, d] over the batch, then scale and shift it; returns [b, d]."""
         variance, mean = torch.var_mean(x, dim=0, unbiased=False)
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 
 class SimCLR(nn.Module):
-    """Two augmented views of an image find each other among all views of the batch.
+    """SimCLR: identify the other augmented view of an image among all views of the batch.
 
-    The views are the stream's own (`data.train.<stream>.views`), beside the image that other objectives see. The
-    projection head is a part of the loss, not of the model's pass: its BatchNorm then sees the whole batch, on any
+    The two views (`data.train.<stream>.views`) are separate from the image that other objectives read. The projection head
+    runs inside the loss, not in the forward pass of a micro-batch. Its BatchNorm therefore sees the whole batch, for any
     number of processes and micro-batches.
 
     Args:
         model: its image encoder is trained.
         temperature: tau.
-        hidden_width, embed_dim: of the projection head, an MLP of three layers (SLIP: 4096-4096-256).
-        norm: between its layers.
-        stream: where the images come from.
+        hidden_width, embed_dim: hidden and output width of the projection head, an MLP of three layers
+            (SLIP: 4096-4096-256).
+        norm: normalisation between the layers of the head: `batch` or `layer`.
+        stream: data stream of the images.
     """
 
     num_views = 2
@@ -72,17 +76,21 @@ class SimCLR(nn.Module):
         )  # fmt: skip
 
     def embed(self, encodings: Encodings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Rows: first and second [b, width], the views' pooled states, and ids int64 [b]; shared: the head's weights."""
+        """Compute the inputs of the loss for a micro-batch.
+
+        Returns: (rows: first and second [b, width], the pooled states of the views, and ids int64 [b]; shared: the
+            parameters of the head, by name).
+        """
         (stream,) = self.streams
-        # In the head's precision: what comes out of autocast is narrower.
+        # Cast to the precision of the head: the output of autocast may be narrower.
         width = next(self.head.parameters()).dtype
         first, second = (encodings.view(stream, i).pooled.to(width) for i in range(2))
         rows = {"first": first, "second": second, "ids": encodings.samples(stream).ids}
-        # A product with one makes them nodes of the graph, as what is shared has to be.
+        # Multiplying by 1 makes the parameters non-leaf graph nodes, as `shared` requires.
         return rows, {name: parameter * 1 for name, parameter in self.head.named_parameters()}
 
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
-        """`losses.nt_xent` over the whole batch, of both views through the head, one after the other."""
+        """Compute `losses.nt_xent` over the whole batch. The head is applied to each view separately."""
         first, second = (
             F.normalize(functional_call(self.head, dict(shared), (rows[view],)), dim=-1) for view in ("first", "second")
         )

@@ -1,28 +1,28 @@
-"""Which tokens a language model predicts, and where."""
+"""Prediction targets of language models, and their positions."""
 
 import torch
 from torch import Tensor
 
 
 def next_tokens(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token at each position but the last.
+    """Return the next token at each position but the last.
 
     Args:
-        ids: int64 [b, L].
-        lengths: int64 [b].
+        ids: token ids, int64 [b, L].
+        lengths: number of tokens of each text, int64 [b].
 
-    Returns: (the following token, int64 [b, L - 1]; whether there is one, bool [b, L - 1]).
+    Returns: (next token, int64 [b, L - 1]; bool [b, L - 1], False where the text has no next token).
     """
     positions = torch.arange(ids.shape[1] - 1, device=ids.device)
     return ids[:, 1:], positions < (lengths - 1)[:, None]
 
 
 def true_positions(mask: Tensor, number: int | None) -> tuple[Tensor, Tensor]:
-    """The (rows, columns) where a mask is true, int64 [n] each; they index a tensor as the mask itself does.
+    """Return the (rows, columns) where a mask is True, int64 [n] each. Indexing with them is equivalent to the mask.
 
     Args:
         mask: bool [b, L].
-        number: n, exactly; None if it is not known: the host then waits for the device to count.
+        number: n, the exact number of True elements. None: it is counted, which makes the host wait for the device.
     """
     found = mask.nonzero() if number is None else torch.nonzero_static(mask, size=number)
     return found[:, 0], found[:, 1]
