@@ -13,7 +13,8 @@ from mmpretrain.data.loader import ignore_signals, received
 Read = Callable[[int, Tensor], Any]
 """Function of (sample number, output tensor uint8 [c, h, w]) that writes the image and returns the sample's other values.
 
-Raises: BadSample."""
+Raises: BadSample.
+"""
 
 
 @dataclass(frozen=True)
