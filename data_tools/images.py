@@ -82,7 +82,7 @@ def _decode(data: bytes, options: ImageOptions) -> Image.Image:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # only these bytes are read, and Pillow raises many types
+    except Exception as error:  # only these bytes are read, and Pillow raises many exceptions
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
     return image
 
@@ -148,7 +148,7 @@ def orientation(image: Image.Image) -> int:
         value = image.getexif().get(ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # Pillow raises many types for damaged EXIF
+    except Exception:  # Pillow raises many exceptions for damaged EXIF
         return 1
     return value if value in range(1, 9) else 1
 

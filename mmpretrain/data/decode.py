@@ -57,7 +57,7 @@ def open_image(data: bytes) -> Image.Image:
         raise BadSample(f"no readable image (none of {', '.join(FORMATS)})") from error
     except MemoryError:
         raise
-    except Exception as error:  # only these bytes are read, and Pillow raises many types
+    except Exception as error:  # only these bytes are read, and Pillow raises many exceptions
         raise BadSample(f"no readable image ({type(error).__name__}: {error})".split("\n")[0]) from error
     check_size(image.height, image.width)
     return image
@@ -158,7 +158,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
         return image.convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises many types, as in `open_image`
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
 
 
@@ -170,7 +170,7 @@ def _with_transparency(image: Image.Image) -> Image.Image:
         return image.convert("RGBA")
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises many types, as in `open_image`
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
 
 
@@ -218,7 +218,7 @@ _PROGRESSIVE = b"\xff\xc2"
 
 
 def with_end_marker(data: bytes) -> bytes:
-    """Return the bytes of an image, with an end marker appended to a baseline JPEG that lacks only that."""
+    """Return the bytes of an image, with an end marker appended to a non-progressive JPEG that lacks it."""
     if data[:2] == b"\xff\xd8" and data[-2:] != _END_OF_IMAGE and _PROGRESSIVE not in data:
         return data + _END_OF_IMAGE  # not for progressive JPEGs, whose missing scans would go unnoticed
     return data
@@ -337,7 +337,7 @@ def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises many types, as in `open_image`
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
     pixels = np.empty((image.height, image.width, channels), np.uint8)
     height = max(1, _STRIP_PIXELS // image.width)
@@ -370,7 +370,7 @@ def _cropped(pixels: np.ndarray, crop: Crop) -> np.ndarray:
     if crop.width == pixels.shape[1] or box.size < _LARGE_CROP_BYTES:
         return box
     packed, row_bytes = pixels.reshape(-1), crop.width * pixels.shape[2]
-    for row in range(crop.height):  # source rows lie behind their targets, so this order overwrites no pending row
+    for row in range(crop.height):  # no source row precedes its target, so no pending row is overwritten
         packed[row * row_bytes : (row + 1) * row_bytes] = box[row].reshape(-1)
     return packed[: crop.height * row_bytes].reshape(box.shape)
 

@@ -1,7 +1,7 @@
 """Data loader: a map-style data set whose items are whole micro-batches of one rank.
 
-The content of a micro-batch depends on the sample order alone, never on the number of workers. A `DataLoader`
-returns items in order, so items that were prefetched but not consumed may be dropped when the run is killed.
+The sample order determines the content of each micro-batch; workers only decode it. A `DataLoader` returns items in
+order, so items that were prefetched but not consumed may be dropped when the run is killed.
 """
 
 import os

@@ -107,7 +107,7 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class _Row:
-    """Usable sample at one position, with the bad samples that it replaces."""
+    """Usable sample at one position: its id within the stream, and the samples refused before it."""
 
     id: int
     caption: str

@@ -300,7 +300,7 @@ def read_index(path: str | os.PathLike[str], tar_bytes: int | None = None) -> Ta
                 )
         except OldIndex:
             raise
-        except Exception as error:  # zipfile, NumPy and json raise many types, OSError among them
+        except Exception as error:  # zipfile, NumPy and json raise many exceptions, OSError among them
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise ValueError(f"{path}: unusable index ({reason}); it is made again") from error
 
