@@ -99,7 +99,7 @@ def build(
     result = build_shards(pairs, output, options, workers)
     seconds = time.monotonic() - started
     if result.key_problem is not None:
-        print(f"note: keys are row numbers, for {result.key_problem}", file=sys.stderr)
+        print(f"note: keys are row numbers, since {result.key_problem}", file=sys.stderr)
     named = f", {result.num_classes} classes" if result.num_classes is not None else ""
     print(f"{output}: {result.num_samples} samples in {len(result.shards)} shards{named}, {seconds:.1f} s")
     if result.num_refused:
@@ -190,7 +190,7 @@ def index(
     elsewhere = [result for result in results if result.index not in (None, f"{result.tar}.index.npz")]
     if elsewhere:
         folder = Path(str(elsewhere[0].index)).parent
-        print(f"{len(elsewhere)} indexes are in {folder}, for they could not be written beside their tars")
+        print(f"{len(elsewhere)} indexes are in {folder}, since they could not be written beside their tars")
     rows = [(result.tar, problem) for result in results for problem in result.problems]
     if rows:
         table = Table("tar", "problem")

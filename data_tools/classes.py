@@ -44,7 +44,7 @@ def read_classes(path: Path, column: str) -> Classes:
             raise ValueError(f"--classes {str(path)!r}: a table with tabs, expected the suffix .tsv; rename it")
         table = read_pairs(path)
         if table.refused:
-            raise ValueError(f"--classes {str(path)!r}: row {table.refused[0][0]}: {table.refused[0][1]}; mend it")
+            raise ValueError(f"--classes {str(path)!r}: row {table.refused[0][0]}: {table.refused[0][1]}; fix it")
         named = [name for name in (column, "label") if name in table.columns]
         label_column = (named or table.columns)[0]
         labels = [one_line(row[label_column]) for row in table.rows]

@@ -108,7 +108,7 @@ def read_lines(file: Path, max_bytes: int) -> Iterator[bytes | BadSample]:
                     yield _too_long(num_bytes, max_bytes)
                 begin = b""
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield BadSample(f"no whole gzip file from here on ({error}); fetch or pack it again")
+        yield BadSample(f"the gzip file is damaged or incomplete from here on ({error}); fetch or pack it again")
     except OSError as error:
         yield BadSample(f"the file cannot be read from here on ({error.strerror or error})")
 

@@ -18,7 +18,7 @@ CountTokens = Callable[[str], int]
 
 @dataclass(frozen=True)
 class PackedText:
-    """Packed sample. `key` is FILE-LINE-PIECE of its first piece: its document's file and line, and its index there."""
+    """Packed sample. `key` is FILE-LINE-PIECE of its start: the document's file and line, and the piece's index in it."""
 
     key: str
     text: str

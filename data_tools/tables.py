@@ -24,7 +24,7 @@ MAX_DEPTH = 64
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
 _FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|[^"\t\r\n]*)(\t|\r?\n|\Z)')
 _UNREADABLE = (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError)  # raised by pyarrow
-_TOO_DEEP = f"lists or objects inside each other more than {MAX_DEPTH} deep"
+_TOO_DEEP = f"lists or objects nested more than {MAX_DEPTH} deep"
 _NOT_UTF8 = "not UTF-8; convert the table, e.g. with iconv -t utf-8"
 
 

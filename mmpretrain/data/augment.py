@@ -35,7 +35,7 @@ def augmented(image: Tensor, augmentations: Sequence[Augmentation], seed: int) -
     if _described(image) != expected:
         raise ValueError(
             f"{', '.join(type(each).__name__ for each in augmentations)} turned an image {expected} into "
-            f"{_described(image)}; an augmentation returns what it gets: end `augment` with one that converts back "
+            f"{_described(image)}; an augmentation keeps type and shape: end `augment` with one that converts back "
             "(torchvision.transforms.v2.ToDtype, v2.Resize), or leave out what changes it"
         )
     return image

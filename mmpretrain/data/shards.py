@@ -203,7 +203,7 @@ class Fingerprint(str):
         if not before:
             return ""
         if before == now:
-            return "the same shards, of which other samples are kept"
+            return "the same shards with another selection of samples"
         if sorted(before) == sorted(now):
             return "the same shards in another order"
         if len(before) == len(now):

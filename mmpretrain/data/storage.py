@@ -72,7 +72,7 @@ def read_range(path: str, offset: int, size: int, file_bytes: int, mtime_ns: int
                 raise FileChanged(
                     f"{path} was changed or replaced while it was read: {now.st_size} bytes, modified at "
                     f"{now.st_mtime_ns} ns, indexed with {file_bytes} at {mtime_ns}; restore it and go on, or start a "
-                    "new run on what it is now"
+                    "new run on the changed file"
                 )
             if len(data) == size:
                 return data

@@ -217,7 +217,7 @@ class TarStream:
         if self._captions is not None:
             wanted += [
                 (
-                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or mend the shards",
+                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or fix the shards",
                     partial(self._read_captions, field=field),
                 )
                 for field in self._captions.names
@@ -228,7 +228,7 @@ class TarStream:
         if self._transform is not None:
             size = int(self._image_size.values[0])
             out = [*image_memory(1 + len(self._views), self._channels, size)]
-            wanted.append(("mend the shards", partial(self._read_images, seed=0, out=out)))
+            wanted.append(("fix the shards", partial(self._read_images, seed=0, out=out)))
         for i, source in enumerate(self.sources):
             for fix, read in wanted:
                 self._check_readable(i, source.shards, read, fix)
@@ -313,7 +313,7 @@ class TarStream:
                 sample = draw(hash64(seed, "replacement"), attempt) % shards.num_samples
         raise ValueError(
             f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "
-            f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; mend the data"
+            f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; fix the data"
         )
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:

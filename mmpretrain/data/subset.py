@@ -45,7 +45,7 @@ def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
     if len(number) < len(have):
         raise ValueError(
             f"subset={path} names samples by {'key' if wanted.dtype.kind in 'US' else 'uid'}, but {len(have) - len(number)} "
-            "of the samples share theirs with another; expected names that tell them apart"
+            "of the samples share theirs with another; expected unique ones"
         )
     kept = sorted({number[name] for name in names if name in number})
     if not kept:

@@ -162,20 +162,21 @@ def _end_problem(position: int, zero_bytes: int, tar_bytes: int) -> str | None:
     """Describe the problem of a zero block in place of a header; None if it properly ends the archive."""
     after = position + zero_bytes // _BLOCK * _BLOCK
     if zero_bytes < 2 * _BLOCK:
-        return f"a lone block of zeros at byte {position}, where a member or the two that end an archive should be"
+        return f"a lone block of zeros at byte {position}; expected a member, or the two blocks that end an archive"
     if zero_bytes > _MAX_COUNTED:
         return (
-            f"not read: bytes {after} to {tar_bytes}, behind {_MAX_COUNTED >> 20} MiB of zeros from byte {position} on, "
-            "where some thousand bytes end an archive: damage, or a sparse file?"
+            f"not read: bytes {after} to {tar_bytes}, after {_MAX_COUNTED >> 20} MiB of zeros from byte {position} on; an "
+            "archive ends with a few thousand, so the tar is damaged or a sparse file"
         )
     if position + zero_bytes < tar_bytes:
         return (
-            f"not read: bytes {after} to {tar_bytes}, for the archive ends at byte {position}; tars that were "
-            "concatenated must be packed again, zeros inside a tar are damage"
+            f"not read: bytes {after} to {tar_bytes}, since the archive ends at byte {position}; pack concatenated tars "
+            "again; zeros inside a tar are damage"
         )
     if zero_bytes > _MAX_PADDING:
         return (
-            f"{zero_bytes} bytes of zeros from byte {position} to the end, where some thousand end an archive: damage?"
+            f"{zero_bytes} bytes of zeros from byte {position} to the end; an archive ends with a few thousand, so the "
+            "tar may be damaged"
         )
     return None
 

@@ -313,7 +313,7 @@ def _stored_array(archive: zipfile.ZipFile, name: str, dtype: npt.DTypeLike, num
         raise ValueError(f"{name} is compressed")
     file = io.BytesIO(archive.read(info))
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError(f"{name} is no array of version 1.0")
+        raise ValueError(f"{name} is not an array of format version 1.0")
     shape, fortran_order, found = np.lib.format.read_array_header_1_0(file)
     if found != dtype or fortran_order or len(shape) != num_dimensions:
         raise ValueError(f"{name} is {found} {shape}, expected {np.dtype(dtype)} of {num_dimensions} dimensions")
@@ -338,9 +338,9 @@ def _valid_index(
     extensions, problems, tar_bytes = header["extensions"], header["problems"], header["tar_bytes"]
     for texts in (extensions, problems, [header["digest"]]):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("extensions, problems and digest are no texts")
+            raise ValueError("extensions, problems and digest must be strings")
     if type(tar_bytes) is not int or type(header["mtime_ns"]) is not int:
-        raise ValueError("tar_bytes and mtime_ns are no whole numbers")
+        raise ValueError("tar_bytes and mtime_ns must be integers")
     if len(set(extensions)) < len(extensions) or not (
         offsets.shape == sizes.shape == header_sums.shape == (len(extensions), len(key_ends))
     ):

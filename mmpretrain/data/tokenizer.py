@@ -259,7 +259,8 @@ class _Words:
     def __init__(self, vocabulary: Mapping[str, int], special: Sequence[int]) -> None:
         if max(vocabulary.values()) > _MAX_IDS_PER_TOKEN * len(vocabulary):
             raise ValueError(
-                f"the tokenizer has ids up to {max(vocabulary.values())} for {len(vocabulary)} tokens; expected ids in a row"
+                f"the tokenizer has ids up to {max(vocabulary.values())} for {len(vocabulary)} tokens; "
+                "expected consecutive ids"
             )
         continues = any(token.startswith("##") for token in vocabulary)
         starts = torch.ones(max(vocabulary.values()) + 1, dtype=torch.bool)
