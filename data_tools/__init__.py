@@ -1,1 +1,1 @@
-"""From raw pairs to shards: `python -m data_tools COMMAND --help`."""
+"""Tools that build shards from raw data: `python -m data_tools COMMAND --help`."""

@@ -1,4 +1,4 @@
-"""The command line: `python -m data_tools COMMAND`."""
+"""Command line of the data tools: `python -m data_tools COMMAND`."""
 
 import sys
 import time
@@ -14,17 +14,19 @@ from data_tools.command_line import run_app
 from data_tools.pool import num_cpus
 
 app = typer.Typer(
-    help="From raw pairs to shards.",
+    help="Build shards from raw data.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
-Workers = Annotated[int, typer.Option(min=1, help="Processes.", default_factory=num_cpus, show_default="all cores")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Number of processes.", default_factory=num_cpus, show_default="all cores")
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; wrong use is answered in one line and with exit code 2."""
+    """Run one command and return its exit code; see `run_app`."""
     return run_app(app, arguments)
 
 
@@ -36,27 +38,29 @@ def build(
     output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
     image: Annotated[str, typer.Option(help="Column of image paths, relative to the image root.")] = "image",
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder of the images; / admits any absolute path.", show_default="the table's")
+        Path | None, typer.Option(help="Folder of the images; / allows any absolute path.", show_default="the table's")
     ] = None,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Admit paths that leave the image root.")
+        bool, typer.Option("--allow-outside", help="Allow paths that leave the image root.")
     ] = False,
-    caption: Annotated[str, typer.Option(help="Column(s) of captions, joined by ', ': caption,tags.")] = "caption",
+    caption: Annotated[
+        str, typer.Option(help="Caption column, or several, whose texts are joined by ', ': caption,tags.")
+    ] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="Class list that gives the order of the labels.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="Class list that sets the order of the labels.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = None,
     format: Annotated[str | None, typer.Option(help="jpg, png or webp [default: the input's]")] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of JPEG and WebP.")] = 95,
     max_image_bytes: Annotated[
-        int, typer.Option(min=1, help="Memory that decoding an image may take; larger ones are refused.")
+        int, typer.Option(min=1, help="Memory limit for decoding an image, in bytes; images over it are refused.")
     ] = 1 << 29,
-    background: Annotated[str, typer.Option(help="Behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    background: Annotated[str, typer.Option(help="Colour behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Maximum number of samples per shard.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
     *,
     workers: Workers,
 ) -> None:
-    """Make shuffled, equal-sized WebDataset shards of images and captions.
+    """Build shuffled, equal-sized WebDataset shards of images and captions.
 
     A row whose path leaves the image root, by ../ or as an absolute path, is refused.
     Symbolic links inside the root are followed wherever they lead.
@@ -95,7 +99,7 @@ def build(
     result = build_shards(pairs, output, options, workers)
     seconds = time.monotonic() - started
     if result.key_problem is not None:
-        print(f"note: keys are row numbers, for {result.key_problem}", file=sys.stderr)
+        print(f"note: keys are row numbers, since {result.key_problem}", file=sys.stderr)
     named = f", {result.num_classes} classes" if result.num_classes is not None else ""
     print(f"{output}: {result.num_samples} samples in {len(result.shards)} shards{named}, {seconds:.1f} s")
     if result.num_refused:
@@ -108,27 +112,30 @@ def build_text(
         list[str], typer.Argument(metavar="INPUT...", help=".txt or .jsonl files, also .gz; folders of them, or globs.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
-    field: Annotated[str, typer.Option(help="Of JSON lines: the text's field, a.b for one inside another.")] = "text",
+    field: Annotated[
+        str, typer.Option(help="Field of JSON lines that holds the text; a.b for a nested field.")
+    ] = "text",
     document: Annotated[
-        str, typer.Option(help="What of a .txt is one: paragraph (between blank lines), line or file.")
+        str, typer.Option(help="Unit of a .txt that makes a document: paragraph (between blank lines), line or file.")
     ] = "paragraph",
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Training's data.tokenizer.path.", show_default="CLIP's tokenizer")
+        Path | None,
+        typer.Option(help="Tokenizer file or folder, as in data.tokenizer.path.", show_default="CLIP's tokenizer"),
     ] = None,
     context_length: Annotated[
-        int, typer.Option(min=3, help="Tokens of a sample at most, start and end included.")
+        int, typer.Option(min=3, help="Maximum number of tokens per sample, start and end included.")
     ] = 77,
-    pack: Annotated[bool, typer.Option(help="Join short documents, a line each, until a sample is full.")] = True,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="At most.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the shuffle.")] = 0,
+    pack: Annotated[bool, typer.Option(help="Join short documents, one per line, until a sample is full.")] = True,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Maximum number of samples per shard.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
     *,
     workers: Workers,
 ) -> None:
-    """Make shuffled, equal-sized WebDataset shards of text alone, in samples that training need not cut.
+    """Build shuffled, equal-sized WebDataset shards of text alone, in samples that training need not cut.
 
-    Documents longer than a sample are cut, at a sentence's end where that wastes little, else between words. Runs of
-    whitespace become one space; nothing else is lost. A sample's key says where it begins: file (manifest.json lists
-    them), line, piece of the document.
+    Documents longer than a sample are cut at the end of a sentence if that wastes little, else between words. Runs of
+    whitespace become one space; no other text is lost. A sample's key is the position of its beginning: the index of
+    the file in manifest.json, the line, and the piece of the document.
 
     Examples:
 
@@ -162,10 +169,10 @@ def index(
     tars: Annotated[list[str], typer.Argument(help="Tars, folders of tars, globs or brace patterns.")],
     workers: Workers,
 ) -> None:
-    """Make or refresh the offset index of any tars that WebDataset or img2dataset wrote.
+    """Build or refresh the offset indexes of tars from WebDataset or img2dataset.
 
-    Names truncated tars, duplicate keys, and samples without caption or (but in tars of text alone) image; exit code 1
-    if there are any.
+    Reports truncated tars, duplicate keys, and samples without a caption or, except in tars of text alone, an image.
+    The exit code is 1 if there are problems.
 
     Examples:
 
@@ -183,13 +190,13 @@ def index(
     elsewhere = [result for result in results if result.index not in (None, f"{result.tar}.index.npz")]
     if elsewhere:
         folder = Path(str(elsewhere[0].index)).parent
-        print(f"{len(elsewhere)} indexes are in {folder}, for they could not be written beside their tars")
+        print(f"{len(elsewhere)} indexes are in {folder}, since they could not be written beside their tars")
     rows = [(result.tar, problem) for result in results for problem in result.problems]
     if rows:
         table = Table("tar", "problem")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
-        # Whole lines in a file or a pipe, where rich would take the width for 80.
+        # Do not wrap lines in a file or a pipe, where rich would assume a width of 80.
         Console(width=None if sys.stdout.isatty() else 10_000).print(table)
         raise typer.Exit(1)
 
@@ -197,17 +204,18 @@ def index(
 @app.command()
 def shapes(
     output: Annotated[Path, typer.Option(help="Folder for train/, val/, composition/ and classes.tsv.")],
-    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
-    train: Annotated[int, typer.Option(min=1, help="Training samples.")] = 8064,
-    val: Annotated[int, typer.Option(min=1, help="Validation samples, of the trained pairs.")] = 1008,
-    composition: Annotated[int, typer.Option(min=1, help="Samples of the held-out pairs.")] = 448,
-    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side in pixels.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
+    train: Annotated[int, typer.Option(min=1, help="Number of training samples.")] = 8064,
+    val: Annotated[int, typer.Option(min=1, help="Number of validation samples, of the trained pairs.")] = 1008,
+    composition: Annotated[int, typer.Option(min=1, help="Number of samples of the held-out pairs.")] = 448,
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side of the images, in pixels.")] = 64,
     *,
     workers: Workers,
 ) -> None:
-    """Draw the embedded data set: scenes of shapes with compositional captions.
+    """Build the embedded data set: drawn scenes of shapes with compositional captions.
 
-    8 shapes in 8 colours, sizes, positions, a second object; 8 of the 64 pairs are left to `composition`.
+    Scenes vary in shape (8), colour (8), size, position and a second object. 8 of the 64 pairs of shape and colour
+    occur only in `composition`.
 
     Examples:
 
@@ -225,13 +233,15 @@ def shapes(
 
 @app.command()
 def tokenizer(
-    texts: Annotated[list[str], typer.Argument(help="Text files (a line each), tables of pairs, or tars.")],
+    texts: Annotated[list[str], typer.Argument(help="Text files (one text per line), tables of pairs, or tars.")],
     output: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
-    caption: Annotated[str, typer.Option(help="Columns of a table, or txt or json.<field> of tars.")] = "caption",
-    vocab_size: Annotated[int, typer.Option(help="Token ids; fewer where the texts hold fewer.")] = 8192,
-    lowercase: Annotated[bool, typer.Option(help="Whether texts are lower-cased.")] = True,
+    caption: Annotated[
+        str, typer.Option(help="Caption columns of a table, or txt or json.<field> of tars.")
+    ] = "caption",
+    vocab_size: Annotated[int, typer.Option(help="Number of token ids; fewer if the texts yield fewer.")] = 8192,
+    lowercase: Annotated[bool, typer.Option(help="Lower-case the texts.")] = True,
 ) -> None:
-    """Train a tokenizer on one's own texts: byte-level BPE with [PAD], [BOS], [EOS] and [MASK].
+    """Train a tokenizer on your own texts: byte-level BPE with [PAD], [BOS], [EOS] and [MASK].
 
     Examples:
 

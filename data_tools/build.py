@@ -1,4 +1,4 @@
-"""`build`: raw pairs -> shuffled, equal-sized WebDataset shards, the same bytes for the same input."""
+"""Command `build`: build shuffled, equal-sized WebDataset shards from image-text pairs, reproducible to the byte."""
 
 import hashlib
 import json
@@ -20,12 +20,15 @@ from mmpretrain.seeds import hash64, permutation
 ROWS_PER_CHECK = 64
 
 FileState = tuple[int, int]
-"""Of a file that was read: its size in bytes and modification time in ns."""
+"""Size in bytes and modification time in ns of a file that was read."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What, the pairs aside, decides the bytes of the shards; `image_root` None is the table's folder."""
+    """Options that, together with the pairs, determine the bytes of the shards.
+
+    `image_root` None is the table's folder.
+    """
 
     image_column: str = "image"
     image_root: Path | None = None
@@ -40,7 +43,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build made; `key_problem` says why a `key` column was not used, None where all is well."""
+    """Result of a build; `key_problem` is the reason why a `key` column was not used, or None."""
 
     shards: list[WrittenShard]
     num_refused: int
@@ -53,9 +56,9 @@ class BuildResult:
 
 
 def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> BuildResult:
-    """Builds shards of the pairs in `output`; an earlier build there is replaced, a killed one is finished.
+    """Build shards of pairs in `output`. An earlier build there is replaced, and a killed one is finished.
 
-    Raises ValueError for a table, a column or a folder that does not serve, and where every row is refused.
+    Raises: ValueError for an unusable table, column or folder, or if every row is refused.
     """
     if options.image_root is not None:
         if pairs.is_dir():
@@ -90,12 +93,12 @@ def _build(
     options: BuildOptions,
     workers: int,
 ) -> BuildResult:
-    """Builds in a locked folder; `texts` are the names of the files beside the shards."""
+    """Build shards in a locked folder; `texts` are the names of the text files beside the shards."""
     root = ImageRoot(options.image_root or table.folder, options.allow_outside)
     accepted, refused = accept_rows(
         table, root, options.image_column, options.caption_columns, options.label_column, classes
     )
-    # Images are looked at before anything is written, so that the shards come out equal whatever is refused.
+    # Check images before writing, so that shards are of equal size no matter how many are refused.
     samples: list[Sample] = []
     states: dict[int, FileState] = {}
     for sample, checked in zip(accepted, _check_images(accepted, options.image, workers)):
@@ -153,7 +156,7 @@ def _build(
 
 
 def _without_unknown(samples: Sequence[Sample], classes: Classes, refused: list[Refusal]) -> list[Sample]:
-    """The samples whose labels are among the classes of integers; the others are refused."""
+    """Return the samples whose labels are among the integer classes; add the others to `refused`."""
     known = set(classes.labels)
     for sample in samples:
         if sample.label not in known:
@@ -164,7 +167,7 @@ def _without_unknown(samples: Sequence[Sample], classes: Classes, refused: list[
 
 
 def _require_samples(pairs: Path, number: int, refused: list[Refusal]) -> None:
-    """Sorts what is refused. Raises: ValueError, with the first reason, if nothing is left."""
+    """Sort refusals by row. Raises: ValueError, with the first reason, if `number` of samples is 0."""
     refused.sort(key=lambda refusal: refusal.row_number)
     if not number:
         raise ValueError(f"pairs {str(pairs)!r}: every row is refused, the first because: {refused[0].reason}")
@@ -180,9 +183,9 @@ def _options_json(options: BuildOptions) -> dict[str, object]:
 def _plan(
     samples: Sequence[Sample], states: Mapping[int, FileState], classes: Classes | None, options: BuildOptions
 ) -> str:
-    """A hash (hex) of all that decides the shards' bytes; a file's size and time stand for its content.
+    """Return a hash (hex) of everything that determines the shards' bytes.
 
-    `states` are the files', by row number.
+    A file's size and modification time (`states`, by row number) represent its content.
     """
     plan = hashlib.sha256(json.dumps([_options_json(options), classes and classes.labels]).encode())
     for sample in samples:
@@ -191,7 +194,7 @@ def _plan(
 
 
 def _check_images(samples: Sequence[Sample], options: ImageOptions, workers: int) -> Iterator[FileState | str]:
-    """The state of each sample's file, or why its image is refused."""
+    """Yield the state of each sample's file, or the reason for refusing its image."""
     paths = [sample.path for sample in samples]
     tasks = [(paths[i : i + ROWS_PER_CHECK], options) for i in range(0, len(paths), ROWS_PER_CHECK)]
     return chain.from_iterable(run_tasks(_check_some, tasks, workers, "checking images"))
@@ -217,7 +220,7 @@ class ShardTask:
 
 
 def _finish_shard(task: ShardTask) -> tuple[WrittenShard | None, list[Refusal]]:
-    """The shard, None if no sample is left for it, and the rows whose files changed since they were checked."""
+    """Write a shard; return it (None if no sample is left) and the rows whose files changed since they were checked."""
     changed: list[Refusal] = []
     shard = finish_shard(task.path, _members(task, changed), len(task.samples))
     if not shard.num_samples:

@@ -1,9 +1,9 @@
-"""`build-text`: plain text and JSONL -> shuffled, equal-sized WebDataset shards of packed documents.
+"""Command `build-text`: build shuffled, equal-sized WebDataset shards of packed documents from plain text and JSONL.
 
-Two passes: documents are packed in the input's order into an unnamed file in the output's folder, then shards take
-their samples from it in the shuffled one. Memory holds some documents at a time (a whole file where one is a
-document), and some 40 bytes a sample for the shuffle: a billion tokens are 14 million samples, 0.6 GB. Tokenizers
-keep the words that they met.
+The build takes two passes. Documents are first packed in input order into an unnamed file in the output folder; shards
+then take their samples from it in shuffled order. Memory holds a few documents at a time (a whole file if each file is
+a document) and about 40 bytes per sample for the shuffle: 0.6 GB for a billion tokens in 14 million samples. Tokenizers
+also cache the words that they encode.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from mmpretrain.data.tokenizer import tokenizer_of
 from mmpretrain.seeds import hash64, permutation
 
 CHARACTERS_PER_TASK = 1 << 16
-"""Documents are packed in groups of this size, whatever the workers; only a group's last sample is not filled up."""
-_COUNTED_TOKENS = 1 << 20  # no text that is counted is longer
+"""Size of the groups that documents are packed in, for any number of workers. Only a group's last sample is not full."""
+_COUNTED_TOKENS = 1 << 20  # exceeds the length of any text that is counted
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What, the text aside, decides the bytes of the shards; `tokenizer` None is CLIP's."""
+    """Options that, together with the text, determine the bytes of the shards; `tokenizer` None is CLIP's."""
 
     field: str = "text"
     document: str = "paragraph"
@@ -42,7 +42,7 @@ class TextOptions:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What a build made; tokens count the special ones."""
+    """Result of a build; `num_tokens` includes special tokens."""
 
     shards: list[WrittenShard]
     num_documents: int
@@ -55,13 +55,13 @@ class TextResult:
 
 
 def build_text(inputs: Sequence[str], output: Path, options: TextOptions, workers: int) -> TextResult:
-    """Builds shards of the documents in `output`; an earlier build there is replaced, a killed one is finished.
+    """Build shards of documents in `output`. An earlier build there is replaced, and a killed one is finished.
 
-    Raises ValueError for input, a tokenizer or a folder that does not serve, and where no document is accepted.
+    Raises: ValueError for an unusable input, tokenizer or folder, or if no document is accepted.
     """
     files = text_files(inputs, output)
     check_output(output, [REFUSALS])
-    _token_counter(options.tokenizer)  # a wrong one is named before anything is read
+    _token_counter(options.tokenizer)  # report an invalid tokenizer before reading any text
     with locked_output(output, [REFUSALS]):
         return _build_text(inputs, files, output, options, workers)
 
@@ -69,7 +69,7 @@ def build_text(inputs: Sequence[str], output: Path, options: TextOptions, worker
 def _build_text(
     inputs: Sequence[str], files: Sequence[Path], output: Path, options: TextOptions, workers: int
 ) -> TextResult:
-    """Builds in a locked folder."""
+    """Build shards in a locked folder."""
     num_documents = num_tokens = 0
     with Spool(output) as packed, Spool(output) as refused:
         tasks = _groups(files, options, refused)
@@ -116,7 +116,7 @@ def _options_json(options: TextOptions) -> dict[str, object]:
 
 
 def _plan(packed: Spool, options: TextOptions) -> str:
-    """A hash (hex) of all that decides the shards' bytes."""
+    """Return a hash (hex) of everything that determines the shards' bytes."""
     plan = hashlib.sha256(json.dumps(_options_json(options)).encode())
     for record in packed:
         plan.update(len(record).to_bytes(8, "little") + record)
@@ -127,7 +127,7 @@ def _plan(packed: Spool, options: TextOptions) -> str:
 
 
 def _groups(files: Sequence[Path], options: TextOptions, refused: Spool) -> Iterator[list[Document]]:
-    """Consecutive documents of `CHARACTERS_PER_TASK` or more together; what is refused goes to `refused`."""
+    """Yield groups of consecutive documents with `CHARACTERS_PER_TASK` or more characters; append refusals to `refused`."""
     group: list[Document] = []
     num_characters = 0
     for document in read_documents(files, options.field, options.document):
@@ -144,17 +144,17 @@ def _groups(files: Sequence[Path], options: TextOptions, refused: Spool) -> Iter
 
 
 def _pack_group(options: TextOptions, documents: Sequence[Document]) -> tuple[int, list[PackedText]]:
-    """How many documents they are, and their samples."""
+    """Return the number of documents and their packed samples."""
     count_tokens = _token_counter(options.tokenizer)
     return len(documents), list(pack(documents, count_tokens, options.context_length, options.pack))
 
 
 @lru_cache(maxsize=1)
 def _token_counter(path: Path | None) -> CountTokens:
-    """Text -> its tokens, special ones too, as training counts them. Raises ValueError."""
+    """Return a function that counts a text's tokens, special tokens included, as training does. Raises: ValueError."""
     try:
         tokenizer = tokenizer_of(path=None if path is None else str(path), context_length=_COUNTED_TOKENS)
-    except Exception as error:  # the tokenizers library raises nothing narrower for a file that it cannot read
+    except Exception as error:  # the tokenizers library raises a plain Exception for unreadable files
         raise ValueError(f"--tokenizer {str(path)!r}: {error}") from error
     return lambda text: int(tokenizer([text])[1])
 
@@ -164,7 +164,7 @@ def _token_counter(path: Path | None) -> CountTokens:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """A shard's samples: key, line end, text."""
+    """Path and sample records of a shard. A record is the key, a line end and the text."""
 
     path: Path
     records: list[bytes]

@@ -1,4 +1,4 @@
-"""Class indexes: from labels to the integers of `cls`, and the class list `classes.tsv`."""
+"""Class lists: the mapping from labels to the class indexes in `cls`, and the file `classes.tsv`."""
 
 import re
 from collections.abc import Sequence
@@ -15,21 +15,23 @@ MAX_INTEGER_CLASSES = 10**_INDEX_DIGITS
 
 @dataclass(frozen=True)
 class Classes:
-    """Labels in the order of their indexes, and the text that stands for each ("" where there is none)."""
+    """Class labels in the order of their indexes, and the text of each class ("" if there is none)."""
 
     labels: list[str]
     texts: list[str]
 
 
 def one_line(text: str) -> str:
-    """Text with each run of spaces, tabs and line ends as one space, as a table's field can hold it."""
+    """Replace each run of whitespace by one space, so that the text fits into a table's field."""
     return " ".join(text.split())
 
 
 def read_classes(path: Path, column: str) -> Classes:
-    """A class list in its order: plain lines, or a TSV's column of this name, its `label` or its first column.
+    """Read a class list: plain lines, or a column of a TSV (`column`, else `label`, else the first).
 
-    A column `text` gives the texts. Raises ValueError where a label is listed twice or none is.
+    The texts come from the TSV's column `text`.
+
+    Raises: ValueError if the file cannot be read, has no labels, or lists a label twice.
     """
     if not path.is_file():
         raise ValueError(f"--classes {str(path)!r}: no such file; expected one label a line, or a TSV with a header")
@@ -42,7 +44,7 @@ def read_classes(path: Path, column: str) -> Classes:
             raise ValueError(f"--classes {str(path)!r}: a table with tabs, expected the suffix .tsv; rename it")
         table = read_pairs(path)
         if table.refused:
-            raise ValueError(f"--classes {str(path)!r}: row {table.refused[0][0]}: {table.refused[0][1]}; mend it")
+            raise ValueError(f"--classes {str(path)!r}: row {table.refused[0][0]}: {table.refused[0][1]}; fix it")
         named = [name for name in (column, "label") if name in table.columns]
         label_column = (named or table.columns)[0]
         labels = [one_line(row[label_column]) for row in table.rows]
@@ -58,13 +60,13 @@ def read_classes(path: Path, column: str) -> Classes:
 
 
 def classes_of(labels: Sequence[str]) -> Classes:
-    """The classes of a data set's own labels: integers as they are, else the sorted distinct labels.
+    """Derive classes from a data set's labels. Integer labels are the indexes; other labels are sorted.
 
-    Integers from `MAX_INTEGER_CLASSES` on are left out.
+    Integers of `MAX_INTEGER_CLASSES` or more are left out.
     """
     distinct = set(labels)
     if all(_INDEX.fullmatch(label) for label in distinct):
-        # By their digits: Python does not convert integers of thousands of them.
+        # Check the number of digits first: Python refuses to convert thousands of digits.
         highest = max((int(label) for label in distinct if len(label) <= _INDEX_DIGITS), default=-1)
         ordered = [str(index) for index in range(highest + 1)]
     else:
@@ -73,7 +75,7 @@ def classes_of(labels: Sequence[str]) -> Classes:
 
 
 def write_classes(path: Path, classes: Classes, labels: Sequence[str], captions: Sequence[str]) -> None:
-    """Writes `classes.tsv`: index, label, count, and as text the one caption that a class's samples share."""
+    """Write `classes.tsv`: index, label, count and text. A caption shared by all of a class's samples is its text."""
     counts = dict.fromkeys(classes.labels, 0)
     shared: dict[str, set[str]] = {label: set() for label in classes.labels}
     for label, caption in zip(labels, captions):

@@ -1,4 +1,4 @@
-"""How a command line of several commands starts and ends: wrong use in one line, exit codes."""
+"""Entry point of a command line with several commands: one-line errors and exit codes."""
 
 import io
 import sys
@@ -9,10 +9,10 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException:
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
-    """Runs one command of an app; wrong use is answered in one line and with exit code 2."""
+    """Run one command of an app and return its exit code: 2, with a one-line message, for errors; 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         return app(arguments, standalone_mode=False) or 0
     except _USAGE_ERROR as error:
@@ -20,7 +20,7 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
         print(f"error: {_given(arguments, error)}{message} (--help shows the options)", file=sys.stderr)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
-        # A file's name may hold what would rewrite a terminal's screen.
+        # A file name may contain terminal control sequences.
         shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
         print(f"error: {shown}", file=sys.stderr)
     except typer.Abort:
@@ -30,7 +30,7 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
 
 
 def _given(arguments: list[str], error: Exception) -> str:
-    """What was given for the option that an error is about, which its message leaves out."""
+    """Return the option and the value that caused an error, which its message leaves out."""
     names = getattr(getattr(error, "param", None), "opts", [])
     for argument, following in zip(arguments, [*arguments[1:], ""]):
         name, equals, value = argument.partition("=")

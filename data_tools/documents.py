@@ -1,4 +1,4 @@
-"""Documents of plain text and JSONL files, read one at a time."""
+"""Streaming reader of documents in plain text and JSONL files."""
 
 import gzip
 import zlib
@@ -15,14 +15,14 @@ TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 DOCUMENTS = ("paragraph", "line", "file")
 MAX_TEXT_BYTES = 1 << 28
-"""Of a document of plain text."""
+"""Limit for a document of plain text."""
 MAX_JSON_BYTES = 1 << 24
-"""Of a JSON line, which takes some twenty times as much memory if it is made to."""
+"""Limit for a JSON line. A hostile line takes about twenty times as much memory once parsed."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text on one line; it begins on line `line`, counted from 1, of file number `file`, counted from 0."""
+    """Document as a single line of text. `file` is its file's index, from 0; `line` is its first line, from 1."""
 
     file: int
     line: int
@@ -37,9 +37,9 @@ class RefusedDocument:
 
 
 def text_files(inputs: Sequence[str], output: Path) -> list[Path]:
-    """Files that paths, folders (the text files at any depth) and globs name, in the inputs' order, else by name.
+    """Expand paths, folders (text files at any depth) and globs to files, in input order, then sorted by path.
 
-    Raises ValueError where one names no text file, a file is named twice, or `output` is among what is read.
+    Raises: ValueError if an input names no text file, a file is named twice, or `output` is inside an input folder.
     """
     files: list[Path] = []
     for given in inputs:
@@ -74,12 +74,12 @@ def _is_text(file: Path) -> bool:
 
 
 def read_documents(files: Sequence[Path], field: str, document: str) -> Iterator[Document | RefusedDocument]:
-    """The documents of files in their order, each run of whitespace in them one space, and what is refused.
+    """Yield the documents and refusals of files, in order. Each run of whitespace in a document becomes one space.
 
     Args:
-        files: as `text_files` names them.
-        field: of JSON lines: the text's, `a.b` for one inside another.
-        document: of plain text: what is one, `paragraph` (between blank lines), `line` or `file`.
+        files: files as returned by `text_files`.
+        field: field of JSON lines that holds the text; `a.b` for a nested field.
+        document: unit of plain text that makes a document: `paragraph` (between blank lines), `line` or `file`.
     """
     for number, file in enumerate(files):
         is_plain = file.name.endswith(TEXT_SUFFIXES)
@@ -91,9 +91,9 @@ def read_documents(files: Sequence[Path], field: str, document: str) -> Iterator
 
 
 def read_lines(file: Path, max_bytes: int) -> Iterator[bytes | BadSample]:
-    """A file's lines, unpacked, without a byte order mark.
+    """Yield the lines of a file, decompressed and without a byte order mark.
 
-    In place of a longer line than `max_bytes`, and of the rest of a file that cannot be read, stands the reason.
+    A line longer than `max_bytes` is replaced by a BadSample with the reason; so is the rest of an unreadable file.
     """
     try:
         with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
@@ -108,7 +108,7 @@ def read_lines(file: Path, max_bytes: int) -> Iterator[bytes | BadSample]:
                     yield _too_long(num_bytes, max_bytes)
                 begin = b""
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        yield BadSample(f"no whole gzip file from here on ({error}); fetch or pack it again")
+        yield BadSample(f"the gzip file is damaged or incomplete from here on ({error}); fetch or pack it again")
     except OSError as error:
         yield BadSample(f"the file cannot be read from here on ({error.strerror or error})")
 
@@ -118,7 +118,7 @@ def _too_long(num_bytes: int, max_bytes: int) -> BadSample:
 
 
 def _plain_texts(file: Path, document: str) -> Iterator[tuple[int, str | BadSample]]:
-    """(first line, text, or why it is refused) of each document of plain text."""
+    """Yield (first line, text or reason for refusal) of each document of plain text."""
     first = num_bytes = 0  # line numbers count from 1
     texts: list[str] = []
     problem: BadSample | None = None
@@ -145,7 +145,7 @@ def _plain_texts(file: Path, document: str) -> Iterator[tuple[int, str | BadSamp
 
 
 def decode_line(data: bytes | BadSample) -> str | BadSample:
-    """A line of `read_lines` as text, or why it is refused."""
+    """Decode a line of `read_lines` to text, or return the reason for its refusal."""
     if isinstance(data, BadSample):
         return data
     try:
@@ -155,7 +155,7 @@ def decode_line(data: bytes | BadSample) -> str | BadSample:
 
 
 def _json_texts(file: Path, field: str) -> Iterator[tuple[int, str | BadSample]]:
-    """(line, text, or why it is refused) of each JSON line."""
+    """Yield (line number, text or reason for refusal) of each JSON line."""
     for line, data in enumerate(read_lines(file, MAX_JSON_BYTES), start=1):
         if isinstance(data, BadSample):
             yield line, data
@@ -167,7 +167,7 @@ def _json_texts(file: Path, field: str) -> Iterator[tuple[int, str | BadSample]]
 
 
 def _json_text(data: bytes, field: str) -> str:
-    """The text of a JSON line. Raises: BadSample if it has none."""
+    """Return the text of a JSON line. Raises: BadSample if it has no valid text."""
     value = read_json_field(data, field)
     if not isinstance(value, str):
         raise BadSample(f"its field {field!r} is {type(value).__name__}, expected a string")

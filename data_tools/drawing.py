@@ -1,4 +1,4 @@
-"""Scenes of one or two shapes -> a small RGB picture; sizes and places are fractions of its side."""
+"""Drawing of scenes of one or two shapes as RGB images. Sizes and positions are fractions of the image's side."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SUPERSAMPLING = 4
 
 @dataclass(frozen=True)
 class DrawnObject:
-    """`x`, `y` its centre, `radius` its nominal size (all fractions of the side), `rotation` in degrees."""
+    """Shape with centre (`x`, `y`) and nominal `radius`, as fractions of the side, and `rotation` in degrees."""
 
     shape: str
     color: Color
@@ -65,7 +65,7 @@ def _cross() -> list[Point]:
 
 
 def _crescent() -> list[Point]:
-    """A disc of radius 1 without the disc of radius 0.8 around (0.45, 0); they meet at cos(angle) = 0.625."""
+    """Return the disc of radius 1 minus the disc of radius 0.8 around (0.45, 0); they meet at cos(angle) = 0.625."""
     meet = math.acos(0.625)
     inner = math.atan2(math.sin(meet), 0.625 - 0.45)
     outer_arc = [meet + (2 * math.pi - 2 * meet) * i / 48 for i in range(49)]
@@ -75,7 +75,7 @@ def _crescent() -> list[Point]:
     ]
 
 
-# Outlines around (0, 0), of about equal area rather than equal width.
+# Outlines around (0, 0), with about equal areas instead of equal widths.
 OUTLINES: dict[str, list[Point]] = {
     "circle": _regular(64, 0.88),
     "square": [(-0.76, -0.76), (0.76, -0.76), (0.76, 0.76), (-0.76, 0.76)],
@@ -87,12 +87,12 @@ OUTLINES: dict[str, list[Point]] = {
     "crescent": _crescent(),
 }
 RING_HOLE = _regular(64, 0.5)
-# How far an outline reaches from its centre, in radii.
+# Largest distance of an outline from its centre, in radii.
 REACH = {shape: max(math.hypot(x, y) for x, y in outline) for shape, outline in OUTLINES.items()}
 
 
 def draw_scene(objects: list[DrawnObject], background: Color, side: int) -> Image.Image:
-    """An RGB picture of `side` pixels, drawn at four times that and averaged."""
+    """Draw an RGB image with a side of `side` pixels, at four times the resolution, and average it down."""
     large = side * SUPERSAMPLING
     image = Image.new("RGB", (large, large), background)
     pen = ImageDraw.Draw(image)

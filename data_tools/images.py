@@ -1,4 +1,4 @@
-"""One image file -> the bytes that go into a shard: upright 8-bit RGB or grey, its own bytes if they are."""
+"""Encoding of image files for shards, as upright 8-bit RGB or grey. Bytes that already qualify are kept unchanged."""
 
 import io
 import re
@@ -23,8 +23,8 @@ from mmpretrain.data.decode import (
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 WRITTEN_FORMATS = ("jpg", "png", "webp")
-MAX_FILE_BYTES = 1 << 29  # uncompressed 8-bit RGBA of as many pixels as `decode` takes has 400 MB
-MAX_SIDE = {"jpg": 65500, "webp": 16383}  # libjpeg's and libwebp's
+MAX_FILE_BYTES = 1 << 29  # uncompressed 8-bit RGBA takes 400 MB at the pixel limit of `decode`
+MAX_SIDE = {"jpg": 65500, "webp": 16383}  # limits of libjpeg and libwebp, in pixels
 STRIP_PIXELS = 1 << 18
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,9 +39,11 @@ UPRIGHT = {
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """`short_side` in pixels (larger images are reduced to it); `format` None keeps the input's.
+    """Options of the image encoding.
 
-    `max_bytes` is the most memory that decoding may take by the image's header, as `data.max_image_bytes` in training.
+    `short_side` is the maximum short side in pixels; larger images are reduced to it. `format` None keeps the input's
+    format. `max_bytes` limits the memory for decoding, estimated from the header, like training's
+    `data.max_image_bytes`.
     """
 
     short_side: int | None = None
@@ -52,9 +54,9 @@ class ImageOptions:
 
 
 def check_image(path: Path, options: ImageOptions) -> tuple[int, int]:
-    """An image file's size in bytes and modification time in ns.
+    """Check an image file without encoding it, and return its size in bytes and modification time in ns.
 
-    Raises: BadSample where `read_image` or `encode_image` would, without encoding.
+    Raises: BadSample in the same cases as `read_image` and `encode_image`.
     """
     data, state = read_file(path, MAX_FILE_BYTES)
     image = _decode(data, options)
@@ -66,12 +68,12 @@ def check_image(path: Path, options: ImageOptions) -> tuple[int, int]:
 
 
 def read_image(path: Path, options: ImageOptions) -> bytes:
-    """An image file's bytes. Raises: BadSample where it cannot be read or is too large."""
+    """Return the bytes of an image file. Raises: BadSample if it cannot be read or is too large."""
     return read_file(path, MAX_FILE_BYTES)[0]
 
 
 def _decode(data: bytes, options: ImageOptions) -> Image.Image:
-    """A decoded image. Raises: BadSample where training, too, refuses the bytes, and where Pillow cannot decode them."""
+    """Decode an image. Raises: BadSample if training would refuse the bytes or Pillow cannot decode them."""
     data = with_end_marker(data)
     image = open_image(data)
     check_memory(image, data, 3, options.max_bytes, "--max-image-bytes")
@@ -80,13 +82,13 @@ def _decode(data: bytes, options: ImageOptions) -> Image.Image:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # nothing is read here but these bytes, and Pillow says what it dislikes in many ways
+    except Exception as error:  # only these bytes are read, and Pillow raises many exceptions
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
     return image
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
-    """Strips of a decoded image and their boxes: of a large one converted whole, Pillow would hold several copies."""
+    """Yield boxes and strips of a decoded image. Converting a large image whole would hold several copies in Pillow."""
     height = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, height):
         box = (0, top, image.width, min(top + height, image.height))
@@ -94,7 +96,7 @@ def _strips(image: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Ima
 
 
 def _in_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """`to_rgb` of a decoded image, strip by strip."""
+    """Apply `to_rgb` to a decoded image, strip by strip."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     rgb = Image.new("RGB", image.size)
@@ -115,7 +117,7 @@ def _reduced(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
 
 
 def _check_sides(image: Image.Image, options: ImageOptions) -> None:
-    """Raises: BadSample if a side is longer than the format that is written allows."""
+    """Raise BadSample if a side is longer than the output format allows."""
     extension = _written_extension(image, options)
     width, height = _reduced(image.size, options.short_side)
     if max(width, height) > MAX_SIDE.get(extension, max(width, height)):
@@ -126,12 +128,12 @@ def _check_sides(image: Image.Image, options: ImageOptions) -> None:
 
 
 def can_keep(image: Image.Image, data: bytes, options: ImageOptions) -> bool:
-    """Whether an open image's bytes already are what `encode_image` would have to make of them."""
+    """Return True if the bytes of an opened image already meet the options, so that `encode_image` can keep them."""
     extension = EXTENSIONS.get(image.format or "")
     return (
         extension is not None
         and extension == (options.format or extension)
-        and image.mode in ("RGB", "L")  # so not CMYK, which many JPEG decoders refuse, nor palettes, nor alpha
+        and image.mode in ("RGB", "L")  # excludes palettes, alpha, and CMYK, which many JPEG decoders refuse
         and "transparency" not in image.info
         and not (image.format == "PNG" and data[24] > 8)  # Pillow opens 16-bit RGB as 8-bit RGB
         and not getattr(image, "is_animated", False)
@@ -141,20 +143,22 @@ def can_keep(image: Image.Image, data: bytes, options: ImageOptions) -> bool:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; damaged EXIF, frequent on the web, counts as none, as in viewers."""
+    """Return the EXIF orientation, 1 to 8. Damaged EXIF, frequent on the web, is ignored, as viewers do."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # as above
+    except Exception:  # Pillow raises many exceptions for damaged EXIF
         return 1
     return value if value in range(1, 9) else 1
 
 
 def encode_image(data: bytes, options: ImageOptions) -> tuple[str, bytes]:
-    """(extension, bytes) for the shard: the image's own, or an upright RGB image anew; raises BadSample.
+    """Return (extension, bytes) for the shard: the original bytes if possible, else a newly encoded upright RGB image.
 
-    Of an animation it is the first frame; a JPEG that lacks only its end marker is kept as it is.
+    Only the first frame of an animation is encoded. A JPEG that lacks only its end marker is kept unchanged.
+
+    Raises: BadSample if the image cannot be used.
     """
     image = _decode(data, options)
     extension = _written_extension(image, options)
@@ -162,13 +166,13 @@ def encode_image(data: bytes, options: ImageOptions) -> tuple[str, bytes]:
         return extension, data
     _check_sides(image, options)
     rgb, turn = _in_rgb(image, options.background), orientation(image)
-    del image  # its memory
+    del image  # free its memory
     if turn in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[turn])
     if (size := _reduced(rgb.size, options.short_side)) != rgb.size:
         rgb = rgb.resize(size, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    rgb.info = {}  # neither EXIF, which the turn has made untrue, nor a palette's transparency
+    rgb.info = {}  # drop EXIF, whose orientation no longer holds, and a palette's transparency
     if extension == "png":
         rgb.save(buffer, "PNG")
     else:
@@ -177,7 +181,7 @@ def encode_image(data: bytes, options: ImageOptions) -> tuple[str, bytes]:
 
 
 def parse_color(text: str) -> tuple[int, int, int]:
-    """`R,G,B` or `#rrggbb` -> (red, green, blue), each 0 to 255; raises ValueError."""
+    """Parse `R,G,B` or `#rrggbb` to (red, green, blue), each from 0 to 255. Raises: ValueError."""
     if re.fullmatch(r"#[0-9a-fA-F]{6}", text):
         red, green, blue = bytes.fromhex(text[1:])
         return red, green, blue

@@ -1,4 +1,4 @@
-"""`index`: offset indexes of any tars that WebDataset or img2dataset wrote."""
+"""Command `index`: build offset indexes of tars from WebDataset or img2dataset."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from mmpretrain.data.tar_index import index_tar, store_index
 
 @dataclass(frozen=True)
 class IndexedTar:
-    """One tar: its samples, its scan's CPU seconds, where its index lies, and what is wrong with it."""
+    """Result for one tar: number of samples, CPU seconds of the scan, path of its index, and problems."""
 
     tar: str
     num_samples: int
@@ -21,14 +21,14 @@ class IndexedTar:
 
 
 def index_tars(tars: Sequence[str], workers: int) -> list[IndexedTar]:
-    """Scans tars and stores their indexes, fresh ones too: whoever asks does not trust what is there."""
+    """Scan tars and store their indexes, even where a valid index exists: a request to index does not trust it."""
     return list(run_tasks(_index_one, tars, workers, "indexing"))
 
 
 def _index_one(tar: str) -> IndexedTar:
     started = time.process_time()
     try:
-        if not os.path.isfile(tar):  # to open a pipe would wait for ever
+        if not os.path.isfile(tar):  # opening a pipe would block forever
             raise ValueError("expected a regular file")
         index = index_tar(tar)
     except (ValueError, OSError) as error:

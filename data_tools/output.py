@@ -1,8 +1,8 @@
-"""The folder that a build writes: which of its files are a build's, who may write there, and when it is complete.
+"""Output folder of a build: ownership of its files, locking and completion.
 
-`manifest.json` says that a build is complete, and lists its shards; `building.json` is there while one is under way,
-and lists every file that it writes or still has to delete. A build touches no file that neither lists, nor one that
-is not what the manifest says.
+`manifest.json` marks a complete build and lists its shards. `building.json` exists during a build and lists every file
+that the build writes or has yet to delete. A build changes only files that one of the two lists, and none that differs
+from its entry in the manifest.
 """
 
 import errno
@@ -27,15 +27,15 @@ CLASSES = "classes.tsv"
 MADE_BY = "mmpretrain data_tools"
 
 _LOCK = ".building.lock"
-_LOCK_SECONDS = 5.0  # the workers of a killed build hold its lock until they have seen that it is gone
+_LOCK_SECONDS = 5.0  # the workers of a killed build hold its lock until they notice its end
 _SHARD_NAME = re.compile(r"\d{6,}\.tar")
-_TEMPORARY = re.compile(r"\.(.+?\.(?:tar|json|jsonl|tsv|npz))(?:\.[^.]+){0,2}\.tmp")  # an index has process and thread
-_FORMER_JOURNAL = re.compile(r"(?:[0-9a-f]{64})?")  # a plan alone, from before it was JSON
+_TEMPORARY = re.compile(r"\.(.+?\.(?:tar|json|jsonl|tsv|npz))(?:\.[^.]+){0,2}\.tmp")  # indexes add process and thread
+_FORMER_JOURNAL = re.compile(r"(?:[0-9a-f]{64})?")  # the format before JSON: the plan alone
 
 
 @dataclass(frozen=True)
 class _Earlier:
-    """An earlier build's files, and the plan of an unfinished one whose shards may be kept."""
+    """Files of earlier builds, and the plan of an unfinished one, whose shards may be kept."""
 
     files: frozenset[str]
     plan: str | None
@@ -43,9 +43,9 @@ class _Earlier:
 
 @contextmanager
 def locked_output(output: Path, files: Sequence[str] = ()) -> Iterator[None]:
-    """Holds a folder, made if it is not there, for one build; it is removed again if nothing was written.
+    """Lock an output folder for one build. A missing folder is created, and removed again if it stays empty.
 
-    Raises: what `check_output` does, and ValueError if another build holds the folder.
+    Raises: errors of `check_output`; ValueError if another build has locked the folder.
     """
     check_output(output, files)
     is_new = not output.exists()
@@ -56,12 +56,15 @@ def locked_output(output: Path, files: Sequence[str] = ()) -> Iterator[None]:
         (output / _LOCK).unlink(missing_ok=True)
         os.close(lock)
         if is_new:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # not empty
                 output.rmdir()
 
 
 def _lock(output: Path) -> int:
-    """The descriptor of the locked file. Raises: ValueError if another build holds it or there are no locks."""
+    """Lock the folder's lock file and return its descriptor.
+
+    Raises: ValueError if another build holds the lock or the file system supports no locks.
+    """
     output.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + _LOCK_SECONDS
     while True:
@@ -72,7 +75,7 @@ def _lock(output: Path) -> int:
                 raise _in_the_way(output, _LOCK) from error
             raise
         try:
-            # Not a POSIX lock: the workers of a killed build, which may still write, have to hold it as well.
+            # flock, not a POSIX lock: forked workers of a killed build may still write, and must hold the lock, too.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(lock)
@@ -90,11 +93,11 @@ def _lock(output: Path) -> int:
             os.ftruncate(lock, 0)
             os.write(lock, str(os.getpid()).encode())
             return lock
-        os.close(lock)  # whoever held it has deleted it since
+        os.close(lock)  # the previous holder has deleted the file
 
 
 def _is_held_by_a_living(lock: Path) -> bool:
-    """Whether the build that took the lock runs, so that not only workers of a killed one hold it."""
+    """Return True if the build that took the lock is running; False if only workers of a killed build hold it."""
     try:
         os.kill(int(lock.read_text()), 0)
     except PermissionError:
@@ -105,9 +108,10 @@ def _is_held_by_a_living(lock: Path) -> bool:
 
 
 def check_output(output: Path, files: Iterable[str] = ()) -> None:
-    """Raises: ValueError that names a file which no build wrote, if it is a tar or in the way of `files`.
+    """Check that a build may write to a folder. Only the sizes of listed tars are checked; `open_output` reads them.
 
-    Of the manifest's tars it looks only at the sizes; `open_output` reads them.
+    Raises: ValueError if the folder holds a tar or one of `files` that no build wrote, or a changed file of an earlier
+        build.
     """
     _earlier_build(output, files, read_tars=False)
 
@@ -133,15 +137,15 @@ def _in_the_way(output: Path, name: str) -> ValueError:
 
 
 def _listed_in_manifest(output: Path, read_tars: bool) -> set[str]:
-    """The files of a complete build.
+    """Return the names of the files of a complete build.
 
-    Raises: ValueError if the manifest is another program's, or a file is not the one that it lists.
+    Raises: ValueError if the manifest is not from a build, or a file differs from its entry.
     """
     manifest = _read_json(output / MANIFEST)
     shards: Any = manifest.get("shards")
     sha256: Any = manifest.get("sha256", {})
     is_ours = (
-        manifest.get("made_by", MADE_BY) == MADE_BY  # earlier versions did not say
+        manifest.get("made_by", MADE_BY) == MADE_BY  # absent in earlier versions
         and isinstance(manifest.get("num_samples"), int)
         and isinstance(manifest.get("options"), dict)
         and isinstance(shards, list)
@@ -162,7 +166,7 @@ def _listed_in_manifest(output: Path, read_tars: bool) -> set[str]:
         names.add(REFUSALS)
     if "pairs" in manifest and manifest.get("num_classes") is not None:
         names.add(CLASSES)
-    for name in sorted(names & {REFUSALS, CLASSES} & sha256.keys()):  # earlier versions kept no hashes of them
+    for name in sorted(names & {REFUSALS, CLASSES} & sha256.keys()):  # earlier versions stored no hashes
         path = output / name
         if os.path.lexists(path) and (not path.is_file() or file_sha256(path) != sha256[name]):
             raise _replaced(output, name)
@@ -177,10 +181,10 @@ def _replaced(output: Path, name: str) -> ValueError:
 
 
 def _listed_in_journal(output: Path) -> tuple[set[str], str | None]:
-    """The files of an unfinished build, and its plan. Raises: ValueError if the journal is another program's."""
+    """Return the files and the plan of an unfinished build. Raises: ValueError if the journal is not from a build."""
     path = output / JOURNAL
     if path.is_file() and path.stat().st_size <= 64 and _FORMER_JOURNAL.fullmatch(path.read_text(errors="replace")):
-        # It deleted all other tars before it wrote its own.
+        # A build of that version deleted all other tars before it wrote its own.
         tars = {tar.name for tar in output.glob("*.tar") if _SHARD_NAME.fullmatch(tar.name)}
         return tars | {REFUSALS, CLASSES}, None
     journal = _read_json(path)
@@ -195,7 +199,7 @@ def _may_be_listed(name: object) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; an empty one if it holds none."""
+    """Return the JSON object in a file; an empty one if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError, OSError):
@@ -204,14 +208,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def open_output(output: Path, plan: str, files: Sequence[str]) -> None:
-    """Readies a folder for the files of a build: what a killed one with the same plan wrote stays, other builds' go.
+    """Prepare a folder for a build. Files of a killed build with the same plan are kept; other builds' are deleted.
 
-    Raises: ValueError, before anything is written, if a file that no build wrote is a tar or in the way of `files`, or
-        a file of an earlier build is not what its manifest lists.
+    Raises: ValueError, before anything is written, if the folder holds a tar or one of `files` that no build wrote, or
+        a file of an earlier build that differs from its entry in the manifest.
     """
     earlier = _earlier_build(output, files, read_tars=True)
     if earlier.plan != plan:
-        # From here on the folder is an unfinished build, whose shards are not to be kept.
+        # From here on the folder is an unfinished build without a plan: its shards will not be kept.
         _write_journal(output, None, sorted({*earlier.files, *files}))
         (output / MANIFEST).unlink(missing_ok=True)
         for name in sorted(earlier.files):
@@ -228,7 +232,7 @@ def _write_journal(output: Path, plan: str | None, files: Sequence[str]) -> None
 
 
 def _delete_temporary(output: Path, files: set[str]) -> None:
-    """Deletes what a killed build left of files that it was writing."""
+    """Delete the temporary files that a killed build left."""
     names = {*files, *(index_path(name).name for name in files), JOURNAL, MANIFEST}
     for leftover in output.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(leftover.name)
@@ -237,10 +241,12 @@ def _delete_temporary(output: Path, files: set[str]) -> None:
 
 
 def close_output(output: Path, manifest: Mapping[str, object], texts: Iterable[str] = ()) -> None:
-    """Writes the manifest, which says that the build is complete.
+    """Write the manifest, which marks the build as complete, and delete the journal.
 
     Args:
-        texts: names of the files beside the shards, whose hashes it keeps: people may edit them.
+        output: folder of the build.
+        manifest: contents of the manifest.
+        texts: names of the text files beside the shards. The manifest records their hashes, since users may edit them.
     """
     sha256 = {name: file_sha256(output / name) for name in texts}
     made_by = {"made_by": MADE_BY, **manifest, "sha256": sha256}
@@ -249,17 +255,17 @@ def close_output(output: Path, manifest: Mapping[str, object], texts: Iterable[s
 
 
 def write_refusals(output: Path, refusals: Iterable[str]) -> None:
-    """Writes `refused.jsonl`: one JSON object for each row or document that was refused, in the input's order."""
+    """Write `refused.jsonl`: one JSON object per refused row or document, in input order."""
     write_atomically(output / REFUSALS, (refusal + "\n" for refusal in refusals))
 
 
 def write_atomically(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a UTF-8 text file, whole or in parts, beside itself and renames it into place.
+    """Write a UTF-8 text file, given whole or in parts, to a temporary file and rename it into place.
 
-    Lone surrogates, as in names of files that are not UTF-8, are written as JSON escapes them: `\\udcff`.
+    Lone surrogates, as in file names that are not UTF-8, are written as JSON escapes: `\\udcff`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # it may be a symbolic link
+    temporary.unlink(missing_ok=True)  # a leftover file, or a symbolic link
     with open(temporary, "x", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines([text] if isinstance(text, str) else text)
     os.replace(temporary, path)

@@ -1,4 +1,4 @@
-"""Documents -> texts of at most so many tokens: long ones are cut, short ones joined."""
+"""Packing of documents into texts of limited length: long documents are cut, short ones are joined."""
 
 import re
 from bisect import bisect_right
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from data_tools.documents import Document
 
-SEPARATOR = "\n"  # between documents; inside them whitespace is single spaces
-LEAST_FILL = 0.75  # of a cut text's characters: a sentence's end before that wastes too much
-_CHARACTERS_PER_TOKEN = 4  # where a search begins
-_MOST_CHARACTERS_PER_TOKEN = 8  # where it ends: byte-pair encoders are slow on endless words
+SEPARATOR = "\n"  # between documents; inside them, all whitespace is single spaces
+LEAST_FILL = 0.75  # smallest fraction of a text's characters to keep when it is cut at the end of a sentence
+_CHARACTERS_PER_TOKEN = 4  # initial guess of the search for a cut
+_MOST_CHARACTERS_PER_TOKEN = 8  # bounds the search: byte-pair encoders are slow on very long words
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’»)\]]*(?= |$)|[。！？][」』”’）]*")
 
 CountTokens = Callable[[str], int]
@@ -18,7 +18,7 @@ CountTokens = Callable[[str], int]
 
 @dataclass(frozen=True)
 class PackedText:
-    """A sample. `key` is FILE-LINE-PIECE of its beginning: the piece-th of the document that begins there."""
+    """Packed sample. `key` is FILE-LINE-PIECE of its start: the document's file and line, and the piece's index in it."""
 
     key: str
     text: str
@@ -28,17 +28,19 @@ class PackedText:
 def pack(
     documents: Iterable[Document], count_tokens: CountTokens, context_length: int, join: bool
 ) -> Iterator[PackedText]:
-    """The documents' text, in their order, in samples of at most `context_length` tokens.
+    """Yield the documents' text, in order, in samples of at most `context_length` tokens.
 
-    A document begins a new sample where the rest of the last one does not hold it, so that only those are cut that
-    are longer than a sample. Without `join` every document begins a new one. Raises what `cut` does.
+    A document that does not fit into the rest of the last sample begins a new one, so only documents longer than a
+    sample are cut. Without `join`, every document begins a new sample.
+
+    Raises: errors of `cut`.
     """
     sample: PackedText | None = None
     for document in documents:
         for piece, (text, num_tokens) in enumerate(cut(document.text, count_tokens, context_length)):
             if sample is not None and join and piece == 0:
                 joined = sample.text + SEPARATOR + text
-                # Counted anew: tokens of a text's parts need not add up to its own.
+                # Count the joined text: its tokens need not be the sum over its parts.
                 if (joined_tokens := count_tokens(joined)) <= context_length:
                     sample = PackedText(sample.key, joined, joined_tokens)
                     continue
@@ -50,14 +52,16 @@ def pack(
 
 
 def cut(text: str, count_tokens: CountTokens, context_length: int) -> Iterator[tuple[str, int]]:
-    """Pieces of a text and their tokens, each as long as `context_length` tokens allow.
+    """Yield the pieces of a text, each as long as `context_length` tokens allow, with their numbers of tokens.
 
-    They end with a sentence where that leaves them `LEAST_FILL` of their length, else with a word; a word that alone
-    is too long is cut inside. Raises ValueError where not even one character fits.
+    A piece ends at the end of a sentence if that keeps at least `LEAST_FILL` of its characters, else at the end of a
+    word. A single word that is too long is cut inside.
+
+    Raises: ValueError if not even one character fits.
     """
     start = 0
     while start < len(text):
-        # A window, for the cost of a text is not to grow with the square of its length.
+        # Search in a window, so that the cost does not grow with the square of the text's length.
         window = text[start : start + _MOST_CHARACTERS_PER_TOKEN * context_length]
         ends = [match.start() for match in re.finditer(" ", window)]
         if start + len(window) == len(text):
@@ -80,9 +84,10 @@ def cut(text: str, count_tokens: CountTokens, context_length: int) -> Iterator[t
 
 
 def _longest(text: str, ends: Sequence[int], count_tokens: CountTokens, context_length: int) -> tuple[int, int]:
-    """The last of ascending `ends` up to which the text fits, and its tokens there; (0, 0) where none does.
+    """Return the last of ascending `ends` up to which the text fits, and its number of tokens; (0, 0) if none fits.
 
-    A search by interpolation, for a text's tokens are spread nearly evenly: three or four counts instead of eight.
+    This is an interpolation search, since tokens are spread nearly evenly over a text: it needs three or four counts,
+    a binary search eight.
     """
     best = 0, 0
     fits, exceeds = 0, len(ends) + 1
@@ -99,6 +104,6 @@ def _longest(text: str, ends: Sequence[int], count_tokens: CountTokens, context_
 
 
 def _sentences_end(text: str) -> int:
-    """Where the last sentence of a text ends that is not wasteful to end with, else the text's length."""
+    """Return the end of the last sentence if it keeps at least `LEAST_FILL` of the text, else the text's length."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     return ends[-1] if ends and ends[-1] >= LEAST_FILL * len(text) else len(text)

@@ -1,4 +1,4 @@
-"""One function over many tasks, in this process or several, with a progress bar where someone watches."""
+"""Parallel map of a function over tasks, with a progress bar on a terminal."""
 
 import multiprocessing
 import os
@@ -13,25 +13,25 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-TASKS_AHEAD = 4  # for each worker
+TASKS_AHEAD = 4  # per worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def num_cpus() -> int:
-    """The CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_tasks(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int, description: str
 ) -> Iterator[Result]:
-    """Yields function(task) in the tasks' order; one worker is this process.
+    """Yield function(task) in the order of the tasks. With one worker, tasks run in this process.
 
-    Of an iterator, tasks are drawn a few ahead of the results: neither need fit into memory.
+    Tasks are drawn from an iterator only a few ahead of the results, so neither tasks nor results must fit in memory.
 
-    Raises: ValueError if a worker is killed, and what the function does.
+    Raises: ValueError if a worker is killed; errors of the function.
     """
     total = len(tasks) if isinstance(tasks, Sized) else None
     if workers <= 1 or (total is not None and total <= 1):
@@ -40,7 +40,7 @@ def run_tasks(
     remaining = iter(tasks)
     with ProcessPoolExecutor(min(workers, total or workers), initializer=_end_with_parent) as pool:
         try:
-            # The processes start here, before the progress bar's thread: a fork copies no half-held lock.
+            # Start the processes before the progress bar's thread, so that no fork copies a lock that is held.
             ahead = deque(pool.submit(function, task) for task in islice(remaining, TASKS_AHEAD * workers))
             more = (pool.submit(function, task) for task in remaining)
             yield from _progress(_results(ahead, more), total, description)
@@ -68,7 +68,7 @@ def _progress(results: Iterator[Result], total: int | None, description: str) ->
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent is killed; else it would wait for tasks for ever."""
+    """End this worker when its parent is killed; otherwise it would wait for tasks forever."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

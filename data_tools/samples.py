@@ -1,4 +1,4 @@
-"""Rows of a table -> samples with a key, an image file, a caption and a label, and what is refused."""
+"""Conversion of table rows to samples with a key, image file, caption and label, or to refusals."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from mmpretrain.data.decode import BadSample
 
 @dataclass(frozen=True)
 class Sample:
-    """One accepted row; `row_number` counts from 1 in the table."""
+    """Accepted row; `row_number` counts from 1 in the table."""
 
     key: str
     path: Path
@@ -34,9 +34,9 @@ class Refusal:
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """The folder that a table's image paths are relative to; none may leave it, unless `allow_outside`.
+    """Folder that a table's image paths are relative to. Paths may leave it only with `allow_outside`.
 
-    Symbolic links inside it may, for they are the doing of whoever has the folder, not of who wrote the table.
+    Symbolic links inside the folder may lead outside: they come from the folder's owner, not from the table's author.
     """
 
     folder: Path
@@ -47,10 +47,10 @@ class ImageRoot:
         return f"{os.path.abspath(self.folder).rstrip('/')}/"
 
     def locate(self, image: str) -> Path:
-        """The file of an image path. Raises: BadSample if it is outside."""
-        if "\0" in image:  # some versions of normpath cut there
+        """Return the file of an image path. Raises: BadSample if it is outside of the folder."""
+        if "\0" in image:  # some versions of normpath truncate the path there
             raise BadSample("no such file (its path has a NUL byte)")
-        # This path is opened, too: after a symbolic link, `..` would lead elsewhere than it says.
+        # The normalised path is also the one opened: `..` after a symbolic link would lead elsewhere.
         path = os.path.normpath(os.path.join(self.folder, image))
         if not self.allow_outside and not f"{os.path.abspath(path)}/".startswith(self._prefix):
             raise BadSample(
@@ -68,9 +68,11 @@ def accept_rows(
     label_column: str | None,
     classes: Classes | None,
 ) -> tuple[list[Sample], list[Refusal]]:
-    """Samples of the rows that have a path in `root`, a caption and, if asked for, a known label; the others' reasons.
+    """Convert rows to samples. A sample needs a path in `root`, a caption and, with `label_column`, a known label.
 
-    Keys come from the column `key` where it can name the samples, else they are the row numbers.
+    Keys come from the column `key` if its values are valid (see `key_problem`), else from the row numbers.
+
+    Returns: samples, and refusals with the reason for each other row.
     """
     use_keys = "key" in table.columns and key_problem(table) is None
     known = set(classes.labels) if classes else None
@@ -91,7 +93,7 @@ def accept_rows(
 
 
 def _caption(row: dict[str, Any], columns: Sequence[str]) -> str:
-    """The row's caption. Raises: BadSample if it has none that can be written."""
+    """Return the row's caption. Raises: BadSample if it is empty or not valid Unicode."""
     caption = caption_text(row, columns)
     if not caption:
         raise BadSample(f"no caption: {', '.join(columns)} empty")
@@ -101,7 +103,7 @@ def _caption(row: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def _label(row: dict[str, Any], column: str, known: set[str] | None) -> str:
-    """The row's label on one line. Raises: BadSample if it has none, or none of those that are `known`."""
+    """Return the row's label on one line. Raises: BadSample if it is empty, not valid Unicode, or not in `known`."""
     value = row.get(column)
     label = "" if value is None else one_line(str(value))
     if not label:
@@ -114,7 +116,7 @@ def _label(row: dict[str, Any], column: str, known: set[str] | None) -> str:
 
 
 def key_problem(table: Table) -> str | None:
-    """Why the column `key` cannot name the samples; None where it can, or where there is none."""
+    """Return the reason why the column `key` cannot be used as keys; None if it can, or if there is no such column."""
     if "key" not in table.columns:
         return None
     seen = set()
@@ -122,7 +124,7 @@ def key_problem(table: Table) -> str | None:
         key = row.get("key")
         if not isinstance(key, str | int) or not str(key):
             return f"a key is {key!r}"
-        # A member's name is KEY.EXTENSION in at most 100 bytes, and a key ends at the first dot.
+        # The name of a member is KEY.EXTENSION, at most 100 bytes; a key ends at the first dot.
         if re.search(r"[./\x00-\x1f\ud800-\udfff]|^__.*__$", str(key)) or len(str(key).encode()) > 90:
             return f"the key {key!r} has a dot, a slash or control characters, or is over 90 bytes long"
         if str(key) in seen:

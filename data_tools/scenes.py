@@ -1,4 +1,4 @@
-"""Scenes and their captions: shape × colour × size × position × relation to a second, smaller object."""
+"""Scenes and captions: shape × colour × size × position × relation to a second, smaller object."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ COLORS: dict[str, Color] = {
     "purple": (128, 48, 176),
     "pink": (246, 130, 190),
 }
-# Every colour with every shape; the index in this list is the class.
+# All pairs of colour and shape; the index in this tuple is the class.
 CLASSES = tuple((color, shape) for color in COLORS for shape in SHAPES)
-# One pair of each shape and of each colour (3 and 8 have no common factor), the same for every seed.
+# Held-out pairs, the same for every seed: one per shape and per colour, since 3 and 8 have no common factor.
 HELD_OUT = frozenset((tuple(COLORS)[(3 * i + 1) % 8], shape) for i, shape in enumerate(SHAPES))
 TRAINED = tuple(pair for pair in CLASSES if pair not in HELD_OUT)
 
@@ -39,17 +39,17 @@ POSITIONS = {
     (0, 1): "at the bottom",
     (1, 1): "in the lower right",
 }
-# Where the second object stands -> where, seen from it, the main object stands.
+# Direction from the main object to the second -> relation of the main object to the second.
 RELATIONS = {(1, 0): "to the left of", (-1, 0): "to the right of", (0, 1): "above", (0, -1): "below"}
 
 MARGIN = 0.02
-SECOND_RADIUS = 0.08  # at least: ten pixels across in a picture of 64
-SECOND_RATIO = (0.45, 0.6)  # of the main object's radius
+SECOND_RADIUS = 0.08  # minimum: a diameter of ten pixels in an image of 64
+SECOND_RATIO = (0.45, 0.6)  # fraction of the main object's radius
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content; `relation` and `second` are None where the main object is alone."""
+    """Content of an image; `relation` and `second` are None if there is only the main object."""
 
     color: str
     shape: str
@@ -63,7 +63,7 @@ class Scene:
 
 
 class Draws:
-    """Successive draws from one sample's seed."""
+    """Sequence of random draws from one sample's seed."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -78,9 +78,9 @@ class Draws:
 
 
 def make_scene(seed: int, pair: tuple[str, str]) -> Scene:
-    """The scene that a sample's seed names, with `pair` (colour, shape) as its main object.
+    """Draw the scene of a sample's seed, with `pair` (colour, shape) as its main object.
 
-    The second object's pair is always a trained one: held-out pairs are met nowhere but in their own split.
+    The second object is never a held-out pair, so held-out pairs occur only in their own split.
     """
     draws = Draws(seed)
     color, shape = pair
@@ -109,13 +109,13 @@ def make_scene(seed: int, pair: tuple[str, str]) -> Scene:
 
 
 def _coordinate(draws: Draws, third: int, reach: float) -> float:
-    """A centre in one of three ranges, apart from each other, that leaves the object wholly inside."""
+    """Draw a coordinate of the centre in one of three separate ranges that keep the whole object inside the image."""
     low, high = {-1: (reach + MARGIN, 0.38), 0: (0.46, 0.54), 1: (0.62, 1 - reach - MARGIN)}[third]
     return draws.uniform(low, high)
 
 
 def _second_object(draws: Draws, main: DrawnObject, pair: tuple[str, str]) -> tuple[str, DrawnObject] | None:
-    """The relation and an object beside the main one where there is room; None where there is none."""
+    """Return the relation and a second object beside the main one; None if there is no room."""
     color, shape = pair
     main_reach = main.radius * REACH[main.shape]
     room = {
@@ -133,7 +133,7 @@ def _second_object(draws: Draws, main: DrawnObject, pair: tuple[str, str]) -> tu
     radius = min(max(draws.uniform(*SECOND_RATIO) * main.radius, SECOND_RADIUS), largest)
     reach = radius * REACH[shape]
     along = main_reach + reach + MARGIN + draws.uniform(0, 0.5) * (room[side] - 2 * reach - 2 * MARGIN)
-    # Aside by less than half the distance, so that one relation and no other holds.
+    # The sideways offset is below half the distance, so that exactly one relation holds.
     low, high = reach + MARGIN, 1 - reach - MARGIN
     across = draws.uniform(-0.4, 0.4) * along
     x = main.x + side[0] * along if side[0] else min(max(main.x + across, low), high)
@@ -142,7 +142,7 @@ def _second_object(draws: Draws, main: DrawnObject, pair: tuple[str, str]) -> tu
 
 
 def _rotation(draws: Draws) -> float:
-    """Degrees; few, so that a small model learns the shapes in minutes."""
+    """Draw a rotation in degrees; the range is small so that a small model learns the shapes in minutes."""
     return draws.uniform(-15, 15)
 
 
@@ -163,7 +163,10 @@ def _caption(
     relation: str | None,
     second: tuple[str, str] | None,
 ) -> str:
-    """The main object first; more than half of the captions leave out its size, its position or the second object."""
+    """Return a caption that begins with the main object.
+
+    More than half of the captions leave out its size, its position or the second object.
+    """
     bare = _article(" ".join(pair))
     sized = _article(f"{draws.choice(SIZE_WORDS[size])} {' '.join(pair)}")
     if relation is None or second is None:

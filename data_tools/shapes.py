@@ -1,4 +1,4 @@
-"""`shapes`: the embedded data set, drawn scenes with compositional captions and a split of unseen pairs."""
+"""Command `shapes`: build the embedded data set of drawn scenes, with compositional captions and held-out pairs."""
 
 import hashlib
 import io
@@ -18,12 +18,15 @@ from mmpretrain.seeds import hash64, permutation
 
 SAMPLES_PER_SHARD = 1008
 JPEG_QUALITY = 95
-DRAWING_VERSION = 1  # part of what says whether a killed build's shards may stay
+DRAWING_VERSION = 1  # part of the plan, which decides if a killed build's shards are kept
 
 
 @dataclass(frozen=True)
 class ShapesOptions:
-    """Samples of each split (exactly balanced where the classes divide them), and the side in pixels."""
+    """Number of samples per split, image side in pixels, and seed.
+
+    Classes are exactly balanced if their number divides the number of samples.
+    """
 
     train: int = 8064
     val: int = 1008
@@ -34,7 +37,7 @@ class ShapesOptions:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard: samples `low` to `high` of a split."""
+    """Task for one shard: samples `low` to `high` - 1 of a split of `num_samples`."""
 
     path: Path
     split: str
@@ -46,10 +49,11 @@ class _Task:
 
 
 def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str, list[WrittenShard]]:
-    """Builds `train`, `val`, `composition` and a `classes.tsv` of every colour and shape under `output`.
+    """Build `train`, `val`, `composition` and a `classes.tsv` of all pairs of colour and shape in `output`.
 
-    The main pairs of `composition` occur nowhere else, neither as main nor as second object. Raises ValueError
-    where a file that no build wrote is in the way, or another build is writing.
+    The main pairs of `composition` occur nowhere else, neither as main nor as second object.
+
+    Raises: ValueError if a file that no build wrote would be overwritten, or if another build is writing.
     """
     sizes = {"train": options.train, "val": options.val, "composition": options.composition}
     lines = [f"{i}\t{' '.join(pair)}\t{int(pair in HELD_OUT)}\n" for i, pair in enumerate(CLASSES)]
@@ -67,7 +71,7 @@ def build_shapes(output: Path, options: ShapesOptions, workers: int) -> dict[str
 def _build_splits(
     output: Path, sizes: Mapping[str, int], options: ShapesOptions, workers: int
 ) -> dict[str, list[WrittenShard]]:
-    """Builds the splits, of so many samples each, in locked folders."""
+    """Build the splits in locked folders; `sizes` holds the number of samples of each."""
     tasks = []
     for split, num_samples in sizes.items():
         plan = json.dumps([DRAWING_VERSION, split, num_samples, options.image_size, options.seed])
@@ -102,7 +106,7 @@ def _members(task: _Task) -> Iterator[dict[str, str | bytes]]:
         pair = pairs[int(order[number]) % len(pairs)]
         scene = make_scene(hash64("shapes", task.seed, task.split, number), pair)
         buffer = io.BytesIO()
-        # Full colour resolution: of a second object, subsampled colour is mostly its neighbours'.
+        # Full colour resolution: with subsampling, a small second object would get the colour of its surroundings.
         picture = draw_scene(scene.objects, scene.background, task.image_size)
         picture.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         yield {

@@ -1,4 +1,4 @@
-"""Shards on disk: the same bytes for the same samples, each complete or absent."""
+"""Writing of shards, reproducible to the byte and atomic: a shard is complete or absent."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from mmpretrain.data.tar_index import index_path, index_tar, write_index
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A shard as the manifest lists it; `digest` is its index's, `sha256` the whole file's (both hex)."""
+    """Shard as listed in the manifest; `digest` is that of its index, `sha256` that of the whole file (both hex)."""
 
     name: str
     num_samples: int
@@ -28,15 +28,15 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def shard_bounds(num_samples: int, samples_per_shard: int) -> list[tuple[int, int]]:
-    """First sample of each shard and the one after its last: shards of equal size, give or take one."""
+    """Return the first sample of each shard and the one after its last. Shard sizes differ by at most one sample."""
     num_shards = max(1, -(-num_samples // samples_per_shard))
     return list(pairwise(num_samples * shard // num_shards for shard in range(num_shards + 1)))
 
 
 def finish_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]], num_samples: int) -> WrittenShard:
-    """Writes a shard, unless a killed build with the same plan has written all of it; then no sample is asked for.
+    """Write a shard, unless a killed build with the same plan has completed it; then no sample is drawn.
 
-    `samples` may turn out fewer than `num_samples`.
+    `samples` may yield fewer than `num_samples`.
     """
     if path.exists() and (shard := describe_shard(path)).num_samples == num_samples:
         return shard
@@ -44,12 +44,12 @@ def finish_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]], num_s
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> WrittenShard:
-    """Writes samples (`__key__`, bytes by extension) with webdataset, renames the tar into place, indexes it.
+    """Write samples (`__key__`, bytes by extension) with webdataset, rename the tar into place and index it.
 
-    Whatever the samples raise leaves no shard behind.
+    If the samples raise an error, no shard is left.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # it may be a symbolic link
+    temporary.unlink(missing_ok=True)  # a leftover file, or a symbolic link
     try:
         with open(temporary, "xb") as file:
             with TarWriter(file, user="mmpretrain", group="mmpretrain", mtime=0, encoder=False) as writer:
@@ -65,13 +65,13 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> Wri
 
 
 def delete_shard(path: Path) -> None:
-    """Deletes a shard and its index, if they are there."""
+    """Delete a shard and its index, if they exist."""
     path.unlink(missing_ok=True)
     index_path(path).unlink(missing_ok=True)
 
 
 def describe_shard(path: Path) -> WrittenShard:
-    """Reads a shard back: indexes it and hashes its bytes."""
+    """Index a written shard and hash its bytes. Raises: ValueError if the tar has problems."""
     index = index_tar(path)
     if index.problems:
         raise ValueError(f"{path}: {index.problems[0]}; delete its folder and build again")
@@ -80,7 +80,7 @@ def describe_shard(path: Path) -> WrittenShard:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash (hex) of a file's bytes."""
+    """Return the SHA-256 (hex) of a file."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Records on disk: what is made in one order and read in another, without memory for all of it."""
+"""Temporary records on disk, written in one order and read in another without holding them in memory."""
 
 import tempfile
 from array import array
@@ -8,14 +8,14 @@ from types import TracebackType
 
 
 class Spool:
-    """Records of bytes in an unnamed file, which a kill takes along; each takes 8 bytes of memory.
+    """Byte records in an unnamed temporary file, at 8 bytes of memory per record. The file vanishes if the process dies.
 
     Args:
-        folder: where there is room for them; it exists.
+        folder: existing folder with enough free space.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, it lives as long as its records
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as the spool
         self._ends = array("Q", [0])
 
     def append(self, record: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Pairs as a user brings them: TSV, CSV, JSONL or Parquet with a path and captions a row, or a folder."""
+"""Readers of image-text pairs: TSV, CSV, JSONL or Parquet tables, or folders of images with text files."""
 
 import csv
 import difflib
@@ -19,20 +19,21 @@ from mmpretrain.data.decode import BadSample
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_ROW_CHARACTERS = 1 << 24
 MAX_DEPTH = 64
-"""Of lists and objects inside each other in one row."""
+"""Maximum nesting depth of lists and objects in a row."""
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "jp2", "avif")
 _FIELD = re.compile(r'("[^"]*(?:""[^"]*)*"|[^"\t\r\n]*)(\t|\r?\n|\Z)')
-_UNREADABLE = (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError)  # as pyarrow says it
-_TOO_DEEP = f"lists or objects inside each other more than {MAX_DEPTH} deep"
+_UNREADABLE = (ValueError, ArithmeticError, LookupError, TypeError, NotImplementedError)  # raised by pyarrow
+_TOO_DEEP = f"lists or objects nested more than {MAX_DEPTH} deep"
 _NOT_UTF8 = "not UTF-8; convert the table, e.g. with iconv -t utf-8"
 
 
 @dataclass
 class Table:
-    """Rows of one set of columns; `row_numbers` counts from 1 as the file does, without its header.
+    """Table of rows with common columns.
 
-    `refused` holds (row number, reason) of the rows that could not be read; paths are relative to `folder`.
+    `row_numbers` holds each row's number in the file, from 1, without the header. `refused` holds (row number, reason)
+    of the rows that could not be read. Paths are relative to `folder`.
     """
 
     columns: list[str]
@@ -42,7 +43,7 @@ class Table:
     refused: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, number: int, row: dict[str, Any] | str) -> None:
-        """Adds a row, or the reason why it is refused."""
+        """Add a row, or the reason for its refusal."""
         if isinstance(row, str):
             self.refused.append((number, row))
         else:
@@ -50,7 +51,7 @@ class Table:
             self.row_numbers.append(number)
 
     def require(self, column: str, option: str) -> None:
-        """Raises ValueError, listing the columns, where there is none of this name."""
+        """Raise ValueError, listing the columns, if there is no column of this name."""
         if column not in self.columns:
             near = difflib.get_close_matches(column, self.columns, n=1, cutoff=0.5)
             suggestion = f"did you mean {near[0]!r}? " if near else ""
@@ -60,9 +61,9 @@ class Table:
 
 
 def read_pairs(path: Path) -> Table:
-    """Reads a table by its suffix, or a folder of images with `.txt` beside (columns `image`, `caption`).
+    """Read a table in the format of its suffix, or a folder of images with `.txt` files (columns `image`, `caption`).
 
-    Raises ValueError for an unknown suffix, a file that cannot be read as what it says, or an empty one.
+    Raises: ValueError for an unknown suffix, a file that cannot be read in its format or is too large, or no rows.
     """
     if path.is_dir():
         table = _read_folder(path)
@@ -85,7 +86,7 @@ def read_pairs(path: Path) -> Table:
 
 
 def _check_fits_memory(path: Path) -> None:
-    """Raises: ValueError for a table that is too large to be read; its rows take several times its size."""
+    """Raise ValueError if a table exceeds a quarter of the memory; its rows take several times its size."""
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     if (num_bytes := path.stat().st_size) > limit:
         raise ValueError(f"{path}: {num_bytes} bytes; expected at most a quarter of the memory, {limit}; split it")
@@ -117,7 +118,7 @@ def _read_folder(path: Path) -> Table:
 
 
 def _text_of(path: Path) -> str:
-    """A text file's content, each line end one "\\n". Raises: BadSample."""
+    """Return the content of a text file, with line ends as "\\n". Raises: BadSample."""
     try:
         text = read_file(path, MAX_ROW_CHARACTERS)[0].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -128,7 +129,7 @@ def _text_of(path: Path) -> str:
 
 
 def _read_text(path: Path) -> tuple[str, bool]:
-    """A table's text, and whether all of it is UTF-8; bytes that are not become lone surrogates."""
+    """Return a table's text, and True if all of it is UTF-8; invalid bytes become lone surrogates."""
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig"), True
@@ -140,15 +141,16 @@ def _read_tsv(path: Path) -> Table:
     text, is_utf8 = _read_text(path)
     if is_quoted_tsv(text):
         return _from_quoted(text, path, is_utf8, delimiter="\t")
-    # Not str.splitlines, which also cuts at characters that captions may hold, such as U+2028.
+    # str.splitlines would also split at characters that captions may contain, such as U+2028.
     return _from_records((line.removesuffix("\r").split("\t") for line in text.split("\n")), path, is_utf8)
 
 
 def is_quoted_tsv(text: str) -> bool:
-    """Whether a TSV is quoted as CSV is; most are not, and their captions may hold quotation marks.
+    """Return True if a TSV is quoted like CSV. Most are not, and their captions may contain quotation marks.
 
-    It is if all of the header's fields are quoted; or if every field with a quotation mark is well quoted, and some
-    field needed it: for doubled quotation marks, or for a tab or line end without which the rows come out uneven.
+    A TSV counts as quoted if all fields of its header are quoted. It also does if every field with a quotation mark is
+    well quoted and at least one field needs the quotes: for a doubled quotation mark, or, if lines differ in their
+    number of tabs, for a tab or line end.
     """
     if '"' not in text:
         return False
@@ -177,7 +179,7 @@ def _read_csv(path: Path) -> Table:
 
 
 def _from_quoted(text: str, path: Path, is_utf8: bool, delimiter: str) -> Table:
-    limit = csv.field_size_limit(sys.maxsize)  # the length of whole rows is checked
+    limit = csv.field_size_limit(sys.maxsize)  # `_from_records` checks the length of rows
     try:
         return _from_records(_quoted_records(text, delimiter), path, is_utf8)
     finally:
@@ -185,14 +187,15 @@ def _from_quoted(text: str, path: Path, is_utf8: bool, delimiter: str) -> Table:
 
 
 def _quoted_records(text: str, delimiter: str) -> Iterator[list[str] | str]:
-    """The records of a quoted table; of a line that begins none, the reason, and the next line begins anew.
+    """Yield the records of a quoted table. A line that begins no valid record yields the reason instead.
 
-    What follows on a line depends only on whether it begins inside quotation marks. Lines that once led to an error
-    from there are not read from there again, so that the time is linear in the text's length.
+    After an error, parsing resumes at the next line. The parse from a line on depends only on the state at its start:
+    inside quotation marks or not. Lines that led to an error from inside quotation marks are not parsed from that state
+    again, so the time is linear in the length of the text.
     """
     lines = list(io.StringIO(text, newline=""))
-    begin = 0  # the line that the record begins with
-    hopeless = 0  # inside quotation marks, the lines from `begin` up to here lead to `failure`
+    begin = 0  # first line of the record
+    hopeless = 0  # inside quotation marks, the lines from `begin` up to this one lead to `failure`
     failure = csv.Error()
 
     def following() -> Iterator[str]:
@@ -206,7 +209,7 @@ def _quoted_records(text: str, delimiter: str) -> Iterator[list[str] | str]:
         reader = csv.reader(following(), delimiter=delimiter, strict=True)
         try:
             for values in reader:
-                begin = first + reader.line_num  # before the reader asks for a line
+                begin = first + reader.line_num  # before the reader requests another line
                 yield values
             return
         except csv.Error as error:
@@ -260,7 +263,7 @@ def _read_jsonl(path: Path) -> Table:
 
 
 def _json_row(line: str, is_utf8: bool) -> dict[str, Any] | str:
-    """The row of a JSON line, or why it is refused."""
+    """Return the row of a JSON line, or the reason for its refusal."""
     if len(line) > MAX_ROW_CHARACTERS:
         return _too_long(len(line))
     if not is_utf8 and SURROGATE.search(line):
@@ -273,7 +276,7 @@ def _json_row(line: str, is_utf8: bool) -> dict[str, Any] | str:
         return _TOO_DEEP
     if not isinstance(row, dict):
         return f"{type(row).__name__}, expected a JSON object"
-    few = line.count("[") + line.count("{") <= MAX_DEPTH  # as in nearly all: the counts are quick
+    few = line.count("[") + line.count("{") <= MAX_DEPTH  # a quick check that suffices for nearly all rows
     return row if few else _unless_deep(row)
 
 
@@ -298,13 +301,13 @@ def _read_parquet(path: Path) -> Table:
 
 
 def _python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a `pyarrow.RecordBatch`; the reason in place of one with a value that cannot be had."""
+    """Yield the rows of a `pyarrow.RecordBatch`; a row with an unreadable value yields the reason instead."""
     import pyarrow
 
     try:
         rows = batch.to_pylist()
         yield from map(_unless_deep, rows) if any(map(pyarrow.types.is_nested, batch.schema.types)) else rows
-    except _UNREADABLE:  # some value is beyond Python's type: one by one
+    except _UNREADABLE:  # a value does not fit Python's type; convert rows one by one
         for i in range(batch.num_rows):
             try:
                 yield _unless_deep({name: _python_value(batch.column(name)[i]) for name in batch.schema.names})
@@ -313,7 +316,7 @@ def _python_rows(batch: Any) -> Iterator[dict[str, Any] | str]:
 
 
 def _python_value(scalar: Any) -> Any:
-    """A `pyarrow.Scalar` as Python's object, or as text where Python's cannot hold it, as times in ns."""
+    """Convert a `pyarrow.Scalar` to a Python object, or to text if it does not fit one, such as times in ns."""
     import pyarrow
 
     try:
@@ -332,7 +335,7 @@ _READERS = {
 
 
 def caption_text(row: dict[str, Any], columns: Sequence[str]) -> str:
-    """The row's caption columns joined by ", ", empty ones left out; a list counts as its items."""
+    """Join the row's caption columns by ", ". Empty values are left out; a list contributes its items."""
     return ", ".join(part for column in columns for part in _parts(row.get(column)))
 
 
@@ -347,9 +350,10 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def row_json(row: dict[str, Any]) -> bytes:
-    """A row as one JSON object; what JSON has no word for becomes text, NaN null, bytes their number.
+    """Encode a row as a JSON object.
 
-    Half of a surrogate pair, which is no Unicode and which most readers of JSON refuse, becomes U+FFFD.
+    NaN and infinities become null, bytes become "N bytes", and other values that JSON cannot represent become text.
+    Lone surrogates, which are not valid Unicode and which most JSON readers refuse, become U+FFFD.
     """
 
     def plain(value: Any) -> Any:

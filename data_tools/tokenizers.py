@@ -1,4 +1,4 @@
-"""Training a tokenizer on one's own texts, with the `tokenizers` library."""
+"""Training of tokenizers on local texts, with the `tokenizers` library."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,16 +11,20 @@ from mmpretrain.data.decode import BadSample, decode_captions
 from mmpretrain.data.shards import Shards, expand_shards
 
 MAX_PIECE_CHARACTERS = 1 << 12
-"""Of what is trained on at once: the time for a word without end grows with the square of its length."""
+"""Limit for a piece of training text. Training time grows with the square of the length of a word."""
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]")
 
 
 def read_texts(source: str, caption: str) -> Iterator[str | BadSample]:
-    """The texts of a `.txt` file (a line each), a table's caption columns, or tars' captions (`txt`, `json.<field>`).
+    """Yield the texts of a `.txt` file (one per line), of a table's caption columns, or of tars' captions.
 
-    In place of one that cannot be read stands the reason.
+    An unreadable text is replaced by a BadSample with the reason.
 
-    Raises: ValueError for a source or column that is not there.
+    Args:
+        source: a `.txt` file, a table, or a pattern of tars.
+        caption: columns of a table, separated by commas; or field of the tars, `txt` or `json.<field>`.
+
+    Raises: ValueError for a missing source or column.
     """
     path = Path(source)
     if path.suffix == ".txt" and path.is_file():
@@ -58,13 +62,14 @@ def _tar_captions(shards: Shards, field: str) -> Iterator[str | BadSample]:
 
 
 def usable_texts(texts: Iterable[str | BadSample], left_out: list[str], cut_words: list[str]) -> Iterator[str]:
-    """The texts that a tokenizer can be trained on, in pieces of at most `MAX_PIECE_CHARACTERS`.
+    """Yield usable texts, in pieces of at most `MAX_PIECE_CHARACTERS`.
 
-    A piece ends before a space, which changes nothing for the tokenizer, or inside a word that is longer than a piece.
+    A piece ends before a space, which does not affect the tokenizer, or inside a word that is longer than a piece.
 
     Args:
-        left_out: where the reason goes why a text cannot be used.
-        cut_words: where the beginnings of texts go that have been cut inside a word.
+        texts: texts, or reasons why they are unreadable.
+        left_out: receives the reason for each unusable text.
+        cut_words: receives the first 40 characters of each text that is cut inside a word.
     """
     for text in texts:
         if isinstance(text, BadSample):
@@ -89,11 +94,11 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, lowercase: bool) -> Tokenizer:
-    """Byte-level BPE (Radford et al. 2019): no text has unknown tokens. The same texts give the same tokenizer.
+    """Train a byte-level BPE tokenizer (Radford et al. 2019), which has no unknown tokens. Training is deterministic.
 
-    A text becomes `[BOS] ... [EOS]`; `[PAD]` is 0, and `[MASK]` stands ready for masked language modelling.
+    A text becomes `[BOS] ... [EOS]`. The id of `[PAD]` is 0; `[MASK]` is reserved for masked language modelling.
 
-    Raises: ValueError if there are no texts, or fewer ids than bytes and special tokens.
+    Raises: ValueError if there are no texts, or if `vocab_size` is below the number of bytes and special tokens.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:

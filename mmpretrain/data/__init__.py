@@ -1,1 +1,1 @@
-"""From tar shards to batches."""
+"""Data loading: tar shards, sample order, decoding, tokenizers and batches."""

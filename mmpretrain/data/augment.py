@@ -1,4 +1,4 @@
-"""What is done to a cropped image before it is batched, drawn from the sample's seed like everything else."""
+"""Augmentations of cropped images before batching, drawn from the sample's seed."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -12,27 +12,30 @@ from torch import Tensor
 from mmpretrain.seeds import hash64, torch_seed
 
 Augmentation = Callable[[Tensor], Tensor]
-"""uint8 [c, h, w] -> the same; draws from torch's, NumPy's or Python's global generators."""
+"""Function from an image, uint8 [c, h, w], to one of the same dtype and shape.
+
+It draws from the global generators of torch, NumPy or Python.
+"""
 
 
 def augmented(image: Tensor, augmentations: Sequence[Augmentation], seed: int) -> Tensor:
-    """Apply augmentations to one image, uint8 [c, h, w], every generator seeded from the sample's seed.
+    """Apply augmentations to one image, uint8 [c, h, w]. All global generators are seeded from the sample's seed.
 
-    Raises: ValueError if they leave another type or shape, which a batch of uint8 images would hold changed unseen.
+    Raises: ValueError if the dtype or shape changes, since the copy into a uint8 batch would convert it silently.
     """
     if not augmentations:
         return image
     expected = _described(image)
     own = hash64(seed, "augment")
     random.seed(own)
-    np.random.seed(own % 2**32)  # noqa: NPY002, what timm draws from
+    np.random.seed(own % 2**32)  # noqa: NPY002, timm draws from it
     with torch_seed(own):
         for augmentation in augmentations:
             image = augmentation(image)
     if _described(image) != expected:
         raise ValueError(
             f"{', '.join(type(each).__name__ for each in augmentations)} turned an image {expected} into "
-            f"{_described(image)}; an augmentation returns what it gets: end `augment` with one that converts back "
+            f"{_described(image)}; an augmentation keeps type and shape: end `augment` with one that converts back "
             "(torchvision.transforms.v2.ToDtype, v2.Resize), or leave out what changes it"
         )
     return image
@@ -45,16 +48,16 @@ def _described(image: Tensor) -> str:
 
 
 class TimmAugment:
-    """timm's automatic augmentation by its policy's name: RandAugment, AugMix or AutoAugment.
+    """Automatic augmentation of timm: RandAugment, AugMix or AutoAugment.
 
     Args:
-        policy: such as `rand-m9-mstd0.5-inc1`, `augmix-m3-w3` or `original`, as timm's `--aa` takes it.
+        policy: policy as in timm's `--aa`, such as `rand-m9-mstd0.5-inc1`, `augmix-m3-w3` or `original`.
 
     Raises: ValueError if timm does not know the policy.
     """
 
     def __init__(self, policy: str) -> None:
-        # Image statistics, which fill what a rotation uncovers: CLIP's mean, in grey levels.
+        # The fill colour of pixels that a rotation uncovers is CLIP's mean, in grey levels.
         fill = {"translate_const": 100, "img_mean": (123, 117, 104)}
         try:
             if policy.startswith("rand"):
@@ -67,7 +70,7 @@ class TimmAugment:
             raise ValueError(f"policy is {policy!r}; expected one of timm's, such as rand-m9-mstd0.5-inc1") from error
 
     def __call__(self, image: Tensor) -> Tensor:
-        """uint8 [3, h, w] -> the same. Raises: ValueError for another number of channels."""
+        """Augment an image, uint8 [3, h, w]. Raises: ValueError for another number of channels."""
         if len(image) != 3:
             raise ValueError(f"TimmAugment got images of {len(image)} channels; expected 3, or augmentation=none")
         picture = self._apply(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))

@@ -1,9 +1,9 @@
-"""Bytes -> uint8 image and caption: what is decoded, its limits, and what is refused.
+"""Decoding of sample bytes to uint8 images, captions and labels, with limits and checks for damage.
 
-JPEG goes through simplejpeg, decoded at 1/2, 1/4 or 1/8 where the crop stays larger than the target; all
-else goes through Pillow. A JPEG of which libjpeg says that data are missing or overwritten is refused; an overwritten
-stretch that decodes by chance as so many blocks cannot be told, nor can damage to a WebP of whole length: these formats
-have no checksums. One uint8 resize (bicubic, antialiased) serves both, so the path never shows.
+JPEGs are decoded by simplejpeg, at 1/2, 1/4 or 1/8 scale if the crop stays at least as large as the target; all other
+images are decoded by Pillow. A JPEG is refused if libjpeg reports missing or overwritten data. JPEG and WebP have no
+checksums, so two kinds of damage go undetected: overwritten JPEG data that happen to decode to the right number of
+blocks, and damage to a WebP of full length. Both paths share one uint8 resize (bicubic, antialiased).
 """
 
 import io
@@ -27,17 +27,17 @@ MAX_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 1 << 29
 WHITE = (255, 255, 255)
 
-# Pillow's about an image: limits are checked here, damage is looked for here, the rest is harmless.
+# Silence Pillow's warnings about images: this module checks limits and damage itself, and the rest is harmless.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadSample(ValueError):
-    """A sample's bytes cannot be used; the message is the reason, kept in `quarantine.jsonl`."""
+    """The bytes of a sample cannot be used. The message is the reason, which `quarantine.jsonl` records."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A box in the pixels of the original image, and whether it is mirrored."""
+    """Crop box in pixels of the original image; `flip` mirrors it horizontally."""
 
     top: int
     left: int
@@ -53,38 +53,40 @@ def open_image(data: bytes) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError as error:  # its own message holds an address in memory
+    except UnidentifiedImageError as error:  # Pillow's message contains a memory address
         raise BadSample(f"no readable image (none of {', '.join(FORMATS)})") from error
     except MemoryError:
         raise
-    except Exception as error:  # nothing is read here but these bytes, and Pillow says what it dislikes in many ways
+    except Exception as error:  # only these bytes are read, and Pillow raises many exceptions
         raise BadSample(f"no readable image ({type(error).__name__}: {error})".split("\n")[0]) from error
     check_size(image.height, image.width)
     return image
 
 
 def check_size(height: int, width: int) -> None:
-    """Raises: BadSample if an image of this many pixels is larger than `MAX_PIXELS`."""
+    """Raise BadSample if an image has more than `MAX_PIXELS` pixels."""
     if height * width > MAX_PIXELS:
         raise BadSample(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
 
 
-_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # Pillow's, a pixel; of all others 4
-_WEBP_BYTES = 9  # what libwebp holds besides, a pixel
+_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # per pixel in Pillow; 4 otherwise
+_WEBP_BYTES = 9  # additional memory of libwebp, per pixel
 
 
 def check_memory(
     image: Image.Image, data: bytes, channels: int, max_bytes: int, option: str = "data.max_image_bytes"
 ) -> None:
-    """Raises: BadSample, naming the option that sets the limit, if an image would take more than `max_bytes` to decode.
+    """Raise BadSample if decoding an image would take more than `max_bytes` of memory.
 
     Args:
-        image: opened, not decoded.
-        data: its bytes; empty where they are not known.
-        channels: of the result, as in `decode_image`.
+        image: opened image, not yet decoded.
+        data: encoded bytes of the image; empty if unknown.
+        channels: channels of the result, as in `decode_image`.
+        max_bytes: memory limit, in bytes.
+        option: option that sets the limit, named in the message.
     """
     stored = _STORED_BYTES.get(image.mode, 4)
-    each = stored + (5 if channels == 1 else channels)  # torch resizes one channel as four
+    each = stored + (5 if channels == 1 else channels)  # torch resizes one channel as if it were four
     if image.format == "WEBP":
         each += _WEBP_BYTES
     elif image.format in ("JPEG", "MPO") and image.height * image.width * (each + 8) > max_bytes:
@@ -96,9 +98,9 @@ def check_memory(
 
 
 def _strip_bytes(image: Image.Image) -> int:
-    """What libtiff holds while it decodes a strip or tile of a compressed TIFF: its pixels and its bytes in the file."""
+    """Return the memory of libtiff, in bytes, to decode a strip or tile of a compressed TIFF: its pixels and its data."""
     tags = image.tag_v2  # type: ignore[attr-defined]
-    if tags.get(259, 1) == 1:  # Compression: none, which Pillow reads itself
+    if tags.get(259, 1) == 1:  # tag Compression is none; Pillow reads such files itself
         return 0
     samples, bits = tags.get(277, len(image.getbands())), max(tags.get(258, (1,)))
     rows = tags.get(323, tags.get(278))  # TileLength, RowsPerStrip
@@ -120,7 +122,7 @@ def _check_bytes(
 
 
 def _keeps_coefficients(data: bytes) -> bool:
-    """Whether libjpeg holds all coefficients of a JPEG, two bytes each, since its scans do not hold whole pixels."""
+    """Return True if libjpeg buffers all coefficients of a JPEG, two bytes each, as its scans hold partial pixels."""
     start, components = 2, 0
     while start + 10 < len(data) and data[start] == 0xFF:
         kind, size = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
@@ -134,11 +136,11 @@ def _keeps_coefficients(data: bytes) -> bool:
     return False
 
 
-_DEEP_GREY = ("I;16", "I;16B", "I;16L", "I")  # Pillow's conversions cut such values off at 255
+_DEEP_GREY = ("I;16", "I;16B", "I;16L", "I")  # Pillow's conversions clip such values at 255
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """An RGB image: transparency flattened onto `background`, 16-bit grey scaled to 8; EXIF is not looked at.
+    """Convert an image to RGB: flatten transparency onto `background` and scale 16-bit grey to 8 bits. EXIF is ignored.
 
     Raises: BadSample if the pixels cannot be decoded (truncated or corrupt data).
     """
@@ -156,34 +158,37 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
         return image.convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
 
 
 def _with_transparency(image: Image.Image) -> Image.Image:
-    """An RGBA image. Raises: BadSample if the pixels cannot be decoded."""
+    """Convert an image to RGBA. Raises: BadSample if the pixels cannot be decoded."""
     if image.mode in _DEEP_GREY:
         return to_rgb(image).convert("RGBA")
     try:
         return image.convert("RGBA")
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
 
 
 def _jpeg_factor(crop: Crop, size: int) -> int:
-    """The power of two that libjpeg can divide by while the crop stays at least `size` (odd scales lose quality)."""
+    """Return the largest scale divisor of libjpeg, 1, 2, 4 or 8, at which the crop's sides stay at least `size`.
+
+    Scales that are not powers of two lose quality.
+    """
     return max(f for f in (1, 2, 4, 8) if f == 1 or min(crop.height, crop.width) >= f * size)
 
 
 def _decode_jpeg(
     data: bytes, plan: Callable[[int, int], Crop], size: int, max_bytes: int
 ) -> tuple[np.ndarray, Crop] | None:
-    """(pixels uint8 [h, w, 3], the crop in those pixels), or None where Pillow has to look. Raises: BadSample."""
+    """Return (pixels, uint8 [h, w, 3]; crop in those pixels), or None to leave the JPEG to Pillow. Raises: BadSample."""
     try:
         height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data)
-    except (ValueError, KeyError):  # KeyError: a subsampling that it has no name for
+    except (ValueError, KeyError):  # KeyError: an unknown subsampling
         return None
     if colorspace not in ("YCbCr", "Gray", "RGB"):
         return None
@@ -191,21 +196,21 @@ def _decode_jpeg(
     crop = plan(height, width)
     factor = _jpeg_factor(crop, size)
     decoded_bytes = 3 * (height // factor + 1) * (width // factor + 1)
-    if decoded_bytes + 6 * height * width > max_bytes and _keeps_coefficients(data):  # of the whole image, at any scale
+    if decoded_bytes + 6 * height * width > max_bytes and _keeps_coefficients(data):  # full size at any scale
         decoded_bytes += _COEFFICIENT_BYTES.get(subsampling, 6) * height * width
     _check_bytes(height, width, decoded_bytes, max_bytes)
     pixels = _undamaged(data, "RGB", min_height=-(-height // factor), min_width=-(-width // factor))
     return None if pixels is None else (pixels, _scaled(crop, factor))
 
 
-_COEFFICIENT_BYTES = {"Gray": 2, "420": 3, "411": 3, "422": 4, "440": 4, "444": 6}  # a pixel, in 16 bits each
+_COEFFICIENT_BYTES = {"Gray": 2, "420": 3, "411": 3, "422": 4, "440": 4, "444": 6}  # per pixel, 16 bits each
 
-# libjpeg warns and goes on where data are missing or overwritten: what it makes of them is grey, or noise.
+# libjpeg only warns about missing or overwritten data, and fills the pixels with grey or noise.
 _DAMAGE = re.compile(
     r"premature end|bad huffman code|bad arithmetic code|instead of rst|(\d+) extraneous bytes before marker (0x\w\w)",
     re.IGNORECASE,
 )
-_FEW_BYTES = 16  # cameras pad with some bytes; behind a hole hundreds are left over
+_FEW_BYTES = 16  # cameras add a few bytes of padding; missing data leave hundreds of extraneous bytes
 _STRIP_PIXELS = 1 << 18
 _LARGE_CROP_BYTES = 1 << 22
 _END_OF_IMAGE = b"\xff\xd9"
@@ -213,33 +218,37 @@ _PROGRESSIVE = b"\xff\xc2"
 
 
 def with_end_marker(data: bytes) -> bytes:
-    """The bytes of an image; a JPEG that lacks only its end marker gets one, for its image is whole."""
+    """Return the bytes of an image, with an end marker appended to a non-progressive JPEG that lacks it."""
     if data[:2] == b"\xff\xd8" and data[-2:] != _END_OF_IMAGE and _PROGRESSIVE not in data:
-        return data + _END_OF_IMAGE  # of a progressive one, scans may be missing unseen
+        return data + _END_OF_IMAGE  # not for progressive JPEGs, whose missing scans would go unnoticed
     return data
 
 
 def check_jpeg(image: Image.Image, data: bytes) -> None:
-    """Raises: BadSample if an opened image is a damaged JPEG, which Pillow would decode: it ignores libjpeg's warnings.
+    """Raise BadSample if an opened image is a damaged JPEG. Pillow would decode it, as it ignores libjpeg's warnings.
 
     Args:
-        data: the image's bytes, as of `with_end_marker`.
+        image: opened image.
+        data: encoded bytes of the image, as returned by `with_end_marker`.
     """
     if image.format in ("JPEG", "MPO"):
         _undamaged(data, "CMYK" if image.mode == "CMYK" else "RGB", min_factor=8)
 
 
 def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | None:
-    """The pixels of a JPEG, or None where simplejpeg refuses it for what is no damage to them. Raises: BadSample."""
+    """Return the pixels of a JPEG, or None if simplejpeg rejects it for a harmless reason.
+
+    Raises: BadSample if the pixels are damaged.
+    """
     try:
         return simplejpeg.decode_jpeg(data, colorspace, **scale)
-    except ValueError as error:  # strict: libjpeg's first warning, too, is an error
+    except ValueError as error:  # simplejpeg is strict: libjpeg's first warning is an error
         damage = _DAMAGE.search(str(error))
         is_padding = damage is not None and damage[1] is not None and int(damage[1]) <= _FEW_BYTES
         if damage is not None and not is_padding:
             raise BadSample(f"the JPEG is damaged ({error})") from error
-        # The first warning is the only one that is told, and what it is of may hide damage further on. Behind the last
-        # scan nothing is further on; in front of the first one what is no damage can be left out.
+        # Only the first warning is reported, so a harmless one may hide damage further on. A warning at the end marker
+        # hides nothing. Otherwise, remove harmless oddities in front of the first scan and decode again.
         if is_padding and damage is not None and damage[2] == "0xd9":
             return None
         plain = _without_oddities(data)
@@ -251,7 +260,7 @@ def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | Non
 
 
 def _without_oddities(data: bytes) -> bytes:
-    """A JPEG without what stands between the segments in front of its first scan, comments and application data."""
+    """Return a JPEG without the stray bytes, comments and application data in front of its first scan."""
     parts, start = [data[:2]], 2
     while start + 4 <= len(data):
         marker = data.find(b"\xff", start)
@@ -264,7 +273,7 @@ def _without_oddities(data: bytes) -> bytes:
         kind, size = data[marker + 1], int.from_bytes(data[marker + 2 : marker + 4], "big")
         if kind == 0xDA:  # the first scan
             return b"".join((*parts, data[marker:]))
-        if kind == 0 or kind == 1 or 0xD0 <= kind <= 0xD9:  # no segment
+        if kind == 0 or kind == 1 or 0xD0 <= kind <= 0xD9:  # a marker without a segment
             start = marker + 2
             continue
         start = marker + 2 + size
@@ -274,7 +283,10 @@ def _without_oddities(data: bytes) -> bytes:
 
 
 def _scaled(crop: Crop, factor: int) -> Crop:
-    """The crop in an image decoded at 1 / factor, each edge at the nearest pixel; it keeps `size` or more of them."""
+    """Return the crop in an image decoded at 1 / factor, each edge rounded to the nearest pixel.
+
+    Its sides stay at least the `size` that `_jpeg_factor` was given.
+    """
     top, left, bottom, right = (
         (2 * edge + factor) // (2 * factor)
         for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
@@ -293,15 +305,15 @@ def decode_image(
     """Decode, crop and resize one image.
 
     Args:
-        data: the encoded image.
-        plan: (height, width) of the original -> the crop to take of it.
-        size: the side of the square result, in pixels.
-        channels: 3 for RGB; 1 for grey (ITU-R 601, as Pillow's L); 4 for RGBA, whose transparency stays.
-        out: where the result is written, one of `image_memory`'s; None: new memory.
-        max_bytes: the most memory that decoding may take, by the image's header; pixels beyond the crop count, too.
+        data: encoded image.
+        plan: function of the original's (height, width) that returns the crop.
+        size: side length of the square result, in pixels.
+        channels: 3 for RGB; 1 for grey (ITU-R 601, as Pillow's L); 4 for RGBA, which keeps transparency.
+        out: tensor to write to, one image of `image_memory`; None allocates new memory.
+        max_bytes: memory limit for decoding, in bytes. It is checked on the header, and counts pixels outside the crop.
 
     Returns: uint8 [channels, size, size].
-    Raises: BadSample if the bytes are no decodable image of an allowed format and size.
+    Raises: BadSample if the bytes are not a decodable image of an allowed format and size.
     """
     data = with_end_marker(data)
     is_jpeg = data[:2] == b"\xff\xd8"
@@ -317,15 +329,15 @@ def decode_image(
 
 
 def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
-    """The pixels of an image, uint8 [h, w, channels]; see `decode_image`. Raises: BadSample.
+    """Return the pixels of an image, uint8 [h, w, channels]; see `decode_image`. Raises: BadSample.
 
-    They are converted strip by strip: of a large image Pillow's conversions would hold several copies at once.
+    Pixels are converted in strips, since Pillow's conversions would hold several copies of a large image at once.
     """
     try:
         image.load()
     except MemoryError:
         raise
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
         raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
     pixels = np.empty((image.height, image.width, channels), np.uint8)
     height = max(1, _STRIP_PIXELS // image.width)
@@ -341,9 +353,9 @@ def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
 
 
 def image_memory(n: int, channels: int, size: int) -> Tensor:
-    """Uninitialised images, uint8 [n, channels, size, size]; in a worker in memory that it shares with the trainer.
+    """Allocate uninitialised images, uint8 [n, channels, size, size]; a worker allocates memory shared with the trainer.
 
-    They lie channels last, as decoders leave images: another layout would cost a transposition of every one.
+    The memory format is channels last, like the decoders' output: any other layout would cost a transpose per image.
     """
     shape = (n, size, size, channels)
     if torch.utils.data.get_worker_info() is None:
@@ -353,28 +365,34 @@ def image_memory(n: int, channels: int, size: int) -> Tensor:
 
 
 def _cropped(pixels: np.ndarray, crop: Crop) -> np.ndarray:
-    """The crop; if it is large, moved to the beginning of `pixels`: the resize would copy rows that lie apart."""
+    """Return the cropped pixels. A large crop is moved to the start of `pixels`, since the resize copies strided rows."""
     box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if crop.width == pixels.shape[1] or box.size < _LARGE_CROP_BYTES:
         return box
     packed, row_bytes = pixels.reshape(-1), crop.width * pixels.shape[2]
-    for row in range(crop.height):  # each lies behind its place, and before the next one
+    for row in range(crop.height):  # no source row precedes its target, so no pending row is overwritten
         packed[row * row_bytes : (row + 1) * row_bytes] = box[row].reshape(-1)
     return packed[: crop.height * row_bytes].reshape(box.shape)
 
 
 def resized(pixels: np.ndarray, crop: Crop, size: int, out: Tensor | None = None) -> Tensor:
-    """The crop of pixels uint8 [h, w, c] as a square, uint8 [c, size, size]: bicubic, antialiased, in whole numbers.
+    """Crop pixels and resize them to a square: bicubic, antialiased, in integer arithmetic.
 
-    It is written to `out`, one of `image_memory`'s, or to new memory. Large pixels may be overwritten.
+    Args:
+        pixels: uint8 [h, w, c]; may be overwritten if the crop is large.
+        crop: crop to take.
+        size: side length of the result, in pixels.
+        out: tensor to write to, one image of `image_memory`; None allocates new memory.
+
+    Returns: uint8 [c, size, size].
     """
     box = torch.from_numpy(_cropped(pixels, crop))
     out = image_memory(1, pixels.shape[2], size)[0] if out is None else out
-    # The resize has a faster path for channels last, which is how pixels are decoded and batches lie.
+    # The resize has a faster path for channels last, the layout of decoded pixels and of batches.
     if box.shape[:2] == (size, size):
         out.copy_(box.permute(2, 0, 1))
     else:
-        # F.interpolate cannot write into memory that is there: images would be copied once more into the batch.
+        # F.interpolate has no `out`, and would need another copy of each image into the batch.
         torch.ops.aten._upsample_bicubic2d_aa.out(
             box.permute(2, 0, 1)[None], (size, size), align_corners=False, out=out[None]
         )
@@ -382,9 +400,9 @@ def resized(pixels: np.ndarray, crop: Crop, size: int, out: Tensor | None = None
 
 
 def read_json_field(data: bytes, path: str) -> Any:
-    """The value under a dotted path of a JSON member.
+    """Return the value at a dotted path in a JSON member.
 
-    Raises: BadSample if the bytes are no JSON object or the path is not in it.
+    Raises: BadSample if the bytes are not a JSON object or it lacks the path.
     """
     try:
         value = json.loads(data)
@@ -400,7 +418,7 @@ def read_json_field(data: bytes, path: str) -> Any:
 
 
 def _fields(value: Any) -> str:
-    """The fields of what JSON gave, some of them; its type if it has none."""
+    """List up to ten fields of a parsed JSON object; return the type's name for any other value."""
     if not isinstance(value, dict):
         return type(value).__name__
     names = [name if len(name) <= 40 and name.isprintable() else ascii(name[:40]) for name in sorted(value)[:10]]
@@ -408,7 +426,7 @@ def _fields(value: Any) -> str:
 
 
 def _without_lone_surrogates(text: str) -> str:
-    """The text, U+FFFD in place of each half of a pair that JSON escaped alone: no encoding has such halves."""
+    """Replace lone surrogates, which JSON escapes can produce and no encoding allows, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -417,7 +435,7 @@ def _without_lone_surrogates(text: str) -> str:
 
 
 _INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"))  # Unicode's categories
-_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a symbol that show nothing
+_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a symbol with blank glyphs
 
 
 def _is_visible(text: str) -> bool:
@@ -425,9 +443,9 @@ def _is_visible(text: str) -> bool:
 
 
 def read_label(data: bytes, field: str) -> str:
-    """A label as text: the content of a `cls` member, or the value under `json.<dotted path>`.
+    """Return a label as text: the content of a `cls` member, or the value at `json.<dotted path>`.
 
-    Raises: BadSample if there is none.
+    Raises: BadSample if the label is missing or empty.
     """
     value = data.decode(errors="replace")
     if field.startswith("json."):
@@ -438,19 +456,19 @@ def read_label(data: bytes, field: str) -> str:
 
 
 def check_caption_field(field: str, key: str) -> None:
-    """Raises: ValueError for `json` without a field in it, whose text would be taken for a caption."""
+    """Raise ValueError if a caption field is malformed, such as `json` alone, whose text would become the caption."""
     if field == "json" or not re.fullmatch(r"\w+|json(\.[^.]+)+", field):
         raise ValueError(f"{key} is {field!r}; expected a member such as txt, or a field of json: json.caption")
 
 
 def decode_captions(data: bytes, field: str) -> list[str]:
-    """The captions of one sample: the `txt` member's text, or a string or list of strings in the `json` member.
+    """Return the captions of a sample: the text of a member, or a string or list of strings in its `json` member.
 
     Args:
-        data: the member's bytes.
-        field: `txt`, or `json.<dotted path>`.
+        data: bytes of the member.
+        field: name of a text member such as `txt`, or `json.<dotted path>`.
 
-    Raises: BadSample if there is no caption with a visible character.
+    Raises: BadSample if the member cannot be parsed or has no caption with a visible character.
     """
     if field.startswith("json."):
         value = read_json_field(data, field.removeprefix("json."))

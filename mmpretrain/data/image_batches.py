@@ -1,4 +1,4 @@
-"""Images of evaluation and of `embed`: read in order, in batches that travel as one tensor each."""
+"""Ordered image batches for evaluation and `embed`; each batch is sent as one tensor."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -11,21 +11,24 @@ from mmpretrain.data.decode import BadSample, image_memory
 from mmpretrain.data.loader import ignore_signals, received
 
 Read = Callable[[int, Tensor], Any]
-"""(number of a sample, where its image uint8 [c, h, w] is written) -> what else is known of it. Raises: BadSample."""
+"""Function of (sample number, output tensor uint8 [c, h, w]) that writes the image and returns the sample's other values.
+
+Raises: BadSample.
+"""
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """Some samples, in their order."""
+    """Batch of consecutive samples, in their order."""
 
     images: Tensor
-    """uint8 [k, c, h, w], of those that could be read."""
+    """Images of the k readable samples, uint8 [k, c, h, w]."""
     samples: list[int]
-    """Their numbers, k of them."""
+    """Numbers of the k readable samples."""
     values: list[Any]
-    """What else was read of each, k of them."""
+    """Return value of `read` for each of the k readable samples."""
     refused: list[tuple[int, str]]
-    """(number, reason) of those that could not be read."""
+    """(number, reason) of each unreadable sample."""
 
 
 class _ImageBatches(Dataset[ImageBatch]):
@@ -33,7 +36,7 @@ class _ImageBatches(Dataset[ImageBatch]):
         self._read, self._channels, self._size = read, channels, size
 
     def __getitem__(self, numbers: range) -> ImageBatch:
-        # One tensor a batch: each tensor that a worker sends holds a file descriptor.
+        # One tensor per batch, since each tensor that a worker sends holds a file descriptor.
         images = image_memory(len(numbers), self._channels, self._size)
         samples: list[int] = []
         values: list[Any] = []
@@ -56,17 +59,19 @@ def image_batches(
     workers: int,
     timeout_seconds: float = 600.0,
 ) -> Generator[ImageBatch, None, None]:
-    """Read samples batch by batch, the last one shorter.
+    """Read samples in batches; the last batch may be smaller.
 
     Args:
-        read: reads one sample; in a worker, where there are any.
-        numbers: of the samples.
-        batch_size: samples of a batch.
-        channels, size: of the images, in pixels.
-        workers: processes that read; 0 for this one.
-        timeout_seconds: as in `loader.received`, whose result this is.
+        read: function that reads one sample; runs in the workers, if any.
+        numbers: numbers of the samples to read.
+        batch_size: samples per batch.
+        channels: number of image channels.
+        size: side length of the images, in pixels.
+        workers: number of worker processes; 0 reads in this process.
+        timeout_seconds: maximum time to wait for one batch, as in `loader.received`.
 
-    Raises: LoaderError for a worker that is lost.
+    Returns: generator of batches, as `loader.received` returns it; close it if it is not read to its end.
+    Raises: LoaderError if a worker is lost.
     """
     batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
     loader = DataLoader(
@@ -74,7 +79,7 @@ def image_batches(
         sampler=batches,
         batch_size=None,
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # others would import torch in every worker
+        multiprocessing_context="fork" if workers else None,  # other methods import torch in every worker
         worker_init_fn=ignore_signals,
     )
     return received(loader, timeout_seconds)

@@ -1,7 +1,7 @@
-"""From positions to batches: a map-style data set whose items are whole micro-batches of one rank.
+"""Data loader: a map-style data set whose items are whole micro-batches of one rank.
 
-The order decides what a micro-batch holds; workers only decide who decodes it. A `DataLoader` hands items out
-in order, so what was prefetched and not consumed is simply dropped at a kill.
+The sample order determines the content of each micro-batch; workers only decode it. A `DataLoader` returns items in
+order, so items that were prefetched but not consumed may be dropped when the run is killed.
 """
 
 import os
@@ -28,11 +28,11 @@ Item = TypeVar("Item")
 _POLL_SECONDS = 1.0
 
 MicroBatchItem = tuple[int, Mapping[str, StreamItem]]
-"""(samples seen before the step, what of each stream)."""
+"""Samples seen before the step, and the item of each stream by name."""
 
 
 class MicroBatches(Dataset[Batch]):
-    """The map-style data set: (samples seen, {stream: (positions, sources, ids)}) -> Batch."""
+    """Map-style data set: maps (samples seen, {stream: (positions, sources, ids)}) to a Batch."""
 
     def __init__(self, streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> None:
         self._streams = streams
@@ -52,7 +52,7 @@ class MicroBatches(Dataset[Batch]):
 
 
 class StepSampler(Sampler[MicroBatchItem]):
-    """Every micro-batch of one rank, step after step, from step `first_step` to `num_steps`."""
+    """Iterate over the micro-batches of one rank, from step `first_step` to step `num_steps - 1`."""
 
     def __init__(
         self,
@@ -91,9 +91,9 @@ def build_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """A loader whose items are the micro-batches of one rank, in order: `num_micro_batches` items a step.
+    """Build a loader of the micro-batches of one rank, in order: `num_micro_batches` items per step.
 
-    Raises: ValueError if a stream's batch size does not divide over the ranks and micro-batches.
+    Raises: ValueError if a stream's batch size is not divisible by `world_size * num_micro_batches`.
     """
     for name, stream in streams.items():
         for size in stream.batch_size.values:
@@ -107,7 +107,7 @@ def build_loader(
         sampler=StepSampler(streams, clock, first_step, num_steps, rank, world_size, num_micro_batches),
         batch_size=None,
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,  # others would import torch in every worker
+        multiprocessing_context="fork" if workers else None,  # other methods import torch in every worker
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
@@ -115,29 +115,29 @@ def build_loader(
 
 
 class LoaderError(RuntimeError):
-    """A worker was killed, or does not answer; the message is one line that names it."""
+    """A worker was killed or does not respond. The message is one line that names the worker."""
 
 
 def received(loader: DataLoader[Item], timeout_seconds: float) -> Generator[Item, None, None]:
-    """The loader's items.
+    """Iterate over the loader's items, with a timeout and a check for dead workers.
 
-    A thread takes them from the workers: a worker that is stopped while it hands over a tensor would hold up whoever
-    takes it for ever.
+    A separate thread receives items from the workers, since a worker that is stopped while it sends a tensor blocks the
+    receiver forever. Close the generator if it is not read to its end; otherwise this process waits for stopped workers
+    when it exits.
 
     Args:
-        loader: its workers are started now.
-        timeout_seconds: how long one item may take where workers read it.
+        loader: the loader; its workers are started by this call.
+        timeout_seconds: maximum time to wait for one item from the workers.
 
-    Close it where it is not read to its end: workers that are stopped would be waited for when this process ends.
-
-    Raises: LoaderError for a worker that was killed or does not answer; what a worker raised. No worker is left then.
+    Raises: LoaderError if a worker was killed or does not respond; any exception that a worker raises. All workers are
+        killed first.
     """
     before = signal.getsignal(signal.SIGCHLD)
     iterator: Any = iter(loader)
     if not loader.num_workers:
         return (item for item in iterator)
     if threading.current_thread() is threading.main_thread():
-        # PyTorch's handler would raise a worker's death wherever this process is, in the middle of a save too.
+        # PyTorch's handler would raise the error of a dead worker anywhere in this process, even during a save.
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
     return _received(iterator, iterator._workers, timeout_seconds)
 
@@ -152,7 +152,7 @@ def _received(
         try:
             while is_wanted:
                 taken.put(next(iterator))
-        except BaseException as error:  # handed over: it is raised where items are waited for
+        except BaseException as error:  # passed to the consumer, which raises it
             taken.put(error)
 
     threading.Thread(target=take, daemon=True).start()
@@ -172,7 +172,7 @@ def _received(
             if isinstance(item, StopIteration):
                 return
             if isinstance(item, BaseException):
-                if isinstance(item, ConnectionError | EOFError):  # a worker ended while it handed over a tensor
+                if isinstance(item, ConnectionError | EOFError):  # a worker ended while it sent a tensor
                     wait([worker.sentinel for worker in workers], timeout=_POLL_SECONDS)
                 _check_alive(workers)
                 raise item
@@ -180,14 +180,14 @@ def _received(
             began = time.monotonic()
     finally:
         is_wanted = False
-        for worker in workers:  # one that is stopped hears no other signal, and would be waited for at the end
+        for worker in workers:  # a stopped worker handles no signal but SIGKILL, and would block the exit
             worker.kill()
-        while not taken.empty():  # the thread may wait for room
+        while not taken.empty():  # the thread may be blocked on a full queue
             taken.get_nowait()
 
 
 def _check_alive(workers: list[BaseProcess]) -> None:
-    """Raises: LoaderError if a worker was killed."""
+    """Raise LoaderError if a worker was killed or failed."""
     ended = {i: worker for i, worker in enumerate(workers) if worker.exitcode}
     if ended:
         told = ", ".join(
@@ -203,13 +203,13 @@ def _how(code: int | None) -> str:
 
 
 def _stopped(workers: list[BaseProcess]) -> str:
-    """Which workers do not run, by the state that Linux gives them; empty where none is known to be so."""
+    """Describe the workers that are stopped or blocked, by their state in Linux; empty if there are none."""
     states = {"T": "is stopped", "t": "is stopped by a debugger", "D": "waits for a disk or a network file system"}
     told = []
     for i, worker in enumerate(workers):
         try:
             state = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # the worker has just ended
             continue
         if state in states:
             told.append(f"worker {i} of the data loader (process {worker.pid}) {states[state]}")
@@ -217,14 +217,14 @@ def _stopped(workers: list[BaseProcess]) -> str:
 
 
 def ignore_signals(worker: int) -> None:
-    """In a worker: a signal to the whole process group is the trainer's to answer; SIGTERM from the trainer ends it."""
+    """Ignore signals to the process group in a worker, since the trainer handles them; exit on the trainer's SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_exit_when_parent_says, daemon=True).start()
 
 
 def _exit_when_parent_says() -> None:
-    # Were SIGTERM ignored whoever sends it, a run that ends with an error would wait for its workers for ever.
+    # SIGTERM from the parent must end the worker: a run that ends with an error would wait for its workers forever.
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,9 +1,9 @@
-"""Which sample stands at global position s: a pure function of (seed, s, the shards' counts).
+"""Sample order: a pure function of the seed, the stream position and the shards' sample counts.
 
-A source's epoch is a seeded permutation of its blocks of consecutive samples, and inside each window of
-blocks a seeded permutation of the window's samples: reads stay local, and no shuffle buffer exists.
-A stream of several weighted sources deals positions out in a fixed pattern that holds each source's share
-exactly over a period, and to within one sample at every position where the period is kept as a table.
+Each epoch of a source permutes its blocks of consecutive samples, then the samples within each window of
+blocks; both permutations are seeded. Reads stay local, and no shuffle buffer is needed.
+A stream of several weighted sources assigns positions to sources by a fixed pattern, which holds each source's share
+exactly over a period, and to within one sample at every position if the period is kept as a table.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ MAX_TABLE = 10_000
 
 
 class SourceOrder:
-    """The order of one source's samples, epoch after epoch.
+    """Sample order of one source, over all epochs.
 
     Args:
-        seed: names the order.
-        num_samples: how many samples the source has.
-        block_sizes: int64 [num_blocks], consecutive samples that are read together; None cuts the source into
-            blocks of `BLOCK_SIZE`.
-        window_blocks: how many blocks are shuffled into each other.
+        seed: seed of the order.
+        num_samples: number of samples in the source.
+        block_sizes: number of consecutive samples in each block, int64 [num_blocks]; None uses blocks of
+            `BLOCK_SIZE` samples.
+        window_blocks: number of blocks whose samples are shuffled together.
     """
 
     def __init__(
@@ -49,25 +49,25 @@ class SourceOrder:
         self._sizes = block_sizes
         self._starts = np.cumsum(block_sizes) - block_sizes
         self._window_blocks = window_blocks
-        # An epoch's block order is kept for the epoch before and the one after a boundary; windows are few.
+        # Positions around an epoch boundary need the block order of two epochs, and few windows.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(blocks in their order, int64 [num_blocks]; where each window of them starts, int64 [num_windows + 1])."""
+        """Return (block order, int64 [num_blocks]; window offsets from 0 to num_samples, int64 [num_windows + 1])."""
         blocks = permutation(hash64(self._seed, epoch), len(self._sizes))
         ends = np.cumsum(self._sizes[blocks])
         last_blocks = np.arange(self._window_blocks, len(blocks), self._window_blocks) - 1
         return blocks, np.concatenate([[0], ends[last_blocks], [self.num_samples]])
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
-        """The samples of one window in their order, int64."""
+        """Return the sample ids of one window in shuffled order, int64."""
         blocks = self._epoch(epoch)[0][window * self._window_blocks : (window + 1) * self._window_blocks]
         samples = np.concatenate([np.arange(self._starts[b], self._starts[b] + self._sizes[b]) for b in blocks])
         return samples[permutation(hash64(self._seed, epoch, window), len(samples))]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Positions int64 [n] of this source -> sample ids int64 [n] in [0, num_samples)."""
+        """Map positions of this source, int64 [n], to sample ids in [0, num_samples), int64 [n]."""
         samples = np.empty(len(positions), dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
         for epoch in np.unique(epochs).tolist():
@@ -104,8 +104,8 @@ def integer_shares(weights: Sequence[float]) -> list[int]:
 def quota_pattern(shares: Sequence[int]) -> np.ndarray:
     """Return the source of each position of a period: int64 [sum(shares)], source k in `shares[k]` of them.
 
-    Of the sources that have not yet had their share, the next position goes to the one whose next sample is due
-    first: earliest deadline first, which meets every deadline and so stays within one sample of every share.
+    The pattern is earliest deadline first: among the sources below their share, the next position goes to the one
+    whose next sample is due first. This meets every deadline, so each source stays within one sample of its share.
     (Taking the source that is furthest behind does not: with seven sources it can be off by more than one.)
     """
     period = sum(shares)
@@ -120,12 +120,12 @@ def quota_pattern(shares: Sequence[int]) -> np.ndarray:
 
 
 def split_by_shares(positions: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Deal positions out to sources by arithmetic, for periods that are too long for a table.
+    """Assign positions to sources by arithmetic, for periods that are too long for a table.
 
-    Of every W positions that the sources k, k + 1, ... share (W: the sum of their shares w), source k takes the positions i
-    where floor((i + 1) w_k / W) exceeds floor(i w_k / W); the rest is numbered anew and dealt out to k + 1, ... alike. Each
-    source has exactly its share of a period; in between it is less than one sample from its part of what the sources
-    before it leave.
+    Let W be the sum of the shares w of sources k, k + 1, .... Of the positions left for them, source k takes those numbers i
+    where floor((i + 1) w_k / W) > floor(i w_k / W); the others are renumbered and assigned to k + 1, ... the same way. Each
+    source has exactly its share of a period. Within a period, source k is within one sample of its share of the positions
+    that the sources before it leave.
 
     Args:
         positions: int64 [n].
@@ -135,7 +135,7 @@ def split_by_shares(positions: np.ndarray, shares: Sequence[int]) -> tuple[np.nd
     """
     sources, indices = np.full(len(positions), len(shares) - 1, dtype=np.int64), positions.copy()
     rows, rest = np.arange(len(positions)), sum(shares)
-    # Products of remainders and shares have to fit; Python's integers are exact at any size.
+    # Products of offsets and shares must fit int64; Python's integers are exact at any size.
     left = positions if rest < 1 << 31 else positions.astype(object)
     for k, share in enumerate(shares[:-1]):
         periods, offsets = left // rest, left % rest
@@ -148,12 +148,12 @@ def split_by_shares(positions: np.ndarray, shares: Sequence[int]) -> tuple[np.nd
 
 
 class Order:
-    """The order of one stream: its sources' orders, dealt out by their weights.
+    """Sample order of one stream, which interleaves the orders of its sources by weight.
 
     Args:
-        sources: their orders.
-        weights: their shares.
-        period: after so many positions the order starts again, with the same seeds; None: never.
+        sources: order of each source.
+        weights: sampling weight of each source.
+        period: number of positions after which the order repeats, with the same seeds; None never repeats.
     """
 
     def __init__(self, sources: Sequence[SourceOrder], weights: Sequence[float], period: int | None = None) -> None:
@@ -166,15 +166,15 @@ class Order:
 
     @property
     def num_samples(self) -> int:
-        """How many samples an epoch of the stream has: those of all its sources."""
+        """Number of samples in an epoch of the stream: the sum over its sources."""
         return sum(source.num_samples for source in self.sources)
 
     def wrapped(self, positions: np.ndarray) -> np.ndarray:
-        """Positions int64 [n], those of a repetition as they were the first time."""
+        """Return positions, int64 [n], modulo the period; a repetition gets its original positions."""
         return positions if self._period is None else positions % self._period
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stream positions int64 [n] -> (source int64 [n], sample id within the source int64 [n])."""
+        """Map stream positions, int64 [n], to (sources, sample ids within the source), int64 [n] each."""
         positions = self.wrapped(positions)
         if self._pattern is None:
             sources, indices = split_by_shares(positions, self._shares)
@@ -190,14 +190,14 @@ class Order:
 
 
 def step_range(batch_size: ScheduledValue, step: int, clock: Clock) -> range:
-    """The positions of a stream that a step takes: they follow those of the steps before it, whatever its stages' sizes.
+    """Return the stream positions of a step. Steps are contiguous, even where the batch size changes.
 
     Args:
-        batch_size: samples of a step, which changes in stages.
-        step: its number, from 0.
-        clock: what the stages are measured against.
+        batch_size: samples per step; may change in stages.
+        step: step number, from 0.
+        clock: clock that defines the breakpoints of the stages.
     """
-    # A stage begins with the first step that starts at its breakpoint or behind it; the first one with the run.
+    # A stage begins with the first step that starts at or after its breakpoint; the first stage begins at step 0.
     first_steps = [0, *(-(-place // clock.batch_size) for place in batch_size.breakpoint_samples(clock)[1:])]
     sizes = [int(size) for size in batch_size.values]
     start = 0
@@ -211,11 +211,11 @@ def step_range(batch_size: ScheduledValue, step: int, clock: Clock) -> range:
 def step_positions(
     order: Order, taken: range, rank: int, world_size: int, num_micro_batches: int
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """One rank's micro-batches of the step that takes positions `taken`.
+    """Return the micro-batches of one rank, for the step at positions `taken`.
 
-    The batch is sorted by where its samples lie, cut into ranks, then into micro-batches.
+    The batch is sorted by storage order (source, then sample id), then split over the ranks, then into micro-batches.
 
-    Returns: for each micro-batch (positions, sources, sample ids), int64 [b] each.
+    Returns: (positions, sources, sample ids) of each micro-batch, int64 [b] each.
     """
     positions = order.wrapped(np.arange(taken.start, taken.stop))
     sources, samples = order(positions)

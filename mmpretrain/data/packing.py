@@ -1,4 +1,4 @@
-"""Texts of different lengths in rows of one length: next to nothing is computed on padding."""
+"""Packing of texts into rows of a fixed length, so that little compute is spent on padding."""
 
 import numpy as np
 import torch
@@ -10,19 +10,19 @@ _LENGTH_MULTIPLE = 8
 
 
 def row_length(lengths: Tensor, longest: int) -> int:
-    """The longest of `lengths`, rounded up to 8 so that few shapes occur, but to no more than `longest`."""
+    """Return the maximum of `lengths`, rounded up to a multiple of 8 so that few shapes occur, at most `longest`."""
     return min(-(-int(lengths.max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, longest)
 
 
 def packed(lengths: Tensor, length: int) -> Packing | None:
-    """Which row of `length` tokens each text stands in, and where: the longest first, each in the first row with room.
+    """Assign texts to rows of `length` tokens: the longest text first, each to the first row with room.
 
-    (First fit decreasing. 128 captions of a mean of 23 tokens, the longest of 50, fill their rows to 98 %.)
+    This is first-fit decreasing. 128 captions with a mean of 23 tokens and a maximum of 50 fill their rows to 98 %.
 
     Args:
-        lengths: int64 [b], at most `length`.
+        lengths: number of tokens of each text, int64 [b], at most `length`.
 
-    Returns: None where every text needs a row of its own.
+    Returns: the packing; None if every text needs its own row.
     """
     sizes = lengths.numpy()
     room, count = np.full(len(sizes), length), np.zeros(len(sizes), dtype=np.int64)

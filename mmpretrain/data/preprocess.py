@@ -1,4 +1,4 @@
-"""An image as evaluation sees it: what `mmpretrain.load` hands out and the evaluators use themselves."""
+"""Image preprocessing for evaluation, as `mmpretrain.load` returns it and the evaluators use it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +11,15 @@ from mmpretrain.data.transforms import CenterCrop, WholeImage
 
 
 class Preprocess:
-    """The largest centred square, or the whole image squashed, resized to the model's images.
+    """Crop the largest centred square, or squash the whole image, and resize it to the model's image size.
 
-    Normalisation is the model's own first layer, so that bytes are what travels.
+    The result is uint8: the model normalises images in its first layer, so that only bytes are transferred.
 
     Args:
-        image_size: the side of the result, in pixels.
-        channels: 3, or 1 (grey) or 4 (with transparency).
-        squash: whether the whole image is resized to a square.
-        max_image_bytes: the most memory that decoding an image may take.
+        image_size: side length of the result, in pixels.
+        channels: 3 (RGB), 1 (grey) or 4 (with transparency).
+        squash: resize the whole image to a square, without a crop.
+        max_image_bytes: memory limit for decoding one image, in bytes.
     """
 
     def __init__(
@@ -31,11 +31,16 @@ class Preprocess:
         self._crop: Callable[[int, int], Crop] = WholeImage() if squash else CenterCrop()
 
     def __call__(self, image: Image.Image | bytes | str | Path, out: Tensor | None = None) -> Tensor:
-        """An image, its encoded bytes or its file -> uint8 [channels, image_size, image_size].
+        """Preprocess an opened image, encoded bytes or an image file.
 
-        It is written to `out`, one of `decode.image_memory`'s, or to new memory. An image that Pillow has opened is
-        decoded as Pillow does, which passes over damage to a JPEG; bytes and files are checked for it.
+        Bytes and files are checked for JPEG damage. An image that Pillow has opened is decoded by Pillow, which ignores
+        such damage.
 
+        Args:
+            image: the image, its encoded bytes or the path of its file.
+            out: tensor to write to, one image of `decode.image_memory`; None allocates new memory.
+
+        Returns: uint8 [channels, image_size, image_size].
         Raises: ValueError (BadSample) if it cannot be decoded or takes too much memory; OSError if the file cannot be read.
         """
         if isinstance(image, str | Path):

@@ -1,4 +1,4 @@
-"""Sets of tars: what a pattern names, and random access to their samples by number."""
+"""Sets of tars: expansion of shard patterns, and random access to samples by id."""
 
 import base64
 import glob
@@ -18,14 +18,14 @@ from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS, cached_index_path, index_path, load_index
 
 _MAX_NAMED = 5
-_MAX_IMAGE_BYTES = 1 << 29  # encoded: what 100 million pixels take without compression
-_MAX_TEXT_BYTES = 1 << 24  # parsed, json takes twenty times as much
+_MAX_IMAGE_BYTES = 1 << 29  # encoded bytes; covers 100 million uncompressed pixels
+_MAX_TEXT_BYTES = 1 << 24  # parsed json takes twenty times as much memory
 
 
 def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[str]:
-    """Paths of the tars that brace patterns, globs and folders (their *.tar) name, relative to `root`.
+    """Expand brace patterns, globs and folders (their *.tar files), relative to `root`, to paths of tars.
 
-    Raises ValueError where one matches nothing, names no file, or is remote.
+    Raises: ValueError if a pattern matches nothing, names a missing file, or is remote.
     """
     paths: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
@@ -58,13 +58,13 @@ def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[
 
 
 class Shards:
-    """Random access to the samples of many tars, numbered 0 to num_samples - 1 in the order of `paths`.
+    """Random access to the samples of several tars, numbered 0 to num_samples - 1 in the order of `paths`.
 
     Args:
-        paths: the tars.
-        kept: int64 [m], ascending: the only ones of their samples that are there; None keeps all.
+        paths: paths of the tars.
+        kept: ids of the stored samples to keep, ascending, int64 [m]; None keeps all.
 
-    Raises: ValueError for a tar without samples, and what `load_index` does.
+    Raises: ValueError for a tar without samples; errors of `load_index`.
     """
 
     def __init__(self, paths: Sequence[str], kept: npt.NDArray[np.int64] | None = None) -> None:
@@ -89,12 +89,12 @@ class Shards:
 
     @property
     def num_stored(self) -> int:
-        """How many samples the tars hold."""
+        """Number of samples stored in the tars, kept or not."""
         return self._ends_list[-1] if self._ends_list else 0
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest over each shard's base name, count and digest and what is kept, wherever the shards lie."""
+        """Hex digest of the kept ids and of each shard's base name, count and digest; independent of its folder."""
         digest = hashlib.blake2b(digest_size=16)
         for identity in self._identities():
             digest.update(identity)
@@ -103,7 +103,7 @@ class Shards:
         return digest.hexdigest()
 
     def shard_fingerprints(self) -> list[str]:
-        """The same of each shard alone, in 4 characters (24 bits)."""
+        """Return a fingerprint of each shard, 4 base64 characters (24 bits) each."""
         hashes = (hashlib.blake2b(identity, digest_size=3).digest() for identity in self._identities())
         return [base64.b64encode(value).decode() for value in hashes]
 
@@ -112,7 +112,7 @@ class Shards:
             yield json.dumps([os.path.basename(path), index.num_samples, index.digest]).encode() + b"\n"
 
     def locate(self, sample_ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Shard numbers and rows inside them (both int64 [n]) of samples (int64 [n]); raises IndexError."""
+        """Return (shard indices, rows within the shard), int64 [n] each, of sample ids, int64 [n]. Raises: IndexError."""
         sample_ids = np.asarray(sample_ids, np.int64)
         if len(sample_ids) and not (sample_ids.min() >= 0 and sample_ids.max() < self.num_samples):
             raise IndexError(
@@ -127,12 +127,15 @@ class Shards:
         return self.paths[shard]
 
     def key(self, sample_id: int) -> str:
-        """The sample's key; raises IndexError."""
+        """Return the key of a sample. Raises: IndexError."""
         shard, row = self._locate_one(sample_id)
         return self.indexes[shard].key(row)
 
     def member(self, sample_id: int, extensions: Sequence[str]) -> tuple[str, str, int, int] | None:
-        """(path, extension, offset, size) of the first extension that the sample has; raises IndexError."""
+        """Return (path, extension, offset, size) of the first extension that the sample has, or None.
+
+        Raises: IndexError.
+        """
         shard, row = self._locate_one(sample_id)
         members = self.indexes[shard].members
         for extension in extensions:
@@ -143,12 +146,12 @@ class Shards:
         return None
 
     def read(self, sample_id: int, extensions: Sequence[str]) -> bytes:
-        """The bytes of the first extension that the sample has.
+        """Return the bytes of the first extension that the sample has.
 
-        Raises: IndexError; BadSample if it has none of them, or too large a one: 512 MiB for an image, 16 MiB for
-            anything else; OSError if they cannot be read; FileChanged, an OSError that says what to do, if the tar is
-            not the one that was indexed: another size or time of modification, or another header in front of the
-            member. Bytes of a member that were edited in place, all these left as they were, are not noticed.
+        Raises: IndexError; BadSample if the sample has none of the extensions, or the member exceeds 512 MiB for an
+            image or 16 MiB for anything else; OSError if it cannot be read; FileChanged, an OSError that states the
+            fix, if the tar has changed since it was indexed: its size, its modification time or the member's header
+            differs. An edit of a member in place that preserves all three is not detected.
         """
         shard, row = self._locate_one(sample_id)
         member = self.member(sample_id, extensions)
@@ -177,7 +180,7 @@ class Shards:
 
 
 class Fingerprint(str):
-    """A fingerprint as checkpoints keep it, `HASH:` and 4 characters of each shard; it knows the names of those."""
+    """Fingerprint as stored in checkpoints: `HASH:` and 4 characters per shard. It also holds the shards' paths."""
 
     paths: Sequence[str]
 
@@ -188,11 +191,11 @@ class Fingerprint(str):
         return fingerprint
 
     def is_of(self, saved: str) -> bool:
-        """Whether the data are those of a fingerprint that a checkpoint kept; of old ones there is the hash alone."""
+        """Return True if the saved fingerprint is of the same data. Only the hash counts; old checkpoints have no more."""
         return saved.partition(":")[0] == self.partition(":")[0]
 
     def changes_since(self, saved: str) -> str:
-        """Which shards are others than those of a fingerprint that a checkpoint kept; empty if it does not tell."""
+        """Describe the changes of the shards since a saved fingerprint; empty if that has the hash alone."""
         before, now = (
             [text[i : i + 4] for i in range(0, len(text), 4)]
             for text in (saved.partition(":")[2], self.partition(":")[2])
@@ -200,7 +203,7 @@ class Fingerprint(str):
         if not before:
             return ""
         if before == now:
-            return "the same shards, of which other samples are kept"
+            return "the same shards with another selection of samples"
         if sorted(before) == sorted(now):
             return "the same shards in another order"
         if len(before) == len(now):
@@ -218,7 +221,7 @@ def _some(paths: Sequence[str]) -> str:
 
 
 def concatenated(parts: Sequence[Shards]) -> Shards:
-    """Several sets of tars as one, in their order; of each what it keeps."""
+    """Concatenate sets of tars, in their order; each keeps its selection of samples."""
     paths = [path for part in parts for path in part.paths]
     if all(part.kept is None for part in parts):
         return Shards(paths)

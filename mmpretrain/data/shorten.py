@@ -1,4 +1,4 @@
-"""What is kept of texts that are longer than they may be (CLIPA, Li et al. 2023, section 3.2)."""
+"""Shortening of texts that exceed the maximum length (CLIPA, Li et al. 2023, section 3.2)."""
 
 from enum import Enum
 
@@ -9,25 +9,27 @@ from mmpretrain.seeds import hash64, torch_draws, torch_uniform
 
 
 class Shorten(str, Enum):
-    """Which tokens of a text that is too long are kept."""
+    """Choice of the tokens to keep of a text that is too long."""
 
     truncate = "truncate"
-    """The first ones."""
+    """Keep the first tokens."""
     random = "random"
-    """Any, in their order."""
+    """Keep a random subset of the tokens, in their order."""
     block = "block"
-    """As many in a row, from anywhere."""
+    """Keep consecutive tokens from a random start."""
 
 
 def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: Shorten) -> tuple[Tensor, Tensor]:
-    """Texts of at most `longest` tokens: their first and last one (start and end), and what of those between is kept.
+    """Shorten texts to at most `longest` tokens. The first and last token (start and end) are always kept.
 
     Args:
-        text: int64 [b, L]; lengths: int64 [b]; seeds: int64 [b].
-        longest: at least 3.
-        how: which tokens are kept.
+        text: token ids, int64 [b, L].
+        lengths: number of tokens of each text, int64 [b].
+        seeds: random bits of each sample, int64 [b].
+        longest: maximum number of tokens, at least 3.
+        how: choice of the tokens to keep between the first and the last.
 
-    Returns: (int64 [b, min(L, longest)], lengths int64 [b]).
+    Returns: (text, int64 [b, min(L, longest)]; lengths, int64 [b]).
     """
     width = text.shape[1]
     if width <= longest:
@@ -35,7 +37,7 @@ def shortened(text: Tensor, lengths: Tensor, seeds: Tensor, longest: int, how: S
     inner, positions = longest - 2, torch.arange(width, device=text.device)
     if how == Shorten.random:
         is_inner = (positions > 0) & (positions < (lengths - 1)[:, None])
-        # Halved: what is no inner token comes behind all that are.
+        # Halving keeps the ranks of inner tokens below the fill value, so that all other tokens sort last.
         rank = torch_draws(seeds, width, hash64("shorten")) // 2
         order = rank.masked_fill(~is_inner, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         chosen = order[:, :inner].sort(dim=1).values

@@ -1,4 +1,4 @@
-"""Bytes at (path, offset, size) of local files, through a few descriptors that all readers of a process share."""
+"""Reads of byte ranges of local files, through a small cache of file descriptors per process."""
 
 import errno
 import os
@@ -10,13 +10,13 @@ _RETRIES = 3
 
 
 class NotRegular(OSError):
-    """A path is a FIFO, a device or a folder, where a regular file is expected."""
+    """The path is a FIFO, a device or a folder instead of a regular file."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """A descriptor to read a regular file by. It waits for no writer of a FIFO.
+    """Open a regular file for reading and return its descriptor. A FIFO without a writer does not block.
 
-    Raises: NotRegular; OSError if it cannot be opened.
+    Raises: NotRegular; OSError if the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -29,7 +29,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 class _File:
-    """An open descriptor; it is closed when nobody holds it any more, for another thread may still read from it."""
+    """Open file descriptor. It is closed with its last reference, since another thread may still read from it."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = open_regular(path)
@@ -39,32 +39,40 @@ class _File:
             os.close(self.descriptor)
 
 
-# One cache for the process: with one for each data set, their number would decide how many files are open. A forked
-# process inherits it and may go on with it: `pread` moves no offset, and each process closes descriptors of its own.
+# One cache per process: with a cache per data set, the number of open files would grow with the number of data sets.
+# A forked process may keep using the inherited cache: `pread` moves no offset, and closing affects one process alone.
 _opened = lru_cache(maxsize=_OPEN_FILES)(_File)
 
 
 class FileChanged(OSError):
-    """A file is not the one that was indexed."""
+    """The file has changed since it was indexed."""
 
 
 def read_range(path: str, offset: int, size: int, file_bytes: int, mtime_ns: int) -> bytes:
-    """Exactly `size` bytes at `offset` of a file of `file_bytes` bytes that was last modified at `mtime_ns`.
+    """Read exactly `size` bytes at `offset` of a file, and check its size and modification time.
 
-    An I/O error is no property of the sample: it is retried, then raised, and ends the run.
-    Raises: FileChanged if the file has another size or time of modification; OSError if it cannot be opened or read,
-        or ends before `offset + size`.
+    I/O errors are not the sample's fault: the read is retried, then the error is raised and ends the run.
+
+    Args:
+        path: path of the file.
+        offset: first byte to read.
+        size: number of bytes to read.
+        file_bytes: expected size of the file, in bytes.
+        mtime_ns: expected modification time, in nanoseconds.
+
+    Raises: FileChanged if the file has another size or modification time; OSError if it cannot be opened or read, or
+        ends before `offset + size`.
     """
     for attempt in range(_RETRIES):
         try:
             descriptor = _opened(path).descriptor
             data = os.pread(descriptor, size, offset)
-            now = os.fstat(descriptor)  # after the read, which an edit may have overtaken
+            now = os.fstat(descriptor)  # after the read, to catch an edit that happened during it
             if (now.st_size, now.st_mtime_ns) != (file_bytes, mtime_ns):
                 raise FileChanged(
                     f"{path} was changed or replaced while it was read: {now.st_size} bytes, modified at "
                     f"{now.st_mtime_ns} ns, indexed with {file_bytes} at {mtime_ns}; restore it and go on, or start a "
-                    "new run on what it is now"
+                    "new run on the changed file"
                 )
             if len(data) == size:
                 return data

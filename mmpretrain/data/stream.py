@@ -1,4 +1,4 @@
-"""One stream of samples: where they lie, their order, and what is read of each."""
+"""Streams of training samples: sources, sample order, decoding and tokenizing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,12 +34,12 @@ from mmpretrain.seeds import draw, draws, hash64, uniform
 _MAX_REPLACEMENTS = 20
 
 StreamItem = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""(positions, sources, sample ids) of one micro-batch, int64 [b] each."""
+"""Positions, sources and sample ids of one micro-batch, int64 [b] each."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One set of tars of a stream, with the weight it is drawn with (None: all sources are one data set)."""
+    """Set of tars in a stream, with its sampling weight. Sources without weights are merged into one data set."""
 
     name: str
     shards: Shards
@@ -47,13 +47,13 @@ class Source:
 
 
 class CaptionFields:
-    """Where captions are read from: one field, or several that each sample draws from.
+    """Caption field of each sample: one fixed field, or one drawn per sample from several.
 
     Args:
-        fields: `txt` or `json.<path>`; a list of them, equally likely; or each with its weight.
-        key: the configuration key, for messages.
+        fields: `txt` or `json.<path>`; a list of fields, drawn with equal probability; or a mapping from field to weight.
+        key: configuration key, used in error messages.
 
-    Raises: ValueError for no field, or a weight that is not positive.
+    Raises: ValueError if there is no field, a field is malformed or a weight is not positive.
     """
 
     def __init__(self, fields: str | Sequence[str] | Mapping[str, float], key: str) -> None:
@@ -66,7 +66,7 @@ class CaptionFields:
         self._bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
     def draw(self, seed: int) -> str:
-        """The field that the sample with this seed takes."""
+        """Return the caption field of the sample with this seed."""
         if len(self.names) == 1:
             return self.names[0]
         u = uniform(hash64(seed, "caption-field"), 0)
@@ -78,36 +78,36 @@ def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
 
 
 def read_captions(shards: Shards, sample_id: int, field: str) -> list[str]:
-    """The captions under `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
+    """Return the captions in `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
     return decode_captions(shards.read(sample_id, (field.split(".")[0],)), field)
 
 
 class Stream(Protocol):
-    """What the loader and the trainer ask of a stream."""
+    """Interface of a stream to the loader and the trainer."""
 
     name: str
     batch_size: ScheduledValue
-    """Samples of a step, over all ranks."""
+    """Samples per step, over all ranks."""
     order: Order
     fingerprints: dict[str, str]
-    """By source: changes with the data."""
+    """Fingerprint of each source by name; it changes with the data."""
 
     def check_first_sample(self) -> None:
-        """Read something, so that a wrong field ends the run at its start. Raises: ValueError."""
+        """Read a first sample, so that a wrong field ends the run at its start. Raises: ValueError."""
         ...
 
     def sample_key(self, position: int) -> str:
-        """A name for the sample that stands at `position`."""
+        """Return a name for the sample at `position`."""
         ...
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:
-        """One micro-batch's part of the stream, and what was refused."""
+        """Return the stream's part of one micro-batch, and the refused samples."""
         ...
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A usable sample at some position: its number in the stream, and what was refused before it."""
+    """Usable sample at one position: its id within the stream, and the samples refused before it."""
 
     id: int
     caption: str
@@ -116,7 +116,7 @@ class _Row:
 
 
 def _check_tokenizes(tokenizer: Tokenizer, caption: str) -> None:
-    """Raises: BadSample if a tokenizer cannot take a caption."""
+    """Raise BadSample if the tokenizer rejects the caption."""
     try:
         tokenizer([caption])
     except ValueError as error:
@@ -125,25 +125,26 @@ def _check_tokenizes(tokenizer: Tokenizer, caption: str) -> None:
 
 
 class TarStream:
-    """Samples in tars: their sources, their order, and what is read of each.
+    """Stream of samples that are stored in tars.
 
     Args:
-        name: the stream's name, part of every seed.
-        sources: where the samples lie.
-        batch_size: samples of a step, over all ranks; may change in stages, as image_size and text_length may.
-        seed: the run's seed.
-        caption: the caption's field, `txt` or `json.<path>`, several of them, or each with the weight it is drawn
-            with; None for a stream without text.
-        transform: which part of the image is seen; None for a stream without images.
-        image_size: the side of the images, in pixels.
-        text_length: the most tokens of a text, start and end among them; None leaves it to the tokenizer.
-        shorten: what of a longer text is kept (see `data.shorten`).
-        max_image_bytes: the most memory that decoding an image may take; larger ones are refused.
-        channels: of the images: 3, or 1 (grey) or 4 (with transparency).
-        augment: what is done to the cropped image, in this order.
-        group: what tells which samples belong together: `caption`, `id`, `cls` or `json.<path>`; None: nothing.
-        views: (transform, augment) of further views of the image, each drawn on its own.
-        repeat_batches: after so many batches the same ones come again, crops and masks too; None: never.
+        name: name of the stream; part of every seed.
+        sources: sets of tars to draw samples from.
+        batch_size: samples per step, over all ranks; may change in stages, as may image_size and text_length.
+        seed: seed of the run.
+        caption: caption field (`txt` or `json.<path>`), a list of fields, or a mapping from field to weight; None
+            for a stream without text.
+        transform: chooses the crop of each image; None for a stream without images.
+        image_size: side length of the images, in pixels.
+        text_length: maximum number of tokens per text, including start and end; None leaves it to the tokenizer.
+        shorten: tokens to keep of a longer text (see `data.shorten`).
+        max_image_bytes: memory limit for decoding one image, in bytes; images that need more are refused.
+        channels: image channels: 3 (RGB), 1 (grey) or 4 (with transparency).
+        augment: augmentations of the cropped image, applied in this order.
+        group: value that samples of one group share: `caption`, `id`, `cls` or `json.<path>`; None for no groups.
+        views: (transform, augment) of each further view of the image; views are drawn independently.
+        repeat_batches: number of batches after which the same batches repeat, crops and masks included; None never
+            repeats.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class TarStream:
         self.batch_size = ScheduledValue(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
         self.sources = list(sources)
         if None in weights and len(sources) > 1:
-            # Sources without weights are one data set: each sample is seen once an epoch.
+            # Sources without weights form one data set: each sample is seen once per epoch.
             self.sources = [
                 Source("+".join(source.name for source in sources), concatenated([s.shards for s in sources]))
             ]
@@ -207,16 +208,16 @@ class TarStream:
         self._first_id = np.cumsum([0, *sizes[:-1]])
 
     def check_first_sample(self) -> None:
-        """Read one sample of each source by every field, so that a wrong one ends the run at its start.
+        """Read every field of one sample per source, so that a wrong field ends the run at its start.
 
-        A bad first sample proves nothing, so as many are tried as would be in training.
-        Raises: ValueError naming what is wrong with the first one, and how to mend it.
+        One bad sample does not prove that the field is wrong, so as many samples are tried as in training.
+        Raises: ValueError with the problem of the first sample and its fix.
         """
         wanted: list[tuple[str, Callable[[int, int], object]]] = []
         if self._captions is not None:
             wanted += [
                 (
-                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or mend the shards",
+                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or fix the shards",
                     partial(self._read_captions, field=field),
                 )
                 for field in self._captions.names
@@ -227,7 +228,7 @@ class TarStream:
         if self._transform is not None:
             size = int(self._image_size.values[0])
             out = [*image_memory(1 + len(self._views), self._channels, size)]
-            wanted.append(("mend the shards", partial(self._read_images, seed=0, out=out)))
+            wanted.append(("fix the shards", partial(self._read_images, seed=0, out=out)))
         for i, source in enumerate(self.sources):
             for fix, read in wanted:
                 self._check_readable(i, source.shards, read, fix)
@@ -246,7 +247,7 @@ class TarStream:
         )
 
     def sample_key(self, position: int) -> str:
-        """The shard and key of the sample that stands at `position`."""
+        """Return the shard and key of the sample at `position`."""
         sources, samples = self.order(np.array([position]))
         shards = self.sources[int(sources[0])].shards
         return f"{shards.path(int(shards.locate(samples)[0][0]))}:{shards.key(int(samples[0]))}"
@@ -255,7 +256,7 @@ class TarStream:
         return read_captions(self.sources[source].shards, sample, field)
 
     def _read_images(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> None:
-        """Write the image and the stream's further views of it to `out`."""
+        """Write the sample's image and its further views to `out`."""
         data = self.sources[source].shards.read(sample, IMAGE_EXTENSIONS)
         assert self._transform is not None
         seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
@@ -265,7 +266,7 @@ class TarStream:
                 data, partial(transform, seed=own), place.shape[-1], self._channels, place, self._max_image_bytes
             )
             if augment:
-                place.copy_(augmented(image.clone(), augment, own))  # what comes back may be another view of its input
+                place.copy_(augmented(image.clone(), augment, own))  # an augmentation may return a view of its input
 
     def _read_group(self, source: int, sample: int, caption: str | None) -> int:
         if self._group is None or self._group == "id":
@@ -276,13 +277,13 @@ class TarStream:
         return hash64(read_label(member, self._group))
 
     def _memory(self, n: int, size: int) -> tuple[Tensor, Tensor]:
-        """Where n images, uint8 [n, c, size, size], and their further views, uint8 [n, v, c, size, size], are written."""
+        """Return uninitialised memory for images, uint8 [n, c, size, size], and views, uint8 [n, v, c, size, size]."""
         size = size if self._transform is not None else 0
         views = image_memory(n * len(self._views), self._channels, size)
         return image_memory(n, self._channels, size), views.unflatten(0, (n, len(self._views)))
 
     def _decode(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> tuple[str | None, int]:
-        """(caption, group) of one sample, its image and further views written to `out`. Raises: BadSample."""
+        """Return (caption, group) of a sample, and write its image and further views to `out`. Raises: BadSample."""
         caption = None
         if self._captions is not None:
             captions = self._read_captions(source, sample, self._captions.draw(seed))
@@ -294,9 +295,9 @@ class TarStream:
     def _usable(
         self, source: int, sample: int, seed: int, out: Sequence[Tensor], tokenizer: Tokenizer | None = None
     ) -> "_Row":
-        """The sample, or the first of its replacements that can be used; its text, too, where a tokenizer is given.
+        """Return the sample, or its first usable replacement. With a tokenizer, the caption must tokenize, too.
 
-        Raises: ValueError if there is none among twenty.
+        Raises: ValueError if twenty samples in a row are unusable.
         """
         shards = self.sources[source].shards
         refused: list[Refused] = []
@@ -312,13 +313,13 @@ class TarStream:
                 sample = draw(hash64(seed, "replacement"), attempt) % shards.num_samples
         raise ValueError(
             f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "
-            f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; mend the data"
+            f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; fix the data"
         )
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:
-        """Decode one micro-batch's part of this stream; a bad sample is replaced by a pure function of its position.
+        """Decode the stream's part of one micro-batch. A bad sample's replacement is a pure function of its position.
 
-        Raises: OSError for an I/O error; ValueError if some position finds no usable sample.
+        Raises: OSError for an I/O error; ValueError if no usable sample is found for a position.
         """
         positions, sources, ids = item
         seeds = draws(np.uint64(self._seed), positions)
@@ -329,7 +330,7 @@ class TarStream:
         if self._captions is not None:
             try:
                 text, lengths = tokenizer([row.caption for row in rows])
-            except ValueError:  # it does not tell which text it cannot take
+            except ValueError:  # the error does not say which text failed
                 for i, (sample, image, more) in enumerate(drawn):
                     try:
                         _check_tokenizes(tokenizer, rows[i].caption)
@@ -353,7 +354,7 @@ class TarStream:
 
 
 def with_text(samples: Samples, text: Tensor, lengths: Tensor, tokenizer: Tokenizer) -> Samples:
-    """`samples` with their tokens int64 [b, L], cut to the longest or padded to a shape that occurs often, and packed."""
+    """Return `samples` with text, int64 [b, L], cut or padded to `row_length`, its packing and word starts."""
     length = row_length(lengths, tokenizer.context_length)
     padded = F.pad(text, (0, length - text.shape[1]))
     return replace(

@@ -1,4 +1,4 @@
-"""Training on some of the samples of tars, named in a file, without writing tars anew."""
+"""Selection of the samples that a file names, without rewriting the tars."""
 
 import logging
 
@@ -12,15 +12,17 @@ log = logging.getLogger(__name__)
 
 
 def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
-    """The samples of `shards` that a `.npy` file names: ascending ids, int64 [m].
+    """Return the ids of the samples that a `.npy` file names, ascending, int64 [m].
+
+    Names without a sample are counted in a warning, since a crawled data set always lacks some samples.
 
     Args:
-        shards: all of the samples.
-        path: an array of keys (text), or of uids as DataComp publishes them (two uint64 each, the 32 hexadecimal
-            digits of `uid` in a sample's json).
+        shards: all samples.
+        path: `.npy` file with an array of keys (text), or of uids in DataComp's format (two uint64 each, for the 32
+            hexadecimal digits of `uid` in a sample's json).
 
-    Names that no sample has are counted in a warning: of a crawled data set, some samples are always gone.
-    Raises: ValueError if there is no such file, it holds something else, or none of its names is found.
+    Raises: ValueError if the file cannot be read, holds anything else, or names no sample; or if keys or uids are not
+        unique among the samples.
     """
     try:
         wanted = np.load(path, allow_pickle=False)
@@ -43,7 +45,7 @@ def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
     if len(number) < len(have):
         raise ValueError(
             f"subset={path} names samples by {'key' if wanted.dtype.kind in 'US' else 'uid'}, but {len(have) - len(number)} "
-            "of the samples share theirs with another; expected names that tell them apart"
+            "of the samples share theirs with another; expected unique ones"
         )
     kept = sorted({number[name] for name in names if name in number})
     if not kept:
@@ -54,7 +56,7 @@ def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
 
 
 def _uids(shards: Shards) -> list[str]:
-    """The `uid` in each sample's json, or a name that nobody asks for where it has none."""
+    """Return the `uid` in each sample's json, or a unique placeholder if it has none."""
     uids = []
     for sample in range(shards.num_samples):
         try:

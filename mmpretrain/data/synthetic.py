@@ -1,4 +1,4 @@
-"""A stream of noise: what training costs without any reading and decoding."""
+"""Stream of random data, to measure training without the cost of reading and decoding."""
 
 import math
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ _FIRST_TOKEN = 1  # 0 is padding with some tokenizers
 
 
 class SyntheticStream:
-    """Images and token ids drawn from each sample's seed; see `mmpretrain.data.loader.Stream`.
+    """Stream of images and token ids drawn from each sample's seed; see `mmpretrain.data.stream.Stream`.
 
     Args:
-        name, batch_size, seed, image_size, channels: as there.
-        num_samples: an epoch.
-        text_length: the smallest and largest number of tokens of a text, drawn evenly.
+        name, batch_size, seed, image_size, channels: as in `mmpretrain.data.stream.TarStream`.
+        num_samples: number of samples per epoch.
+        text_length: smallest and largest number of tokens per text; lengths are uniform in between.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class SyntheticStream:
         self._text_length = tuple(text_length)
 
     def check_first_sample(self) -> None:
-        """Nothing can be wrong with it."""
+        """Do nothing; every sample is valid."""
 
     def sample_key(self, position: int) -> str:
-        """A name for the sample that stands at `position`."""
+        """Return a name for the sample at `position`."""
         return f"synthetic:{int(self.order(np.array([position]))[1][0])}"
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:
-        """One micro-batch's part of the stream."""
+        """Return the stream's part of one micro-batch; no sample is refused."""
         positions, _, ids = item
         seeds = draws(np.uint64(self._seed), positions)
         num_bytes = math.prod(self._shape)

@@ -1,4 +1,4 @@
-"""The members of a tar, found by reading its headers and nothing else."""
+"""Listing of a tar's members from its headers, without reading the data of large members in full."""
 
 import os
 import re
@@ -9,13 +9,13 @@ from typing import Protocol
 HEADER_BYTES = _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _MAX_PADDING = 20 << 10  # an archive ends with two blocks of zeros, padded to records of 10 KiB
-_MAX_COUNTED = 64 << 20  # bytes of zeros; a sparse file has terabytes of them
+_MAX_COUNTED = 64 << 20  # bytes of zeros to count at most; a sparse file may have terabytes
 _REGULAR_KINDS = frozenset((b"0", b"\0", b"7"))
-_EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # these describe the members behind them
-_KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever the size of a link or folder says
+_EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # headers that describe the next members
+_KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever their size field says
 _MAX_EXTENDED_BYTES = 1 << 20
 _WHOLE_BYTES = 1 << 13
-_NEEDED_PAX = re.compile(rb"path=|size=|GNU\.sparse")  # path, size: most pax headers hold a time and no more
+_NEEDED_PAX = re.compile(rb"path=|size=|GNU\.sparse")  # most pax headers hold only a time
 _PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
 
 
@@ -24,7 +24,7 @@ class _Digest(Protocol):
 
 
 class Damage(Exception):
-    """The tar cannot be followed beyond this point; the members found so far stand."""
+    """The tar cannot be read beyond this point; the members found so far are valid."""
 
 
 class Cut(Damage):
@@ -36,26 +36,32 @@ class Cut(Damage):
 
 
 def as_text(name: bytes) -> str:
-    """A member's name as text, from which its bytes can be had back."""
+    """Decode a member's name to text, reversibly."""
     return name.decode("utf-8", "surrogateescape")
 
 
 def header_sum(header: bytes) -> int:
-    """What tells one header block from another: uint32."""
+    """Return a checksum of a header block, uint32."""
     return zlib.adler32(header)
 
 
 def regular_members(
     fd: int, tar_bytes: int, digest: _Digest, problems: list[str]
 ) -> Iterator[tuple[bytes, int, int, int]]:
-    """Yields (name, data offset, size, `header_sum` of the block before the data) of each regular file of the tar `fd`.
+    """Yield (name, data offset, size, `header_sum` of the block before the data) of each regular file in a tar.
 
-    What is odd where the tar ends, or seems to, is appended to `problems`; what stands behind its end is not read.
-    `digest` gets each header with the block before it, members of up to 8 KiB (captions, labels, json) whole, and of
-    larger ones their first block and one in the middle: reading all of every image would take as long as training on
-    them. Raises Damage where the tar cannot be followed further, Cut where it ends inside a member.
+    The tar is read by `pread`: under `mmap`, truncating the tar meanwhile would end this process with SIGBUS.
 
-    Reads by `pread`: under `mmap`, a tar that someone truncates meanwhile would end this process with SIGBUS.
+    Args:
+        fd: file descriptor of the tar.
+        tar_bytes: size of the tar, in bytes.
+        digest: updated with each header and the block before it, with members of up to 8 KiB (captions, labels, json)
+            whole, and with the first and middle block of larger members. Reading every image in full would take as long
+            as training on them.
+        problems: receives irregularities at the end of the archive, or at an apparent end. Data behind the end are not
+            read.
+
+    Raises: Damage if the tar cannot be read further; Cut if it ends inside a member.
     """
     window, start, limit = b"", 0, 0
     position = 0
@@ -66,7 +72,7 @@ def regular_members(
         data = position + _BLOCK
         first = position - _BLOCK if position else 0
         if data > limit:
-            # Small members lie many to a window; behind a large one little more than a header is wanted.
+            # One window covers many small members; after a large member little more than a header is needed.
             window_bytes = 1 << 16 if first - start < 1 << 17 else 1 << 13
             window, start = os.pread(fd, window_bytes, first), first
             limit = start + len(window)
@@ -89,8 +95,8 @@ def regular_members(
             checksum, size = _number(header[148:156]), _number(header[124:136])
         if size < 0 or header[135] > 32:
             size = _number(header[124:136])
-        # The checksum is the sum of all bytes, its own field counted as eight spaces. Adler-32's low half is 1 + the
-        # sum of the bytes modulo 65521, ten times faster than adding them here.
+        # The checksum is the sum of all bytes, with its own field taken as eight spaces. The low half of Adler-32 is
+        # 1 + the sum of the bytes modulo 65521, and ten times faster than adding them in Python.
         field = header[148:156]
         sum_of_header = zlib.adler32(header)
         rest = (sum_of_header & 0xFFFF) - 1 - sum(field) + 8 * 32
@@ -143,7 +149,7 @@ def regular_members(
 
 
 def _count_zeros(fd: int, position: int, tar_bytes: int) -> int:
-    """How many bytes from `position` on are zero; some more than 64 MiB stand for any number above that."""
+    """Count the zero bytes from `position` on. Counting stops soon after 64 MiB."""
     end = position
     while end < tar_bytes and end - position <= _MAX_COUNTED and (chunk := os.pread(fd, 1 << 20, end)):
         if kept := chunk.lstrip(b"\0"):
@@ -153,29 +159,30 @@ def _count_zeros(fd: int, position: int, tar_bytes: int) -> int:
 
 
 def _end_problem(position: int, zero_bytes: int, tar_bytes: int) -> str | None:
-    """What is wrong with a block of zeros where a header should be, if it does not just end the archive."""
+    """Describe the problem of a zero block in place of a header; None if it properly ends the archive."""
     after = position + zero_bytes // _BLOCK * _BLOCK
     if zero_bytes < 2 * _BLOCK:
-        return f"a lone block of zeros at byte {position}, where a member or the two that end an archive should be"
+        return f"a lone block of zeros at byte {position}; expected a member, or the two blocks that end an archive"
     if zero_bytes > _MAX_COUNTED:
         return (
-            f"not read: bytes {after} to {tar_bytes}, behind {_MAX_COUNTED >> 20} MiB of zeros from byte {position} on, "
-            "where some thousand bytes end an archive: damage, or a sparse file?"
+            f"not read: bytes {after} to {tar_bytes}, after {_MAX_COUNTED >> 20} MiB of zeros from byte {position} on; an "
+            "archive ends with a few thousand, so the tar is damaged or a sparse file"
         )
     if position + zero_bytes < tar_bytes:
         return (
-            f"not read: bytes {after} to {tar_bytes}, for the archive ends at byte {position}; tars that were "
-            "concatenated must be packed again, zeros inside a tar are damage"
+            f"not read: bytes {after} to {tar_bytes}, since the archive ends at byte {position}; pack concatenated tars "
+            "again; zeros inside a tar are damage"
         )
     if zero_bytes > _MAX_PADDING:
         return (
-            f"{zero_bytes} bytes of zeros from byte {position} to the end, where some thousand end an archive: damage?"
+            f"{zero_bytes} bytes of zeros from byte {position} to the end; an archive ends with a few thousand, so the "
+            "tar may be damaged"
         )
     return None
 
 
 def _number(field: bytes, base: int = 8) -> int:
-    """A number's digits, padded with spaces and NULs, or GNU's base 256 after the byte 0x80; raises Damage."""
+    """Parse a number: digits padded with spaces and NULs, or GNU's base 256 after the byte 0x80. Raises: Damage."""
     try:
         number = int(field.rstrip(b"\0 ") or b"0", base)
     except ValueError:
@@ -186,7 +193,10 @@ def _number(field: bytes, base: int = 8) -> int:
 
 
 def _pax_records(content: bytes, position: int) -> dict[bytes, bytes]:
-    """The `LENGTH KEYWORD=VALUE` lines of a pax header that say where a member is, and what it is called."""
+    """Parse the `LENGTH KEYWORD=VALUE` records of a pax header; keep those on a member's path, size or sparseness.
+
+    Raises: Damage if a record is malformed.
+    """
     records = {}
     start = 0
     while start < len(content) and content[start]:

@@ -1,7 +1,7 @@
-"""Where every member of a tar lies: the offset index that stands beside it.
+"""Index of a tar: the offset and size of every member, stored beside the tar.
 
-A tar is scanned once. Its index, `NAME.tar.index.npz`, carries the tar's size and modification time and serves
-as long as both agree; the tar itself stays what WebDataset or img2dataset wrote.
+A tar is scanned once. Its index, `NAME.tar.index.npz`, records the tar's size and modification time and is valid as
+long as both agree. The tar itself stays as WebDataset or img2dataset wrote it.
 """
 
 import hashlib
@@ -24,25 +24,26 @@ import numpy.typing as npt
 from mmpretrain.data.storage import NotRegular, open_regular
 from mmpretrain.data.tar_headers import HEADER_BYTES, Cut, Damage, as_text, regular_members
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # what training reads a sample's image from
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # extensions of the images that training reads
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
 
 _INDEX_VERSION = 4
 _MAX_EXTENSIONS = 256
 _NAMED_PER_PROBLEM = 10
-_METADATA_NAME = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these names, and so do we
+_METADATA_NAME = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these names, too
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class TarIndex:
-    """Where the members of a tar's n samples lie.
+    """Offset index of a tar with n samples.
 
-    `members` maps an extension to offsets and sizes in bytes (int64 [n] each; size -1 where a sample lacks it);
-    `header_sums` maps it to what tells the header block in front of each member from others (uint32 [n]).
-    The keys are one UTF-8 blob (uint8) and the end of each in it (int64 [n]): a tenth of what n strings take.
-    `digest` covers every header, members of up to 8 KiB whole, and the beginning, middle and end of larger ones;
-    `problems` names what is wrong with the tar.
+    `members` maps an extension to offsets and sizes in bytes, int64 [n] each; the size is -1 if a sample lacks it.
+    `header_sums` maps an extension to a checksum of the header block in front of each member, uint32 [n].
+    `key_blob` (uint8) holds all keys in UTF-8, and `key_ends` (int64 [n]) the end of each: a tenth of the memory of n
+    strings.
+    `digest` covers every header, members of up to 8 KiB whole, and the beginning, middle and end of larger ones.
+    `problems` lists the defects of the tar.
     """
 
     key_blob: npt.NDArray[np.uint8]
@@ -63,7 +64,7 @@ class TarIndex:
         return [self.key(row) for row in range(self.num_samples)]
 
     def key(self, row: int) -> str:
-        """The key of sample `row`: its members' path up to the first dot of the base name."""
+        """Return the key of sample `row`: the path of its members up to the first dot of the base name."""
         start = int(self.key_ends[row - 1]) if row else 0
         return self.key_blob[start : int(self.key_ends[row])].tobytes().decode("utf-8", "surrogateescape")
 
@@ -72,12 +73,13 @@ class TarIndex:
 
 
 def index_tar(path: str | os.PathLike[str]) -> TarIndex:
-    """Scans a tar's headers and groups its members into samples by WebDataset's rule.
+    """Scan the headers of a tar and group its members into samples by WebDataset's rule.
 
-    Consecutive members with one key (the path up to the first dot of the base name) are one sample; the rest
-    of the name, lower-cased, is the extension, of which the 256 most frequent are kept. Damage and odd samples are
-    named in `problems`; a sample that the file's end cuts is left out. Raises ValueError where the file is no plain
-    tar at all, and OSError.
+    Consecutive members with the same key (the path up to the first dot of the base name) form one sample. The rest
+    of the name, lower-cased, is the extension; the 256 most frequent extensions are kept. `problems` lists damage and
+    odd samples. A sample that is cut off by the end of the file is left out.
+
+    Raises: ValueError if the file is not a plain tar; OSError.
     """
     keys: list[bytes] = []
     starts: list[int] = []
@@ -127,7 +129,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     members, header_sums = {}, {}
     for extension in sorted(_frequent(columns, problems)):
         column = columns[extension]
-        if column[0][-1] == count:  # of the sample that was cut
+        if column[0][-1] == count:  # belongs to the sample that was cut off
             for values in column:
                 values.pop()
         rows, offsets, sizes, headers = column
@@ -151,7 +153,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
 
 
 def _frequent(columns: Mapping[bytes, tuple[list[int], ...]], problems: list[str]) -> list[bytes]:
-    """The most frequent extensions: names with a dot in their middle would make one of every member."""
+    """Return the most frequent extensions. With dots inside names, every member would have its own extension."""
     extensions = sorted(columns, key=lambda extension: (-len(columns[extension][0]), extension))
     if left_out := extensions[_MAX_EXTENSIONS:]:
         problems.append(
@@ -174,7 +176,7 @@ def _sample_problems(
     starts: list[int],
     members: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
 ) -> list[str]:
-    """Names repeated keys, and samples without an image or a caption; a tar of texts alone needs no image."""
+    """Report repeated keys, and samples without an image or a caption. A tar of texts alone needs no images."""
 
     def named(rows: Sequence[int] | npt.NDArray[np.int64]) -> str:
         shown = ", ".join(f"{as_text(keys[row])!r} at byte {starts[row]}" for row in rows[:_NAMED_PER_PROBLEM])
@@ -190,11 +192,11 @@ def _sample_problems(
     captions = [extension for extension, suffix in suffixes.items() if suffix in CAPTION_EXTENSIONS]
     wanted = {
         "an image": [extension for extension, suffix in suffixes.items() if suffix in IMAGE_EXTENSIONS],
-        # A json may hold the caption, but says nothing in a tar that has captions of their own.
+        # A json may hold the caption, but does not count as one in a tar that has caption members.
         "a caption": captions or [extension for extension, suffix in suffixes.items() if suffix == "json"],
     }
     if captions and all(suffix in (*CAPTION_EXTENSIONS, "json") for suffix in suffixes.values()):
-        del wanted["an image"]  # had images been meant, there would be some member for them, if one that is not read
+        del wanted["an image"]  # a tar meant to have images would have other members
     for what, extensions in wanted.items():
         present = np.zeros(len(keys), bool)
         for extension in extensions:
@@ -211,19 +213,19 @@ def _sample_problems(
 
 
 def index_path(tar: str | os.PathLike[str]) -> Path:
-    """Where a tar's index lies when its folder is writable."""
+    """Return the path of a tar's index beside the tar, used if the folder is writable."""
     return Path(f"{os.fspath(tar)}.index.npz")
 
 
 def cached_index_path(tar: str | os.PathLike[str]) -> Path:
-    """Where a tar's index lies when its folder is not writable: `$XDG_CACHE_HOME/mmpretrain/indexes`."""
+    """Return the path of a tar's index in `$XDG_CACHE_HOME/mmpretrain/indexes`, used if its folder is not writable."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.blake2b(os.path.abspath(tar).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     return cache / "mmpretrain" / "indexes" / f"{name}.index.npz"
 
 
 def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
-    """Writes an index beside itself and renames it into place; several processes may do so at once."""
+    """Write an index to a temporary file and rename it into place. Several processes may write it at once."""
     path = Path(path)
     header = {
         "version": _INDEX_VERSION,
@@ -252,24 +254,30 @@ def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
 
 
 class OldIndex(ValueError):
-    """A stored index of another version."""
+    """The stored index has another version."""
 
 
 def _most_index_bytes(tar_bytes: int) -> int:
-    """The size that no index of a tar of `tar_bytes` bytes exceeds.
+    """Return an upper bound on the size of an index, in bytes, for a tar of `tar_bytes` bytes.
 
-    A sample takes at least a block of the tar, and of the index 8 bytes, 20 for each extension, and its key and what is
-    told of it, which hold names of the tar; as text a byte takes six at most.
+    A sample takes at least one block of the tar. In the index it takes 8 bytes, 20 per extension, its key and its
+    problems. Keys and problems hold names from the tar, at most six bytes per byte as text.
     """
     return (1 << 20) + tar_bytes // HEADER_BYTES * (8 + 20 * _MAX_EXTENSIONS) + 8 * tar_bytes
 
 
 def read_index(path: str | os.PathLike[str], tar_bytes: int | None = None) -> TarIndex:
-    """Reads a stored index, which is not read at all where it is too large for a tar of `tar_bytes` bytes.
+    """Read a stored index.
 
-    Nothing larger than the file is allocated, and nothing is believed that cannot be so of a tar of the size that the
-    index names. Raises OSError (FileNotFoundError) where it cannot be opened, NotRegular where it is no file, and
-    ValueError where it is no such index, OldIndex where it is one of another version.
+    No array larger than the file is allocated, and all values must be valid for a tar of the size that the index
+    records.
+
+    Args:
+        path: path of the index.
+        tar_bytes: size of the tar; an index too large for such a tar is not read. None skips this check.
+
+    Raises: OSError (FileNotFoundError) if it cannot be opened; NotRegular if it is not a regular file; ValueError if it
+        is not a valid index; OldIndex if it has another version.
     """
     with open(open_regular(path), "rb") as file:
         try:
@@ -292,20 +300,20 @@ def read_index(path: str | os.PathLike[str], tar_bytes: int | None = None) -> Ta
                 )
         except OldIndex:
             raise
-        except Exception as error:  # zipfile, NumPy and json say what they dislike in many ways, OSError among them
+        except Exception as error:  # zipfile, NumPy and json raise many exceptions, OSError among them
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
             raise ValueError(f"{path}: unusable index ({reason}); it is made again") from error
 
 
 def _stored_array(archive: zipfile.ZipFile, name: str, dtype: npt.DTypeLike, num_dimensions: int) -> npt.NDArray[Any]:
-    """An array of an uncompressed .npz, without copying it. Raises ValueError, and what zipfile does."""
+    """Return an array of an uncompressed .npz, without a copy. Raises: ValueError; errors of zipfile."""
     info = archive.getinfo(f"{name}.npy")
-    # Its size is what the directory says; of what is not compressed no more than the file has is read.
+    # The archive's directory states the size, which may be wrong; without compression, no more than the file is read.
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
     file = io.BytesIO(archive.read(info))
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError(f"{name} is no array of version 1.0")
+        raise ValueError(f"{name} is not an array of format version 1.0")
     shape, fortran_order, found = np.lib.format.read_array_header_1_0(file)
     if found != dtype or fortran_order or len(shape) != num_dimensions:
         raise ValueError(f"{name} is {found} {shape}, expected {np.dtype(dtype)} of {num_dimensions} dimensions")
@@ -323,13 +331,16 @@ def _valid_index(
     sizes: npt.NDArray[np.int64],
     header_sums: npt.NDArray[np.uint32],
 ) -> TarIndex:
-    """The index, if its parts fit each other and a tar of `tar_bytes`; else raises ValueError, KeyError or TypeError."""
+    """Return the index after checking that its parts are consistent with each other and with the tar's size.
+
+    Raises: ValueError, KeyError or TypeError if they are not.
+    """
     extensions, problems, tar_bytes = header["extensions"], header["problems"], header["tar_bytes"]
     for texts in (extensions, problems, [header["digest"]]):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("extensions, problems and digest are no texts")
+            raise ValueError("extensions, problems and digest must be strings")
     if type(tar_bytes) is not int or type(header["mtime_ns"]) is not int:
-        raise ValueError("tar_bytes and mtime_ns are no whole numbers")
+        raise ValueError("tar_bytes and mtime_ns must be integers")
     if len(set(extensions)) < len(extensions) or not (
         offsets.shape == sizes.shape == header_sums.shape == (len(extensions), len(key_ends))
     ):
@@ -337,7 +348,7 @@ def _valid_index(
     bounds = np.concatenate([[0], key_ends])
     if not (bounds[1:] > bounds[:-1]).all() or bounds[-1] != len(key_blob):
         raise ValueError("key_ends do not ascend to the end of key_blob")
-    # Not offsets + sizes, which can overflow.
+    # Compare with tar_bytes - offsets, since offsets + sizes can overflow.
     inside = (sizes >= 0) & (offsets >= 512) & (offsets % 512 == 0) & (offsets <= tar_bytes)
     if not (inside & (sizes <= tar_bytes - offsets) | (sizes == -1)).all():
         raise ValueError(f"members outside of the tar's {tar_bytes} bytes")
@@ -354,10 +365,12 @@ def _valid_index(
 
 
 def load_index(tar: str | os.PathLike[str]) -> TarIndex:
-    """A tar's stored index if the tar's size and modification time agree, else a fresh one, stored.
+    """Return a tar's stored index if it matches the tar's size and modification time; else build and store a new one.
 
-    A stored index that cannot be read, or is damaged, is told in a warning and made again. Raises what `index_tar`
-    does. Where neither the tar's folder nor the cache is writable, it logs a warning.
+    An unreadable or damaged index is rebuilt, with a warning. A warning is also logged if neither the tar's folder nor
+    the cache is writable.
+
+    Raises: errors of `index_tar`.
     """
     stat = os.stat(tar)
     for path in (index_path(tar), cached_index_path(tar)):
@@ -382,7 +395,10 @@ def load_index(tar: str | os.PathLike[str]) -> TarIndex:
 
 
 def store_index(index: TarIndex, tar: str | os.PathLike[str]) -> Path | None:
-    """Writes a tar's index beside it, else into the cache; returns where, None (and warns) if it cannot."""
+    """Write a tar's index beside the tar, or else to the cache.
+
+    Returns: the path of the index; None, with a warning, if neither is writable.
+    """
     try:
         write_index(index, index_path(tar))
         return index_path(tar)

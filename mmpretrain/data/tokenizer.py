@@ -1,4 +1,4 @@
-"""Text -> token ids and their number: open_clip's, Hugging Face's and local tokenizers behind one small interface."""
+"""Tokenizers: one interface to those of open_clip, Hugging Face and local files."""
 
 import heapq
 import html
@@ -18,34 +18,34 @@ from torch import Tensor
 
 _MAX_KNOWN_WORDS = 1 << 18
 _MAX_KNOWN_LENGTH = 64
-"""What is remembered of words stays within some tens of MB, whatever the texts."""
+"""Limits on the word cache, which keep it within some tens of MB for any texts."""
 
 _MIN_CHARACTERS = 1 << 14
 _CHARACTERS_PER_TOKEN = 64
-# The entities of an ampersand. Cleaning takes a pass over the text for each one that is nested in another.
+# Entities of an ampersand. Cleaning passes over the text once per level of nesting.
 _AMPERSAND = r"(?:amp|#0{0,20}38|#x0{0,20}26);"
 
 
 def _beginning(text: str, context_length: int) -> str:
-    """As much of a text as its first `context_length` tokens can come from: 64 characters a token, at least 16,384.
+    """Cut a text to the part that yields its first `context_length` tokens: 64 characters per token, at least 16,384.
 
-    Texts of crawled data are up to megabytes long, of which a tokenizer would encode all to keep the first tokens.
+    Crawled texts can be megabytes long, and a tokenizer would encode all of one to keep its first tokens.
     """
     return text[: max(_MIN_CHARACTERS, _CHARACTERS_PER_TOKEN * context_length)]
 
 
 def _cleanable(text: str, context_length: int) -> str:
-    """The beginning of a text, with no more ampersands nested in each other than it has tokens."""
+    """Cut a text as `_beginning` does, and limit its nested ampersand entities to `context_length` levels."""
     nested = f"(&(?:{_AMPERSAND}){{{context_length}}})(?:{_AMPERSAND})+"
     return re.sub(nested, r"\1", _beginning(text, context_length), flags=re.IGNORECASE)
 
 
-# Python refuses to read a decimal number of more than 4,300 digits, and no character has one of more than seven.
+# Python refuses to parse decimal numbers of more than 4,300 digits; code points have at most seven.
 _REFERENCE = re.compile(r"(&#)0*([0-9]{1,8})[0-9]*|(&#[xX])0*([0-9a-fA-F]{1,8})[0-9a-fA-F]*")
 
 
 def _unescaped(text: str) -> str:
-    """`html.unescape` that reads character references of any length; what is no character becomes U+FFFD."""
+    """Apply `html.unescape` with character references of any length; invalid ones become U+FFFD."""
     return html.unescape(_REFERENCE.sub(r"\1\2\3\4", text))
 
 
@@ -57,17 +57,17 @@ _CLEANING: dict[str, Callable[[str], str]] = {
 
 
 def _cleaned(text: str, how: str, context_length: int) -> str:
-    """The beginning of a text, cleaned as open_clip does: encodings and HTML entities mended, then `how`."""
+    """Cut and clean a text as open_clip does: fix encodings, unescape HTML entities, then apply the cleaning `how`."""
     mended = ftfy.fix_text(_cleanable(text, context_length))
     return _CLEANING[how](_unescaped(_unescaped(mended)).strip())
 
 
 class Tokenizer(Protocol):
-    """What the data path and the evaluators ask of a tokenizer.
+    """Interface of a tokenizer to the data loading and the evaluators.
 
-    `pad_id`, `end_id` and `mask_id` are None where it has no such token. A text's last token is the end token. One that
-    knows where words begin also has `word_starts`: token ids int64 [n, L] -> bool [n, L], special tokens words of their
-    own; whole words are masked by it.
+    `pad_id`, `end_id` and `mask_id` are None if there is no such token. The last token of a text is the end token.
+    A tokenizer that knows word boundaries also has `word_starts`, which maps token ids, int64 [n, L], to bool [n, L]
+    and is used to mask whole words. Special tokens count as words of their own.
     """
 
     context_length: int
@@ -83,26 +83,26 @@ class Tokenizer(Protocol):
     def mask_id(self) -> int | None: ...
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> (ids int64 [n, longest], lengths int64 [n]); ids beyond a text's length are padding."""
+        """Tokenize texts. Returns (ids, int64 [n, longest]; lengths, int64 [n]); ids beyond the length are padding."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that token ids stand for, special tokens left out."""
+        """Decode token ids to text, without special tokens."""
         ...
 
 
 class ClipTokenizer:
-    """CLIP's byte-pair encoding, as open_clip ships it: start token, text, end token, zeros.
+    """CLIP's byte-pair encoding, from open_clip: start token, text, end token, zero padding.
 
     Args:
-        context_length: longer texts are cut to this many tokens, the last of which is the end token.
+        context_length: maximum number of tokens; longer texts are cut, and still end with the end token.
     """
 
     def __init__(self, context_length: int = 77) -> None:
         if context_length < 3:
             raise ValueError(f"context_length is {context_length}; expected at least 3: start, one token, end")
         self._bpe = SimpleTokenizer()
-        self._bpe.clean_fn = str  # it is given words of texts already cleaned
+        self._bpe.clean_fn = str  # its input is already cleaned
         self._first_words = dict(self._bpe.cache)  # the special tokens
         self._bpe_of_short, self._bpe.bpe = self._bpe.bpe, self._byte_pairs
         self._known_words: dict[str, list[int]] = {}
@@ -111,23 +111,23 @@ class ClipTokenizer:
         self.pad_id: int | None = None
         self.mask_id: int | None = None
         self.end_id: int = self._bpe.eot_token_id
-        # Of its tokens the last one of a word says so.
+        # The last token of a word ends in "</w>".
         special = set(self._bpe.all_special_ids)
         self._ends_word = torch.tensor(
             [self._bpe.decoder[i].endswith("</w>") or i in special for i in range(self.vocab_size)]
         )
 
     def _byte_pairs(self, word: str) -> str:
-        """What open_clip's `bpe` gives, the tokens of a word joined by spaces, in time n log n instead of n squared."""
+        """Return the tokens of a word joined by spaces, like open_clip's `bpe`, in O(n log n) instead of O(n^2) time."""
         if len(word) <= _MAX_KNOWN_LENGTH:
             return self._bpe_of_short(word)
         return " ".join(_merged([*word[:-1], f"{word[-1]}</w>"], self._bpe.bpe_ranks))
 
     def _encode(self, text: str) -> list[int]:
         text = _beginning(text, self.context_length)
-        # Cleaning mends encodings, HTML entities and control characters: it finds nothing to do in plain ASCII.
+        # Cleaning fixes encodings, HTML entities and control characters, so plain ASCII needs none.
         is_plain = text.isascii() and text.isprintable() and "&" not in text
-        # No token reaches over a space, so that words are encoded one by one and remembered.
+        # No token spans a space, so words are encoded one by one and cached.
         words = (text.lower() if is_plain else _cleaned(text, "lower", self.context_length)).split()
         ids = [self._bpe.sot_token_id]
         for word in words:
@@ -148,22 +148,22 @@ class ClipTokenizer:
         return ids
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the start and end tokens."""
+        """Tokenize texts. Returns (ids, int64 [n, longest]; lengths, int64 [n]); lengths count start and end tokens."""
         return _padded([self._encode(text) for text in texts], 0)
 
     def word_starts(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [n, L] -> where a word begins, bool [n, L]."""
+        """Mark the first token of each word: token ids, int64 [n, L], to bool [n, L]."""
         return F.pad(self._ends_word[ids[:, :-1]], (1, 0), value=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that token ids stand for, special tokens left out."""
+        """Decode token ids to text, without special tokens."""
         return self._bpe.decode([i for i in ids if i not in self._bpe.all_special_ids]).strip()
 
 
 def _merged(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding of `pieces`: all pairs of the lowest rank are merged, from left to right, and so on."""
+    """Apply byte-pair encoding to `pieces`: repeatedly merge all pairs of the lowest rank, from left to right."""
     before, behind = list(range(-1, len(pieces) - 1)), list(range(1, len(pieces) + 1))
-    pairs: list[tuple[int, int, str, str]] = []  # rank, where the first one stands, what both are
+    pairs: list[tuple[int, int, str, str]] = []  # rank, index of the left piece, both pieces
 
     def consider(left: int, right: int) -> None:
         if left >= 0 and right < len(pieces) and (rank := ranks.get((pieces[left], pieces[right]))) is not None:
@@ -177,7 +177,7 @@ def _merged(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str
             _, left, first, second = heapq.heappop(pairs)
             right = behind[left]
             if right == len(pieces) or (pieces[left], pieces[right]) != (first, second):
-                continue  # one of them has become part of another
+                continue  # stale: one of the pieces has been merged since
             pieces[left], pieces[right] = first + second, ""
             behind[left] = behind[right]
             if behind[left] < len(pieces):
@@ -190,7 +190,7 @@ def _merged(pieces: list[str], ranks: Mapping[tuple[str, str], int]) -> list[str
 
 
 def _check_end(ids: Sequence[int], end_id: int | None, end: str, where: str) -> None:
-    """Raises: ValueError where a text's last token is not the end token, whose state stands for the text."""
+    """Raise ValueError if a text's last token is not the end token, whose state represents the text."""
     if not ids or ids[-1] != end_id:
         raise ValueError(
             f"{where} does not end a text with {end}; expected a tokenizer that does (its post_processor adds it), such as "
@@ -199,15 +199,15 @@ def _check_end(ids: Sequence[int], end_id: int | None, end: str, where: str) -> 
 
 
 class FileTokenizer:
-    """A tokenizer of the `tokenizers` library in a local file, such as `python -m data_tools tokenizer` writes.
+    """Tokenizer of the `tokenizers` library in a local file, such as `python -m data_tools tokenizer` writes.
 
     Args:
-        path: its tokenizer.json, or the folder that holds one.
-        context_length: longer texts are cut to this many tokens; the special tokens that it adds stay.
-        pad, end, mask: the texts of these tokens, where they are not `[PAD]`, `[EOS]` and `[MASK]`.
+        path: a tokenizer.json, or a folder that contains one.
+        context_length: maximum number of tokens; longer texts are cut, and keep their special tokens.
+        pad, end, mask: text of the padding, end and mask token.
 
-    Raises: ValueError if there is no such file, or it has no padding or end token, or
-        does not end a text with it.
+    Raises: ValueError if the file is missing, if the tokenizer has no padding or end token, or if it does not end texts
+        with the end token.
     """
 
     def __init__(
@@ -234,32 +234,33 @@ class FileTokenizer:
         return int(number)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
+        """Tokenize texts. Returns (ids, int64 [n, longest]; lengths, int64 [n]); lengths count special tokens."""
         cut = [_beginning(text, self.context_length) for text in texts]
         return _padded([encoding.ids for encoding in self._tokenizer.encode_batch(cut)], self.pad_id)
 
     def word_starts(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [n, L] -> where a word begins, bool [n, L]."""
+        """Mark the first token of each word: token ids, int64 [n, L], to bool [n, L]."""
         return self._words(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that token ids stand for, special tokens left out."""
+        """Decode token ids to text, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
-_NEW_LINES = ("\n", "\t", "Ċ", "ĉ", "<0x0A>")  # as texts, byte-level BPE and byte fallback write them
+_NEW_LINES = ("\n", "\t", "Ċ", "ĉ", "<0x0A>")  # in plain text, byte-level BPE and byte fallback
 
 
-_MAX_IDS_PER_TOKEN = 100  # tables are as long as the largest id
+_MAX_IDS_PER_TOKEN = 100  # bounds the lookup tables, which are as long as the largest id
 
 
 class _Words:
-    """Where words begin, from how the tokens of a vocabulary are written: `##ing`, `Ġword` or `▁word`."""
+    """Word starts of token ids, derived from the spelling of the vocabulary's tokens: `##ing`, `Ġword` or `▁word`."""
 
     def __init__(self, vocabulary: Mapping[str, int], special: Sequence[int]) -> None:
         if max(vocabulary.values()) > _MAX_IDS_PER_TOKEN * len(vocabulary):
             raise ValueError(
-                f"the tokenizer has ids up to {max(vocabulary.values())} for {len(vocabulary)} tokens; expected ids in a row"
+                f"the tokenizer has ids up to {max(vocabulary.values())} for {len(vocabulary)} tokens; "
+                "expected consecutive ids"
             )
         continues = any(token.startswith("##") for token in vocabulary)
         starts = torch.ones(max(vocabulary.values()) + 1, dtype=torch.bool)
@@ -268,7 +269,7 @@ class _Words:
         self._ends = torch.zeros_like(starts)
         self._ends[list(special)] = True
         self._starts = starts | self._ends
-        # A new line ends a word, too: what follows it is written as what goes on inside one.
+        # A new line or tab ends a word, too: the token after it is spelled like the continuation of a word.
         self._ends[[number for token, number in vocabulary.items() if token.endswith(_NEW_LINES)]] = True
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -276,14 +277,15 @@ class _Words:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of Hugging Face's `transformers`, cleaned and cut as open_clip does.
+    """Tokenizer of Hugging Face's `transformers`, with texts cleaned and cut as in open_clip.
 
     Args:
-        name: of the hub, or a local folder.
-        context_length: longer texts are cut to this many tokens.
-        clean: open_clip's way to clean texts first: `whitespace`, `lower` or `canonicalize`.
+        name: name on the hub, or a local folder.
+        context_length: maximum number of tokens; longer texts are cut.
+        clean: open_clip's cleaning of the texts: `whitespace`, `lower` or `canonicalize`.
 
-    Raises: ValueError if `transformers` is not installed or has no such tokenizer, or it adds no end token.
+    Raises: ValueError if `transformers` is not installed, the tokenizer cannot be loaded, `clean` is unknown, or the
+        tokenizer adds no end token.
     """
 
     def __init__(self, name: str, context_length: int = 77, clean: str = "whitespace") -> None:
@@ -310,35 +312,35 @@ class HuggingFaceTokenizer:
         self._words = _Words(self._tokenizer.get_vocab(), self._tokenizer.all_special_ids)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> (ids int64 [n, longest], lengths int64 [n]); lengths count the special tokens."""
+        """Tokenize texts. Returns (ids, int64 [n, longest]; lengths, int64 [n]); lengths count special tokens."""
         cleaned = [_cleaned(text, self._clean, self.context_length) for text in texts]
         encoded = self._tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
         return _padded(encoded, self.pad_id or 0)
 
     def word_starts(self, ids: Tensor) -> Tensor:
-        """Token ids int64 [n, L] -> where a word begins, bool [n, L]."""
+        """Mark the first token of each word: token ids, int64 [n, L], to bool [n, L]."""
         return self._words(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that token ids stand for, special tokens left out."""
+        """Decode token ids to text, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 def tokenizer_files(path: Path) -> dict[str, Path]:
-    """The files that a local tokenizer consists of, by the names under which another folder may keep them."""
+    """Return the files of a local tokenizer by the file names to use for a copy in another folder."""
     if path.is_file():
         return {"tokenizer.json": path}
     return {file.name: file for file in sorted(path.iterdir()) if file.suffix in (".json", ".txt", ".model")}
 
 
 def tokenizer_of(name: str | None = None, path: str | None = None, context_length: int | None = None) -> Tokenizer:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model, or a local tokenizer.
 
     Args:
-        name: a model of open_clip, whose tokenizer it is; None for CLIP's own.
-        path: a local tokenizer.json, or a folder with one or with what Hugging Face's `save_pretrained` writes; it
-            goes before the name's.
-        context_length: longer texts are cut to this many tokens; None: the model's, or 77.
+        name: open_clip model that uses the tokenizer; None for CLIP's tokenizer.
+        path: a local tokenizer.json, or a folder with one or with the output of Hugging Face's `save_pretrained`. It
+            takes precedence over `name`.
+        context_length: maximum number of tokens; longer texts are cut. None uses the model's, or 77.
 
     Raises: ValueError if it cannot be loaded.
     """

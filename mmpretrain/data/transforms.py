@@ -1,4 +1,4 @@
-"""Which part of an image is seen: crops in the original's pixels, drawn from the sample's seed."""
+"""Image crops, in pixels of the original image, drawn from the sample's seed."""
 
 import math
 from typing import Protocol
@@ -10,7 +10,7 @@ _ATTEMPTS = 10
 
 
 class Transform(Protocol):
-    """(height, width, seed of the sample) -> the crop to take."""
+    """Function of (height, width, sample seed) that returns the crop."""
 
     def __call__(self, height: int, width: int, seed: int) -> Crop: ...
 
@@ -20,7 +20,7 @@ def _center(height: int, width: int, crop_height: int, crop_width: int) -> Crop:
 
 
 class CenterCrop:
-    """The largest centred square, as evaluation takes it."""
+    """Take the largest centred square, as evaluation does."""
 
     def __call__(self, height: int, width: int, seed: int = 0) -> Crop:
         side = min(height, width)
@@ -28,19 +28,19 @@ class CenterCrop:
 
 
 class WholeImage:
-    """All of the image, whatever its shape, as SigLIP's evaluation takes it."""
+    """Take the whole image, whatever its shape, as SigLIP's evaluation does."""
 
     def __call__(self, height: int, width: int, seed: int = 0) -> Crop:
         return Crop(0, 0, height, width)
 
 
 class RandomResizedCrop:
-    """A random box of the image (Szegedy et al. 2015), as torchvision draws it, and a random mirror image.
+    """Take a random crop (Szegedy et al. 2015), drawn as in torchvision, with a random horizontal flip.
 
     Args:
-        scale: the smallest and largest part of the area.
-        ratio: the smallest and largest width / height, drawn uniformly in its logarithm.
-        horizontal_flip: the probability of mirroring.
+        scale: smallest and largest fraction of the image area.
+        ratio: smallest and largest aspect ratio, width / height; drawn log-uniformly.
+        horizontal_flip: probability of a horizontal flip.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RandomResizedCrop:
         self.horizontal_flip = horizontal_flip
 
     def __call__(self, height: int, width: int, seed: int) -> Crop:
-        """The crop of a height x width image that `seed` names; the central one if ten draws do not fit."""
+        """Draw the crop of a height x width image; fall back to a central crop if ten draws do not fit."""
         seed = hash64(seed, "crop")
         flip = uniform(seed, 0) < self.horizontal_flip
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])

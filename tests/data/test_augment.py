@@ -55,9 +55,7 @@ def test_without_augmentation_the_image_is_itself_and_no_generator_moves() -> No
     ],
 )
 def test_an_augmentation_that_leaves_another_type_or_shape_is_refused(augmentation: Augmentation, became: str) -> None:
-    turned = (
-        f"{type(augmentation).__name__} turned an image uint8 \\[3, 24, 24\\] into {became}; an augmentation returns"
-    )
+    turned = f"{type(augmentation).__name__} turned an image uint8 \\[3, 24, 24\\] into {became}; an augmentation keeps"
     with pytest.raises(ValueError, match=f"^{turned}"):
         augmented(image(), [augmentation], 3)
 

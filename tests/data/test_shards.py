@@ -237,7 +237,7 @@ def test_a_lone_block_of_zeros_is_told_and_reading_goes_on(tmp_path: Path, lost:
     place = int(index_tar(path).members["jpg"][0][1]) - 512
     path.write_bytes(data[:place] + bytes(512) + data[place + (512 if lost == "a header" else 0) :])
     index = index_tar(path)
-    lone = f"a lone block of zeros at byte {place}, where a member or the two that end an archive should be"
+    lone = f"a lone block of zeros at byte {place}; expected a member, or the two blocks that end an archive"
     if lost == "nothing":
         assert index.keys == ["a", "b", "c"] and index.problems == [lone]
     else:  # what follows is the member's content
@@ -494,7 +494,7 @@ def test_terabytes_of_zeros_behind_a_tar_are_not_read(tmp_path: Path) -> None:
     os.truncate(path, 1 << 42)
     index = load_index(path)
     assert index.keys == ["a"]
-    assert f"to {1 << 42}, behind 64 MiB of zeros from byte {end_of_members(path)} on" in index.problems[-1]
+    assert f"to {1 << 42}, after 64 MiB of zeros from byte {end_of_members(path)} on" in index.problems[-1]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "pickle"])
@@ -605,7 +605,7 @@ def test_the_fingerprint_says_which_shards_changed(tmp_path: Path) -> None:
         (fingerprint("a", "x", "c"), f"changed: {tmp_path}/1.tar"),
         (fingerprint("a", "b"), "3 shards then, 2 now, 1 gone or changed"),
         (fingerprint("a", "b", "c", "d"), f"3 shards then, 4 now, 0 gone or changed; new or changed: {tmp_path}/3.tar"),
-        (fingerprint("a", "b", "c", kept=[0, 2]), "the same shards, of which other samples are kept"),
+        (fingerprint("a", "b", "c", kept=[0, 2]), "the same shards with another selection of samples"),
         (fingerprint(*"1234567"), "3 shards then, 7 now, 3 gone or changed; new or changed: "),
     ):
         assert not changed.is_of(saved) and not changed.is_of(hash_alone)

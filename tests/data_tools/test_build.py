@@ -283,7 +283,7 @@ def test_keys_come_from_a_key_column_that_can_name_samples(make_pairs, tmp_path:
     assert sorted(sample["__key__"] for sample in samples(tmp_path / "a")) == ["x", "y-1", "ü"]
     for name, keys in {"twice": ["x", "x", "y"], "dot": ["x.1", "y", "z"], "long": ["x" * 91, "y", "z"]}.items():
         assert build(make_pairs(3, key=keys), tmp_path / name) == 0
-        assert "keys are row numbers, for the key 'x" in capsys.readouterr().err
+        assert "keys are row numbers, since the key 'x" in capsys.readouterr().err
         assert sorted(sample["__key__"] for sample in samples(tmp_path / name))[0] == "00000001"
 
 

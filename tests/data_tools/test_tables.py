@@ -193,7 +193,7 @@ def test_rows_that_are_nested_too_deeply_are_refused(tmp_path: Path, depth: int)
     (tmp_path / "pairs.jsonl").write_text("\n".join([*lines, f'{{"x": {"[" * depth}{"]" * depth}}}']))
     table = read_pairs(tmp_path / "pairs.jsonl")
     assert table.row_numbers == [2] and json.loads(row_json(table.rows[0])) == table.rows[0]
-    assert table.refused == [(number, "lists or objects inside each other more than 64 deep") for number in (1, 3)]
+    assert table.refused == [(number, "lists or objects nested more than 64 deep") for number in (1, 3)]
 
 
 def test_a_table_beyond_the_memory_is_refused_unread(tmp_path: Path) -> None:
