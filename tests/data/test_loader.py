@@ -21,6 +21,7 @@ from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader, received
 from mmpretrain.data.shards import Fingerprint, Shards
+from mmpretrain.data.shorten import Shorten
 from mmpretrain.data.stream import Source, TarStream, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
@@ -667,7 +668,7 @@ def test_what_shortens_nothing_is_refused(tars: list[str]) -> None:
     with pytest.raises(
         ValueError, match=r"pairs\.shorten is block, but no length .* set data\.train\.pairs\.text_length$"
     ):
-        TarStream("pairs", [Source("a", Shards(tars))], 8, 0, "txt", CenterCrop(), 16, shorten="block")
+        TarStream("pairs", [Source("a", Shards(tars))], 8, 0, "txt", CenterCrop(), 16, shorten=Shorten.block)
 
 
 def test_an_augmentation_may_give_its_input_back_turned(tars: list[str], tokenizer: ClipTokenizer) -> None:

@@ -30,7 +30,7 @@ def test_tokens_know_their_text_and_their_place_in_it() -> None:
     rows = packed_rows()
     assert rows.owners().tolist() == [[1] * 5, [3, 3, 3, 2, -1], [0, 0, -1, -1, -1]]
     assert rows.positions[0].tolist() == [0, 1, 2, 3, 4]
-    assert rows.positions[1, :4].tolist() == [0, 1, 2, 0] and rows.places[2, :2].tolist() == [0, 1]
+    assert rows.positions[1, :4].tolist() == [0, 1, 2, 0] and rows.positions[2, :2].tolist() == [0, 1]
     assert (rows.positions < 5).all(), "what fills a row looks up a position that there is"
 
 
