@@ -177,7 +177,7 @@ def test_a_tokenizer_of_the_run_runs_no_code_and_stays_small(run: Path) -> None:
         ("data.val", {"a": {"shards": "x", "caption": 1}}, "data.val.a.caption is 1; expected str | None"),
         ("data.val", {"a": {"shards": ["${oc.env:HOME}"]}}, "data.val.a.shards[0] is '${oc.env:HOME}'"),
         ("data.root", 5, "data.root is 5; expected str"),
-        ("trainer.precision", "fp64", "trainer.precision is 'fp64'; expected Literal"),
+        ("trainer.precision", "fp64", "trainer.precision is 'fp64'; expected one of bf16, fp16, fp32"),
         ("data.val_batch_size", -1, "data.val_batch_size is -1; expected a number at least 1"),
     ],
 )

@@ -195,7 +195,7 @@ def test_heat_maps_say_what_and_how_similar() -> None:
 
 def test_evaluations_do_not_wait_for_matplotlib() -> None:
     code = (
-        "import sys, numpy as np; from mmpretrain import pictures; pictures.confusion(np.eye(3), 'abc');"
+        "import sys, numpy as np; from mmpretrain.reporting import pictures; pictures.confusion(np.eye(3), 'abc');"
         "sys.exit('matplotlib.figure' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,9 +4,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests import runs
 
 
+@pytest.mark.slow
 def test_everything_at_once_is_resumed_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
     settings = (
         "trainer.duration=10steps", "trainer.ema_decay=0.9", "trainer.precision=fp16", "checkpoint.every=2steps",

@@ -77,15 +77,15 @@ STAGES = (
 VARIANTS = {
     "one process": (1, ()),
     "one process, three streams and six stages, an average": (1, STAGES),
+}
+
+
+SLOW_VARIANTS = {
     "two processes, workers, micro-batches, bf16, ragged masks": (
         2,
         ("data.workers=2", "trainer.micro_batch_size=4", "trainer.precision=bf16", "objective=[sigmoid,mae]",
          *runs.TINY_MAE),
     ),
-}  # fmt: skip
-
-
-SLOW_VARIANTS = {
     "two processes, FSDP2, three streams and six stages, an average": (
         2, (*STAGES, "parallel=fsdp", "parallel.activation_checkpointing=blocks"),
     ),
