@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: skipped, named, and a limit to their number in a row."""
+"""Steps with a non-finite gradient: log their samples and limit the number of such steps in a row."""
 
 import logging
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 def check_bad_step(
     flags: Mapping[str, float], step: int, streams: Mapping[str, Stream], clock: Clock, limit: int
 ) -> None:
-    """Say which samples a skipped step saw, and end a run that has too many of them in a row.
+    """Log the samples of a skipped step, and end a run with too many skipped steps in a row.
 
     Args:
-        flags: `skipped` and `bad_steps` (in a row, this one included) of the step.
-        step: its number, from 1.
-        streams: what it read.
-        clock: the run's.
-        limit: the first number of steps in a row that ends the run.
+        flags: the step's `skipped` flag, and `bad_steps`, the number of skipped steps in a row including this one.
+        step: number of the step, from 1.
+        streams: streams that the step read.
+        clock: clock of the run.
+        limit: number of skipped steps in a row that ends the run.
 
-    Raises: TrainingError at the limit.
+    Raises: TrainingError if `limit` is reached.
     """
     if not flags.get("skipped"):
         return
