@@ -189,7 +189,7 @@ class Task(nn.Module):
 
     @property
     def logit_scale(self) -> float | None:
-        """Scale (1 / temperature) of the first objective with a learned `logit_scale`, or None. Synchronises with the device."""
+        """Scale (1 / temperature) of the first objective with a learned `logit_scale`, or None. Synchronises."""
         for objective in self.objectives.values():
             if hasattr(objective, "logit_scale"):
                 return float(objective.logit_scale.detach().exp())
