@@ -227,5 +227,5 @@ def load_state(path: Path) -> dict[str, Any]:
     state = files.read_json(path / "state.json")
     for key in ("step", "samples"):
         if key in state and (not isinstance(state[key], int) or not 0 <= state[key] < 1 << 63):
-            raise ValueError(f"{path / 'state.json'}: {key} is {state[key]!r}; expected how many there were")
+            raise ValueError(f"{path / 'state.json'}: {key} is {state[key]!r}; expected a non-negative integer")
     return state

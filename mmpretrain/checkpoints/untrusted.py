@@ -88,7 +88,7 @@ def check_text(value: Any, path: str) -> None:
     """Raises: ValueError for an interpolation, which could read values of this process such as its environment."""
     if isinstance(value, str) and "${" in value:
         raise ValueError(
-            f"{path} is {value!r}, which a file that may come from others cannot ask for; replace it in the file, or "
+            f"{path} is {value!r}, an interpolation, which a checkpoint's file may not have; replace it in the file, or "
             "give the value on the command line where there is a key for it"
         )
 
@@ -103,7 +103,7 @@ def check_model(node: Any, largest: int, trust: Sequence[str]) -> None:
                 f"{path} is {value!r}, which leads to files elsewhere; if you know them, name it: trust=[{value!r}]"
             )
         if isinstance(value, int) and value > largest:
-            raise ValueError(f"{path} is {value}; expected at most {largest}, since its weights have no more numbers")
+            raise ValueError(f"{path} is {value}; expected at most {largest}, given the size of its weights")
 
 
 def with_own_files(node: Any, folder: Path) -> dict[str, Any]:
