@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 def check_bad_step(
     flags: Mapping[str, float], step: int, streams: Mapping[str, Stream], clock: Clock, limit: int
 ) -> None:
-    """Log the samples of a skipped step, and end a run with too many skipped steps in a row.
+    """Say which samples a skipped step saw, and end a run that has too many of them in a row.
 
     Args:
-        flags: the step's `skipped` flag, and `bad_steps`, the number of skipped steps in a row including this one.
-        step: number of the step, from 1.
-        streams: streams that the step read.
-        clock: clock of the run.
-        limit: number of skipped steps in a row that ends the run.
+        flags: `skipped` and `bad_steps` (in a row, this one included) of the step.
+        step: its number, from 1.
+        streams: what it read.
+        clock: the run's.
+        limit: the first number of steps in a row that ends the run.
 
-    Raises: TrainingError if `limit` is reached.
+    Raises: TrainingError at the limit.
     """
     if not flags.get("skipped"):
         return
