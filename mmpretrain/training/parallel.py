@@ -234,8 +234,8 @@ def _checkpoint(block: nn.Module, keeps: Callable[[], Any] | None, draws: bool, 
         return
     if is_compiled and keeps is not None:
         raise ValueError(
-            "parallel.compile is true and parallel.activation_checkpointing selective, but the model drops at random, which "
-            "the two together cannot compute again; use parallel.activation_checkpointing=blocks"
+            "parallel.compile is true and parallel.activation_checkpointing selective, but the model has random layers, "
+            "which the two together cannot recompute; use parallel.activation_checkpointing=blocks"
         )
     # Compile inside of the checkpoint, since PyTorch does not compile custom contexts.
     forward = torch.compile(block.forward) if is_compiled else block.forward

@@ -82,7 +82,7 @@ def read_state(path: Path) -> TrainState:
         if not accepts(value, annotation):
             raise ValueError(f"{path / 'state.json'}: {key} is {str(value)[:40]}; expected it as the run wrote it")
     if path != store.path_of(path.parent, state["step"]):
-        raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected that of its folder")
+        raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected the step in its folder's name")
     scores = path / "scores.json"
     if scores.exists():  # scores of the step's evaluation, which is done after the checkpoint is written
         found = files.read_json(scores)

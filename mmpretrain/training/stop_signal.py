@@ -1,5 +1,6 @@
-"""Handling of SIGTERM and SIGINT: write a checkpoint and exit with code 85. Signals are handled from the first import on,
-so this module imports only fast modules.
+"""Handling of SIGTERM and SIGINT: write a checkpoint and exit with code 85.
+
+Signals are handled from the first import on. This module therefore imports only modules that load quickly.
 """
 
 import importlib

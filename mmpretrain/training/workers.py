@@ -57,7 +57,7 @@ def measured_workers(
     step_seconds = (time.perf_counter() - started) / num_batches
     workers = count_workers(read_seconds, step_seconds, own_cores())
     log.info(
-        "data.workers: %d (to read a micro-batch takes one process %.0f ms, to compute it %.0f ms; %d cores)",
+        "data.workers: %d (reading a micro-batch takes one process %.0f ms, computing it %.0f ms; %d cores)",
         workers, 1000 * read_seconds, 1000 * step_seconds, own_cores(),
     )  # fmt: skip
     return workers
