@@ -1,4 +1,4 @@
-"""From the configuration to the parts of a run: plain functions from dataclasses to objects."""
+"""Construction of a run's parts from its configuration."""
 
 import inspect
 import logging
@@ -30,11 +30,11 @@ from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
-_EMBEDDED = "data/shapes"  # where `make train` and the configurations have the drawn data set
+_EMBEDDED = "data/shapes"  # default location of the generated shapes data set
 
 
 def device_of(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` -> this process's device. Raises: ValueError for another name or a missing GPU."""
+    """Return this process's device for `auto`, `cpu` or `cuda`. Raises: ValueError for another name or too few GPUs."""
     if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"trainer.device is {name!r}; expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
@@ -52,9 +52,9 @@ def device_of(name: str) -> torch.device:
 
 
 def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
-    """The model with its objectives, and the objectives' weights; one that never has a weight above 0 is not built.
+    """Build the model with its objectives, and the objectives' weights. Objectives whose weight is always 0 are left out.
 
-    Raises: ValueError if no objective is left.
+    Raises: ValueError if no objective remains.
     """
     model = instantiate.instantiate(cfg.model, cfg.run.seed, "model")
     weights = {
@@ -76,11 +76,11 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
 
 
 def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
-    """The streams that the objectives read, `pairs` first, then in the order of `data.train`.
+    """Build the streams that the objectives read: `pairs` first, then in the order of `data.train`.
 
-    The first one's batch is `trainer.batch_size`, and durations are measured against it.
+    The first stream has the batch size `trainer.batch_size` and defines the samples of durations.
 
-    Raises: ValueError for one that is not configured, has no shards or another batch size than it may have.
+    Raises: ValueError if a stream is not configured or lacks shards, or if the first one has another batch size.
     """
     model = task.model
     for name in task.streams:
@@ -139,7 +139,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
 
 @torch.no_grad()
 def _check_image_sizes(model: ImageTextModel, sizes: ScheduledValue) -> None:
-    """Try each size before the run comes to it. Raises: ValueError for one that the image encoder cannot take."""
+    """Run the image encoder on each size of a schedule. Raises: ValueError for a size that it does not accept."""
     model.eval()
     for size in {int(value) for value in sizes.values}:
         try:
@@ -197,7 +197,7 @@ def _shards(key: str, shards: str | list[str], root: str | None, subset: str | N
 
 
 def build_tokenizer(node: instantiate.Node, task: Task) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`. Raises: ValueError if it makes what the text encoder or an objective cannot take."""
+    """Build the tokenizer of `data.tokenizer`. Raises: ValueError if it does not fit the text encoder or an objective."""
     tokenizer: Tokenizer = instantiate.instantiate(node, 0, "data.tokenizer")
     if task.model.text is not None:
         fit_tokenizer(tokenizer, task.model.text)
@@ -209,7 +209,7 @@ def build_tokenizer(node: instantiate.Node, task: Task) -> Tokenizer:
 def build_eval_sets(
     sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel, max_image_bytes: int
 ) -> dict[str, EvalSet]:
-    """The held-out data sets, for a model's images. Raises: ValueError for missing shards, classes or fields."""
+    """Build the held-out data sets with a model's preprocessing. Raises: ValueError for missing shards, classes or fields."""
     for name, data in sets.items():
         if data.caption is not None:
             check_caption_field(data.caption, f"data.val.{name}.caption")
@@ -232,7 +232,7 @@ def build_eval_sets(
 
 
 def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict[str, Evaluator], dict[str, Duration]]:
-    """The evaluators, and how often each runs."""
+    """Build the evaluators, and return them with the interval of each."""
     evaluators, every = {}, {}
     for name, node in nodes.items():
         every[name] = Duration.parse(node.get("every") or default_every, f"eval.{name}.every")

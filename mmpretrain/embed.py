@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command_line.entry(_hydra_main)
 
 
@@ -45,7 +45,11 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def run(cfg: EmbedConfig) -> list[Path]:
-    """Embed what `cfg` names; goes on where an interrupted one stopped. Raises: ValueError for wrong use."""
+    """Embed images, texts or both. An interrupted command is resumed.
+
+    Returns: paths of the files with embeddings and keys.
+    Raises: ValueError for a usage error.
+    """
     if cfg.images is None and cfg.texts is None:
         raise ValueError("neither images nor texts is given; expected images=<folder or tars>, texts=<file> or both")
     device = build.device_of(cfg.device)
@@ -57,7 +61,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {cfg.output!r}, a file; expected a folder, new or an earlier one's")
     folder.mkdir(parents=True, exist_ok=True)
-    # What the rows depend on: another answer to any of it is another work, and begins anew.
+    # Inputs that the embeddings depend on. If any of them changed, earlier output is not reused.
     work = {
         "checkpoint": hashlib.sha256((loaded.path / "manifest.json").read_bytes()).hexdigest(),
         "ema": cfg.ema,
@@ -80,7 +84,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
 
 
 def _texts(path: Path) -> list[str]:
-    """The lines of a file that are not empty. Raises: ValueError if there are none, or it is not UTF-8."""
+    """Return the non-empty lines of a file. Raises: ValueError if there are none, or if the file is not UTF-8."""
     try:
         texts = [line.rstrip("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
     except UnicodeDecodeError as error:
@@ -92,7 +96,7 @@ def _texts(path: Path) -> list[str]:
 
 
 class _Images:
-    """The images of a folder, or of tars."""
+    """Images of a folder or of tar files, with keys and a fingerprint. Raises: ValueError for a folder without images."""
 
     def __init__(self, source: str | Sequence[str], preprocess: Preprocess) -> None:
         self._preprocess = preprocess
@@ -119,7 +123,7 @@ class _Images:
 
 
 def _of_images(images: _Images, loaded: Loaded, cfg: EmbedConfig, start: int) -> Iterator[Tensor]:
-    """Embeddings [b, e] of the images from `start` on, batch by batch; not a number where one cannot be decoded."""
+    """Yield embeddings [b, e] of the images from `start` on. Rows of images that cannot be decoded are NaN."""
     size, channels = loaded.preprocess.image_size, loaded.preprocess.channels
     numbers = range(start, len(images.keys))
     for batch in image_batches(images, numbers, cfg.batch_size, channels, size, cfg.workers):
@@ -133,13 +137,13 @@ def _of_images(images: _Images, loaded: Loaded, cfg: EmbedConfig, start: int) ->
 
 
 def _of_texts(texts: Sequence[str], loaded: Loaded, cfg: EmbedConfig, start: int) -> Iterator[Tensor]:
-    """Embeddings [b, e] of the texts from `start` on, batch by batch."""
+    """Yield embeddings [b, e] of the texts from `start` on."""
     for first in range(start, len(texts), cfg.batch_size):
         yield loaded.model.embed_texts(*loaded.tokenizer(texts[first : first + cfg.batch_size])).float().cpu()
 
 
 def _key_line(key: str) -> bytes:
-    """A key as one line: its bytes as a file or tar has them, with its line breaks escaped."""
+    """Return the bytes of a key as in the file system or tar, with line breaks escaped."""
     return key.encode("utf-8", "surrogateescape").replace(b"\r", b"\\r").replace(b"\n", b"\\n")
 
 
@@ -150,12 +154,20 @@ def _write(
     inputs: Mapping[str, Any],
     rows_from: Callable[[int], Iterator[Tensor]],
 ) -> list[Path]:
-    """`PATH.npy`, float32 [n, e] of unit length, and `PATH.keys.txt`, a line for each row.
+    """Write embeddings to `PATH.npy`, float32 [n, e] of unit length, and keys to `PATH.keys.txt`, one line per row.
 
-    Keys are written as their bytes, line breaks in them as `\\n` and `\\r`.
+    Keys are written as bytes with line breaks escaped as `\\n` and `\\r`. Rows and keys of images that could not be
+    decoded are left out. `PATH.json` records the inputs of the embeddings. Batches are written to a partial file together
+    with the number of finished rows, so that the same command resumes after a kill.
 
-    What the rows are computed from stands in `PATH.json`. Rows are written as they come, beside a note of how many
-    there are, so that the same command goes on after a kill.
+    Args:
+        path: path of the output files without extension.
+        keys: key of each row.
+        loaded: checkpoint with the model.
+        inputs: inputs that the embeddings depend on.
+        rows_from: function that yields the embeddings from a given row on.
+
+    Returns: paths of the `.npy` and the `.keys.txt`.
     """
     array, key_file = path.with_name(f"{path.name}.npy"), path.with_name(f"{path.name}.keys.txt")
     partial, note = path.with_name(f".partial-{path.name}.npy"), path.with_name(f".progress-{path.name}.json")

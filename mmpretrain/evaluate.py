@@ -19,7 +19,7 @@ from mmpretrain.training.precision import autocast
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command_line.entry(_hydra_main)
 
 
@@ -36,7 +36,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def run(cfg: EvaluateConfig) -> Mapping[str, float]:
-    """Evaluate `cfg.checkpoint` on the given data sets, or on the run's own. Raises: ValueError for wrong use."""
+    """Evaluate a checkpoint on the given data sets, or else on the run's own. Raises: ValueError for a usage error."""
     device = build.device_of(cfg.device)
     distributed.setup(device)
     if cfg.output is not None and not Path(cfg.output).parent.is_dir():
@@ -48,7 +48,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
     errors.check_number("config.yaml: data.val_batch_size", batch_size, at_least=1)
-    max_image_bytes = loaded.setting("data.max_image_bytes", int | None) or MAX_IMAGE_BYTES  # older runs have none
+    max_image_bytes = loaded.setting("data.max_image_bytes", int | None) or MAX_IMAGE_BYTES  # missing in older runs
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -74,7 +74,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
 
 
 def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:
-    """The data sets of `data.val` of a run: shards and classes wherever they lie, if its user may read them."""
+    """Return the data sets of the run's `data.val`. Paths of shards and classes are not restricted to any folder."""
     annotations, sets = typing.get_type_hints(EvalSetConfig), {}
     for name, fields in loaded.setting("data.val", Mapping[str, Mapping]).items():
         for key, value in fields.items():

@@ -16,7 +16,7 @@ _FORMATS = {"open_clip": open_clip.export}
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command_line.entry(_hydra_main)
 
 
@@ -29,7 +29,7 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def run(cfg: ExportConfig) -> list[Path]:
-    """Write `cfg.checkpoint` in `cfg.format`; returns the files. Raises: ValueError for wrong use."""
+    """Write a checkpoint in `cfg.format`, and return the paths of the files. Raises: ValueError for a usage error."""
     if cfg.format not in _FORMATS:
         raise ValueError(f"format is {cfg.format!r}; {errors.nearest(cfg.format, list(_FORMATS))}")
     loaded = load_checkpoint(cfg.checkpoint, trust=cfg.trust, ema=cfg.ema)

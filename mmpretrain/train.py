@@ -1,7 +1,7 @@
 """Pre-train a model: python -m mmpretrain.train experiment=quickstart [overrides]."""
 
 if __name__ == "__main__":
-    # By its own name, under which the processes of a sweep's launcher find the job; __main__ is another module there.
+    # Run the job from the module's own name: the processes of a sweep's launcher import it, and __main__ differs there.
     from mmpretrain.training import stop_signal
 
     stop_signal.train()
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     command_line.entry(_hydra_main)
 
 
@@ -57,9 +57,11 @@ def _hydra_main(cfg: DictConfig) -> None:
 
 
 def train(cfg: TrainConfig) -> Mapping[str, float | None]:
-    """Carry out a configuration: build the parts, resume or begin, train, and return the scores.
+    """Run a training configuration: build the parts, start or resume the run, train, and return the results.
 
-    Raises: errors.UsageError before anything is computed; TrainingError if the run cannot go on.
+    A finished run only returns its results, and a dry run returns its estimated costs.
+
+    Raises: UsageError for a usage error, before training; TrainingError if the run cannot continue.
     """
     with errors.usage_errors(), enough_space(Path(str(cfg.run.dir))):
         device = build.device_of(cfg.trainer.device)
@@ -92,7 +94,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         task = task.to(device)
         if cfg.trainer.dry_run:
             return dry_run(Setup(cfg, clock, task, weights, streams, tokenizer))
-        # Not closed before the run's end: closing it would free the directory.
+        # Keep the file open until the end of the run: closing it would release the lock.
         lock = run_dir.open_run(cfg, folder, schedule)
         if (scores := run_dir.finished(folder, clock, streams, cfg.checkpoint.keep_last)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
@@ -101,7 +103,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         evaluation = Evaluation(evaluators, every, clock, evaluation_context)
         trainer = Trainer(Setup(cfg, clock, task, weights, streams, tokenizer), schedule, evaluation)
         if distributed.is_main():
-            # Only now: what is refused above leaves no configuration behind that the corrected one would differ from.
+            # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.
             run_dir.write_configuration(cfg, folder)
     with enough_space(folder):
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):

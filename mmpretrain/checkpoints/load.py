@@ -1,7 +1,7 @@
-"""A trained model from a run's directory or one of its checkpoints.
+"""Loading of a trained model from a run's directory or one of its checkpoints.
 
-A run's directory may come from others: nothing in it is executed, followed to other files or to a hub, or taken for
-larger than its weights are. SECURITY.md says what that covers.
+A run's directory may come from others. Nothing in it is executed, no reference to other files or to a hub is followed, and
+no model larger than its weights is built. SECURITY.md describes the scope of this protection.
 """
 
 import typing
@@ -20,27 +20,27 @@ from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel, TextEncoder
 
-# A model of fewer numbers than this is small whatever its sizes are.
+# Numbers of elements below which a model or its buffers are never refused as too large.
 _SMALL_MODEL = 1 << 16
 _SMALL_BUFFERS = 1 << 28
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model with what stands around it."""
+    """A checkpoint's model, preprocessing, tokenizer, configuration and state."""
 
     model: ImageTextModel
     preprocess: Preprocess
     tokenizer: Tokenizer
     scalars: Mapping[str, float]
-    """`logit_scale` and `logit_bias` as the loss sees them, of the first objective that learns them."""
+    """`logit_scale` (not its logarithm) and `logit_bias` of the first objective that learns them."""
     config: Mapping[str, Any]
-    """The run's config.yaml as it stands there; `setting` reads one value of it."""
+    """Unresolved content of the run's config.yaml; use `setting` to read a checked value."""
     path: Path
     state: Mapping[str, Any]
 
     def setting(self, key: str, annotation: Any) -> Any:
-        """A value of the run's configuration by its full name. Raises: ValueError if it is none of that type."""
+        """Return a value of the run's configuration by its full name. Raises: ValueError if it does not have that type."""
         value: Any = self.config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -48,7 +48,7 @@ class Loaded:
 
 
 def checked(value: Any, key: str, annotation: Any) -> Any:
-    """A value of a run's configuration. Raises: ValueError if it is not of the type, or asks for what is elsewhere."""
+    """Return a value of a run's configuration. Raises: ValueError if it has another type or an interpolation."""
     for path, leaf in untrusted.leaves(value, key):
         untrusted.check_text(leaf, f"config.yaml: {path}")
     if not instantiate.accepts(value, annotation):
@@ -59,7 +59,7 @@ def checked(value: Any, key: str, annotation: Any) -> Any:
 
 
 def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
-    """(the run's directory, the checkpoint) of either. Raises: ValueError if there is none."""
+    """Return (run directory, checkpoint) for either of them. Raises: ValueError if there is no valid checkpoint."""
     path = Path(run_or_checkpoint)
     if path.name in ("best", "latest") and path.exists():
         path = path.with_name(store.read_name(path))
@@ -75,31 +75,31 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
 
 
 def _built(what: str, source: Path, build: Callable[[], Any]) -> Any:
-    """What `build` makes of a part of a configuration that may say anything. Raises: ValueError where it cannot."""
+    """Call `build` on an unchecked part of a configuration. Raises: ValueError for any error in it."""
     try:
         return build()
     except ValueError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except BaseException as error:  # arguments of a wrong type or of no sense fail in as many ways as there are parts
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
+    except BaseException as error:  # invalid arguments raise different exceptions in different parts
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # raised by Rust libraries
             raise
         reason = next(iter(str(error).splitlines()), "no reason is given")
         raise ValueError(f"{source}: {what} cannot be built ({type(error).__name__}: {reason})") from error
 
 
 def _built_model(resolved: Any, tensors: Mapping[str, Tensor], source: Path) -> ImageTextModel:
-    """The model of a resolved node, with random weights, once it is known to be no larger than its weights.
+    """Build the model of a resolved node with random weights, after checking that it is not larger than `tensors`.
 
-    Raises: ValueError if they are those of another model.
+    Raises: ValueError if names or shapes of `tensors` are not those of the model.
     """
 
     def build() -> Any:
         return _built("model", source, lambda: instantiate.call(resolved, 0))
 
-    # Twice, since a part may be built and then replaced.
+    # Allow twice the size, since a part may be built and then replaced.
     limits = 10 * len(tensors) + 1000, 2 * _numel(tensors) + _SMALL_MODEL
     try:
-        with untrusted.at_most(*limits, source), torch.device("meta"):  # which takes no memory
+        with untrusted.at_most(*limits, source), torch.device("meta"):  # needs no memory
             model = build()
     except ValueError as error:
         if not untrusted.needs_memory(error):
@@ -132,14 +132,14 @@ def _numel(tensors: Mapping[str, Tensor]) -> int:
 
 
 def preprocess_of(model: ImageTextModel, max_image_bytes: int = MAX_IMAGE_BYTES) -> Preprocess:
-    """What evaluation does to a model's images."""
+    """Return the preprocessing of a model's images in evaluation."""
     return Preprocess(model.image.image_size, model.num_channels, model.squash, max_image_bytes)
 
 
 def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:
-    """Check that a text encoder can take a tokenizer's ids, and let it know which of them is padding.
+    """Check that a text encoder accepts a tokenizer's ids, and set its padding id if it adopts the tokenizer's.
 
-    Raises: ValueError if it cannot.
+    Raises: ValueError if context length, vocabulary size or special ids do not fit.
     """
     if text.adopts_padding and tokenizer.pad_id is not None:
         text.pad_id = tokenizer.pad_id
@@ -157,7 +157,7 @@ def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:
         ("eos_id", text.end_id, tokenizer.end_id),
     ):
         if key == "pad_id" and given is None and text.adopts_padding:
-            continue  # a tokenizer without padding leaves it to the encoder
+            continue  # a tokenizer without padding: the encoder uses its own
         if wanted is not None and given != wanted:
             raise ValueError(
                 f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "
@@ -171,19 +171,17 @@ def load_checkpoint(
     trust: Sequence[str] = (),
     ema: bool = False,
 ) -> Loaded:
-    """Build a checkpoint's model and fill in its weights; objectives and what only they use stay out.
-
-    The network is never asked for anything.
+    """Build a checkpoint's model and load its weights. Objectives are not built. The network is never used.
 
     Args:
         run_or_checkpoint: a run's directory, or one of its checkpoints.
-        device: where the model goes.
-        trust: what the checkpoint's configuration may name beside our own: modules, whose classes are then imported;
-            and folders and names of a hub, as they stand there.
-        ema: whether to take the weights' moving average.
+        device: device of the model.
+        trust: names beyond mmpretrain's own that the checkpoint's configuration may use: modules, which are then imported,
+            and folders and hub names, spelled as in the configuration.
+        ema: load the moving average of the weights.
 
-    Raises: ValueError if there is no checkpoint, it has no average, its configuration names other parts, or its files
-        are not what a run writes.
+    Raises: ValueError if there is no valid checkpoint, it has no averaged weights, its configuration names other parts, or
+        its files are not as a run writes them.
     """
     folder, path = find(run_or_checkpoint)
     source = folder / "config.yaml"
@@ -222,7 +220,7 @@ def load_checkpoint(
 
 
 def _scalars(tensors: Mapping[str, Tensor], objectives: Sequence[str], path: Path) -> dict[str, float]:
-    """`logit_scale` and `logit_bias` of the first objective that has them, as in training."""
+    """Return `logit_scale` and `logit_bias` of the first objective that has them, as in training."""
     scalars = {}
     for scalar in ("logit_scale", "logit_bias"):
         for name in [f"objectives.{objective}.{scalar}" for objective in reversed(objectives)]:

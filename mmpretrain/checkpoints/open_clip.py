@@ -1,4 +1,4 @@
-"""open_clip's names for our parameters: one table for both ways, export and `init_from`."""
+"""Conversion to and from open_clip's parameter names and shapes, for export and `init_from`."""
 
 import json
 import re
@@ -32,7 +32,10 @@ _TRANSPOSED = {"image_projection.weight": "visual.proj", "text_projection.weight
 
 
 def open_clip_names(model: ImageTextModel) -> dict[str, str]:
-    """Our parameters' and buffers' names -> open_clip's. Raises: ValueError if the model has no open_clip shape."""
+    """Return open_clip's name of each parameter and buffer, by our name.
+
+    Raises: ValueError if open_clip has no such architecture.
+    """
     if isinstance(model.image, TimmEncoder) and not model.image.projects and (lack := _image_lack(model.image)):
         raise ValueError(f"model.image has no open_clip shape: {lack}")
     if isinstance(model.text, TextTransformer) and (lack := _text_lack(model.text)):
@@ -41,7 +44,7 @@ def open_clip_names(model: ImageTextModel) -> dict[str, str]:
 
 
 def _image_lack(image: TimmEncoder) -> str | None:
-    """Why a ViT of timm cannot be open_clip's, if it cannot."""
+    """Return the reason why open_clip has no such image encoder, or None if it has."""
     trunk = image.trunk
     if not image.is_vit:
         return f"{type(trunk).__name__} of timm is none of its own image towers"
@@ -57,7 +60,7 @@ def _image_lack(image: TimmEncoder) -> str | None:
 
 
 def _text_lack(text: TextTransformer) -> str | None:
-    """Why a text encoder of ours cannot be open_clip's, if it cannot."""
+    """Return the reason why open_clip has no such text encoder, or None if it has."""
     if text.causal and text.pool == "last":
         return None
     return f"expected causal and pool=last, got causal={str(text.causal).lower()} and pool={text.pool}"
@@ -81,14 +84,14 @@ def _open_clip_name(name: str, model: ImageTextModel) -> str:
 def to_open_clip(
     model: ImageTextModel, logit_scale: float | None = None, logit_bias: float | None = None
 ) -> dict[str, Tensor]:
-    """The model's weights under open_clip's names and in its shapes.
+    """Convert the model's weights to open_clip's names and shapes.
 
     Args:
-        model: with towers that open_clip has.
-        logit_scale: s as the loss sees it, 1 / temperature; None writes open_clip's initial 1 / 0.07.
-        logit_bias: b of the sigmoid loss; None where the model has none.
+        model: model with towers that open_clip supports.
+        logit_scale: scale s = 1 / temperature, not its logarithm; None writes open_clip's initial value 1 / 0.07.
+        logit_bias: bias b of the sigmoid loss; None if the model has none.
 
-    Raises: ValueError if the model has no open_clip shape.
+    Raises: ValueError if open_clip has no such architecture.
     """
     tensors = {}
     for name, theirs in open_clip_names(model).items():
@@ -107,32 +110,32 @@ def to_open_clip(
 
 
 def from_open_clip(model: ImageTextModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's tensors under our names and with our dimensions; what has no place keeps its name.
+    """Convert open_clip's tensors to our names and dimensions. Tensors without a counterpart keep their names.
 
-    Raises: ValueError if the model has no open_clip shape.
+    Raises: ValueError if open_clip has no such architecture.
     """
     own = model.state_dict()
-    # A model whose text stands in a tower of its own (`text.`) may come flat, and the other way round.
+    # open_clip writes the text encoder's names with or without the prefix `text.`: ignore it on both sides.
     ours = {theirs.removeprefix("text."): name for name, theirs in open_clip_names(model).items()}
     found = {}
     for theirs, tensor in tensors.items():
         name = ours.get(theirs.removeprefix("text."), theirs)
         if name in _TRANSPOSED:
             tensor = tensor.T
-        elif name in own and own[name].ndim == tensor.ndim + 2:  # a class token
+        elif name in own and own[name].ndim == tensor.ndim + 2:  # the class token
             tensor = tensor[None, None]
-        elif name in own and own[name].ndim == tensor.ndim + 1:  # a table of positions
+        elif name in own and own[name].ndim == tensor.ndim + 1:  # the position embedding
             tensor = tensor[None]
         found[name] = tensor
     return found
 
 
 def open_clip_config(model: ImageTextModel, node: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of open_clip_config.json: with it, `open_clip.create_model("local-dir:DIR")` builds the model.
+    """Return the content of open_clip_config.json, from which `open_clip.create_model("local-dir:DIR")` builds the model.
 
     Args:
-        model: with towers that open_clip has.
-        node: the configuration that it was built from.
+        model: model with towers that open_clip supports.
+        node: configuration that the model was built from.
     """
     of_images = ("image_mean", "image_std", "squash")
     arguments = {key: value for key, value in node.items() if key not in ("_target_", *of_images)}
@@ -147,7 +150,7 @@ def open_clip_config(model: ImageTextModel, node: Mapping[str, Any]) -> dict[str
 
 
 def _config_of_shapes(model: ImageTextModel) -> dict[str, Any]:
-    """open_clip's model_cfg of a ViT of timm and a text encoder of ours."""
+    """Return open_clip's model_cfg for a ViT of timm and a `TextTransformer`."""
     image, text = model.image, model.text
     assert isinstance(image, TimmEncoder) and isinstance(text, TextTransformer)
     blocks = image.trunk.blocks
@@ -180,22 +183,23 @@ def export(
     folder: Path,
     tokenizer: Tokenizer | None = None,
 ) -> list[Path]:
-    """Write a model where open_clip finds it: `open_clip.create_model("local-dir:FOLDER")`.
+    """Export a model for `open_clip.create_model("local-dir:FOLDER")`.
 
     Args:
-        model: with towers that open_clip has.
-        node: the configuration that it was built from.
-        scalars: `logit_scale` and `logit_bias` as the loss sees them, where there are any.
-        folder: gets open_clip_model.safetensors and open_clip_config.json.
-        tokenizer: whose end token the texts' states are taken from; None: CLIP's.
+        model: model with towers that open_clip supports.
+        node: configuration that the model was built from.
+        scalars: `logit_scale` (not its logarithm) and `logit_bias`, if the model has them.
+        folder: folder for open_clip_model.safetensors and open_clip_config.json.
+        tokenizer: tokenizer whose end token the text encoder pools; None for CLIP's tokenizer.
 
-    Returns: the files. Raises: ValueError if the model has no open_clip shape.
+    Returns: paths of the files.
+    Raises: ValueError if open_clip has no such architecture.
     """
     if model.num_channels != 3:
         raise ValueError(f"the model takes images of {model.num_channels} channels; open_clip's models take 3")
     tensors = to_open_clip(model, scalars.get("logit_scale"), scalars.get("logit_bias"))
     settings = open_clip_config(model, node)
-    # open_clip takes the state of the largest id of a text for that of its end, unless told which it is.
+    # By default open_clip pools the token with the largest id as the end token: set its id if it is another.
     text = model.text
     pools_end = isinstance(text, TextTransformer) or (
         isinstance(text, OpenClipText) and text.text.pool_type == "argmax"

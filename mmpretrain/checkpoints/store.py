@@ -1,12 +1,12 @@
-"""Checkpoints: written beside and renamed into place, hashed, verified before use. No pickle anywhere.
+"""Storage of checkpoints: written to a temporary folder, renamed into place, and verified by hash before use, without pickle.
 
-checkpoints/step_00001000/model.safetensors      the task's state: model.* and objectives.*
+checkpoints/step_00001000/model.safetensors      state of the task: model.* and objectives.*
                           optimizer.safetensors  <parameter>/exp_avg, /exp_avg_sq, /step
-                          ema.safetensors        the averaged weights, where they are averaged
-                          state.json             how far the run is
-                          manifest.json          SHA-256 and size of each of them
-                          scores.json            of the step's evaluation, which is done after it is saved
-checkpoints/latest, checkpoints/best             the names of the newest and of the best one
+                          ema.safetensors        averaged weights, in runs with a moving average
+                          state.json             progress of the run
+                          manifest.json          SHA-256 and size of each file above
+                          scores.json            scores of the step's evaluation, which is done after saving
+checkpoints/latest, checkpoints/best             names of the newest and the best checkpoint
 """
 
 import errno
@@ -34,7 +34,7 @@ _MAX_NAME_BYTES = 200
 
 
 class CorruptCheckpoint(ValueError):
-    """A checkpoint's files are not what its manifest says."""
+    """A checkpoint's files do not match its manifest."""
 
 
 def _sha256(path: Path) -> str:
@@ -46,12 +46,12 @@ def _sha256(path: Path) -> str:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a .safetensors that whoever may read the files beside it may read. Raises: OSError if it cannot be."""
-    path.touch()  # with the rights that the user gives to new files; the library replaces it by one of its owner's alone
+    """Write a .safetensors file with the default permissions of new files. Raises: OSError if it cannot be written."""
+    path.touch()  # gets the default permissions; the library replaces it by a file that only its owner may read
     mode = path.stat().st_mode
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # how the library says that the disk is full
+    except SafetensorError as error:  # raised when the disk is full, for example
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
@@ -65,17 +65,17 @@ def save(
     state: Mapping[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write one checkpoint, point `latest` at it and delete all but the newest `keep_last` and the best one.
+    """Write a checkpoint, point `latest` to it and delete all but the newest `keep_last` and the best one.
 
     Args:
         folder: the run's `checkpoints` folder.
-        step: optimiser steps taken, the checkpoint's name.
-        tensors: `model`, `optimizer` and what else there is, each tensors by name.
-        state: what else the run needs, JSON.
-        keep_last: how many checkpoints stay; 0 keeps all.
+        step: number of optimiser steps taken, which names the checkpoint.
+        tensors: tensors by name for each file: `model`, `optimizer` and, if present, `ema`.
+        state: further state of the run, written as JSON.
+        keep_last: number of checkpoints to keep; 0 keeps all.
 
     Returns: the checkpoint's folder.
-    Raises: OSError if it cannot be written; the ones before it still stand.
+    Raises: OSError if the checkpoint cannot be written. Earlier checkpoints are kept.
     """
     path = path_of(folder, step)
     partial = folder / f"{files.PARTIAL}{path.name}"
@@ -103,20 +103,20 @@ def save(
 
 
 def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint."""
     return folder / f"step_{step:08d}"
 
 
 def mark_best(path: Path, keep_last: int) -> None:
-    """Point `best` at a checkpoint, and delete the one before if it is not among the newest `keep_last`."""
+    """Point `best` to a checkpoint, and delete the previous best if it is not among the newest `keep_last`."""
     files.write_text(path.parent / "best", path.name + "\n")
     prune(path.parent, keep_last)
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete all checkpoints but the newest `keep_last` and the best one; 0 keeps all.
+    """Delete all checkpoints except the newest `keep_last` and the best one; 0 keeps all.
 
-    A kill between a save and this leaves more; a resumed or finished run comes here again.
+    A kill between saving and pruning leaves surplus checkpoints. A resumed or finished run prunes them.
     """
     if keep_last:
         best = read_name(folder / "best") if (folder / "best").exists() else None
@@ -126,12 +126,12 @@ def prune(folder: Path, keep_last: int) -> None:
 
 
 def write_scores(path: Path, results: Mapping[str, float], best: float | None) -> None:
-    """Keep the last value of every evaluation beside a checkpoint, whose own is done."""
+    """Write scores.json: the last value of every evaluation and the best score, once the step's evaluation is done."""
     files.write_text(path / "scores.json", json.dumps({"results": results, "best": best}, indent=2) + "\n")
 
 
 def read_name(path: Path) -> str:
-    """The checkpoint that `best` or `latest` names. Raises: ValueError if it names none."""
+    """Return the checkpoint's name in `best` or `latest`. Raises: ValueError if it is not such a name."""
     name = files.read_text(path, _MAX_NAME_BYTES).strip()
     if not re.fullmatch(r"step_\d+", name):
         raise ValueError(f"{path} names {name!r}; expected a checkpoint beside it, such as step_00001000")
@@ -139,12 +139,12 @@ def read_name(path: Path) -> str:
 
 
 def _all(folder: Path) -> list[Path]:
-    """Every checkpoint of a run, newest first."""
+    """Return all checkpoints of a run, newest first."""
     return sorted(folder.glob("step_*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def clean(folder: Path) -> None:
-    """Remove what a kill in the middle of a save left behind."""
+    """Remove partial checkpoints and files that a kill during saving left behind."""
     for partial in folder.glob(f"{files.PARTIAL}*"):
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -155,7 +155,7 @@ def clean(folder: Path) -> None:
 def verify(path: Path) -> None:
     """Check a checkpoint's files against its manifest.
 
-    Raises: CorruptCheckpoint naming the first file that is missing, cut or changed.
+    Raises: CorruptCheckpoint that names the first file that is missing, truncated or changed.
     """
     try:
         manifest = files.read_json(path / "manifest.json")
@@ -173,7 +173,7 @@ def verify(path: Path) -> None:
 
 
 def _entry(entry: Any, name: str) -> tuple[int, str]:
-    """(bytes, SHA-256) of a file. Raises: ValueError for another name than a checkpoint's file has, or no numbers."""
+    """Return (bytes, SHA-256) of a manifest entry. Raises: ValueError if the file name or the size is invalid."""
     if not _FILE.fullmatch(name):
         raise ValueError(f"it names {name!r}; expected files of the checkpoint alone")
     if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int):
@@ -182,14 +182,14 @@ def _entry(entry: Any, name: str) -> tuple[int, str]:
 
 
 def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
-    """The newest checkpoint that verifies, or None; each that does not is passed over with a warning.
+    """Return the newest valid checkpoint, or None if there are no checkpoints. Corrupt ones are skipped with a warning.
 
     Args:
         folder: the run's `checkpoints` folder.
-        set_aside: rename those that do not verify to `corrupt_*`, so that a resumed run cannot meet them again.
+        set_aside: rename corrupt checkpoints to `corrupt_*`, so that a resumed run does not find them again.
 
-    Raises: CorruptCheckpoint if there are checkpoints and none of them verifies; nothing is renamed then. OSError if
-        one cannot be read, which says nothing about it.
+    Raises: CorruptCheckpoint if there are checkpoints but none is valid; nothing is renamed then. OSError if a checkpoint
+        cannot be read, since it may still be valid.
     """
     corrupt: list[Path] = []
     for path in _all(folder):
@@ -211,21 +211,21 @@ def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
 
 
 def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `model.safetensors` or `optimizer.safetensors` of a checkpoint, memory-mapped, on the CPU.
+    """Load the tensors of a .safetensors file of a checkpoint, memory-mapped, on the CPU.
 
-    Raises: ValueError if the file holds none.
+    Raises: ValueError if the file is not a valid .safetensors.
     """
     try:
         return load_file(path / name)
-    except (SafetensorError, KeyError) as error:  # the latter for a type that torch does not have
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
         reason = " ".join(str(error).split())
         raise ValueError(f"{path / name} holds no tensors ({reason}); expected it as the run wrote it") from error
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's state.json. Raises: ValueError for what no run wrote."""
+    """Return the content of a checkpoint's state.json. Raises: ValueError if it is invalid."""
     state = files.read_json(path / "state.json")
     for key in ("step", "samples"):
         if key in state and (not isinstance(state[key], int) or not 0 <= state[key] < 1 << 63):
-            raise ValueError(f"{path / 'state.json'}: {key} is {state[key]!r}; expected how many there were")
+            raise ValueError(f"{path / 'state.json'}: {key} is {state[key]!r}; expected a non-negative integer")
     return state

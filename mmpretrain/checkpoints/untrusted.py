@@ -1,4 +1,4 @@
-"""What a configuration that came with a checkpoint may name, ask for and make: see SECURITY.md."""
+"""Restrictions on a configuration that came with a checkpoint: classes, files and sizes (see SECURITY.md)."""
 
 import importlib
 import inspect
@@ -19,8 +19,8 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 
 MODELS, TOKENIZERS = "mmpretrain.models", "mmpretrain.data.tokenizer"
-TOKENIZER_FOLDER = "tokenizer"  # in a run's directory: the files of a local tokenizer
-"""Where a run keeps the local tokenizer that it was trained with."""
+TOKENIZER_FOLDER = "tokenizer"
+"""Folder in a run's directory with a copy of the local tokenizer that it was trained with."""
 _TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _MAX_TOKENIZER_BYTES = 256 << 20
 _ELSEWHERE = re.compile(r"[/\\:~]")
@@ -28,10 +28,10 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
-    """Finds what a configuration may name that came with a checkpoint: parts of `home` and of trusted modules.
+    """Return a lookup of the `_target_`s that a checkpoint's configuration may name: parts of `home` and trusted modules.
 
-    Such a part is a class of the module itself, or a function that says it returns a model or a tokenizer. What the
-    module merely imports (`os.system`) is none, nor is any other function of it.
+    A part is a class defined in the module, or a function defined there whose return annotation is `ImageTextModel` or
+    `Tokenizer`. Names that the module only imports (such as `os.system`) and other functions are refused.
     """
 
     def find(target: Any, path: str) -> Any:
@@ -63,7 +63,7 @@ def _part(module: str, name: str) -> Any:
 
 
 def without_weights(node: Any) -> Any:
-    """A model's node without what would make timm read or fetch weights: they are in the checkpoint."""
+    """Remove the arguments that make timm read or download weights, which the checkpoint already has."""
     if isinstance(node, list):
         return [without_weights(item) for item in node]
     if not isinstance(node, dict):
@@ -72,7 +72,7 @@ def without_weights(node: Any) -> Any:
 
 
 def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The values in any containers, with their full names; targets are left out."""
+    """Yield (full name, value) of all values in nested containers, except `_target_`."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key != "_target_":
@@ -85,16 +85,16 @@ def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def check_text(value: Any, path: str) -> None:
-    """Raises: ValueError for an interpolation, which could ask for anything of this process."""
+    """Raises: ValueError for an interpolation, which could read values of this process such as its environment."""
     if isinstance(value, str) and "${" in value:
         raise ValueError(
-            f"{path} is {value!r}, which a file that may come from others cannot ask for; replace it in the file, or "
+            f"{path} is {value!r}, an interpolation, which a checkpoint's file may not have; replace it in the file, or "
             "give the value on the command line where there is a key for it"
         )
 
 
 def check_model(node: Any, largest: int, trust: Sequence[str]) -> None:
-    """Raises: ValueError for a value of a model's node that leads elsewhere, or is larger than its weights allow."""
+    """Raises: ValueError if a value of a model's node refers to other files or is larger than the number of its weights."""
     for path, value in leaves(node, "config.yaml: model"):
         check_text(value, path)
         is_hub_name = path.endswith((".hf_model_name", ".hf_tokenizer_name"))
@@ -103,11 +103,14 @@ def check_model(node: Any, largest: int, trust: Sequence[str]) -> None:
                 f"{path} is {value!r}, which leads to files elsewhere; if you know them, name it: trust=[{value!r}]"
             )
         if isinstance(value, int) and value > largest:
-            raise ValueError(f"{path} is {value}; expected at most {largest}, since its weights have no more numbers")
+            raise ValueError(f"{path} is {value}; expected at most {largest}, given the size of its weights")
 
 
 def with_own_files(node: Any, folder: Path) -> dict[str, Any]:
-    """A tokenizer's node that reads the files that the run has kept, not those it was made from."""
+    """Point a tokenizer's node to the copies in the run's directory, if there are any.
+
+    Raises: ValueError if the node is not a dictionary.
+    """
     if not isinstance(node, dict):
         raise ValueError(f"config.yaml: data.tokenizer is {node!r}; expected keys with values, as the run wrote it")
     kept = folder / TOKENIZER_FOLDER
@@ -115,7 +118,7 @@ def with_own_files(node: Any, folder: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(node: Any, folder: Path, trust: Sequence[str]) -> None:
-    """Raises: ValueError for a tokenizer's node that would read other files than the run has kept, or no small ones."""
+    """Raises: ValueError if a tokenizer's node refers to files outside the run's copies, or if a copy is too large."""
     kept = folder / TOKENIZER_FOLDER
     for file in kept.iterdir() if kept.is_dir() else ():
         if not file.is_file() or file.stat().st_size > _MAX_TOKENIZER_BYTES:
@@ -127,7 +130,7 @@ def check_tokenizer(node: Any, folder: Path, trust: Sequence[str]) -> None:
         if not isinstance(value, str) or value in trust or is_kept or key not in ("path", "name"):
             continue
         is_of_open_clip = path == "data.tokenizer.name" and node.get("_target_") == f"{TOKENIZERS}.tokenizer_of"
-        is_folder = os.path.lexists(value) and not is_of_open_clip  # a hub's name that is a folder is read there
+        is_folder = os.path.lexists(value) and not is_of_open_clip  # hub names that are local paths are read there
         if key == "path" or is_folder or not _HUB_NAME.fullmatch(value):
             raise ValueError(
                 f"config.yaml: {path} is {value!r}, which leads to files elsewhere, and the run has kept no copy in "
@@ -137,9 +140,9 @@ def check_tokenizer(node: Any, folder: Path, trust: Sequence[str]) -> None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Inside the block Hugging Face's libraries use what is in their cache, and never the network."""
+    """Make Hugging Face's libraries use only their cache, never the network, inside the block."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # the environment is read once, when it is imported
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # the environment variable is read at import only
     try:
         yield
     finally:
@@ -148,9 +151,9 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def at_most(num_parameters: int, num_elements: int, source: Path) -> Iterator[None]:
-    """Inside the block modules may register so many parameters, of so many elements together.
+    """Limit the parameters that modules register inside the block, by their number and their total number of elements.
 
-    Raises: ValueError for more.
+    Raises: ValueError if a limit is exceeded.
     """
     parameters, elements = 0, 0
 
@@ -169,9 +172,9 @@ def at_most(num_parameters: int, num_elements: int, source: Path) -> Iterator[No
 
 
 def needs_memory(error: BaseException | None) -> bool:
-    """Whether a model could not be built on the meta device because it computes numbers while it is built."""
+    """Return True if building a model on the meta device failed because its constructor needs values of tensors."""
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # causes may form a ring
+    while error is not None and id(error) not in seen:  # the chain of causes may be cyclic
         seen.add(id(error))
         if isinstance(error, NotImplementedError) and "meta tensor" in str(error):
             return True

@@ -1,4 +1,4 @@
-"""How a command starts and ends: Hydra's entry, wrong use in one line, exit codes, jobs of a sweep."""
+"""Start and end of a command: Hydra entry, one-line messages for usage errors, exit codes, and jobs of a sweep."""
 
 import importlib.resources
 import os
@@ -33,7 +33,7 @@ _ADDED = re.compile(r"(?P<sets>\+\+?data\.(train|val))\.(?P<inside>\w+(\.\w+)*)"
 
 
 def _group_options(search_path: str, group: str) -> list[str]:
-    """The names that a group has in the folders of Hydra's search path, as its message gives it."""
+    """Return the options of a config group in the folders of a search path, which Hydra's error message lists."""
     folders = []
     for kind, place in re.findall(r"path=(file|pkg)://(\S+)", search_path):
         folder = place if kind == "file" else str(importlib.resources.files(place))
@@ -54,7 +54,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Hydra's, OmegaConf's and YAML's errors in one line: what is wrong, where, and the nearest thing that is right."""
+    """Format an error of Hydra, OmegaConf or YAML in one line: the problem, its key and the nearest valid name."""
     text = str(error)
     if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, name = missing.group(1).rpartition("/")
@@ -77,20 +77,23 @@ def one_line(error: BaseException) -> str:
 
 
 class JobFailed(Exception):
-    """A job of a sweep has said why it ended, with this exit code; the jobs after it still run."""
+    """A job of a sweep failed and has printed its error. The argument is its exit code; later jobs still run."""
 
 
 def end_job(code: int) -> NoReturn:
-    """End this process with an exit code; in a sweep only once its other jobs have run."""
+    """End this process with an exit code, or only this job in a sweep.
+
+    Raises: JobFailed in a sweep, else SystemExit.
+    """
     if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         raise JobFailed(code)
     raise SystemExit(code)
 
 
 def _say(error: Exception) -> None:
-    """One line on stderr; the whole traceback instead where `MMPRETRAIN_TRACEBACK` is set.
+    """Print an error to stderr in one line, or raise it if `MMPRETRAIN_TRACEBACK` is set.
 
-    Under torchrun the first process of each machine speaks for all: wrong use is the same on each of them.
+    Under torchrun only local rank 0 prints, since a usage error is the same on all processes.
     """
     if os.environ.get("MMPRETRAIN_TRACEBACK"):
         raise error
@@ -102,7 +105,7 @@ def _say(error: Exception) -> None:
 
 @contextmanager
 def job() -> Iterator[None]:
-    """Around a job of an entry: wrong use ends it in one line and with exit code 2, an error of a file with 1."""
+    """End a job with a one-line message: usage errors with exit code 2, OSErrors with exit code 1."""
     try:
         yield
     except (UsageError, OmegaConfBaseException) as error:
@@ -114,7 +117,7 @@ def job() -> Iterator[None]:
 
 
 def _parts(value: str) -> list[str]:
-    """The values that a sweep takes one after the other: what stands between commas outside of brackets and quotes."""
+    """Split the values of a sweep at commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in value:
         quote = "" if letter == quote else quote or (letter if letter in "'\"" else "")
@@ -127,11 +130,14 @@ def _parts(value: str) -> list[str]:
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line as Hydra reads it, from what people write.
+    """Convert command-line arguments to the form that Hydra accepts.
 
-    `-m` may stand anywhere, `debug=nan` names a preset and no number, a path may hold `=` and `,` as the names of
-    our runs do, and brackets, and a stream or a held-out data set is added by `+data.train.NAME...=`: Hydra can add a whole
-    dictionary to a typed one, and no part of it.
+    - `-m` may be given at any position and is moved to the front.
+    - `debug=nan` names a preset, so `nan` is quoted; Hydra would read a number.
+    - A path may contain `=` and `,`, as names of runs do, and brackets. Such a path is quoted.
+    - `+data.train.NAME.KEY=` and `+data.val.NAME.KEY=` add a stream or a held-out data set. They are rewritten to add a
+      whole dictionary, since Hydra cannot add part of one to a typed dictionary.
+    - A schedule is quoted, and `config.resolve` parses it.
     """
     is_sweep = any(argument in _MULTIRUN for argument in arguments)
     changed = []
@@ -142,11 +148,11 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
         if argument == "debug=nan":
             argument = "debug='nan'"
         elif any(SCHEDULE_TEXT.match(part) for part in parts):
-            # As a text, which `config.resolve` reads: a mapping would be merged with the breakpoints that are there.
+            # Hydra would merge a mapping with the breakpoints of the YAML; `config.resolve` parses a string.
             texts = [f"'{part}'" if SCHEDULE_TEXT.match(part) else part for part in parts]
             argument = f"{key}={','.join(texts)}"
         elif is_plain and "," in value and is_sweep:
-            pass  # several values: each a job
+            pass  # several values of a sweep, one job each
         elif is_plain and key.lstrip("+") in _PATHS and re.search(r"[=,\[\](){}]", value):
             argument = f"{key}='{value}'"
         elif value and (added := _ADDED.fullmatch(key)):
@@ -154,13 +160,13 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
                 value = f"{{{name}: {value}}}"
             argument = f"{added['sets']}={value}"
         changed.append(argument)
-    # Other options stay where they are: some are followed by their value.
+    # Other options keep their position, since some are followed by their value.
     return sorted(changed, key=lambda argument: argument not in _MULTIRUN)
 
 
 def entry(run: Callable[[], Any]) -> None:
-    """Run a Hydra entry; wrong use ends in one line and exit code 2, `MMPRETRAIN_TRACEBACK=1` shows where it was met."""
-    # Hydra then raises instead of printing and ending with exit code 1.
+    """Run a Hydra entry. Usage errors print one line and exit with code 2; `MMPRETRAIN_TRACEBACK=1` raises them instead."""
+    # Hydra then raises errors instead of printing them and exiting with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
@@ -175,7 +181,7 @@ def entry(run: Callable[[], Any]) -> None:
         _say(error)
         raise SystemExit(USAGE_EXIT_CODE) from None
     except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's only one
+        if not str(error).startswith("Config group override"):  # the only ValueError that Hydra raises for usage errors
             raise
         given = ", ".join(argument for argument in sys.argv[1:] if argument.endswith("=null"))
         _say(UsageError(f"{given}: a group cannot be null; leave it out, or choose none of a list with []"))

@@ -1,4 +1,4 @@
-"""`_target_` nodes: checked against their callables' signatures, then built. There is no registry but this."""
+"""Instantiation of `_target_` nodes after a check against their callables' signatures. There is no other registry."""
 
 import functools
 import importlib
@@ -16,11 +16,11 @@ from mmpretrain.errors import UsageError, nearest
 from mmpretrain.seeds import torch_seed
 
 Node = dict[str, Any]
-"""A `_target_` with its arguments."""
+"""A `_target_` with its arguments, as a dictionary."""
 
 
 def accepts(value: Any, annotation: Any) -> bool:
-    """Whether a plain value fits a parameter's annotation; one that says nothing of plain values accepts all."""
+    """Return True if a plain value fits a parameter's annotation. Annotations of other types accept every value."""
     origin, options = get_origin(annotation), get_args(annotation)
     if annotation is None:
         return value is None
@@ -52,6 +52,7 @@ def accepts(value: Any, annotation: Any) -> bool:
 
 
 def expected_type(annotation: Any) -> str:
+    """Describe an annotation for an error message."""
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return "one of " + ", ".join(option.value for option in annotation)
     text = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
@@ -59,15 +60,15 @@ def expected_type(annotation: Any) -> str:
 
 
 def check_targets(node: Any, path: str, runtime: Sequence[str] = (), beside: Sequence[str] = ()) -> None:
-    """Bind every `_target_` below a node to its callable's signature.
+    """Check every `_target_` below a node against its callable's signature.
 
     Args:
-        node: a resolved part of the configuration.
-        path: its full name, for messages.
-        runtime: parameters that are given when it is built.
-        beside: keys of the node that are no arguments.
+        node: resolved part of the configuration.
+        path: full name of the node, for error messages.
+        runtime: parameters of the outermost target that are passed when it is built.
+        beside: keys of the outermost node that are not arguments.
 
-    Raises: UsageError for a target that cannot be imported, an unknown, missing or ill-typed argument.
+    Raises: UsageError for a target that cannot be imported, and for an unknown, missing or ill-typed argument.
     """
     if isinstance(node, list):
         for i, item in enumerate(node):
@@ -81,7 +82,7 @@ def check_targets(node: Any, path: str, runtime: Sequence[str] = (), beside: Seq
 
 
 def find(name: str) -> Any:
-    """What a dotted name stands for. Raises: whatever its module raises while it is imported."""
+    """Return the object of a dotted name. Raises: any exception that its module raises during import."""
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -94,14 +95,14 @@ def find(name: str) -> Any:
 def _check_target(node: Node, path: str, runtime: Sequence[str], beside: Sequence[str]) -> None:
     try:
         target = find(node["_target_"])
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except Exception as error:  # a user's module may raise any exception during import
         raise UsageError(
             f"{path}._target_ is {node['_target_']!r}, which cannot be imported ({type(error).__name__}: {error}); "
             "expected the full name of a class or function on the Python path"
         ) from error
     try:
         signature = inspect.signature(target, eval_str=True)
-    except NameError:  # an annotation that only type checkers can look up
+    except NameError:  # an annotation that can only be resolved by type checkers
         signature = inspect.signature(target)
     except (TypeError, ValueError):
         raise UsageError(f"{path}._target_ is {node['_target_']!r}; expected a class or function in Python") from None
@@ -132,12 +133,12 @@ def _check_target(node: Node, path: str, runtime: Sequence[str], beside: Sequenc
 
 
 Lookup = Callable[[Any, str], Any]
-"""(the value of a `_target_`, the full name of its node) -> what it stands for, or an error."""
+"""Function from (value of a `_target_`, full name of its node) to the callable; it raises an error for a refused one."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A `_target_` node whose target is found: what will be called, with what, and where it stands."""
+    """Resolved `_target_` node: callable, arguments and full name."""
 
     target: Callable[..., Any]
     arguments: Mapping[str, Any]
@@ -146,28 +147,28 @@ class _Call:
 
 
 def instantiate(node: Any, seed: int, path: str, **runtime: Any) -> Any:
-    """Build what a node of one's own configuration describes: `call(resolve(node, path), seed)`.
+    """Build the object of a node from a trusted configuration, as `call(resolve(node, path, find), seed)`.
 
     Args:
-        node: a checked part of the configuration.
-        seed: the run's seed.
-        path: the node's full name.
+        node: checked part of the configuration.
+        seed: seed of the run.
+        path: full name of the node.
         runtime: further arguments of the outermost target.
 
-    Raises: UsageError, or what the target raises; a ValueError's message names the node.
+    Raises: UsageError for a ValueError of a target, with the node's name; other exceptions of a target are passed on.
     """
     return call(resolve(node, path, lambda name, _: find(name)), seed, **runtime)
 
 
 def resolve(node: Any, path: str, lookup: Lookup) -> Any:
-    """Look up every `_target_` of a node, at any depth of any container; nothing is called.
+    """Look up every `_target_` of a node, at any depth of nested containers, without calling any.
 
-    There is no other way to what is called, so that `lookup` alone decides what may be.
+    `call` accepts only the result of this function, so that `lookup` alone decides which callables are allowed.
 
     Args:
-        node: a part of a configuration.
-        path: its full name.
-        lookup: gives what a `_target_` stands for, or raises.
+        node: part of a configuration.
+        path: full name of the node.
+        lookup: function that returns the callable of a `_target_`, or raises an error.
     """
     if isinstance(node, list | tuple):
         return [resolve(item, f"{path}[{i}]", lookup) for i, item in enumerate(node)]
@@ -181,10 +182,10 @@ def resolve(node: Any, path: str, lookup: Lookup) -> Any:
 
 
 def call(resolved: Any, seed: int, **runtime: Any) -> Any:
-    """Build what `resolve` gave, innermost first.
+    """Build the objects of a resolved node, innermost first.
 
-    Each object is built with torch's generators seeded from (seed, its path), so that adding one part to an
-    experiment changes nobody else's initial weights. For arguments and errors see `instantiate`.
+    Each object is built with torch's generators seeded from (seed, path of the node), so that adding one part to an
+    experiment does not change the initial weights of other parts. See `instantiate` for arguments and errors.
     """
     if isinstance(resolved, list):
         return [call(item, seed) for item in resolved]
@@ -199,5 +200,5 @@ def call(resolved: Any, seed: int, **runtime: Any) -> Any:
         try:
             return resolved.target(**arguments, **runtime)
         except ValueError as error:
-            # A part does not know where it stands in the configuration; its user does.
+            # The target does not know its key in the configuration, so add it to the message.
             raise error if resolved.path in str(error) else UsageError(f"{resolved.path}: {error}") from error

@@ -1,4 +1,4 @@
-"""The configuration: its checks, and what tells one run from another. Its schema is in schema.py."""
+"""Resolution and checks of the configuration, and comparison of runs' configurations. The schema is in schema.py."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ from mmpretrain.schedules import SCHEDULE_TEXT, Duration, ScheduledValue
 
 _MAX_NAME_LENGTH = 80
 _MAX_YAML_BYTES = 1 << 18
-"""Some 50 times a config.yaml; so much takes some five seconds to parse."""
+"""About 50 times the size of a config.yaml; parsing this much takes about five seconds."""
 _MAX_YAML_DEPTH = 50
 
-# Where the data lie may change between a run and its resumption (which data they are is in the checkpoint), but what
-# was named on the command line tells runs apart: a sweep over data.root has a run for each.
+# Locations of the data may change when a run is resumed, since the checkpoint has a fingerprint of the data. Locations
+# given on the command line are still part of the run's name, so that a sweep over data.root makes separate runs.
 _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[.*)?"
-# What may differ between a run and its resumption: nothing here touches the mathematics beyond rounding.
+# Keys that may change when a run is resumed. None of them affects the results beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)"
     r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|parallel\..*"
@@ -40,12 +40,12 @@ _FREE = re.compile(
 )
 
 
-# What runs went by that were started before these keys were there.
+# Values that applied to runs made before these keys existed.
 _BEFORE: Mapping[str, Any] = {"data.max_image_bytes": 1 << 29}
 
 
 def resolve(cfg: DictConfig) -> TrainConfig:
-    """The composed configuration as plain objects, every `_target_` checked. Raises: UsageError."""
+    """Convert the composed configuration to plain objects and check it, including every `_target_`. Raises: UsageError."""
     _read_schedules(cfg)
     _take_what_is_present(cfg)
     config: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
@@ -86,9 +86,10 @@ def resolve(cfg: DictConfig) -> TrainConfig:
 
 
 def _from_environment(cfg: DictConfig) -> dict[tuple[str | int, ...], str]:
-    """The values that come from the environment, by their places, as they are written.
+    """Return the unresolved text of each value that comes from an environment variable, by its path of keys.
 
-    Of OmegaConf's resolvers (create, decode, deprecated, dict.keys, dict.values, env, select) only env asks it.
+    Of OmegaConf's resolvers (create, decode, deprecated, dict.keys, dict.values, env, select) only env reads the
+    environment.
     """
     asked: list[str] = []
 
@@ -118,7 +119,7 @@ def _from_environment(cfg: DictConfig) -> dict[tuple[str | int, ...], str]:
 
 
 def _read_schedules(cfg: DictConfig) -> None:
-    """Schedules that the command line gave as texts, in whose place no breakpoint of a YAML is left."""
+    """Parse schedules of the command line; each replaces the YAML's schedule entirely. Raises: UsageError."""
     for path, value in _flat(OmegaConf.to_container(cfg, resolve=False)).items():
         if isinstance(value, str) and SCHEDULE_TEXT.match(value):
             try:
@@ -126,16 +127,16 @@ def _read_schedules(cfg: DictConfig) -> None:
             except YAMLError:
                 example = "{linear: {0%: 0, 20%: 0.1}}"
                 raise UsageError(
-                    f"{path} is {value}, whose braces or commas are amiss; expected such as {example}"
+                    f"{path} is {value}, which cannot be parsed; check its braces and commas, expected such as {example}"
                 ) from None
             OmegaConf.update(cfg, path, schedule, merge=False)
 
 
 def _take_what_is_present(cfg: DictConfig) -> None:
-    """Put the values of `if_present` in their places, where the part that has such a value is there.
+    """Apply each value of `if_present` whose parent key exists in the configuration.
 
-    `size=tiny` and presets hold values for parts that an experiment may or may not have; a defaults list has no such
-    condition. What the command line says goes before them.
+    `size=tiny` and presets have values for parts that an experiment may lack, and a defaults list cannot express this
+    condition. Overrides of the command line take precedence.
     """
     given: set[str] = set()
     for override in _overrides():
@@ -149,7 +150,7 @@ def _take_what_is_present(cfg: DictConfig) -> None:
 
 
 def _overrides() -> list[Override]:
-    """What the command line says, its interpolations as they are written."""
+    """Return the overrides of the command line with unresolved interpolations."""
     if not HydraConfig.initialized():
         return []
     written: list[str] = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # type: ignore[assignment]
@@ -157,7 +158,7 @@ def _overrides() -> list[Override]:
 
 
 def check_known(node: Any, path: str = "") -> None:
-    """What `+key=value` added to a part of the schema that has no such key. Raises: UsageError."""
+    """Raises: UsageError if `+key=value` added a key that is not in the schema."""
     if is_dataclass(node):
         known = [f.name for f in fields(node)]
         for name in vars(node):
@@ -173,7 +174,7 @@ def _check_durations(config: TrainConfig) -> None:
     duration = Duration.parse(trainer.duration, "trainer.duration")
     if duration.unit == "%":
         raise UsageError(
-            f"trainer.duration is {trainer.duration!r}, a part of itself; expected epochs, samples or steps"
+            f"trainer.duration is {trainer.duration!r}, a percentage of itself; expected epochs, samples or steps"
         )
     if not duration.value > 0:
         raise UsageError(f"trainer.duration is {trainer.duration!r}; expected a length above 0, such as 20epochs")
@@ -223,14 +224,14 @@ def _check_ranges(config: TrainConfig) -> None:
 
 
 def check_value(key: str, value: Any, is_whole: bool = False, **bounds: float) -> None:
-    """Raises: UsageError for what is no number, nor a schedule of numbers, or lies out of bounds."""
+    """Raises: UsageError for a value that is not a number or a schedule of numbers, or that is out of bounds."""
     numbers = ScheduledValue(value, key, in_stages=is_whole, **bounds).values
     if is_whole and not all(isinstance(number, int) for number in numbers):
         raise UsageError(f"{key} is {value!r}; expected whole numbers")
 
 
 def check_evaluate_ranges(config: EvaluateConfig) -> None:
-    """Raises: UsageError for a number of an evaluation that is out of range."""
+    """Raises: UsageError if a number of an evaluation's configuration is out of range."""
     check_number("data.workers", config.data.workers, at_least=0)
     if config.data.val_batch_size is not None:
         check_number("data.val_batch_size", config.data.val_batch_size, at_least=1)
@@ -245,16 +246,16 @@ def check_evaluators(nodes: Mapping[str, Any]) -> None:
 
 
 def _derived_name() -> str:
-    """A readable name from the overrides that touch mathematics or data, with a short hash when it is long."""
+    """Return a readable name made of the overrides that affect results or data. Long names end in a short hash."""
     values: dict[str, str] = {}
-    # Parsed, since a sweep writes values in their canonical form: one job has one name, in a sweep or alone.
+    # Parse the overrides, since a sweep writes values in canonical form: a job then has the same name in a sweep or alone.
     for override in _overrides():
         key, value = override.key_or_group, override.get_value_element_as_str()
-        # +data.train={images: ...} adds; all else replaces.
+        # +data.train={images: ...} adds to an earlier override; any other override replaces it.
         values[key] = f"{values[key]}+{value}" if key in values and value.startswith("{") else value
     named = {k: v for k, v in values.items() if re.fullmatch(_PLACES, k) or not _FREE.fullmatch(k)}
     parts = [f"{key}={value}" for key, value in named.items() if key not in ("experiment", "sweep")]
-    # [infonce,mae] is written infonce+mae: the name is a folder's, and will be typed in shells.
+    # [infonce,mae] becomes infonce+mae, since the name is a folder that is typed in shells.
     parts = [re.sub(r"[\[\]{}()'\" ]", "", part).replace(",", "+") for part in parts]
     name = ",".join(re.sub(r"[^\w.=+-]+", "_", part) for part in sorted(parts)) or "default"
     if len(name) <= _MAX_NAME_LENGTH:
@@ -263,11 +264,11 @@ def _derived_name() -> str:
 
 
 def hparams(config: TrainConfig) -> dict[str, str | float | bool]:
-    """What tells runs apart at a glance, under the same keys for every run, as TensorBoard's table needs it."""
+    """Return the main settings of a run for TensorBoard's table, which needs the same keys for every run."""
     values = to_values(config)
 
     def shown(*place: str) -> Any:
-        """The value there, or the text of what it comes from; None if there is none."""
+        """Return the value at a path of keys, its unresolved text if it comes from the environment, or None if absent."""
         node: Any = values
         for i, key in enumerate(place, start=1):
             if text := config.from_environment.get(place[:i]):
@@ -300,26 +301,26 @@ def hparams(config: TrainConfig) -> dict[str, str | float | bool]:
 
 
 def _number(value: Any) -> str | float:
-    """A number as a float; what comes from the environment as it is written."""
+    """Return a number as a float, and the text of a value from the environment unchanged."""
     return value if isinstance(value, str) else float(value)
 
 
 def _shown(value: Any) -> str:
-    """A scheduled value in a word."""
+    """Return a scheduled value as a short text: the number, or the name of the schedule."""
     return f"{value:g}" if isinstance(value, int | float) else value if isinstance(value, str) else next(iter(value))
 
 
 def to_values(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as dictionaries, lists and plain values."""
+    """Convert the configuration to dictionaries, lists and plain values."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(plain, dict)
     return plain  # type: ignore[return-value]
 
 
 def to_plain(config: TrainConfig) -> dict[str, Any]:
-    """`to_values` as they may be shown, the content of config.yaml: what comes from the environment stays as written.
+    """Return the content of config.yaml: `to_values` with values from the environment left unresolved.
 
-    It may be a secret, and is none of the run's.
+    Such values may be secrets and are not part of the run.
     """
     plain = to_values(config)
     for (*parents, key), text in config.from_environment.items():
@@ -331,22 +332,23 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def to_yaml(plain: Mapping[str, Any]) -> str:
-    """The text of config.yaml."""
+    """Return the text of config.yaml."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(plain)))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a run's config.yaml holds, as plain values; interpolations are not followed.
+    """Read a run's config.yaml as plain values, without resolving interpolations.
 
-    Raises: FileNotFoundError if there is none; ValueError for what no run wrote, see `from_yaml`.
+    Raises: FileNotFoundError if it does not exist; ValueError if its content is invalid (see `from_yaml`).
     """
     return from_yaml(files.read_text(path, _MAX_YAML_BYTES), str(path))
 
 
 def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
-    """What the text of a config.yaml holds, as plain values; interpolations are not followed.
+    """Parse the text of a config.yaml to plain values, without resolving interpolations.
 
-    Raises: ValueError, with the file's `name`, if it is no YAML of keys and values, has aliases or nests too deep.
+    Raises: ValueError that names the file if the text is not a YAML mapping of plain values, has aliases or is nested too
+        deeply.
     """
     try:
         _check_structure(text, name)
@@ -357,7 +359,7 @@ def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
     except ValueError as error:
         if str(error).startswith(name):
             raise
-        raise ValueError(f"{name} has a value that is none ({error}); expected it as the run wrote it") from error
+        raise ValueError(f"{name} has an invalid value ({error}); expected it as the run wrote it") from error
     if not isinstance(plain, dict):
         raise ValueError(f"{name} holds no keys; expected it as the run wrote it")
     _check_plain(plain, name)
@@ -365,7 +367,7 @@ def from_yaml(text: str, name: str = "config.yaml") -> dict[str, Any]:
 
 
 def _check_structure(text: str, name: str) -> None:
-    """Raises: ValueError for what takes a parser forever: a few lines of aliases are billions of values."""
+    """Raises: ValueError for aliases and deep nesting, since a few lines of aliases can expand to billions of values."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
@@ -381,7 +383,7 @@ def _check_structure(text: str, name: str) -> None:
 
 
 def _check_plain(value: Any, path: str) -> None:
-    """Raises: ValueError for bytes, paths and other things that YAML knows and no run writes."""
+    """Raises: ValueError for bytes, paths and other types of YAML that a run does not write."""
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str | int):
@@ -395,13 +397,14 @@ def _check_plain(value: Any, path: str) -> None:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries by their full names."""
     if isinstance(value, dict) and value:
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{path}.{key}" if path else key).items()}
     return {path: value}
 
 
 def identity(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a configuration by their full names, without what may differ between a run and its resumption."""
+    """Return the leaves of a configuration by their full names, without keys that may change when a run is resumed."""
     return {key: value for key, value in {**_BEFORE, **_flat(dict(plain))}.items() if not _FREE.fullmatch(key)}
 
 
@@ -411,12 +414,12 @@ def differences(
     free: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """What two configurations of one run differ in, as `key: saved -> now`, what may differ left out.
+    """Return the differences of two configurations of a run as `key: saved -> now`, without keys that may change.
 
     Args:
-        saved, now: as `to_plain` gives them.
-        free: further keys that may differ.
-        values: `now` as `to_values` gives it, which is what earlier versions saved.
+        saved, now: configurations in the form of `to_plain`.
+        free: further keys that may change.
+        values: `now` in the form of `to_values`, which earlier versions saved.
     """
     flats = [_flat(dict(plain)) for plain in (saved, now, values or now)]
     all_three = {

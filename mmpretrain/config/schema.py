@@ -1,7 +1,7 @@
-"""The configuration's schema: what a command takes, and of which type.
+"""Schema of the configuration: keys and types of each command.
 
-It stands first in the defaults lists, so that a typo fails in an experiment's YAML as it does on the command line. What
-hangs below a `_target_` is checked against that callable's signature (targets.py).
+The schema comes first in the defaults lists, so that a misspelt key is an error in an experiment's YAML and on the
+command line. Arguments of a `_target_` are checked against the callable's signature (instantiate.py).
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from mmpretrain.data.shorten import Shorten
 
 
 class Precision(str, Enum):
-    """The arithmetic of the forward and backward passes; losses and parameters are float32 in both."""
+    """Arithmetic of the forward and backward passes. Losses and parameters are always float32."""
 
     bf16 = "bf16"
     fp16 = "fp16"
@@ -24,7 +24,7 @@ class Precision(str, Enum):
 
 @dataclass
 class RunConfig:
-    """Where a run lies and what it is seeded with."""
+    """Name, directory and seed of a run."""
 
     name: str | None = None
     dir: str | None = None
@@ -33,7 +33,7 @@ class RunConfig:
 
 @dataclass
 class TrainerConfig:
-    """The loop; defaults stand in conf/train.yaml."""
+    """Settings of the training loop; conf/train.yaml has the defaults."""
 
     duration: str = MISSING
     batch_size: int = MISSING
@@ -53,7 +53,7 @@ class TrainerConfig:
 
 
 class Strategy(str, Enum):
-    """How the model is spread over processes."""
+    """Strategy of distributed training."""
 
     ddp = "ddp"
     fsdp = "fsdp"
@@ -61,7 +61,7 @@ class Strategy(str, Enum):
 
 
 class ActivationCheckpointing(str, Enum):
-    """What is computed again in the backward pass instead of being kept."""
+    """Parts of the model that are recomputed in the backward pass instead of being saved."""
 
     none = "none"
     blocks = "blocks"
@@ -70,7 +70,7 @@ class ActivationCheckpointing(str, Enum):
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over processes and computed; defaults stand in conf/parallel."""
+    """Distribution, activation checkpointing and compilation of the model; conf/parallel has the defaults."""
 
     strategy: Strategy = MISSING
     activation_checkpointing: ActivationCheckpointing = MISSING
@@ -80,7 +80,7 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """Interval and number of checkpoints, and the metric of the best one."""
 
     every: str = MISSING
     keep_last: int = MISSING
@@ -89,7 +89,7 @@ class CheckpointConfig:
 
 @dataclass
 class SourceConfig:
-    """One set of tars of a stream."""
+    """One source of a stream: a set of tar files with a sampling weight."""
 
     shards: Any = MISSING
     subset: str | None = None
@@ -132,7 +132,7 @@ class EvalSetConfig:
 
 @dataclass
 class DataConfig:
-    """What is read, and how."""
+    """Data sets, tokenizer and loading."""
 
     root: str = MISSING
     workers: Any = MISSING
@@ -147,7 +147,7 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything that `python -m mmpretrain.train` takes."""
+    """Configuration of `python -m mmpretrain.train`."""
 
     run: RunConfig = field(default_factory=RunConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -161,7 +161,7 @@ class TrainConfig:
     eval: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     if_present: dict[str, Any] = field(default_factory=dict)
-    # No key: the values that come from the environment, by their places, as the configuration writes them.
+    # Not a configuration key: unresolved text of the values that come from the environment, by their path of keys.
     from_environment: dict[tuple[str | int, ...], str] = field(
         default_factory=dict, metadata={"omegaconf_ignore": True}
     )
@@ -169,7 +169,7 @@ class TrainConfig:
 
 @dataclass
 class EvalDataConfig:
-    """The data sets of an evaluation; what is left out comes from the run."""
+    """Data sets of an evaluation. The run's own settings replace those that are omitted."""
 
     root: str | None = None
     workers: int = MISSING
@@ -179,7 +179,7 @@ class EvalDataConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Everything that `python -m mmpretrain.evaluate` takes."""
+    """Configuration of `python -m mmpretrain.evaluate`."""
 
     checkpoint: str = MISSING
     output: str | None = None
@@ -193,7 +193,7 @@ class EvaluateConfig:
 
 @dataclass
 class ExportConfig:
-    """Everything that `python -m mmpretrain.export` takes."""
+    """Configuration of `python -m mmpretrain.export`."""
 
     checkpoint: str = MISSING
     format: str = MISSING
@@ -204,7 +204,7 @@ class ExportConfig:
 
 @dataclass
 class EmbedConfig:
-    """Everything that `python -m mmpretrain.embed` takes."""
+    """Configuration of `python -m mmpretrain.embed`."""
 
     checkpoint: str = MISSING
     images: Any = None
@@ -219,7 +219,7 @@ class EmbedConfig:
 
 
 def register_schemas() -> None:
-    """Make the schemas known to Hydra under the names that the defaults lists use."""
+    """Register the schemas with Hydra under the names that the defaults lists use."""
     store = ConfigStore.instance()
     store.store("train_schema", TrainConfig)
     store.store("evaluate_schema", EvaluateConfig)

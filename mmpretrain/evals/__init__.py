@@ -1,1 +1,1 @@
-"""What a trained model is measured by."""
+"""Evaluations of a trained model."""

@@ -1,4 +1,4 @@
-"""The evaluations of a run: which are due, on which data, each data set embedded once."""
+"""Evaluations of a run: their schedule and data sets. Each data set is embedded once."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Shown:
-    """What evaluators give to be looked at, by `eval-<data set>/<name>`."""
+    """Visual output of evaluators: pictures by `eval-<data set>/<name>`, and projections by `eval-<data set>`."""
 
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
-    """uint8 [h, w, 3]."""
+    """Pictures, uint8 [h, w, 3]."""
     projections: dict[str, tuple[np.ndarray, Sequence[str], Tensor]] = field(default_factory=dict)
-    """(rows float32 [n, e], a label for each, thumbnails uint8 [n, c, h, w])."""
+    """Tuples (rows float32 [n, e], label of each row, thumbnails uint8 [n, c, h, w])."""
 
 
 @dataclass
 class Context:
-    """What an evaluator sees; embeddings are computed when first asked for and kept for the others.
+    """Input of the evaluators. Embeddings are computed on first use and cached for other evaluators.
 
-    `autocast` is the precision of the model's passes alone: similarities in bf16 would tie at 1/256.
+    `autocast` applies only to the model's passes: in bf16 similarities would be rounded to about 1/256 and tie.
     """
 
     model: ImageTextModel
@@ -44,15 +44,15 @@ class Context:
     batch_size: int
     workers: int
     timeout_seconds: float = 600.0
-    """How long a batch may take to be read."""
+    """Longest time that reading a batch may take, in seconds."""
     check_stop: CheckStop = go_on
-    """Called before each batch, by all ranks equally often; what it raises ends the evaluation."""
+    """Function called before each batch, equally often on all ranks. An exception that it raises ends the evaluation."""
     autocast: AbstractContextManager[object] = field(default_factory=nullcontext)
     shown: Shown = field(default_factory=Shown)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
     def embedded(self, name: str) -> Embedded:
-        """The data set `name` in the shared space. A collective the first time."""
+        """Return the embeddings of the data set `name`. The first call is a collective."""
         if name not in self._embedded:
             with self.autocast:
                 self._embedded[name] = embed(
@@ -62,42 +62,43 @@ class Context:
         return self._embedded[name]
 
     def image(self, name: str, row: int) -> Tensor:
-        """The image of a row of `embedded(name).images` as the model sees it, uint8 [c, h, w]."""
+        """Return the preprocessed image of a row of `embedded(name).images`, uint8 [c, h, w]."""
         return read_image(self.sets[name], int(self.embedded(name).samples[row]))
 
     def show(self, name: str, picture: str, pixels: np.ndarray) -> None:
-        """Hand over a picture of the data set `name`, uint8 [h, w, 3]."""
+        """Add a picture of the data set `name`, uint8 [h, w, 3]."""
         self.shown.pictures[f"eval-{name}/{picture}"] = pixels
 
     def project(self, name: str, rows: np.ndarray, labels: Sequence[str], images: Tensor) -> None:
-        """Hand over rows of the data set `name` for the projector; see `Shown`."""
+        """Add rows of the data set `name` for the embedding projector (see `Shown.projections`)."""
         self.shown.projections[f"eval-{name}"] = (rows, labels, images)
 
     def embedded_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts of the evaluator's own in the shared space, [m, e]. A collective."""
+        """Embed an evaluator's own texts, [m, e]. A collective."""
         with self.autocast:
             return embed_texts(self.model, self.tokenizer, texts, self.batch_size, self.check_stop)
 
 
 class Evaluator(Protocol):
-    """One evaluation; called on every rank."""
+    """Protocol of an evaluation, which is called on every rank. `data` names its data sets; None uses all applicable ones."""
 
     data: Sequence[str] | None
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """The data sets that have what it needs: it is run on `data`, or where that is None on all of them."""
+        """Return the names of the data sets that have the fields that this evaluation needs."""
         ...
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """Its scores on the data set `name`."""
+        """Return the scores on the data set `name`, by metric."""
         ...
 
 
 @torch.no_grad()
 def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str, float]:
-    """Run evaluators on their data sets: `eval-<data set>/<metric>` -> value. A collective.
+    """Run evaluators on their data sets. A collective.
 
-    Raises: ValueError if an evaluator names a data set that it cannot be run on.
+    Returns: values by `eval-<data set>/<metric>`.
+    Raises: ValueError if an evaluator names a data set that is not applicable.
     """
     scores: dict[str, float] = {}
     was_training = context.model.training
@@ -114,24 +115,24 @@ def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str,
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The evaluations of a run and when each of them is due."""
+    """Evaluations of a run with the interval of each."""
 
     evaluators: Mapping[str, Evaluator]
     every: Mapping[str, Duration]
     clock: Clock
     context: Callable[[Task, CheckStop], Context]
-    """(the task with all of its weights, `check_stop`) -> what evaluators see."""
+    """Function from (unsharded task, `check_stop`) to the evaluators' context."""
 
     def due(self, before: int, after: int, is_last: bool) -> list[str]:
-        """The evaluators that a step from `before` to `after` samples brings."""
+        """Return the names of the evaluators that are due after a step from `before` to `after` samples."""
         return [name for name in self.evaluators if is_last or self.clock.is_due(self.every[name], before, after)]
 
     def run(
         self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: CheckStop
     ) -> Mapping[str, float]:
-        """The scores of some evaluators, whose pictures go to `writer`. A collective.
+        """Run the evaluators `names`, write their pictures with `writer`, and return their scores. A collective.
 
-        Raises: what `check_stop` does.
+        Raises: any exception of `check_stop`.
         """
         context = self.context(task, check_stop)
         scores = evaluate({name: self.evaluators[name] for name in names}, context)
@@ -144,9 +145,9 @@ class Evaluation:
 
 
 def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
-    """The data sets that the evaluator `name` is run on.
+    """Return the data sets of the evaluator `name`.
 
-    Raises: ValueError for one that it cannot be run on, and for a model of one tower.
+    Raises: ValueError if its `data` names a data set that is not applicable, or if the model lacks a tower.
     """
     for tower, module in (("image", context.model.image), ("text", context.model.text)):
         if module is None or isinstance(module, NoImages):

@@ -1,4 +1,4 @@
-"""The held-out contrastive loss in fixed batches, so that scaling laws can be fitted to it."""
+"""Held-out contrastive loss with a fixed batch size, to which scaling laws can be fitted."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from mmpretrain.losses import info_nce
 
 
 class ContrastiveLoss:
-    """InfoNCE at the run's own logit_scale over consecutive batches of the data's order.
+    """Compute InfoNCE with the run's logit_scale over consecutive batches in the data's order.
 
     Args:
-        data: names of `data.val` to use; None takes each that has captions.
-        batch_size: pairs of a batch; a last batch that is not full is left out, unless it is the only one.
+        data: names of `data.val` to use; None uses each data set with captions.
+        batch_size: number of pairs per batch. An incomplete last batch is dropped unless it is the only one.
 
-    Raises: UsageError for a batch of none.
+    Raises: UsageError if `batch_size` is below 1.
     """
 
     def __init__(self, data: Sequence[str] | None = None, batch_size: int = 128) -> None:
@@ -26,17 +26,17 @@ class ContrastiveLoss:
         self.batch_size = batch_size
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """The data sets that it is run on; none where the run has no logit_scale."""
+        """Return the data sets with captions; none if the run has no logit_scale."""
         if context.logit_scale is None:
             return []
         return [name for name, data in context.sets.items() if data.caption is not None]
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """`contrastive_loss`, of each image with its first caption."""
+        """Return `contrastive_loss` of each image paired with its first caption."""
         embedded = context.embedded(name)
         assert context.logit_scale is not None
         text_of = torch.zeros(len(embedded.images), dtype=torch.int64, device=embedded.pairs.device)
-        # Pairs stand in the order of the captions: written from the back, the first one stays.
+        # Pairs are in the order of captions: write them in reverse, so that each image's first caption remains.
         for image, text in embedded.pairs.flip(0).tolist():
             text_of[image] = text
         texts = embedded.texts[text_of]

@@ -1,4 +1,4 @@
-"""Held-out data as embeddings: what every evaluator starts from, computed once and spread over the ranks."""
+"""Embeddings of held-out data sets for all evaluators, computed once and in parallel over the ranks."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,19 +24,19 @@ from mmpretrain.models.image_text import ImageTextModel
 log = logging.getLogger(__name__)
 
 CheckStop = Callable[[], None]
-"""Called before each batch, by all ranks equally often; what it raises ends the work."""
+"""Function called before each batch, equally often on all ranks. An exception that it raises ends the embedding."""
 
 _MAX_NAMED = 5
 _MAX_CHECKED = 20
 
 
 def go_on() -> None:
-    """Never end the work early."""
+    """Do nothing: the default `check_stop`, which never ends the embedding early."""
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a data set: names, and for each the texts that stand for it."""
+    """Classes of a data set: their names, and the texts that describe each of them."""
 
     names: Sequence[str]
     texts: Sequence[Sequence[str]]
@@ -46,8 +46,8 @@ class Classes:
 class EvalSet:
     """One held-out data set.
 
-    `caption` is `txt` or `json.<path>`; `label` is `cls` (an integer) or `json.<path>` (an integer or a class's
-    name). None where the data set has none.
+    `caption` is `txt` or `json.<path>`. `label` is `cls` (an integer) or `json.<path>` (an integer or a class name).
+    Either is None if the data set has none.
     """
 
     name: str
@@ -60,12 +60,15 @@ class EvalSet:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A data set in the shared space, the same on every rank, in the data's order.
+    """Embeddings of a data set in the data's order, the same on every rank.
 
-    `images` [n, e] and `texts` [m, e] of unit length, float32; a text is there once, however many images it
-    describes, and `captions` [m] says it. `samples` int64 [n]: which samples of the data set the images are.
-    `pairs` int64 [p, 2]: (image, text) that belong together. `labels` int64 [n], -1 where unknown.
-    `refused`: samples that could not be read, which are left out.
+    - `images`: image embeddings of unit length, float32 [n, e].
+    - `texts`: embeddings of the distinct texts, of unit length, float32 [m, e].
+    - `captions`: the distinct texts [m].
+    - `samples`: index of each image's sample in the data set, int64 [n].
+    - `pairs`: indices (image, text) of matching pairs, int64 [p, 2].
+    - `labels`: class of each image, int64 [n]; -1 if unknown.
+    - `refused`: samples that could not be read and are left out.
     """
 
     images: Tensor
@@ -79,12 +82,12 @@ class Embedded:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads a data set's samples: the image, and (captions, label); -1 where there is no label."""
+    """Reader of a data set's samples, which writes the image and returns (captions, label). A missing label is -1."""
 
     data: EvalSet
 
     def __call__(self, sample: int, out: Tensor | None = None) -> tuple[list[str], int]:
-        """Write the image of a sample to `out`, uint8 [c, h, w]. Raises: BadSample."""
+        """Write the image of a sample to `out`, uint8 [c, h, w], and return (captions, label). Raises: BadSample."""
         data = self.data
         data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS), out)
         captions = [] if data.caption is None else read_captions(data.shards, sample, data.caption)
@@ -96,7 +99,7 @@ class _Reader:
             return -1
         member = data.shards.read(sample, (data.label.split(".")[0],))
         value = read_label(member, data.label)
-        # `cls` is an index, also where classes are named by numbers.
+        # `cls` is always an index, even if the names of classes are numbers.
         if data.label != "cls" and data.classes is not None and value in data.classes.names:
             return data.classes.names.index(value)
         try:
@@ -109,16 +112,16 @@ class _Reader:
 
 
 def read_image(data: EvalSet, sample: int) -> Tensor:
-    """One image of a data set as the model sees it, uint8 [c, h, w]. Raises: BadSample."""
+    """Return one preprocessed image of a data set, uint8 [c, h, w]. Raises: BadSample."""
     return data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS))
 
 
 def embed_texts(
     model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, check_stop: CheckStop = go_on
 ) -> Tensor:
-    """Texts -> [m, e] of unit length, float32, on the model's device; each rank does its share. A collective.
+    """Embed texts: [m, e] of unit length, float32, on the model's device. Each rank embeds its share. A collective.
 
-    `check_stop` is called before each batch, by all ranks equally often.
+    `check_stop` is called before each batch, equally often on all ranks.
     """
     device = model.device
     mine = texts[_share(len(texts))]
@@ -137,13 +140,13 @@ def embed_texts(
 
 
 def _share(count: int) -> slice:
-    """This rank's consecutive part of `count` things."""
+    """Return this rank's contiguous share of `count` items."""
     bounds = np.linspace(0, count, distributed.world_size() + 1).astype(int)
     return slice(int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1]))
 
 
 def _num_batches(count: int, batch_size: int) -> int:
-    """The most batches that a rank's share of `count` things makes."""
+    """Return the largest number of batches in any rank's share of `count` items."""
     largest_share = -(-count // distributed.world_size())
     return -(-largest_share // batch_size)
 
@@ -158,20 +161,21 @@ def embed(
     timeout_seconds: float = 600.0,
     check_stop: CheckStop = go_on,
 ) -> Embedded:
-    """Embed a data set; each rank does its share, and every rank gets the whole. A collective.
+    """Embed a data set. Each rank embeds its share, and every rank gets all embeddings. A collective.
+
+    Samples that cannot be read are left out, and a warning names them.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
-        data: what to embed.
-        batch_size: samples that one device holds at once.
-        workers: decoding processes of each rank.
-        timeout_seconds: how long a batch may take to be read.
-        check_stop: called before each batch, by all ranks equally often; what it raises ends the work.
+        model: model in evaluation mode.
+        tokenizer: tokenizer of the model.
+        data: data set to embed.
+        batch_size: number of samples per batch on each device.
+        workers: number of decoding processes of each rank.
+        timeout_seconds: longest time that reading a batch may take, in seconds.
+        check_stop: function called before each batch, equally often on all ranks. An exception that it raises ends the
+            embedding.
 
-    Samples that cannot be read are left out, with a warning that names them.
-
-    Raises: ValueError if no sample can be read; LoaderError for a worker that is lost.
+    Raises: ValueError if no sample can be read; LoaderError if a worker is lost.
     """
     device = model.device
     share = _share(data.shards.num_samples)
@@ -214,7 +218,10 @@ def embed(
 
 
 def check_readable(data: EvalSet) -> None:
-    """Read some samples, so that a wrong field ends a run at its start. Raises: ValueError if none can be used."""
+    """Read samples until one is usable, so that a wrong field ends a run at its start.
+
+    Raises: ValueError if none of the first 20 samples is usable.
+    """
     reader = _Reader(data)
     reasons = []
     for sample in range(min(_MAX_CHECKED, data.shards.num_samples)):
@@ -230,7 +237,7 @@ def check_readable(data: EvalSet) -> None:
 
 
 def _tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:
-    """Name what is left out of a data set. Raises: ValueError if nothing is left of it."""
+    """Warn about the refused samples of a data set. Raises: ValueError if all were refused."""
     if not refused:
         return
     named = "; ".join(f"{refusal.key} of {refusal.shard}: {refusal.reason}" for refusal in refused[:_MAX_NAMED])

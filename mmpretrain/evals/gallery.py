@@ -1,4 +1,4 @@
-"""Retrieval to look at: queries with their first answers."""
+"""Pictures of retrieval: queries with their top answers."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from mmpretrain.reporting import pictures
 
 
 class Gallery:
-    """Pictures of some queries with what is found for them, from texts to images and from images to texts.
+    """Draw some queries with their top answers, for text-to-image and image-to-text retrieval.
 
     Args:
-        data: names of `data.val` to use; None takes each that has captions.
-        num_queries: spread evenly over the data set, the same every time.
-        num_answers: of each.
+        data: names of `data.val` to use; None uses each data set with captions.
+        num_queries: number of queries, spread evenly over the data set and the same in every evaluation.
+        num_answers: number of answers per query.
     """
 
     def __init__(self, data: Sequence[str] | None = None, num_queries: int = 8, num_answers: int = 5) -> None:
@@ -24,11 +24,11 @@ class Gallery:
         self.num_answers = num_answers
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """The data sets that it is run on."""
+        """Return the data sets with captions."""
         return [name for name, data in context.sets.items() if data.caption is not None]
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """No scores; `text_to_image` and `image_to_text` are shown."""
+        """Show the pictures `text_to_image` and `image_to_text`. There are no scores."""
         embedded = context.embedded(name)
         if not distributed.is_main():
             return {}

@@ -1,4 +1,4 @@
-"""Where in an image its caption is: the similarity of each patch's token to the text."""
+"""Localisation of a caption in its image by the similarity of each patch token to the text."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from mmpretrain.reporting import pictures
 
 
 class PatchSimilarity:
-    """Pictures of <patch, text>, the patch's last token taken through the image projection as the class token is.
+    """Draw heat maps of <patch, text>. Patch tokens of the last layer go through the image projection like the class token.
 
     Args:
-        data: names of `data.val` to use; None takes each that has captions.
-        num_images: spread evenly over the data set, the same every time.
+        data: names of `data.val` to use; None uses each data set with captions.
+        num_images: number of images, spread evenly over the data set and the same in every evaluation.
     """
 
     def __init__(self, data: Sequence[str] | None = None, num_images: int = 6) -> None:
@@ -22,14 +22,14 @@ class PatchSimilarity:
         self.num_images = num_images
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """The data sets that it is run on; none where the image encoder is no ViT that pools one of its tokens."""
+        """Return the data sets with captions; none if the image encoder is not a ViT that pools one of its tokens."""
         image = context.model.image
         if not image.is_vit or image.num_prefix_tokens == 0 or not getattr(image, "pools_token", True):
             return []
         return [name for name, data in context.sets.items() if data.caption is not None]
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """No scores; `patch_similarity` is shown."""
+        """Show the picture `patch_similarity`. There are no scores."""
         model, embedded = context.model, context.embedded(name)
         if not distributed.is_main():
             return {}

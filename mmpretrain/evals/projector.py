@@ -1,4 +1,4 @@
-"""The shared space to walk through: TensorBoard's embedding projector."""
+"""Image embeddings for TensorBoard's embedding projector."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from mmpretrain.evals.base import Context
 
 
 class Projector:
-    """Some images' embeddings, each with its thumbnail and its caption or label.
+    """Log embeddings of some images, each with a thumbnail and its caption or label.
 
     Args:
-        data: names of `data.val` to use; None takes all.
-        num_images: spread evenly over the data set.
+        data: names of `data.val` to use; None uses all.
+        num_images: number of images, spread evenly over the data set.
     """
 
     def __init__(self, data: Sequence[str] | None = None, num_images: int = 500) -> None:
@@ -21,11 +21,11 @@ class Projector:
         self.num_images = num_images
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """The data sets that it is run on."""
+        """Return all data sets."""
         return list(context.sets)
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """No scores."""
+        """Add the embeddings to the projector. There are no scores."""
         embedded = context.embedded(name)
         if not distributed.is_main():
             return {}

@@ -1,4 +1,4 @@
-"""Retrieval: does an image find its texts, and a text its images?"""
+"""Image-to-text and text-to-image retrieval."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,15 @@ from mmpretrain.evals.base import Context
 
 
 def match_ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, chunk_size: int = 1024) -> Tensor:
-    """How many wrong answers stand before each query's best right one; ties count against the model.
+    """Return the number of wrong answers ranked before each query's best correct answer. Ties count against the model.
 
     Args:
-        queries: [q, e]; gallery: [g, e].
-        pairs: int64 [p, 2], (query, gallery item) that belong together; each query has at least one.
-        chunk_size: queries compared at once: memory is chunk_size x g.
+        queries: embeddings of the queries [q, e].
+        gallery: embeddings of the possible answers [g, e].
+        pairs: indices (query, gallery item) of matching pairs, int64 [p, 2]; each query has at least one.
+        chunk_size: number of queries compared at once; memory is proportional to chunk_size x g.
 
-    Returns: int64 [q]; 0 is a hit at rank one. Similarities that are no numbers count as wrong answers in front.
+    Returns: int64 [q]; 0 is a hit at rank one. NaN similarities also count against the model.
     """
     ranks = []
     for start in range(0, len(queries), chunk_size):
@@ -34,16 +35,17 @@ def match_ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, chunk_size: int
 
 
 class Retrieval:
-    """Recall at k from images to texts and from texts to images.
+    """Compute recall at k for image-to-text and text-to-image retrieval.
 
-    A text that several images share is one query with several right answers, and so is an image with several texts.
+    Recall at k is the fraction of queries with a correct answer among the first k. A text shared by several images is one
+    query with several correct answers, as is an image with several texts.
 
     Args:
-        data: names of `data.val` to use; None takes each that has captions.
-        ks: recall is the part of queries with a right answer among the first k.
-        chunk_size: queries compared at once.
+        data: names of `data.val` to use; None uses each data set with captions.
+        ks: values of k.
+        chunk_size: number of queries compared at once.
 
-    Raises: UsageError for no rank, a rank below 1, or chunks of none.
+    Raises: UsageError if `ks` is empty, or if a k or `chunk_size` is below 1.
     """
 
     def __init__(
@@ -59,11 +61,11 @@ class Retrieval:
         self.chunk_size = chunk_size
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """The data sets that it is run on."""
+        """Return the data sets with captions."""
         return [name for name, data in context.sets.items() if data.caption is not None]
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """`text_retrieval_recall@k` (image to text) and `image_retrieval_recall@k` (text to image)."""
+        """Return `text_retrieval_recall@k` (image to text) and `image_retrieval_recall@k` (text to image)."""
         embedded = context.embedded(name)
         images, texts, pairs = embedded.images, embedded.texts, embedded.pairs
         return {
@@ -72,7 +74,7 @@ class Retrieval:
         }
 
     def _recalls(self, name: str, queries: Tensor, gallery: Tensor, pairs: Tensor) -> dict[str, float]:
-        """Each rank ranks its share of the queries; hits are added up as integers."""
+        """Compute the recalls from each rank's share of the queries. Hits are summed as integers."""
         asked = pairs[:, 0].unique()[distributed.rank() :: distributed.world_size()]
         number = torch.full((len(queries),), -1, dtype=torch.int64, device=pairs.device)
         number[asked] = torch.arange(len(asked), device=pairs.device)

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose texts lie nearest to the image."""
+"""Zero-shot classification: predict the class whose text embeddings are most similar to the image."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -25,15 +25,15 @@ _TEMPLATE_SETS = {
 def read_classes(
     path: Path, class_column: str = "label", text_column: str | None = None, templates: str | Sequence[str] = "openai"
 ) -> Classes:
-    """The classes of a file: a TSV with a header, or one name a line.
+    """Read the classes of a file: a TSV with a header, or one name per line.
 
     Args:
-        path: the file; the order of its lines is the order of the labels.
-        class_column: the TSV's column of names.
-        text_column: the TSV's column with a text of one's own for each class, used as it is.
-        templates: `openai` or `simple` (open_clip's sets), or sentences with `{}` where the name goes.
+        path: path of the file; the order of its lines is the order of the labels.
+        class_column: column of the TSV with the class names.
+        text_column: column of the TSV with a text for each class, which is used without templates.
+        templates: `openai` or `simple` (sets of open_clip), or sentences with `{}` as placeholder of the class name.
 
-    Raises: ValueError for a missing file, column or value, no class, or unknown templates.
+    Raises: ValueError for a missing file, column or value, an empty file, or unknown templates.
     """
     if not path.is_file():
         raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
@@ -74,12 +74,12 @@ def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
 
 
 def class_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """`acc1`, `acc5` and `mean_per_class_recall`; ties count against the model.
+    """Return `acc1`, `acc5` and `mean_per_class_recall`. Ties count against the model.
 
     Args:
-        predicted: similarities [n, C].
-        labels: int64 [n].
-        num_classes: C.
+        predicted: similarities of images and classes [n, C].
+        labels: true classes, int64 [n].
+        num_classes: number of classes C.
     """
     right = predicted.gather(1, labels[:, None])
     others = ~(predicted < right)
@@ -96,21 +96,21 @@ def class_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> dict[st
 
 
 class ZeroShot:
-    """Classification by the mean of each class's text embeddings.
+    """Classify images by the mean of each class's text embeddings.
 
     Args:
-        data: names of `data.val` to use; None takes each that has `classes` and `label`.
+        data: names of `data.val` to use; None uses each data set with `classes` and `label`.
     """
 
     def __init__(self, data: Sequence[str] | None = None) -> None:
         self.data = data
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """The data sets that it is run on."""
+        """Return the data sets with classes and labels."""
         return [name for name, data in context.sets.items() if data.classes is not None and data.label is not None]
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """`acc1`, `acc5`, `mean_per_class_recall`."""
+        """Return `acc1`, `acc5` and `mean_per_class_recall`, and show the picture `confusion`."""
         classes = context.sets[name].classes
         assert classes is not None
         embedded = context.embedded(name)
@@ -126,5 +126,5 @@ class ZeroShot:
 
 
 def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """How often each class (rows) was taken for each other (columns): int64 [n] both -> int64 [C, C]."""
+    """Return the confusion matrix int64 [C, C] of true classes (rows) and predictions (columns), int64 [n] each."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a progress bar, a grid of pairs. Only the main process writes."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, progress bar and pictures. Only rank 0 writes."""
 
 import io
 import json
@@ -33,18 +33,19 @@ from mmpretrain.reporting.pictures import example_page, pair_grid
 log = logging.getLogger(__name__)
 
 HParam = str | float | bool
-_MAX_RECORDS_BYTES = 2 << 30  # some ten million refused samples of one's own run
+_MAX_RECORDS_BYTES = 2 << 30  # about ten million refused samples
 _EVENTS = "events.out.tfevents."
 _LARGEST = sys.float_info.max
 
-# TensorBoard's table shows five settings until others are chosen: the ones that are marked as different, by name.
+# By default TensorBoard's table shows five settings: those marked as different, in the order of their names.
 _FIRST_SETTINGS = ("batch_size", "lr", "model", "objective", "seed")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; a last line that a kill cut short is left out.
+    """Read a file of JSON objects, one per line. An invalid last line is ignored, since a kill may have cut it short.
 
-    Raises: ValueError for a line that is no JSON object, and for no regular file or one that is too large.
+    Returns: the objects; an empty list if the file does not exist.
+    Raises: ValueError if another line is not a JSON object, or if the path is not a regular file or is too large.
     """
     if not path.exists():
         return []
@@ -65,28 +66,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The records of a metrics.jsonl. Raises: ValueError also for what is no number."""
+    """Read a metrics.jsonl. Raises: ValueError for an invalid file (see `read_records`) or value."""
     records = read_records(path)
     for number, record in enumerate(records, start=1):
         where = f"{path}, line {number}"
         _check_numbers(record, where)
         for key in ("step", "samples"):
             if not isinstance(record.get(key), int):
-                raise ValueError(
-                    f"{where}: {key} is {record.get(key)!r}; expected how many there were, remove the line"
-                )
+                raise ValueError(f"{where}: {key} is {record.get(key)!r}; expected an integer, remove the line")
     return records
 
 
 def read_results(path: Path) -> dict[str, float | None]:
-    """The content of a results.json. Raises: ValueError for what is no number."""
+    """Read a results.json. Raises: ValueError if a value is not a number or null."""
     results = files.read_json(path)
     _check_numbers(results, str(path))
     return results
 
 
 def read_refused(path: Path) -> list[dict[str, str]]:
-    """The records of a quarantine.jsonl. Raises: ValueError for one that names no sample."""
+    """Read a quarantine.jsonl. Raises: ValueError if a record lacks its shard, key or reason."""
     records = read_records(path)
     for number, record in enumerate(records, start=1):
         for key in ("shard", "key", "reason"):
@@ -106,17 +105,17 @@ def _check_numbers(values: Mapping[str, Any], where: str) -> None:
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
-    """What is not finite as None: JSON has no word for it."""
+    """Replace non-finite values by None, since JSON cannot represent them."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 class MetricsWriter:
-    """Writes scalars to metrics.jsonl and TensorBoard, on the axis of samples seen.
+    """Write scalars to metrics.jsonl and TensorBoard, with samples seen as the x axis.
 
     Args:
         folder: the run's directory.
-        step, samples: where the run goes on from; what an earlier process logged beyond is dropped, so that no
-            step appears twice.
+        step, samples: position that the run resumes from. Later records of an earlier process are dropped, so that no step
+            appears twice.
     """
 
     def __init__(self, folder: Path, step: int = 0, samples: int = 0) -> None:
@@ -134,16 +133,16 @@ class MetricsWriter:
         file_writer.event_writer = _EventFile(begun, before)
 
     def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
-        """Log one object; a value that is not finite is written as null, which JSON can say."""
+        """Log values of a step. Non-finite values are written to metrics.jsonl as null."""
         with files.naming(self._path):
             files.write_all(self._file, json.dumps({"step": step, "samples": samples, **finite(values)}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, samples)
 
     def pairs(self, batch: Batch, tokenizer: Tokenizer, count: int = 16) -> None:
-        """Log each stream's first samples as the model sees them: a grid of images with their captions, or texts."""
+        """Log some samples of each stream as the model sees them: a grid of images with captions, or texts."""
         for name, samples in batch.streams.items():
-            # Rows stand in the shards' order: take them from all over the micro-batch.
+            # Rows are in shard order, so take them evenly from the whole micro-batch.
             rows = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int).tolist()
             captions = [""] * len(rows)
             if samples.text is not None and samples.lengths is not None:
@@ -154,7 +153,7 @@ class MetricsWriter:
                 self.image(f"train/{name}", 0, pair_grid(samples.images[rows], captions))
 
     def image(self, name: str, samples: int, image: np.ndarray) -> None:
-        """Log a picture, uint8 [h, w, 3]; its last state stands as a file in `pictures/`, too."""
+        """Log a picture, uint8 [h, w, 3]. Its latest version is also written to `pictures/`."""
         self._tensorboard.add_image(name, image, samples, dataformats="HWC")
         path = self._folder / "pictures" / f"{name.replace('/', '.')}.png"
         path.parent.mkdir(exist_ok=True)
@@ -162,11 +161,11 @@ class MetricsWriter:
             Image.fromarray(image).save(path)
 
     def examples(self, name: str, samples: int, examples: Sequence[Example]) -> None:
-        """Log what an objective made of some samples: pictures on one page, texts as one."""
+        """Log an objective's examples: all pictures on one page, and all texts as one text."""
         if examples and examples[0].images:
             self.image(name, samples, example_page(examples))
         if any(example.text for example in examples):
-            # Four spaces: Markdown then shows each text as it is.
+            # Indent by four spaces, so that Markdown shows each text unchanged.
             lines = [line for example in examples for line in (*example.text.splitlines(), "")]
             self._tensorboard.add_text(name, "\n".join(f"    {line}" for line in lines), samples)
 
@@ -175,7 +174,7 @@ class MetricsWriter:
         self._tensorboard.add_embedding(rows, list(labels), images.float() / 255, samples, tag=name)
 
     def hparams(self, settings: Mapping[str, HParam], metrics: Sequence[str]) -> None:
-        """Show the run in TensorBoard's table of runs: its settings, and the last value of these metrics."""
+        """Add the run to TensorBoard's table of runs with its settings and the last values of `metrics`."""
         experiment, start, end = hparams(dict(settings), dict.fromkeys(metrics, 0.0))
         plugin = experiment.value[0].metadata.plugin_data
         content = HParamsPluginData.FromString(plugin.content)
@@ -186,21 +185,22 @@ class MetricsWriter:
             self._tensorboard._get_file_writer().add_summary(summary)
 
     def close(self) -> None:
-        """Close both."""
+        """Close metrics.jsonl and the TensorBoard writer."""
         self._file.close()
         self._tensorboard.close()
 
 
 class _EventFile:
-    """TensorBoard's event file, written at once and in this thread.
+    """TensorBoard event file, written immediately in the calling thread.
 
-    torch's own writes in a thread of its own, where a full disk is a traceback on the console. And TensorBoard reads
-    files in the order of the seconds in their names: one of a run that goes on after the clock was set back would be
-    read before those that it follows, whose first event then takes back what it holds. So it is named behind them.
+    It replaces torch's writer for two reasons. That one writes in a separate thread, in which a full disk only prints a
+    traceback. And TensorBoard reads event files in the order of the timestamps in their names: if the clock was set back
+    before a run is resumed, the new file would be read before the earlier ones, and the purge step in their first event
+    would drop its data. The new file is therefore renamed to have the latest timestamp.
 
     Args:
-        begun: the file that torch began, and closed.
-        others: those of the processes before.
+        begun: file that torch created and closed.
+        others: event files of earlier processes.
     """
 
     def __init__(self, begun: Path, others: Iterable[Path]) -> None:
@@ -229,7 +229,7 @@ class _EventFile:
 
 
 class ProgressBar:
-    """Loss, pairs per second and time left: a bar on a terminal, a line a log step elsewhere."""
+    """Progress with loss, pairs per second and time left: a bar on a terminal, else one line per logged step."""
 
     def __init__(self, num_steps: int, step: int, enabled: bool) -> None:
         self._num_steps = num_steps
@@ -258,12 +258,12 @@ class ProgressBar:
             self._bar.stop()
 
     def advance(self, step: int) -> None:
-        """After every step."""
+        """Update the position of the bar after a step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def show(self, step: int, loss: float, speed: float, seconds_left: float) -> None:
-        """After a logged step."""
+        """Show the values of a logged step."""
         if self._bar is not None:
             self._bar.update(self._task, loss=loss, speed=speed)
         elif self._enabled:
@@ -280,14 +280,14 @@ class ProgressBar:
 
 
 def print_results(results: Mapping[str, float | None], folder: Path) -> None:
-    """The short table at the end, and where everything lies."""
+    """Print the table of results and the locations of checkpoints and curves."""
     table = Table(title=printable(str(folder)), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():
         shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         table.add_row(printable(name), shown)
-    console = Console(markup=False, emoji=False)  # a name or a folder may hold what rich takes for its own marks
+    console = Console(markup=False, emoji=False)  # names may contain rich's markup characters
     console.print(table)
     console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)
     console.print(f"curves:      tensorboard --logdir {folder}", soft_wrap=True)

@@ -21,26 +21,26 @@ _MOST_NAMED, _MOST_PIXELS, _LONGEST_NAME = 120, 1000, 40
 
 
 def _ramp(colours: Sequence[tuple[int, int, int]], length: int) -> np.ndarray:
-    """Colours evenly apart and what lies between them, uint8 [length, 3]."""
+    """Interpolate linearly between evenly spaced colours, uint8 [length, 3]."""
     places = np.linspace(0, len(colours) - 1, length)
     channels = [np.interp(places, range(len(colours)), channel) for channel in zip(*colours)]
     return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
-# Both grow steadily darker or lighter, so that they can be read without seeing colours, too.
+# The lightness of both colour maps is monotonic, so that they can be read without colour vision.
 _BLUES = _ramp([(199, 233, 180), (127, 205, 187), (65, 182, 196), (29, 145, 192), (34, 94, 168), (8, 29, 88)], 255)
-_PARTS = np.concatenate([np.full((1, 3), 255, np.uint8), _BLUES])  # white is kept for what never happens
+_PARTS = np.concatenate([np.full((1, 3), 255, np.uint8), _BLUES])  # white means zero
 _INFERNO = _ramp([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], 256)
 
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along: Pillow's own font has no ô, Ж or λ."""
+    """Return the font DejaVu Sans from matplotlib, since Pillow's own font lacks letters such as ô, Ж and λ."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: int = 200) -> np.ndarray:
-    """Training pairs as the model sees them: images uint8 [n, c, h, w], each above its caption -> uint8 [H, W, 3]."""
+    """Draw training pairs as a grid uint8 [H, W, 3]: images uint8 [n, c, h, w], each above its caption."""
     num_lines, line_height, line_characters = 4, 20, 24
     font = _font(14)
     row_height = cell + num_lines * line_height
@@ -55,7 +55,7 @@ def pair_grid(images: Tensor, captions: Sequence[str], columns: int = 4, cell: i
 
 
 def example_page(examples: Sequence[Example], cell: int = 160) -> np.ndarray:
-    """What an objective made of samples: a row for each, its pictures beside each other and its text -> uint8 [H, W, 3]."""
+    """Draw an objective's examples on a page uint8 [H, W, 3]: one row per sample with its pictures and its text."""
     num_images, text_width = max(len(example.images) for example in examples), 460
     has_text = any(example.text for example in examples)
     page = Image.new("RGB", (num_images * cell + has_text * text_width, len(examples) * cell), "white")
@@ -72,17 +72,18 @@ def example_page(examples: Sequence[Example], cell: int = 160) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answers:
-    """A query and what was found for it, best first."""
+    """A retrieval query with its answers, best first."""
 
     text: str
-    """The query, or beside an image query nothing."""
+    """Text of the query; empty if the query is an image."""
     image: Tensor | None
-    """uint8 [3, h, w] where the query is an image."""
+    """Image of the query, uint8 [c, h, w]; None if the query is a text."""
     images: Sequence[Tensor]
-    """The answers, where they are images."""
+    """Answers to a text query."""
     texts: Sequence[str]
-    """The answers, where they are texts."""
+    """Answers to an image query."""
     is_right: Sequence[bool]
+    """True for each correct answer."""
 
 
 def _thumbnail(image: Tensor, side: int) -> Image.Image:
@@ -92,7 +93,7 @@ def _thumbnail(image: Tensor, side: int) -> Image.Image:
 
 
 def gallery(queries: Sequence[Answers], side: int = 120) -> np.ndarray:
-    """Queries with their answers, a row each: right ones in green, wrong ones in red."""
+    """Draw one row per query with its answers: correct ones in green, wrong ones in red."""
     font = _font(13)
     num_answers = max(len(query.is_right) for query in queries)
     left, row_height = 280, side + 12
@@ -118,10 +119,10 @@ def gallery(queries: Sequence[Answers], side: int = 120) -> np.ndarray:
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """How often each class (rows) is taken for each other (columns): counts [C, C], shown as parts of their row.
+    """Draw a confusion matrix: counts [C, C] of true classes (rows) and predictions (columns), as fractions of each row.
 
-    White is never; the rarest confusion has a colour. Numbers stand for the names of more than 120 classes, and with
-    more than 1000 a pixel shows the largest part of those that fall on it, so that none is lost.
+    White is exactly zero: any larger fraction has a colour. More than 120 classes are labelled by number. With more than
+    1000 classes each pixel shows the largest fraction of the cells that it covers, so that no confusion is hidden.
     """
     is_named = len(names) <= _MOST_NAMED
     side = min(max(720 // len(names), 12), 120) if is_named else max(_MOST_PIXELS // len(names), 1)
@@ -147,11 +148,11 @@ def confusion(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def _cells(parts: np.ndarray, side: int, has_lines: bool) -> np.ndarray:
-    """Parts [C, C] of 0 to 1 as squares, or the largest part of each square of them: uint8 [h, h, 3]."""
+    """Draw fractions [C, C] as coloured squares, uint8 [h, h, 3]; with many classes each pixel is the maximum of a block."""
     shown = min(len(parts), _MOST_PIXELS)
     starts = np.arange(shown) * len(parts) // shown
     largest = np.maximum.reduceat(np.maximum.reduceat(parts, starts, axis=0), starts, axis=1)
-    shades = np.ceil(largest * (len(_PARTS) - 1)).astype(np.uint8)  # rounded up: only nothing is 0
+    shades = np.ceil(largest * (len(_PARTS) - 1)).astype(np.uint8)  # rounded up, so that only zero is white
     cells = _PARTS[shades.repeat(side, axis=0).repeat(side, axis=1)]
     if has_lines:
         cells[side::side] = cells[:, side::side] = _LINES
@@ -163,13 +164,13 @@ def _shortened(name: str) -> str:
 
 
 def _numbers(count: int) -> dict[int, str]:
-    """At most ten round numbers below `count`, evenly apart."""
+    """Return at most ten evenly spaced round numbers below `count` with their labels."""
     steps = (digit * 10**zeros for zeros in itertools.count() for digit in (1, 2, 5))
     return {i: str(i) for i in range(0, count, next(step for step in steps if 10 * step >= count))}
 
 
 def _beside(labels: Mapping[float, str], length: int, size: int) -> Image.Image:
-    """Labels at their heights, aligned to the right; `size` pixels more than `length` at both ends."""
+    """Draw right-aligned labels at the given heights, on a strip that extends `length` by `size` pixels at both ends."""
     font = _font(size)
     width = math.ceil(max(font.getlength(label) for label in labels.values()))
     strip = Image.new("RGB", (width, length + 2 * size), "white")
@@ -180,7 +181,7 @@ def _beside(labels: Mapping[float, str], length: int, size: int) -> Image.Image:
 
 
 def _legend(text: str) -> Image.Image:
-    """The colours of 0 to 1 with their numbers and what they are."""
+    """Draw the colour scale from 0 to 1 with tick labels and a title."""
     font, width, thickness, margin = _font(13), len(_PARTS), 12, 16
     strip = Image.new("RGB", (margin + width + math.ceil(font.getlength(text)), 2 * thickness + 6), "white")
     canvas = ImageDraw.Draw(strip)
@@ -193,14 +194,14 @@ def _legend(text: str) -> Image.Image:
 
 
 def _scale(colours: np.ndarray, width: int, height: int) -> Image.Image:
-    """Colours uint8 [n, 3] from left to right."""
+    """Draw colours uint8 [n, 3] from left to right."""
     return Image.fromarray(colours[None]).resize((width, height), Image.Resampling.NEAREST)
 
 
 def heat_maps(
     images: Sequence[Tensor], maps: Sequence[np.ndarray], captions: Sequence[str], side: int = 288
 ) -> np.ndarray:
-    """Images beside their patches' similarity to their captions: uint8 [3, h, w] and float [rows, columns] each."""
+    """Draw images uint8 [c, h, w] next to their heat maps, float [rows, columns], of patch similarity to the captions."""
     font, margin, title = _font(12), 8, 24
     page = Image.new("RGB", (2 * side + 3 * margin, len(images) * (side + title) + margin), "white")
     canvas = ImageDraw.Draw(page)
@@ -220,21 +221,21 @@ def heat_maps(
 
 
 def _heat(values: np.ndarray, side: int) -> Image.Image:
-    """Values [rows, columns] from their lowest (dark) to their highest (light), smooth between them."""
+    """Draw values [rows, columns] from the lowest (dark) to the highest (light), interpolated bilinearly."""
     scaled = (values - values.min()) / max(np.ptp(values), np.finfo(np.float32).tiny)
     smooth = Image.fromarray(scaled.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)
     return Image.fromarray(_INFERNO[np.rint(np.asarray(smooth) * (len(_INFERNO) - 1)).astype(np.uint8)])
 
 
 def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], columns: int = 3) -> np.ndarray:
-    """Small plots of (name, samples seen, values), one each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which only reports need
+    """Draw one small plot for each (name, samples seen, values)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it takes half a second
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(lines) / columns)
     width, height = 4 * columns, 2.6 * rows
     figure = Figure(figsize=(width, height), dpi=110)
-    # Places in inches, and of titles too: computing them takes longer than drawing.
+    # Fixed positions of axes and titles, since computing them takes longer than drawing.
     inches = {"left": 0.6 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={**inches, "wspace": 0.25, "hspace": 0.45})
     for place in axes.flat[len(lines) :]:
@@ -245,7 +246,7 @@ def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], column
         place.set_xlabel("samples seen", fontsize=8)
         place.grid(alpha=0.3)
         place.locator_params(nbins=5)
-        place.ticklabel_format(scilimits=(-2, 4))  # longer numbers would reach into the plot beside
+        place.ticklabel_format(scilimits=(-2, 4))  # longer numbers would overlap the next plot
         place.tick_params(labelsize=8)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

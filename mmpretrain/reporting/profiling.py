@@ -1,4 +1,4 @@
-"""A trace of some steps, to be looked at in Perfetto or chrome://tracing."""
+"""Trace of some training steps for Perfetto or chrome://tracing."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ _WARM_UP_STEPS = 3
 
 @contextmanager
 def profiled(folder: Path, num_steps: int) -> Iterator[Callable[[], None]]:
-    """Record `num_steps` steps after three of warm-up into FOLDER/trace.json; none where it is 0.
+    """Record `num_steps` steps after three warm-up steps in FOLDER/trace.json and FOLDER/operators.txt; none for 0.
 
-    Yields: what is to be called after each step.
+    Yields: a function to call after each step.
     """
     if num_steps == 0:
         yield lambda: None
@@ -39,6 +39,6 @@ def profiled(folder: Path, num_steps: int) -> Iterator[Callable[[], None]]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was asked for, so that a clock may be read."""
+    """Wait until the device has finished all submitted work, for example before reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""A run on one page: report.html, which holds all that it shows and asks nothing of the network."""
+"""Report of a run as a single self-contained page, report.html."""
 
 import base64
 import html
@@ -30,12 +30,13 @@ _MAX_PICTURE_BYTES = 64 << 20
 
 
 def write(folder: Path) -> Path:
-    """Write FOLDER/report.html from what the run has left; returns it.
+    """Write FOLDER/report.html from the run's files.
 
     Args:
         folder: the run's directory, with config.yaml, metrics.jsonl, results.json, pictures/ and quarantine.jsonl.
 
-    Raises: ValueError for files that are not what a run writes; OSError if the report cannot be written.
+    Returns: path of the report.
+    Raises: ValueError if a file is not as a run writes it; OSError if the report cannot be written.
     """
     records = read_metrics(folder / "metrics.jsonl")
     results = read_results(folder / "results.json")
@@ -97,7 +98,7 @@ def _points(records: Sequence[Mapping[str, float | None]], metric: str) -> tuple
 
 
 def _curves(records: Sequence[Mapping[str, float | None]]) -> list[str]:
-    """One picture for the training metrics, and one for each data set."""
+    """Draw one figure for each prefix of the metrics' names: `train`, `objectives` and each data set, but not `system`."""
     names = [*dict.fromkeys(name for record in records for name in record if "/" in name)][:_MAX_CURVES]
     sections = dict.fromkeys(name.partition("/")[0] for name in names)
     figures = []

@@ -1,5 +1,4 @@
-"""What mixing costs: each objective's share of a step's time, its gradient on the shared encoders, and its angle to the
-others'."""
+"""Diagnostics of mixed objectives: time shares, gradient norms on the shared encoders, and cosines between gradients."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,24 +27,27 @@ def diagnose(
     autocast: torch.autocast,
     scale: Tensor | None,
 ) -> dict[str, float]:
-    """Measure one step objective by objective, and leave the task as it was. A collective.
-
-    `objectives/<k>_loss`
-    `objectives/<k>_time_share`: of the time of forward and backward, what the step would save without objective k.
-    `objectives/<k>_grad_norm_<encoder>`: |g_k|, of w_k loss_k on the encoder's parameters, over all ranks.
-    `objectives/<k>_<l>_cosine_<encoder>`: <g_k, g_l> / |g_k| |g_l|; below 0 they fight. Left out where one is 0.
+    """Measure one step objective by objective, without changing weights or buffers. A collective.
 
     Args:
-        task: the model and its objectives, not wrapped; its gradients are cleared.
+        task: unwrapped model with its objectives; its gradients are cleared.
         micro_batches: this rank's part of the step's batch.
-        weights: of the objectives; one of weight 0 is left out.
-        autocast: the precision of the passes.
-        scale: fp16's loss scale, or None.
+        weights: weight w_k of each objective; those of weight 0 are left out.
+        autocast: autocast context of the passes.
+        scale: loss scale of fp16, or None.
+
+    Returns: values by name, for objectives k and l:
+        `objectives/<k>_loss`: loss of k.
+        `objectives/<k>_time_share`: part of the forward and backward time that the step would save without k.
+        `objectives/<k>_grad_norm_<encoder>`: |g_k|, where g_k is the gradient of w_k loss_k over all ranks with respect
+            to the encoder's parameters. Left out if it is 0.
+        `objectives/<k>_<l>_cosine_<encoder>`: <g_k, g_l> / (|g_k| |g_l|); negative if the gradients conflict. Left out
+            if one of the gradients is 0.
     """
     active = [name for name in task.objectives if weights[name]]
 
     def measure(names: Sequence[str]) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-        """(seconds, losses, gradients by encoder) of a step with these objectives alone."""
+        """Return (seconds, losses, gradients by encoder) of a step with only these objectives."""
         some = {name: weights[name] if name in names else 0.0 for name in weights}
         synchronize(task.model.device)
         started = time.perf_counter()
@@ -57,7 +59,7 @@ def diagnose(
         return seconds, {name: float(means["loss"]) for name, means in losses.reduced().items()}, gradients
 
     with unchanged_buffers(task):
-        # The slowest of all is the first pass of a kind: it is not counted.
+        # The first pass warms up and is the slowest: taking the minimum leaves it out.
         whole = min(measure(active)[0] for _ in range(2))
         alone = {name: measure([name]) for name in active}
         rest = {name: [other for other in active if other != name] for name in active}
@@ -81,9 +83,9 @@ def diagnose(
 def show_examples(
     task: Task, batch: Batch, weights: Mapping[str, float], autocast: torch.autocast, decode: Decode, count: int = 6
 ) -> Iterator[tuple[str, list[Example]]]:
-    """What each objective that has something to show makes of a few samples of a micro-batch."""
+    """Yield the name and examples of each objective with an `examples` hook, for up to `count` samples of a micro-batch."""
     streams = {
-        # Rows stand in the shards' order: from all over the micro-batch.
+        # Rows are in shard order, so take them evenly from the whole micro-batch.
         name: samples.rows(torch.linspace(0, len(samples) - 1, min(count, len(samples))).long())
         for name, samples in batch.streams.items()
     }
@@ -96,19 +98,19 @@ def show_examples(
 
 
 def _gradient(task: Task, encoder: str, scale: Tensor | None) -> Tensor:
-    """The gradient of the whole batch on one encoder, float32 or wider, as one vector; zero where nothing reaches it."""
+    """Return the whole batch's gradient of one encoder as a vector, float32 or wider; zero where no gradient arrives."""
     parameters = [p for name, p in task.named_parameters() if name.startswith(f"model.{encoder}.")]
     parts = [distributed.full(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
     total = torch.cat(parts) if parts else torch.zeros(1, device=task.model.device)
     if not isinstance(task, FSDPModule):
-        # Not wrapped, nobody takes the mean over ranks for which the step's loss is made.
+        # Without DDP, average the gradients over ranks here: `forward_backward` scales the loss for that.
         total = distributed.all_reduce_sum(total) / distributed.world_size()
     return total if scale is None else total / scale
 
 
 @contextmanager
 def unchanged_buffers(task: Task) -> Iterator[None]:
-    """Inside the block passes may move buffers, such as BatchNorm's means: afterwards they are as before."""
+    """Restore the buffers after the block, such as BatchNorm's running means, which forward passes update."""
     kept = [(buffer, buffer.clone()) for buffer in task.buffers()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run would cost, without training: parameters, operations, memory and time."""
+"""Estimate a run's parameters, operations, memory and time without training."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -26,14 +26,14 @@ _TIMED_STEPS = 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """The costs of a run."""
+    """Costs of a run."""
 
     parameters: Mapping[str, int]
-    """Trained parameters by tower; `frozen` those that are not."""
+    """Number of trained parameters by tower; `frozen` is the number of those that are not trained."""
     flops_per_pair: float
-    """Forward and backward, as executed: padding that is not computed is not counted."""
+    """Operations of forward and backward as executed; padding that is skipped is not counted."""
     memory_bytes: int
-    """On one device at its fullest: weights, gradients, the optimiser's state, and what is saved for the backward pass."""
+    """Peak memory of one device: weights, gradients, optimiser state and tensors saved for the backward pass."""
     seconds_per_micro_batch: float
 
 
@@ -48,20 +48,21 @@ def estimate(
     has_average: bool = False,
     num_shards: int = 1,
 ) -> Estimate:
-    """Measure one micro-batch: forward and backward, the second and third of them timed; no weight changes.
+    """Measure the forward and backward passes of one micro-batch. No weights change.
 
-    With several micro-batches two are measured, and half of it counts: coupled objectives then take two passes.
+    The operations are counted in one execution, and the time is the minimum of the two after it. If a step has several
+    micro-batches, two are measured and divided by two, since coupled objectives then need two forward passes.
 
     Args:
-        task: the model and its objectives, on the device.
-        micro_batch: on the device, of the size that the run has.
-        weights: the objectives' weights.
-        make_optimizer: whose state is counted.
-        precision: of the passes.
-        num_pairs: samples of the micro-batch that count as pairs.
-        num_micro_batches: how many a step takes on one device.
-        has_average: whether a moving average of the weights is kept.
-        num_shards: over how many devices weights, gradients, averages and the optimiser's state are spread.
+        task: model and its objectives, on the device.
+        micro_batch: micro-batch on the device, of the run's size.
+        weights: weights of the objectives.
+        make_optimizer: function that returns the optimiser whose state is counted.
+        precision: arithmetic of the passes.
+        num_pairs: number of samples of the micro-batch that count as pairs.
+        num_micro_batches: number of micro-batches of a step on one device.
+        has_average: True if a moving average of the weights is kept.
+        num_shards: number of devices that weights, gradients, averages and optimiser state are sharded over.
     """
     device = task.model.device
     context = autocast(device, precision)
@@ -102,11 +103,11 @@ def estimate(
 
 
 class _Saved:
-    """Counts the bytes that autograd keeps for the backward pass, each storage once, weights left out."""
+    """Count the bytes that autograd saves for the backward pass: each storage once, without the weights."""
 
     def __init__(self, task: Task) -> None:
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in task.state_dict().values()}
-        self._kept: list[Tensor] = []  # so that no storage is freed and its address counted for another
+        self._kept: list[Tensor] = []  # keeps storages alive, so that no address is reused
         self.num_bytes = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ class _Saved:
 
 
 def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Optimizer]) -> int:
-    """The bytes of the optimiser's state after a step, taken on one small parameter and scaled."""
+    """Return the bytes of the optimiser's state after a step, scaled up from a step on one small parameter."""
     probe = torch.nn.Parameter(torch.zeros(64, 64))
     probe.grad = torch.zeros_like(probe)
     twin = optim.twin(make_optimizer(task), [probe])
@@ -129,12 +130,15 @@ def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Op
 
 
 def dry_run(setup: Setup) -> Mapping[str, float]:
-    """Say what a run would cost, and leave nothing behind."""
+    """Print the estimated costs of a run without writing files.
+
+    Returns: `flops_per_pair` and `memory_bytes`.
+    """
     cfg, task, weights = setup.cfg, setup.task, setup.weights(0)
     setup.freeze.apply(TrainingProgress(0, setup.clock), weights)
     batch = next(setup.micro_batches()).to(setup.device)
     precision = cfg.trainer.precision
-    # Whole and not compiled, so that operations can be counted; what is kept and what is computed again is the run's.
+    # Unsharded and not compiled, so that operations can be counted; activation checkpointing is as in the run.
     parallel.prepare(task, setup.device, precision, replace(cfg.parallel, strategy=Strategy.ddp, compile=False))
     costs = estimate(
         task, batch, weights, lambda task: setup.optimizer(), precision, len(next(iter(batch.streams.values()))),
@@ -146,7 +150,7 @@ def dry_run(setup: Setup) -> Mapping[str, float]:
 
 
 def show(costs: Estimate, num_steps: int, num_micro_batches: int, device: str) -> None:
-    """The table on the console."""
+    """Print the table of costs."""
     table = Table(title="dry run: nothing was trained", title_justify="left", show_header=False)
     for tower, count in costs.parameters.items():
         table.add_row(f"parameters, {tower}", f"{count:,}")

@@ -1,4 +1,4 @@
-"""A moving average of the weights, which often evaluates better than the last ones (Polyak and Juditsky 1992)."""
+"""Moving average of the weights, which often evaluates better than the last weights (Polyak and Juditsky 1992)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from mmpretrain import distributed
 
 
 class EMA:
-    """average = decay * average + (1 - decay) * weights, after every step that was not skipped.
+    """Exponential moving average: average = decay * average + (1 - decay) * weights after every step that is not skipped.
 
     Args:
-        module: whose parameters and buffers are averaged; whole numbers are taken over as they are.
+        module: module whose parameters and buffers are averaged. Integer buffers are copied instead.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -22,9 +22,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skipped: Tensor, decay: float) -> None:
-        """After a step that was `skipped` (a float32 scalar of 0 or 1) or not; nothing leaves the device.
+        """Update the average after a step, without synchronising with the device.
 
-        `decay` lies between 0 and 1.
+        Args:
+            skipped: 1 if the step was skipped, else 0; float32 scalar.
+            decay: weight of the old average, between 0 and 1.
         """
         weight = (1 - decay) * (1 - skipped)
         for name, tensor in self._module.state_dict().items():
@@ -35,13 +37,13 @@ class EMA:
                 average.copy_(tensor)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what a checkpoint kept."""
+        """Load the averaged weights of a checkpoint."""
         for name, average in self.tensors.items():
             average.copy_(distributed.spread_like(tensors[name], average))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the module's weights are the average."""
+        """Replace the module's weights by the average inside the block."""
         own = {name: tensor.detach().clone() for name, tensor in self._module.state_dict().items()}
         self._module.load_state_dict(self.tensors)
         try:

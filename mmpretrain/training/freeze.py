@@ -1,4 +1,4 @@
-"""Which parameters are trained, as a function of the samples seen: what some objective reaches and nothing freezes."""
+"""Freezing of parameters that no objective reaches or that `trainer.freeze` names, as a function of the samples seen."""
 
 from collections.abc import Mapping, Set
 from fractions import Fraction
@@ -9,15 +9,16 @@ from mmpretrain.training.task import Task
 
 
 class Freeze:
-    """Freezes what no objective reaches, and parts of the model for ever or for a time (LiT, Zhai et al. 2022).
+    """Freeze unreached parameters, and parts of the model permanently or for a duration (LiT, Zhai et al. 2022).
 
-    What will be trained at some time is trainable after `__init__`, so that an optimiser made then holds it.
+    Parameters that are trained at any time of the run have `requires_grad` after `__init__`, so that an optimiser
+    built then holds all of them.
 
     Args:
-        task: whose parameters are frozen.
-        until: by the part's name inside the model (`image`, `text.transformer.resblocks.0`), how long it is frozen;
-            None is for ever.
-        reached: the parameters that each objective's gradient reaches (see `parallel.reached_parameters`).
+        task: module whose parameters are frozen.
+        until: duration for which each part stays frozen, by the part's name inside the model (`image`,
+            `text.transformer.resblocks.0`); None freezes it permanently.
+        reached: names of the parameters that each objective's gradient reaches (see `parallel.reached_parameters`).
 
     Raises: ValueError if the model has no such part.
     """
@@ -40,18 +41,18 @@ class Freeze:
             else:
                 self._until.update(dict.fromkeys(members, duration))
         self.unreached = [name for name, p in task.named_parameters() if p.requires_grad and name in unreached]
-        """What no objective reaches, though the model would train it."""
+        """Names of trainable parameters that no objective reaches."""
         for name, parameter in task.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in frozen)
-        # Names, since FSDP2 puts other parameters in the places of these.
+        # Names, because FSDP2 replaces the parameter objects.
         self._trainable = frozenset(name for name, parameter in task.named_parameters() if parameter.requires_grad)
         self._trained = self._trainable
 
     def check_trains(self, weights: Mapping[str, ScheduledValue], clock: Clock) -> None:
-        """Raises: ValueError if at some step of the run nothing would be trained."""
+        """Raises: ValueError if no parameter would be trained at some step of the run."""
         breakpoints = [place for weight in weights.values() for place in weight.breakpoint_samples(clock)]
         thaws = [clock.samples(until) for until in self._until.values()]
-        # Between breakpoints no weight comes to 0: a step that begins at one or just behind it tells.
+        # Weights become zero only at breakpoints: it suffices to check the first step at or after each of them.
         begins = {-(-place // clock.batch_size) * clock.batch_size for place in [Fraction(0), *breakpoints, *thaws]}
         for samples in sorted(int(place) for place in begins if place < clock.total_samples):
             progress = TrainingProgress(samples, clock)
@@ -70,9 +71,9 @@ class Freeze:
         return is_reached and (until is None or progress.samples >= progress.clock.samples(until))
 
     def apply(self, progress: TrainingProgress, weights: Mapping[str, float]) -> bool:
-        """Freeze and thaw for the step that starts at `progress`, an objective of weight 0 reaching nothing.
+        """Set `requires_grad` for the step that starts at `progress`. Objectives of weight 0 reach no parameter.
 
-        Returns: whether anything changed.
+        Returns: True if the set of trained parameters changed.
         """
         trained = frozenset(name for name in self._trainable if self._is_trained(name, progress, weights))
         if trained == self._trained:

@@ -1,4 +1,4 @@
-"""A warning of a gradient far beyond what is usual, where nothing clips it."""
+"""Warning about unusually large gradient norms in runs without gradient clipping."""
 
 import logging
 import math
@@ -12,14 +12,14 @@ log = logging.getLogger(__name__)
 
 _WINDOW, _FEWEST = 500, 30
 _FAR = 50.0
-"""Deviations from the median. Heavy tails of training reach some ten; a step that ruins a model stands at thousands."""
+"""Threshold in deviations from the median. Heavy tails of training reach about ten; steps that ruin a model, thousands."""
 
 
 class GradientWatch:
-    """Compares each step's gradient norm with those of up to 500 steps before it.
+    """Compare each step's gradient norm with those of up to 500 previous steps.
 
-    The deviation is robust: 1.4826 times the median distance from the median, as a normal distribution has it, and at
-    least a tenth of the median. What is found is said at the next `check`, and then not again for 500 steps.
+    The deviation is robust: 1.4826 times the median absolute deviation, which equals the standard deviation for a normal
+    distribution, and at least a tenth of the median. `check` logs a warning at most once in 500 steps.
     """
 
     def __init__(self) -> None:
@@ -28,18 +28,18 @@ class GradientWatch:
         self._silent_until = 0
 
     def add(self, step: int, norm: Tensor) -> None:
-        """Keep a step's norm, a scalar on the training device, which is not waited for."""
+        """Store a step's norm, a scalar on the training device, without synchronising."""
         self._waiting.append((step, norm.detach()))
 
     def check(self) -> None:
-        """Look at what was added since; at logged steps, since it waits for the device."""
+        """Check the norms added since the last call. Call it at logged steps only, since it synchronises with the device."""
         if not self._waiting:
             return
         steps, norms = zip(*self._waiting)
         self._waiting.clear()
         for step, norm in zip(steps, torch.stack(norms).tolist()):
             if not math.isfinite(norm):
-                continue  # such a step is skipped, and said
+                continue  # the step is skipped, and `check_bad_step` logs it
             if len(self._usual) >= _FEWEST and step >= self._silent_until:
                 middle = statistics.median(self._usual)
                 spread = max(1.4826 * statistics.median(abs(usual - middle) for usual in self._usual), 0.1 * middle)

@@ -1,4 +1,4 @@
-"""Where a run's first weights come from: another run, a file, or a name that open_clip knows."""
+"""Initial weights of a run from another run, a file, or a pretrained model of open_clip."""
 
 import logging
 import pickle
@@ -20,7 +20,7 @@ from mmpretrain.training.task import Task
 log = logging.getLogger(__name__)
 
 _NAMED = 8
-# A file that holds no weights: of another format, of other objects, or of none (open_clip then asks for the first one).
+# Errors of a file without weights: another format, other objects, or no object (StopIteration in open_clip).
 _UNREADABLE = (
     SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, StopIteration,
 )  # fmt: skip
@@ -28,18 +28,18 @@ _IMAGE_POSITIONS = ("model.image.trunk.pos_embed", "model.image.visual.positiona
 
 
 def init_from(task: Task, source: str) -> None:
-    """Fill the task with weights.
+    """Load initial weights into the task.
 
-    What the source has for objectives or a text encoder that this run does not have, and what this run's objectives
-    need and the source lacks, is said and left. Anything else that is missing, left over or of another shape is an
-    error. Image positions of another grid are interpolated.
+    Two kinds of mismatch are logged and ignored: weights of objectives or of a text encoder that this run does not have,
+    and weights of this run's objectives that the source lacks. Any other missing, additional or differently shaped weight
+    is an error. Image position embeddings of another grid size are interpolated.
 
     Args:
         task: the model and its objectives.
-        source: one of our runs or checkpoints; a file of ours or of open_clip's (.safetensors, .pt, .bin); or
+        source: a run or checkpoint of mmpretrain; a weights file of mmpretrain or open_clip (.safetensors, .pt, .bin); or
             `<model>/<tag>` of `open_clip.list_pretrained()`.
 
-    Raises: ValueError if there is no such source, or its weights are not those of this model.
+    Raises: ValueError if the source does not exist or its weights do not fit this model.
     """
     tensors = _read(source, task)
     own = task.state_dict()
@@ -72,12 +72,12 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _is_text_of_none(name: str, model: ImageTextModel) -> bool:
-    """Whether a parameter belongs to a text encoder that the model does not have."""
+    """Return True if a parameter belongs to a text encoder that the model does not have."""
     return model.text is None and name.startswith(("model.text.", "model.text_projection."))
 
 
 def _resized(positions: Tensor, own: Tensor, model: ImageTextModel) -> Tensor:
-    """Positions of another grid, interpolated to the model's."""
+    """Interpolate position embeddings to the model's grid; those of another width are returned unchanged."""
     table = positions if positions.ndim == 3 else positions[None]
     if table.shape[-1] != own.shape[-1]:
         return positions
@@ -87,7 +87,7 @@ def _resized(positions: Tensor, own: Tensor, model: ImageTextModel) -> Tensor:
 
 
 def _read(source: str, task: Task) -> dict[str, Tensor]:
-    """The source's tensors under our names."""
+    """Return the source's tensors under the task's parameter names."""
     path = Path(source)
     if path.is_dir():
         return store.load_tensors(find(path)[1], "model.safetensors")
@@ -113,7 +113,7 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
 
 
 def _download(source: str) -> Path:
-    """The file of a `<model>/<tag>` that open_clip knows. Raises: ValueError if it knows none or cannot fetch it."""
+    """Download the weights of an open_clip `<model>/<tag>`. Raises: ValueError if it is unknown or the download fails."""
     name, _, tag = source.partition("/")
     config = open_clip.get_pretrained_cfg(name, tag)
     if not config:
@@ -126,7 +126,7 @@ def _download(source: str) -> Path:
         raise ValueError(f"init_from={source}: there is no such run or file, and open_clip does not know it; {known}")
     try:
         return Path(open_clip.download_pretrained(config))
-    except Exception as error:  # huggingface_hub, urllib and requests say it in many ways
+    except Exception as error:  # huggingface_hub, urllib and requests raise different exceptions
         raise ValueError(
             f"init_from={source}: open_clip cannot fetch it ({str(error).splitlines()[0]}); give the file itself"
         ) from error

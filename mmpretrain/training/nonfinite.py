@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: skipped, named, and a limit to their number in a row."""
+"""Steps with a non-finite gradient: log their samples and limit the number of such steps in a row."""
 
 import logging
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ class BadSteps:
     """Counts the steps in a row whose gradient is not finite.
 
     Args:
-        in_a_row: their number so far.
+        in_a_row: number of such steps in a row so far.
         limit: the number that ends the run.
-        streams: what the steps read.
+        streams: streams that the steps read.
         clock: the run's.
         device: the training device.
     """
@@ -34,7 +34,7 @@ class BadSteps:
         self._limit, self._streams, self._clock = limit, streams, clock
 
     def update(self, skipped: Tensor) -> None:
-        """Count a step that was `skipped` (a float32 scalar of 0 or 1) or not."""
+        """Update the count after a step; `skipped` is a float32 scalar of 0 or 1."""
         self.in_a_row = (self.in_a_row + 1) * skipped
 
     def check(self, flags: Mapping[str, float], step: int) -> None:

@@ -1,4 +1,4 @@
-"""How the task is spread over processes, in one place: activation checkpointing -> compile -> DDP or FSDP2."""
+"""Activation checkpointing, compilation and distribution of the task, applied in this order, by DDP or FSDP2."""
 
 import copy
 import inspect
@@ -27,12 +27,12 @@ from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
-_ROUNDING = 0.02  # of a step: some optimisers compute in bf16
-_SPLIT = 1e-4  # of a loss in float32: what rounding may change where a micro-batch is split
-_SPLIT_GRADIENT, _NEGLIGIBLE = 1e-2, 1e-6  # of a parameter's gradient; of the whole gradient
+_ROUNDING = 0.02  # relative error of a step: some optimisers compute in bf16
+_SPLIT = 1e-4  # relative rounding error of a float32 loss when a micro-batch is split
+_SPLIT_GRADIENT, _NEGLIGIBLE = 1e-2, 1e-6  # relative to a parameter's gradient norm; to the whole gradient's norm
 _NAMED_LAYERS = 8
 
-# Later releases of torch renamed it.
+# Later releases of torch renamed the parameter.
 _SYNC_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -41,10 +41,14 @@ _SYNC_BUFFERS = (
 
 
 def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
-    """The names of the parameters that each objective's gradient reaches.
+    """Return the names of the parameters that each objective's gradient reaches.
 
-    A tower that no objective asks for, or a pooling head that none looks at, would otherwise be decayed by the
-    optimiser and be waited for by DDP. Found out by a backward pass of each over a small example.
+    They are determined by a backward pass of each objective on a small example. Without this, the optimiser would apply
+    weight decay to an unused tower or pooling head, and DDP would wait for their gradients.
+
+    Args:
+        task: the model and its objectives; its gradients are cleared.
+        example: small batch of each stream.
     """
     task.eval()
     reached = {}
@@ -59,17 +63,18 @@ def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
 
 
 def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> None:
-    """Find out whether the task draws at random, and let each of its samples draw from its own seed.
+    """Detect random layers of the task, and set `task.randomness` so that they draw from the samples' seeds. A collective.
 
-    What a layer does not draw by sample depends on the number of processes and micro-batches. It is found by a step on a
-    small example in training mode. A collective.
+    Random numbers that a layer does not draw by sample depend on the number of processes and micro-batches. A step on a
+    small example in training mode detects such layers.
 
     Args:
-        task: its `randomness` is set.
+        task: task whose `randomness` is set; None if no layer draws random numbers.
         example: two samples of each stream.
-        num_micro_batches: of a step, on one process.
+        num_micro_batches: number of micro-batches of a step on one process.
 
-    Raises: ValueError that names such layers, with several processes or micro-batches; with one a warning names them.
+    Raises: ValueError that names layers that do not draw by sample, if there are several processes or micro-batches.
+        Otherwise such layers are named in a warning.
     """
     weights = dict.fromkeys(task.objectives, 1.0)
     watch = RandomnessWatch(task)
@@ -99,9 +104,9 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
 
 
 def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, float]) -> bool:
-    """Whether a step on two samples differs from one on each of them as a micro-batch of its own.
+    """Return True if a step on two samples differs from a step with each sample in its own micro-batch.
 
-    BatchNorm, which looks at neighbours but draws nothing, is left out of it.
+    BatchNorm layers are set to evaluation mode, since they use other samples without drawing random numbers.
     """
     halves = [
         replace(
@@ -122,7 +127,7 @@ def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, flo
         norm.train()
     (losses, gradients), (split_losses, split_gradients) = found
     total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    # Each against its own norm: what layer scale makes small at first grows later. What is no more than rounding is left.
+    # Compare relative to each gradient's norm: layer scale makes some small at first. Skip gradients at rounding level.
     return any(
         bool((split_losses[name]["loss"] - each["loss"]).abs() > _SPLIT * (each["loss"].abs() + 0.01))
         for name, each in losses.items()
@@ -134,7 +139,7 @@ def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, flo
 
 
 def _culprits(task: Task, example: Batch, weights: Mapping[str, float], names: list[str]) -> list[str]:
-    """Those of the modules that draw whose draws depend on a sample's neighbours."""
+    """Return those of the modules `names` whose random numbers depend on the other samples; all if none is found alone."""
     modules = {name: module for name, module in task.named_modules() if name in names}
     for module in modules.values():
         module.eval()
@@ -151,7 +156,7 @@ def _culprits(task: Task, example: Batch, weights: Mapping[str, float], names: l
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The outermost repeated parts: the members of lists and sequences of one class that have parts themselves."""
+    """Return the outermost repeated blocks: members of one class with children, in a `ModuleList` or `Sequential`."""
     found: list[nn.Module] = []
     for child in module.children():
         members = list(child) if isinstance(child, nn.ModuleList | nn.Sequential) else []
@@ -164,14 +169,15 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def prepare(task: Task, device: torch.device, precision: Precision, options: ParallelConfig) -> Callable[[], Task]:
-    """Checkpoint, compile and shard the task's blocks, in place, once; parameters keep their names.
+    """Apply activation checkpointing, compilation and sharding to the task's blocks in place. Call it once per task.
 
-    With FSDP2 on CUDA blocks are gathered in bf16 where the passes are, and gradients summed in float32; what stands
-    outside of blocks, such as embeddings and temperatures, stays float32.
+    Parameters keep their names. With FSDP2 on CUDA and bf16 passes, the blocks' parameters are gathered in bf16 and
+    their gradients are summed in float32. Parameters outside of blocks, such as embeddings and temperatures, stay float32.
 
-    Returns: `whole()`, which gives the task with all of its present weights on every process, whose parts may be called
-        one by one, by some processes oftener than by others; a collective where they are sharded, for evaluation.
-    Raises: ValueError for several processes without a strategy, and for FSDP2 or checkpointing where they cannot be.
+    Returns: a function that returns the unsharded task with its current weights for evaluation. Ranks may call the parts
+        of that task independently. The function itself is a collective if the weights are sharded.
+    Raises: ValueError if there are several processes without a strategy, if FSDP2 or checkpointing is combined with
+        BatchNorm, or if selective checkpointing is combined with compilation and random layers.
     """
     world = distributed.world_size()
     if options.strategy == Strategy.none and world > 1:
@@ -181,7 +187,7 @@ def prepare(task: Task, device: torch.device, precision: Precision, options: Par
             "parallel.strategy is fsdp, but model.image has BatchNorm, which it does not synchronise; use ddp"
         )
     is_sharded = options.strategy == Strategy.fsdp and world > 1
-    # Without weights, and before anything is done to its blocks.
+    # A copy without weights, made before the blocks are changed.
     skeleton = copy.deepcopy(task, {id(p): _on_meta(p) for p in task.parameters()}) if is_sharded else task
     blocks = blocks_of(task)
     for block in blocks:
@@ -195,14 +201,14 @@ def prepare(task: Task, device: torch.device, precision: Precision, options: Par
             if options.activation_checkpointing == ActivationCheckpointing.selective:
                 keeps = _saves_products
                 for module in block.modules():
-                    if getattr(module, "inplace", False):  # an activation that would overwrite what is kept
+                    if getattr(module, "inplace", False):  # an in-place activation would overwrite a saved tensor
                         module.inplace = False  # type: ignore[assignment]
             _checkpoint(block, keeps, draws=task.randomness is not None, is_compiled=options.compile)
         elif options.compile:
             block.forward = torch.compile(block.forward)
     if is_sharded:
         mesh = init_device_mesh(device.type, (world,))
-        # On the CPU norms take no parameters that are narrower than what they normalise.
+        # On the CPU, norm layers do not accept parameters of lower precision than their input.
         dtype = torch.bfloat16 if precision == Precision.bf16 and device.type == "cuda" else None
         policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
         for block in blocks:
@@ -212,7 +218,14 @@ def prepare(task: Task, device: torch.device, precision: Precision, options: Par
 
 
 def _checkpoint(block: nn.Module, keeps: Callable[[], Any] | None, draws: bool, is_compiled: bool) -> None:
-    """Have a block computed again in the backward pass, all of it or what `keeps` does not keep."""
+    """Recompute a block in the backward pass.
+
+    Args:
+        block: block whose `forward` is replaced.
+        keeps: `context_fn` of selective checkpointing; None recomputes everything.
+        draws: True if the task uses random numbers, which must be the same in the recomputation.
+        is_compiled: True if the block is also compiled.
+    """
     if not draws:
         contexts = {} if keeps is None else {"context_fn": keeps}
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
@@ -221,10 +234,10 @@ def _checkpoint(block: nn.Module, keeps: Callable[[], Any] | None, draws: bool, 
         return
     if is_compiled and keeps is not None:
         raise ValueError(
-            "parallel.compile is true and parallel.activation_checkpointing selective, but the model drops at random, which "
-            "the two together cannot compute again; use parallel.activation_checkpointing=blocks"
+            "parallel.compile is true and parallel.activation_checkpointing selective, but the model has random layers, "
+            "which the two together cannot recompute; use parallel.activation_checkpointing=blocks"
         )
-    # Compiled inside of the checkpoint: PyTorch takes no contexts of ours in what it compiles.
+    # Compile inside of the checkpoint, since PyTorch does not compile custom contexts.
     forward = torch.compile(block.forward) if is_compiled else block.forward
     block.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=partial(checkpoint_contexts, keeps))
 
@@ -240,7 +253,7 @@ def _whole(task: Task, skeleton: Task) -> Task:
 
 
 def _saves_products() -> Any:
-    """Selective checkpointing: matrix products and attention are kept, all else is computed again."""
+    """Return contexts of selective checkpointing: save matrix products, convolutions and attention, recompute the rest."""
     aten = torch.ops.aten
     kept = {
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.convolution.default,
@@ -255,15 +268,17 @@ def _saves_products() -> Any:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Take steps on a small matrix and a table of positions, sharded and whole: they must be the same. With FSDP2 alone.
+    """Check that an optimiser takes the same steps on sharded and on whole parameters. A collective.
 
-    A collective. Raises: ValueError where they are not, as with optimisers that look at rows and columns.
+    Two steps are taken on a small matrix and a small position embedding. Without sharded parameters nothing is checked.
+
+    Raises: ValueError if the steps differ, as for optimisers that use statistics of rows and columns.
     """
     sharded = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
     if not sharded:
         return
     spread = partial(distribute_tensor, device_mesh=sharded[0].device_mesh, placements=[Shard(0)], src_data_rank=None)
-    shapes = (256, 128), (1, 64, 128)  # large enough for what factors large ones
+    shapes = (256, 128), (1, 64, 128)  # large enough for optimisers that factor only large matrices
     values = [torch.linspace(-1, 1, math.prod(shape), device=sharded[0].device).view(shape) for shape in shapes]
     whole, parts = ([nn.Parameter(to(value.clone())) for value in values] for to in (Tensor.detach, spread))
     of_whole, of_parts = optim.twin(optimizer, whole), optim.twin(optimizer, parts)
@@ -286,14 +301,16 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _differ(before: Tensor, expected: Tensor, found: Tensor) -> bool:
-    """Whether two steps from the same weights are not the same."""
+    """Return True if two steps from the same weights differ by more than rounding."""
     return not (found - expected).norm() <= _ROUNDING * (expected - before).norm()
 
 
 def wrap(task: Task, device: torch.device) -> nn.Module:
-    """The task as each rank runs it: DDP over several processes; itself on one, and where it is sharded.
+    """Wrap the task in DDP if there are several processes and it is not sharded; else return it unchanged.
 
-    Raises: ValueError if the model has BatchNorm and several CPU processes would each normalise by their own part.
+    BatchNorm layers are converted to SyncBatchNorm.
+
+    Raises: ValueError if the model has BatchNorm and runs on several CPU processes, which cannot synchronise it.
     """
     if distributed.world_size() == 1 or isinstance(task, FSDPModule):
         return task
@@ -304,7 +321,7 @@ def wrap(task: Task, device: torch.device) -> nn.Module:
                 "run one process, or choose an encoder without it"
             )
         task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
-    # Every trained parameter is reached in every step (`freeze.Freeze`), so nothing has to be searched for.
+    # Every trained parameter gets a gradient in every step (`freeze.Freeze`), so find_unused_parameters is not needed.
     device_ids = [device.index] if device.type == "cuda" else None
     sync_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
     return DistributedDataParallel(task, device_ids=device_ids, gradient_as_bucket_view=True, **sync_buffers)

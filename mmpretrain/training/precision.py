@@ -1,4 +1,4 @@
-"""The arithmetic of the forward and backward passes: bf16, fp16 with loss scaling, or fp32."""
+"""Arithmetic of the forward and backward passes: bf16, fp16 with loss scaling, or fp32."""
 
 import torch
 from torch import Tensor
@@ -6,20 +6,27 @@ from torch import Tensor
 from mmpretrain.config.schema import Precision
 
 _DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-_GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000  # torch.amp.GradScaler's
+_GROWTH, _BACKOFF, _GROWTH_INTERVAL = 2.0, 0.5, 2000  # the defaults of torch.amp.GradScaler
 _INITIAL_SCALE = 2.0**16
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """The context of the model's passes; parameters and losses stay float32."""
+    """Return the autocast context of the model's passes. Parameters and losses stay float32."""
     return torch.autocast(device.type, _DTYPES.get(precision, torch.bfloat16), enabled=precision in _DTYPES)
 
 
 class LossScale:
-    """fp16's loss scaling (Micikevicius et al. 2018), on the device: without it small gradients become zero.
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), which prevents small gradients from becoming zero.
 
-    The loss is multiplied by `scale` and the gradients divided by it. A step with a gradient that is not finite is
-    skipped and halves the scale; 2,000 good ones in a row double it. In other precisions the scale stays one.
+    The loss is multiplied by `scale` and the gradients are divided by it. A step with a non-finite gradient is skipped
+    and halves the scale; 2,000 finite steps in a row double it. In other precisions the scale stays 1. The state is kept
+    on the device.
+
+    Args:
+        precision: arithmetic of the passes.
+        device: device of the state.
+        scale: scale of a resumed run; None for the initial scale.
+        good_steps: number of finite steps in a row of a resumed run.
     """
 
     def __init__(self, precision: Precision, device: torch.device, scale: float | None, good_steps: int) -> None:
@@ -30,7 +37,7 @@ class LossScale:
 
     @property
     def scale(self) -> Tensor | None:
-        """What the loss is multiplied by, a scalar on the device; None where it is not."""
+        """Factor of the loss, a scalar on the device; None if the loss is not scaled."""
         return self._scale if self.enabled else None
 
     def unscale(self, gradients: list[Tensor]) -> None:
@@ -39,10 +46,14 @@ class LossScale:
             torch._foreach_mul_(gradients, self._scale.reciprocal())
 
     def update(self, skipped: Tensor) -> None:
-        """After a step that was `skipped` (a float32 scalar of 0 or 1) or not."""
+        """Update the scale after a step.
+
+        Args:
+            skipped: 1 if the step was skipped, else 0; float32 scalar.
+        """
         if self.enabled:
             torch._amp_update_scale_(self._scale, self._good_steps, skipped, _GROWTH, _BACKOFF, _GROWTH_INTERVAL)
 
     def state(self) -> tuple[float | None, int]:
-        """(scale, good steps in a row), what a checkpoint keeps; synchronises."""
+        """Return (scale, finite steps in a row) for a checkpoint. Synchronises with the device."""
         return (float(self._scale), int(self._good_steps)) if self.enabled else (None, 0)

@@ -1,4 +1,4 @@
-"""Refused samples: written to quarantine.jsonl, counted, and a limit to their number."""
+"""Refused samples: record them in quarantine.jsonl, count them and limit their number."""
 
 import json
 import logging
@@ -17,12 +17,12 @@ _MIN_SAMPLES_FOR_BAD_FRACTION = 1000
 
 
 class Quarantine:
-    """quarantine.jsonl: every refused sample once, by shard and key; and how many draws were refused.
+    """Write each refused sample once to quarantine.jsonl, by shard and key, and count all refusals.
 
     Args:
-        path: the file, which process 0 writes.
-        max_fraction: the part of all draws that may be refused.
-        num_refused: how many were before this process began.
+        path: the quarantine.jsonl, written by rank 0.
+        max_fraction: largest allowed fraction of refused samples.
+        num_refused: number of refusals before the run was resumed.
     """
 
     def __init__(self, path: Path, max_fraction: float, num_refused: int) -> None:
@@ -33,26 +33,27 @@ class Quarantine:
         self._seen: set[tuple[str, str]] = set()
         if distributed.is_main() and path.exists():
             known = read_refused(path)
-            # Written anew, so that what follows does not continue a line that a kill cut short.
+            # Rewrite the file, so that new records do not continue a line that a kill cut short.
             files.write_text(path, "".join(json.dumps(record) + "\n" for record in known))
             self._seen = {(record["shard"], record["key"]) for record in known}
 
     def add(self, refused: Iterable[Refused]) -> None:
-        """Keep what this rank's batches refused until the next flush."""
+        """Store samples that this rank refused until the next flush."""
         self._waiting += refused
 
     def write_waiting(self) -> None:
-        """Write down what this rank's batches refused, before an error ends the run. Not a collective."""
+        """Write the refusals stored on rank 0 before an error ends the run. Not a collective."""
         for refusal in self._waiting if distributed.is_main() else ():
             self._write(refusal)
 
     def flush(self, samples: int) -> None:
-        """Write down and count what all ranks refused. A collective.
+        """Write and count the refusals of all ranks. A collective.
 
         Args:
-            samples: samples seen so far.
+            samples: number of samples seen so far.
 
-        Raises: TrainingError if more than `max_fraction` of them were refused.
+        Raises: TrainingError if more than `max_fraction` of them were refused. At least 1,000 samples are assumed, so
+            that a few early refusals do not end a run.
         """
         refused = [refusal for part in distributed.gather_objects(self._waiting) for refusal in part]
         self._waiting = []

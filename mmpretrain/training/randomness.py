@@ -1,14 +1,14 @@
-"""Dropout, drop path and all else that a model draws, from the samples' seeds.
+"""Random numbers of dropout, drop path and other layers, computed from the samples' seeds.
 
-PyTorch's random functions read one generator, so what a sample draws depends on its neighbours in the micro-batch. In
-`SampleRandomness` they are computed from the seed s of the sample that a row belongs to, the number c of the call in its
-pass p (one encoder or objective), and the element's position i_1, ..., i_k in its sample,
+PyTorch's random functions share one generator, so the numbers of a sample depend on the other samples in the
+micro-batch. `SampleRandomness` computes them from the seed s of the sample that a row belongs to, the index c of the
+random call within its pass p (one encoder or objective), and the element's position i_1, ..., i_k in its sample:
 
     draw(... draw(draw(draw(s ^ hash(p, c), 0), i_1), i_2) ..., i_k)
 
-so that a sample draws the same on any number of ranks and micro-batches, in padded and in packed texts, in both passes of
-gradient caching, and when activation checkpointing computes a block again. `inspect_randomness` names the modules that
-draw in other ways.
+A sample therefore gets the same random numbers for any number of ranks and micro-batches, in padded and in packed texts,
+in both passes of gradient caching, and when activation checkpointing recomputes a block. `RandomnessWatch` finds the
+modules that use a generator instead.
 """
 
 import inspect
@@ -34,23 +34,23 @@ from mmpretrain.seeds import hash64, torch_draw, torch_draws, unit_interval
 
 @dataclass
 class _Pass:
-    """What one encoder or one objective computes on, and how often it has drawn."""
+    """Samples of one encoder or objective pass, and the number of random calls made so far."""
 
     key: int
     seeds: Tensor
-    """int64 [b], of the samples."""
+    """Seeds of the samples, int64 [b]."""
     owners: Tensor | None = None
-    """int64 [R, l], of texts packed into rows: the index of the text that owns each token."""
+    """Index of the text that owns each token, int64 [R, l]; None unless texts are packed into rows."""
     positions: Tensor | None = None
-    """int64 [R, l], the token's index in its text."""
+    """Index of each token in its text, int64 [R, l]; None unless texts are packed into rows."""
     num_calls: int = 0
 
 
 class SampleRandomness(TorchFunctionMode):
-    """Inside the block, PyTorch's random functions draw for the samples that `of` names.
+    """Torch function mode in which PyTorch's random functions use the seeds of the samples given to `of`.
 
     Args:
-        strict: refuse to draw for a tensor whose rows are not the samples; else PyTorch's generator is used for it.
+        strict: raise an error for a tensor whose rows are not the samples. If False, PyTorch's generator is used for it.
     """
 
     def __init__(self, strict: bool = True) -> None:
@@ -61,11 +61,11 @@ class SampleRandomness(TorchFunctionMode):
 
     @contextmanager
     def of(self, samples: Samples, *key: object) -> Iterator[None]:
-        """Draw for the rows of `samples`, texts that are packed included.
+        """Use the seeds of `samples` inside the block. Packed texts are supported.
 
         Args:
-            samples: whose seeds are used.
-            key: names the pass, which may be entered several times.
+            samples: samples of the pass.
+            key: name of the pass. A pass entered again continues its count of random calls.
         """
         if key not in self._passes:
             self._passes[key] = _Pass(hash64(*map(str, key)), samples.seeds)
@@ -79,7 +79,7 @@ class SampleRandomness(TorchFunctionMode):
             self._current.pop()
 
     def again(self) -> "SampleRandomness":
-        """A mode that draws from here on what this one is going to draw."""
+        """Return a copy of this mode that will draw the same numbers from here on."""
         other = SampleRandomness(self.strict)
         other._current = [replace(each) for each in self._current]
         return other
@@ -96,25 +96,27 @@ class SampleRandomness(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call `func`, or compute by sample what it would draw."""
+        """Call `func`, or compute its random numbers by sample if it is one of the supported random functions."""
         if func in _BY_SAMPLE and self._current:
             return self._draw(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
-    @torch.compiler.disable  # compiled blocks are cut here: the number of the call is no constant of theirs
+    @torch.compiler.disable  # a graph break: the call index must not be compiled in as a constant
     def _draw(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         handler = _BY_SAMPLE[func]
         try:
             inspect.signature(handler).bind(self, *args, **kwargs)
-        except TypeError:  # a way to call it that is not known here; the watch names who draws so
+        except TypeError:  # an unsupported call signature; `RandomnessWatch` reports the module
             return func(*args, **kwargs)
         drawn = handler(self, *args, **kwargs)
         return func(*args, **kwargs) if drawn is NotImplemented else drawn
 
     def bits(self, shape: Sequence[int], per_draw: int = 1) -> Tensor | None:
-        """Random bits for a tensor: int64 [*shape], or with several elements to a draw [*shape[:-1], n / per_draw].
+        """Return random bits for a tensor of `shape`.
 
-        None where the rows are not the samples. Raises: ValueError then, if `strict`.
+        Returns: int64 [*shape], or [*shape[:-1], ceil(n / per_draw)] if each draw serves `per_draw` of the n elements
+            of the last dimension. None if the rows are not the samples and `strict` is False.
+        Raises: ValueError if the rows are not the samples and `strict` is True.
         """
         current = self._current[-1]
         salt = hash64(current.key, current.num_calls)
@@ -128,7 +130,7 @@ class SampleRandomness(TorchFunctionMode):
             seeds, inner = torch_draw(seeds[current.owners], current.positions), shape[2:]
         elif shape and shape[0] and shape[0] % len(seeds) == 0:
             inner = shape[1:]
-            if shape[0] > len(seeds):  # several rows for each sample one after the other, as windows of an image
+            if shape[0] > len(seeds):  # several consecutive rows for each sample, such as the windows of an image
                 seeds = torch_draws(seeds, shape[0] // len(seeds)).flatten()
         elif self.strict:
             raise ValueError(
@@ -142,13 +144,16 @@ class SampleRandomness(TorchFunctionMode):
         return torch_draws(seeds, -(-inner[-1] // per_draw)) if inner else seeds
 
     def uniform(self, shape: Sequence[int]) -> Tensor | None:
-        """float64 of `shape` in [0, 1); None as in `bits`."""
+        """Return uniform random numbers in [0, 1), float64 of `shape`; None under the same condition as `bits`."""
         bits = self.bits(shape)
         return None if bits is None else unit_interval(bits)
 
     def dropped(self, x: Tensor, p: float) -> Tensor | None:
-        """x [...] with elements set to 0 with probability `p` (to 2^-16), the rest times 1 / (1 - p); None as in `bits`."""
-        # Sixteen bits of a draw for each of four elements: the draws are what dropout costs.
+        """Apply dropout to x [...]: zero elements with probability `p` and scale the others by 1 / (1 - p).
+
+        `p` is rounded to a multiple of 2^-16. Returns None under the same condition as `bits`.
+        """
+        # Each draw serves four elements with sixteen bits each, since the draws dominate the cost of dropout.
         bits = self.bits(x.shape, per_draw=4)
         if bits is None:
             return None
@@ -165,7 +170,10 @@ _active: list[SampleRandomness] = []
 def checkpoint_contexts(
     inner: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]] | None = None,
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """The contexts of a checkpointed block's passes (see `torch.utils.checkpoint.checkpoint`): both draw the same."""
+    """Return the contexts of a checkpointed block's forward pass and recomputation, which draw the same numbers.
+
+    Use it as `context_fn` of `torch.utils.checkpoint.checkpoint`; `inner` is a further `context_fn` to combine with.
+    """
     first, second = (nullcontext(), nullcontext()) if inner is None else inner()
     return first, (_within(_active[-1].again(), second) if _active else second)
 
@@ -176,10 +184,10 @@ def _within(outer: AbstractContextManager[Any], inner: AbstractContextManager[An
         yield
 
 
-# ---------------------------------------------------------------- the functions that are computed by sample
+# ---------------------------------------------------------------- random functions computed by sample
 
 
-# Their parameters are called as PyTorch calls them.
+# The parameters have the names of PyTorch's functions, since callers may pass them by keyword.
 
 
 def _dropout(
@@ -200,7 +208,7 @@ def _torch_dropout(mode: SampleRandomness, input: Tensor, p: float, train: bool)
 def _channel_dropout(
     mode: SampleRandomness, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Any:
-    """Whole channels [b, c, ...] are dropped."""
+    """Drop whole channels of an input [b, c, ...]."""
     ones = input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2))
     noise = _dropout(mode, ones, p, training)
     return noise if noise is NotImplemented else input.mul_(noise) if inplace else input * noise
@@ -217,7 +225,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """`F.scaled_dot_product_attention` written out where attention is dropped, as its documentation has it."""
+    """Compute `F.scaled_dot_product_attention` with dropout explicitly, following its documentation."""
     if dropout_p == 0:
         return NotImplemented
     if enable_gqa:
@@ -233,7 +241,7 @@ def _attention(
     return NotImplemented if dropped is None else dropped.to(value.dtype) @ value
 
 
-# PyTorch's function as it is, but for the question whether a mode answers for it: the ones that it calls come to the mode.
+# PyTorch's own code, but with `has_torch_function` always False: the mode then sees the functions that it calls.
 _seen_attention = FunctionType(
     F.multi_head_attention_forward.__code__,
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda tensors: False},
@@ -242,8 +250,8 @@ _seen_attention = FunctionType(
 
 
 def _multi_head_attention(mode: SampleRandomness, *args: Any, **kwargs: Any) -> Any:
-    """`nn.MultiheadAttention`."""
-    TorchFunctionMode.__enter__(mode)  # it is left while it answers
+    """Run the function behind `nn.MultiheadAttention` with the mode active inside it."""
+    TorchFunctionMode.__enter__(mode)  # PyTorch deactivates a mode while it handles a function
     try:
         return _seen_attention(*args, **kwargs)
     finally:
@@ -267,7 +275,7 @@ def _normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 
 def _scaled(u: Tensor, low: float = 0.0, high: float = 1.0, **ends: float) -> Tensor:
-    low, high = ends.get("from", low), ends.get("to", high)  # the first is no name of Python's
+    low, high = ends.get("from", low), ends.get("to", high)  # `from` is a keyword of Python and cannot be a parameter
     return u * (high - low) + low
 
 
@@ -327,33 +335,33 @@ _BY_SAMPLE: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
-# ---------------------------------------------------------------- what draws in other ways
+# ---------------------------------------------------------------- detection of other random functions
 
 
 class RandomnessWatch(SampleRandomness):
-    """Draws by sample, and notes which parts of a module draw, and which draw from a generator instead."""
+    """Draw by sample, and record which submodules do so and which use a random generator instead."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(strict=False)
         self.by_sample: dict[str, None] = {}
-        """The names of modules, each the innermost that draws by sample."""
+        """Names of the innermost modules that draw by sample; a dictionary keeps their order."""
         self.otherwise: dict[str, None] = {}
-        """The names of modules, each the innermost that moves a generator of PyTorch, Python or NumPy."""
+        """Names of the innermost modules that advance a generator of PyTorch, Python or NumPy."""
         self._module = module
         self._inside: list[tuple[str, object]] = []
         self._device = next(module.parameters()).device
 
     def _state(self) -> object:
-        """The generators of PyTorch, Python and NumPy."""
+        """Return the states of the generators of PyTorch, Python and NumPy."""
         torchs = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
-        numpys: Any = np.random.get_state()  # noqa: NPY002, what a layer may draw from
+        numpys: Any = np.random.get_state()  # noqa: NPY002, a layer may use this generator
         return torchs.numpy().tobytes(), random.getstate(), numpys[1].tobytes(), numpys[2:]
 
     def __enter__(self) -> "RandomnessWatch":
         self._hooks = [
             hook
             for name, module in self._module.named_modules()
-            if name  # the whole seeds the generator itself
+            if name  # not the root, which seeds the generator itself
             for hook in (
                 module.register_forward_pre_hook(lambda *_, name=name: self._begin(name), prepend=True),
                 module.register_forward_hook(lambda *_: self._end(), always_call=True),
@@ -369,7 +377,7 @@ class RandomnessWatch(SampleRandomness):
 
     @contextmanager
     def of(self, samples: Samples, *key: object) -> Iterator[None]:
-        """As `SampleRandomness.of`; what no module draws is noted under the pass's name."""
+        """Extend `SampleRandomness.of`: draws outside of any module are recorded under the pass's name."""
         with super().of(samples, *key):
             self._begin(".".join(str(part) for part in key if part is not None))
             try:
@@ -384,7 +392,7 @@ class RandomnessWatch(SampleRandomness):
     def _end(self) -> None:
         self._note()
         self._inside.pop()
-        if self._inside:  # what the inner one drew is noted
+        if self._inside:  # draws of the inner module are already recorded
             self._inside[-1] = (self._inside[-1][0], self._state())
 
     def _note(self) -> None:

@@ -1,4 +1,4 @@
-"""How far a run is, and how it goes on from its newest checkpoint."""
+"""State of a run, and resumption from its newest checkpoint."""
 
 import logging
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """How far the run is: what a checkpoint keeps beside tensors."""
+    """Progress of a run: the part of a checkpoint that is not tensors."""
 
     step: int = 0
     samples: int = 0
@@ -33,28 +33,28 @@ class TrainState:
     best: float | None = None
     results: dict[str, float] = field(default_factory=dict)
     pending: dict[str, float] | None = None
-    """What the step logs, until its evaluation is done."""
+    """Values that the step will log when its evaluation is done; None if no evaluation is pending."""
 
     def is_evaluated(self, num_steps: int) -> bool:
-        """Whether the run has taken `num_steps`, and evaluated the last one."""
+        """Return True if the run has taken `num_steps` steps and evaluated the last one."""
         return self.step >= num_steps and self.pending is None
 
     def summary(self) -> dict[str, float]:
-        """The content of results.json."""
+        """Return the content of results.json."""
         speed = self.samples / self.train_seconds if self.train_seconds else 0.0
         length = {"steps": self.step, "samples": self.samples}
         return {**self.results, **length, "wall_seconds": self.wall_seconds, "pairs_per_second": speed}
 
 
 def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]) -> Path | None:
-    """The newest checkpoint of a run's directory that verifies, every process the one that process 0 chose.
+    """Return rank 0's newest valid checkpoint, broadcast to all ranks, or None.
 
     Args:
         folder: the run's directory.
-        num_steps: how many the run is to take.
-        fingerprint: of the data that it is trained on.
+        num_steps: number of steps of the whole run.
+        fingerprint: fingerprints of the training data.
 
-    Raises: ValueError if the checkpoint is of other data, or of a later step than `num_steps`.
+    Raises: ValueError if the checkpoint was made on other data or at a later step than `num_steps`.
     """
     checkpoints = folder / "checkpoints"
     if distributed.is_main():
@@ -71,7 +71,7 @@ def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]
 
 
 def read_state(path: Path) -> TrainState:
-    """How far a checkpoint's run was. Raises: ValueError if its state.json is not what a run writes."""
+    """Read the state of a checkpoint. Raises: ValueError if state.json or scores.json is not as a run writes it."""
     state = store.load_state(path)
     known = get_type_hints(TrainState)
     for key in ("step", "samples", "fingerprint", "optimizer"):
@@ -82,9 +82,9 @@ def read_state(path: Path) -> TrainState:
         if not accepts(value, annotation):
             raise ValueError(f"{path / 'state.json'}: {key} is {str(value)[:40]}; expected it as the run wrote it")
     if path != store.path_of(path.parent, state["step"]):
-        raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected that of its folder")
+        raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected the step in its folder's name")
     scores = path / "scores.json"
-    if scores.exists():  # of the step's evaluation, which came after the checkpoint
+    if scores.exists():  # scores of the step's evaluation, which is done after the checkpoint is written
         found = files.read_json(scores)
         if set(found) != {"results", "best"} or not all(accepts(found[key], known[key]) for key in found):
             raise ValueError(f"{scores} does not hold results and best; expected it as the run wrote it: remove it")
@@ -93,7 +93,7 @@ def read_state(path: Path) -> TrainState:
 
 
 def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
-    """Raises: ValueError if a checkpoint was made on other data than `fingerprint` is of."""
+    """Raises: ValueError if a checkpoint was made on data with another fingerprint."""
     read_state(path)
     known = store.load_state(path)["fingerprint"]
     changed = [
@@ -109,7 +109,7 @@ def check_fingerprint(path: Path, fingerprint: Mapping[str, Any]) -> None:
 
 
 def _change(known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """What changed in one stream's sources, in brackets where that can be told; None if nothing did."""
+    """Describe the change of one stream's sources in parentheses; empty if no description is known, None if unchanged."""
     changes: list[str] = []
     for source in {**known, **now}:
         saved, current = known.get(source), now.get(source)
@@ -127,7 +127,7 @@ def _change(known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
 
 
 def load_task(path: Path, task: Task) -> None:
-    """Fill the task from a checkpoint. Raises: ValueError if it holds the weights of another one."""
+    """Load a checkpoint's weights into the task. Raises: ValueError if they do not fit the task."""
     try:
         task.load_state_dict(store.load_tensors(path, "model.safetensors"))
     except RuntimeError as error:
@@ -136,9 +136,12 @@ def load_task(path: Path, task: Task) -> None:
 
 
 def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> TrainState:
-    """Fill the optimiser and the average from a checkpoint, whose weights the task has already; how far it is.
+    """Load the optimiser's state and the averaged weights from a checkpoint.
 
-    Raises: ValueError if it holds another optimiser's state, or no average.
+    The task must have the checkpoint's weights already.
+
+    Returns: the state of the run.
+    Raises: ValueError if the checkpoint has another optimiser's state, or lacks averaged weights that are needed.
     """
     state = read_state(path)
     moments, numbers = store.load_tensors(path, "optimizer.safetensors"), store.load_state(path)["optimizer"]

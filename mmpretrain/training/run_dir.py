@@ -1,7 +1,8 @@
-"""A run's directory: claimed by one process, written by its first rank, and finished once its last step is evaluated.
+"""A run's directory, locked by one run and written by rank 0.
 
-`open_run` claims it, `write_configuration` describes the run, `finished` tells whether there is anything left to do, and
-`conclude` writes the report. Checkpoints are `mmpretrain.checkpoints.store`'s, metrics `mmpretrain.reporting.metrics`'s.
+`open_run` locks the directory, `write_configuration` writes config.yaml, `finished` returns the scores of a finished run,
+and `conclude` writes the report. A run is finished once its last step is evaluated. `mmpretrain.checkpoints.store` writes
+checkpoints, and `mmpretrain.reporting.metrics` writes metrics.
 """
 
 import fcntl
@@ -27,14 +28,19 @@ from mmpretrain.training.setup import fingerprint_of
 
 
 def open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | None:
-    """Claim the run's directory on process 0: another configuration or another process in it is refused everywhere."""
+    """Create and lock the run's directory on rank 0, and start logging. A collective.
+
+    Returns: the lock file on rank 0, which holds the lock until it is closed; None on other ranks.
+    Raises: UsageError on all ranks if the directory cannot be written, another process uses it, or it was made with another
+        configuration.
+    """
     lock, refusal = None, None
     if distributed.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _check_links(folder)
             lock = (folder / ".lock").open("a")
-            # A POSIX lock: unlike flock's, the loader's forked workers, which outlive a kill by seconds, do not hold it.
+            # A POSIX lock is not inherited by forked workers, which outlive a kill by seconds; one of flock would be.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except errors.UsageError as error:
             refusal = str(error)
@@ -51,7 +57,7 @@ def open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | Non
 
 
 def _check_links(folder: Path) -> None:
-    """Raises: UsageError if a part of a run's directory is a link: a run that others made would write elsewhere."""
+    """Raises: UsageError if the directory contains a symbolic link: in one made by others it could redirect writes."""
     for path in folder.iterdir():
         if path.is_symlink():
             raise errors.UsageError(
@@ -61,7 +67,7 @@ def _check_links(folder: Path) -> None:
 
 
 def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> str | None:
-    """What a run's directory was made with that may not change, if it differs now."""
+    """Return an error message if the directory was made with a configuration that differs where it must not, else None."""
     path = folder / "config.yaml"
     if not path.exists():
         return None
@@ -81,10 +87,10 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
 
 
 class LogFile(logging.FileHandler):
-    """train.log; where it cannot be written the run ends, instead of a traceback for each message."""
+    """Handler of train.log. A failure to write ends the run instead of printing a traceback for each message."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raises: OSError that names the file, but for a message of the level ERROR: it is what ends the run."""
+        """Raises: OSError that names the file, except for a message of level ERROR, which is the one that ends the run."""
         error = sys.exc_info()[1]
         logging.getLogger().removeHandler(self)
         with suppress(OSError):
@@ -94,7 +100,10 @@ class LogFile(logging.FileHandler):
 
 
 def write_configuration(cfg: TrainConfig, folder: Path) -> None:
-    """Write config.yaml and keep a local tokenizer's files. Raises: ValueError if the run was made with another one."""
+    """Write config.yaml and copy the files of a local tokenizer into the directory.
+
+    Raises: ValueError if the directory already has a copy of another tokenizer.
+    """
     files.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
     if (path := cfg.data.tokenizer.get("path")) is None:
         return
@@ -109,7 +118,7 @@ def write_configuration(cfg: TrainConfig, folder: Path) -> None:
 
 
 def log_to(folder: Path) -> None:
-    """Messages go to the console and, from process 0, to train.log."""
+    """Log to the console and, on rank 0, to train.log. Other ranks log warnings and errors only."""
     logging.captureWarnings(True)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if distributed.is_main():
@@ -123,7 +132,7 @@ def log_to(folder: Path) -> None:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """Control characters of a message as escapes: the names of samples and shards are the data's."""
+    """Escape control characters of a message, since names of samples and shards come from the data."""
     record.msg, record.args = "\n".join(map(errors.printable, record.getMessage().splitlines())), None
     return True
 
@@ -131,9 +140,9 @@ def _make_printable(record: logging.LogRecord) -> bool:
 def finished(
     folder: Path, clock: Clock, streams: Mapping[str, Stream], keep_last: int
 ) -> dict[str, float | None] | None:
-    """The scores of a run whose last step is saved, and which then keeps no more than it should; on every process.
+    """Return the scores of a finished run on every rank, or None. Surplus checkpoints of a finished run are deleted.
 
-    Raises: ValueError if it was trained on other data.
+    Raises: ValueError if the run was trained on other data.
     """
 
     def look() -> dict[str, float | None] | None:
@@ -150,7 +159,7 @@ def finished(
 
 
 def conclude(results: Mapping[str, float | None], folder: Path, rewrite: bool) -> None:
-    """Write the run's report, unless it is finished and came to it before, and say the results."""
+    """Write the report if it is missing or `rewrite` is True, then print the results. Only rank 0 does so."""
     if distributed.is_main():
         if rewrite or not (folder / report.FILE).exists():
             report.write(folder)

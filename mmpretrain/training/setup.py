@@ -1,4 +1,4 @@
-"""A run before its first step: its length in steps, its micro-batches, what is frozen. Training and a dry run share it."""
+"""Setup of a run before its first step, shared by training and the dry run: steps, micro-batches and frozen parts."""
 
 import logging
 import sys
@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 
 
 class Setup:
-    """The parts of a run, checked together.
+    """Parts of a run, checked for consistency.
 
     Args:
         cfg: the configuration.
-        clock: measures durations.
+        clock: clock that converts durations to samples.
         task: the model and its objectives, on the training device.
-        weights: the objectives' weights, as functions of the samples seen.
-        streams: what the objectives read; the first one counts samples.
-        tokenizer: makes the streams' text.
+        weights: weights of the objectives, as functions of the samples seen.
+        streams: streams that the objectives read; the first one defines the samples that are counted.
+        tokenizer: tokenizer of the streams' texts.
 
-    Raises: ValueError for sizes that do not divide, and where nothing would be trained.
+    Raises: ValueError if batch sizes are not divisible as needed, or if no parameter would be trained at some step.
     """
 
     def __init__(
@@ -80,30 +80,30 @@ class Setup:
             )
 
     def weights(self, samples: int) -> dict[str, float]:
-        """The objectives' weights for the step that starts at `samples`."""
+        """Return the objectives' weights for the step that starts at `samples`."""
         progress = TrainingProgress(samples, self.clock)
         return {name: weight(progress) for name, weight in self.scheduled_weights.items()}
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """A new optimiser of the parameters as they are now."""
+        """Build a new optimiser of the task's current parameters."""
         make = instantiate(self.cfg.optimizer, self.cfg.run.seed, "optimizer")
         optimizer: torch.optim.Optimizer = make(self.task.named_parameters())
         return optimizer
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:
-        """What this rank sees from a step on, read one by one as they are asked for."""
+        """Yield this rank's micro-batches from `first_step` on, read in this process when requested."""
         place = distributed.rank(), distributed.world_size(), self.num_micro_batches
         reader = MicroBatches(self.streams, self.tokenizer, self.clock)
         return map(reader.__getitem__, StepSampler(self.streams, self.clock, first_step, sys.maxsize, *place))
 
 
 def fingerprint_of(streams: Mapping[str, Stream]) -> dict[str, Any]:
-    """What data the streams read; a checkpoint made on other data is refused."""
+    """Return the fingerprints of the training data by stream. A checkpoint with other fingerprints is refused."""
     return {f"data.train.{name}": stream.fingerprints for name, stream in streams.items()}
 
 
 def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:
-    """What durations are measured against; the run's length is whole steps, rounded up."""
+    """Return the run's clock. The run's length is `duration` rounded up to whole steps."""
     first = next(iter(streams.values()))
     batch_size, epoch_samples = int(first.batch_size.values[0]), first.order.num_samples
     num_steps = -(-round(Clock(batch_size, epoch_samples).samples(duration)) // batch_size)
@@ -111,7 +111,10 @@ def clock_of(streams: Mapping[str, Stream], duration: Duration) -> Clock:
 
 
 def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Task) -> int:
-    """How many micro-batches a rank's share of a batch is cut into. Raises: ValueError if it does not divide."""
+    """Return the number of micro-batches in a rank's part of a batch.
+
+    Raises: ValueError if the sizes are not divisible, or if the image encoder has BatchNorm and would see micro-batches.
+    """
     world = distributed.world_size()
     if batch_size % world:
         raise ValueError(
@@ -134,6 +137,6 @@ def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Tas
 
 
 def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> Batch:
-    """Two samples of each stream, the same on every rank."""
+    """Return a batch of two samples of each stream, the same on every rank."""
     item = {name: step_positions(stream.order, range(2), 0, 1, 1)[0] for name, stream in streams.items()}
     return MicroBatches(streams, tokenizer, clock)[0, item]

@@ -1,10 +1,10 @@
-"""The gradients of one global batch, whatever the number of ranks and micro-batches.
+"""Gradients of one global batch, independent of the number of ranks and micro-batches.
 
-A coupled loss needs every row of the batch. Its rows are gathered without gradients, its loss is computed on
-all of them as plain tensor code, and what flows back is each row's own gradient: the wrapped forward returns
-<rows, d rows>, whose gradient is that of the loss (gradient caching, Gao et al. 2021). With one micro-batch
-this happens inside the one forward; with more, a first pass without gradients collects the rows. Masks and
-dropout are functions of the samples' seeds (`randomness.py`), so that both passes are the same.
+A coupled loss needs every row of the batch. The rows are gathered without gradients, and every rank computes the loss
+and its gradient with respect to all rows. The wrapped forward then returns <rows, d rows>, whose gradient with respect
+to the parameters equals that of the loss (gradient caching, Gao et al. 2021). With one micro-batch this happens inside
+its forward pass; with several, a first pass without gradients collects the rows. Masks and dropout are functions of the
+samples' seeds (`randomness.py`), so that both passes compute the same values.
 """
 
 from collections import defaultdict
@@ -26,19 +26,19 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepLosses:
-    """A step's values on the device: coupled losses over the whole batch, this rank's sums of the others."""
+    """Losses of a step on the device: coupled ones over the whole batch, independent ones as sums over this rank's part."""
 
     coupled: Tensors
-    """Scalars, by objective: the same on every rank."""
+    """Loss of each coupled objective, a scalar that is the same on every rank."""
     sums: dict[str, Tensors]
-    """This rank's part of each independent objective's sums: `loss`, and what else it counts."""
+    """This rank's sums for each independent objective: `loss` and the objective's further values."""
     counts: Tensors
-    """The number of terms in the whole batch, by independent objective."""
+    """Number of terms in the whole batch, by independent objective."""
     shared: dict[str, Tensors]
-    """A coupled objective's own scalars, such as its logit_scale."""
+    """Shared tensors of each coupled objective, such as its logit_scale."""
 
     def reduced(self) -> dict[str, Tensors]:
-        """Each objective's `loss` and further means over the whole batch; a collective, for steps that are logged."""
+        """Return each objective's `loss` and further means over the whole batch. A collective, for logged steps only."""
         means = {
             name: {key: distributed.all_reduce_sum(total.double()) / self.counts[name] for key, total in sums.items()}
             for name, sums in self.sums.items()
@@ -47,7 +47,7 @@ class StepLosses:
 
 
 class _Coupling:
-    """The coupled losses of one step: collects rows, computes each loss once, hands out gradients."""
+    """Coupled losses of one step: collect the rows, compute each loss once and return gradients by micro-batch."""
 
     def __init__(self, task: Task, seed: int) -> None:
         self._task = task
@@ -59,19 +59,19 @@ class _Coupling:
         self._given: dict[str, int] = defaultdict(int)
 
     def collect(self, name: str, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
-        """The first pass: keep a micro-batch's rows; nothing flows back."""
+        """Store a micro-batch's rows in the first pass, and return zero gradients."""
         self.rows[name].append({key: row.detach() for key, row in rows.items()})
         self.shared[name] = {key: value.detach() for key, value in shared.items()}
         return _zeros(rows), _zeros(shared)
 
     def differentiate(self) -> None:
-        """After the first pass, while no micro-batch's activations are kept: every coupled loss and its gradients."""
+        """Compute every coupled loss and its gradients after the first pass, when no activations are stored."""
         for name in list(self.rows):
             self._gradients[name] = self._differentiate(name)
 
     def couple(self, name: str, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
-        """The pass with gradients: d loss / d rows of this micro-batch, d loss / d shared on the last one."""
-        if name not in self._gradients:  # one micro-batch: its rows are all there are on this rank
+        """Return d loss / d rows of this micro-batch in the pass with gradients, and d loss / d shared on the last one."""
+        if name not in self._gradients:  # one micro-batch: it has all rows of this rank
             self.collect(name, rows, shared)
             self._gradients[name] = self._differentiate(name)
         d_rows, d_shared = self._gradients[name]
@@ -90,7 +90,7 @@ class _Coupling:
         with torch.enable_grad(), torch.autocast(device_type, enabled=False):
             for key in differentiable:
                 leaves[key].requires_grad_()
-            torch.manual_seed(self._seed)  # each rank computes the loss of the whole batch: all draw the same
+            torch.manual_seed(self._seed)  # each rank computes the loss of the whole batch with the same random numbers
             loss = self._task.coupled(name).loss(leaves, scalars)
             inputs = [leaves[key] for key in differentiable] + list(scalars.values())
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
@@ -98,7 +98,7 @@ class _Coupling:
         world, mine = distributed.world_size(), distributed.rank()
         d_local = [gradient.chunk(world)[mine].split(sizes) for gradient in gradients[: len(differentiable)]]
         d_rows = [dict(zip(differentiable, part, strict=True)) for part in zip(*d_local, strict=True)]
-        # Every rank has the whole of d loss / d shared, and ranks are summed: each gives its part.
+        # Every rank has the full d loss / d shared. Divide it, since gradients are summed over ranks.
         d_shared = {
             key: gradient / world for key, gradient in zip(scalars, gradients[len(differentiable) :], strict=True)
         }
@@ -106,14 +106,14 @@ class _Coupling:
 
 
 def _no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
-    """DDP's ranks exchange gradients on the last micro-batch only."""
+    """Return a context in which DDP does not reduce gradients, which happens on the last micro-batch only."""
     return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
 
 def _count(name: str, micro_batches: Sequence[Batch], task: Task) -> Tensor:
-    """The number of terms of an independent objective in the whole batch, at least one, a float64 scalar."""
+    """Return the number of an independent objective's terms in the whole batch, at least 1, as a float64 scalar."""
     own = sum(batch.counts[name] for batch in micro_batches)
-    # Filled and not copied: the device need not be waited for.
+    # `full` fills on the device, which avoids a synchronising copy.
     return distributed.all_reduce_sum(torch.full((), own, dtype=torch.float64, device=task.model.device)).clamp(min=1)
 
 
@@ -132,12 +132,12 @@ def forward_backward(
     """Add the gradients of one global batch's weighted loss to the parameters.
 
     Args:
-        wrapped: `task`, or what DDP makes of it (it averages over ranks).
+        wrapped: `task`, or its DDP wrapper, which averages gradients over ranks.
         task: the model and its objectives.
         micro_batches: this rank's part of the batch; the same number on every rank.
-        weights: the weight of each objective's loss; one of weight 0 is not computed.
-        autocast: the precision of the forward passes; entered once a pass.
-        loss_scale: what the gradients come multiplied by, a scalar; None: nothing.
+        weights: weight of each objective's loss; those of weight 0 are not computed.
+        autocast: autocast context of the forward passes, entered for each pass.
+        loss_scale: scalar factor of the gradients; None for no scaling.
     """
     autocast = autocast or nullcontext()
     micro_batches = [task.counted(batch, weights) for batch in micro_batches]
@@ -157,7 +157,7 @@ def forward_backward(
         with nullcontext() if is_last else _no_sync(wrapped):
             with autocast:
                 total, part = wrapped(batch, weights, counts, coupling.couple)
-            # DDP averages gradients over ranks; the loss is a sum over them.
+            # DDP averages gradients over ranks, but the loss is a sum over ranks.
             total = total * world
             (total if loss_scale is None else total * loss_scale).backward()
         for name, values in part.items():

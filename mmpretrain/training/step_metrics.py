@@ -1,4 +1,4 @@
-"""What a logged step tells of training: losses, gradient norms, speed and memory."""
+"""Metrics of a logged step: losses, gradient norms, speed and memory."""
 
 import math
 import resource
@@ -13,11 +13,11 @@ from mmpretrain.objectives.base import hooks_of
 from mmpretrain.training.step import StepLosses
 from mmpretrain.training.task import Task
 
-_LARGEST_EXPONENT = 700.0  # of a float64
+_LARGEST_EXPONENT = 700.0  # exp of more overflows a float64
 
 
 class Window:
-    """What was trained since the last logged step, and how long it took."""
+    """Number of samples trained and time taken since the last logged step."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -26,29 +26,29 @@ class Window:
 
     @property
     def seconds(self) -> float:
-        """Time in training, in seconds."""
+        """Training time in seconds, without pauses."""
         return time.perf_counter() - self._start
 
     def add(self, samples: int) -> None:
-        """After a step."""
+        """Count the samples of a step."""
         self._samples += samples
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time inside the block is training that waits for data."""
+        """Count the time inside the block as waiting for data, which is part of the training time."""
         began = time.perf_counter()
         yield
         self._data_wait += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside the block is not training."""
+        """Leave the time inside the block out of the training time."""
         began = time.perf_counter()
         yield
         self._start += time.perf_counter() - began
 
     def values(self, device: torch.device) -> dict[str, float]:
-        """Samples per second, the part of the time that waited for data, and memory."""
+        """Return samples per second, the fraction of time spent waiting for data, and peak memory in bytes."""
         seconds = self.seconds
         values = {"system/samples_per_second": self._samples / seconds, "system/data_wait": self._data_wait / seconds}
         if device.type == "cuda":
@@ -60,7 +60,7 @@ class Window:
 def train_values(
     losses: StepLosses, weights: Mapping[str, float], norms: Mapping[str, Tensor], task: Task
 ) -> dict[str, float]:
-    """A step's losses and further means, the objectives' own scalars, and gradient norms by tower. A collective."""
+    """Return a step's losses and further means, the objectives' shared scalars, and gradient norms by tower. A collective."""
     means = {name: {key: float(mean) for key, mean in each.items()} for name, each in losses.reduced().items()}
     values = {"train/loss": sum(weights[name] * each["loss"] for name, each in means.items())}
     values |= {f"train/{name}_{key}": mean for name, each in means.items() for key, mean in each.items()}
@@ -70,13 +70,16 @@ def train_values(
         if hooks_of(task.objectives[name]).perplexity
     }
     for name, shared in losses.shared.items():
-        # The rest are a head's weights.
+        # Larger tensors are a head's weights.
         values |= {f"train/{name}_{key}": float(value) for key, value in shared.items() if value.numel() == 1}
     values["train/grad_norm"] = float(norms["all"])
     return values | {f"train/grad_norm_{tower}": float(norm) for tower, norm in norms.items() if tower != "all"}
 
 
 def is_better(metric: str, score: float, best: float | None) -> bool:
-    """Whether a score goes before the best so far; losses and perplexities fall, and what is no number never does."""
+    """Return True if `score` improves on `best`; NaN and infinity never do.
+
+    Metrics whose name ends with `loss` or `perplexity` improve when they fall, all others when they rise.
+    """
     sign = -1 if metric.endswith(("loss", "perplexity")) else 1
     return math.isfinite(score) and (best is None or sign * score > sign * best)

@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: a checkpoint and exit code 85, from the first import on. Imports nothing that takes time."""
+"""Handling of SIGTERM and SIGINT: write a checkpoint and exit with code 85.
+
+Signals are handled from the first import on. This module therefore imports only modules that load quickly.
+"""
 
 import importlib
 import os
@@ -12,23 +15,25 @@ from types import FrameType, TracebackType
 PREEMPTED_EXIT_CODE = 85
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _EVERY_SECONDS = 0.5
-_END = 0  # no signal's number
+_END = 0  # not the number of any signal
 _ending, _is_told = threading.Lock(), threading.Event()
 
 
 class Stopped(Exception):
-    """A signal asked for the end; what is saved stands."""
+    """A signal requested the end of the run."""
 
 
 _own_pipes: set[int] = set()
 
 
 class _Listener:
-    """A thread that hears of signals at once: Python's handlers wait until a collective or a backward pass returns.
+    """Thread that is notified of signals immediately.
+
+    Python runs its signal handlers only after a collective or a backward pass returns.
 
     Args:
-        heard: called in the thread with the number of a signal, those of `_NUMBERS` alone; from the first one on also with
-            None, twice a second.
+        heard: function called in the thread with the number of each signal in `_NUMBERS`. After the first signal it is
+            also called with None twice a second.
     """
 
     def __init__(self, heard: Callable[[int | None], None]) -> None:
@@ -54,9 +59,9 @@ class _Listener:
                 timeout = _EVERY_SECONDS
 
     def close(self) -> None:
-        """Hear nothing any more. Waits for what is being answered."""
+        """Stop the thread, and wait until a call in progress returns."""
         signal.set_wakeup_fd(self.previous)
-        # The thread would wait for the pipe's end for as long as a forked process has it open.
+        # Write an end mark: a forked process may hold the pipe open, so that closing it here would not end the thread.
         os.write(self._writer, bytes([_END]))
         self._thread.join()
         _own_pipes.remove(self._writer)
@@ -65,7 +70,7 @@ class _Listener:
 
 
 def _forget_pipe() -> None:
-    """In a forked process: the signals that it gets itself are none of its parent's."""
+    """Detach a forked process from its parent's pipe, so that its own signals are not reported to the parent."""
     if (pipe := signal.set_wakeup_fd(-1)) not in _own_pipes:
         signal.set_wakeup_fd(pipe)
 
@@ -74,14 +79,14 @@ os.register_at_fork(after_in_child=_forget_pipe)
 
 
 class StopSignal:
-    """Inside the block SIGTERM and SIGINT are noted, so that the loop can save and end.
+    """Set `received` when SIGTERM or SIGINT arrives inside the block, so that the training loop can save and end.
 
-    A second SIGINT is left to whoever answered before: it ends a command at once. A second SIGTERM is ignored, since
+    A second SIGINT goes to the previous handler, which ends a command immediately. A repeated SIGTERM is ignored, since
     launchers forward duplicates.
 
     Args:
-        answer: called by another thread twice a second from the first signal to the end of the block, with the seconds
-            since the signal: it may end a process whose loop does not come to it.
+        answer: function called in another thread twice a second from the first signal to the end of the block, with the
+            number of seconds since that signal. It may end the process if the training loop hangs.
     """
 
     def __init__(self, answer: Callable[[float], None]) -> None:
@@ -113,7 +118,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Restore the handlers. A command that a signal has ended says so once, however many follow."""
+        """Restore the handlers. After a signal in the block, later signals print no further message."""
         if self.received:
             _is_told.set()
         self._listener.close()
@@ -122,21 +127,21 @@ class StopSignal:
 
 
 def exit_when_asked() -> None:
-    """Until training begins there is nothing to save: end with exit code 85 at once."""
+    """Make SIGTERM and SIGINT end the process immediately with code 85, while there is nothing to save."""
     for number in _NUMBERS:
         signal.signal(number, lambda number, frame: _exit(number))
     _Listener(_exit)
 
 
 def _exit(number: int | None) -> None:
-    if not _ending.acquire(blocking=False):  # the other of listener and handler is at it
+    if not _ending.acquire(blocking=False):  # called by both listener and handler: the first call ends the process
         return
     if os.environ.get("RANK", "0") == "0" and not _is_told.is_set():
         os.write(2, b"stopped by a signal; the same command goes on\n")
-    os._exit(PREEMPTED_EXIT_CODE)  # an exception could be caught by whatever is being imported or built
+    os._exit(PREEMPTED_EXIT_CODE)  # an exception could be caught by code that is being imported
 
 
 def train() -> None:
-    """The command `mmpretrain-train`: signals are answered while PyTorch is imported, which takes seconds."""
+    """Run the command `mmpretrain-train`. Signals are handled already while PyTorch is imported, which takes seconds."""
     exit_when_asked()
     importlib.import_module("mmpretrain.train").main()

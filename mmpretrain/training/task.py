@@ -1,4 +1,4 @@
-"""Encodings and Task: the model and its objectives as one module, with one forward pass for all of a step's losses."""
+"""The model and its objectives as one module, whose forward pass computes all losses of a micro-batch."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,13 +18,13 @@ from mmpretrain.training.randomness import SampleRandomness
 
 
 class Encodings:
-    """The encoder passes of one micro-batch, each run at most once, when an objective first asks for it.
+    """Encoder outputs of one micro-batch, computed when an objective first requests them and then cached.
 
     Args:
-        model: whose encoders are run.
+        model: model with the encoders.
         batch: the micro-batch.
-        num_terms: how many terms it has, by objective.
-        random: what random layers draw from in training; None: PyTorch's generator.
+        num_terms: number of the micro-batch's terms, by objective.
+        random: mode that supplies the random numbers of layers such as dropout; None uses PyTorch's generator.
     """
 
     def __init__(
@@ -46,28 +46,28 @@ class Encodings:
         self._texts: dict[tuple[str, TokenMaskSpec | None], Encoding] = {}
 
     def samples(self, stream: str) -> Samples:
-        """The stream's part of the micro-batch."""
+        """Return the stream's part of the micro-batch."""
         return self.batch.streams[stream]
 
     def num_terms(self, objective: IndependentObjective) -> int | None:
-        """How many terms the micro-batch has of an objective, if the host knows."""
+        """Return the number of the micro-batch's terms of an objective, or None if it was not counted on the host."""
         return self._num_terms.get(objective)
 
     def pixels(self, stream: str) -> Tensor:
-        """The normalised images [b, 3, h, w]."""
+        """Return the normalised images [b, 3, h, w]."""
         if stream not in self._pixels:
             self._pixels[stream] = self._model.normalize(self.batch.images(stream))
         return self._pixels[stream]
 
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask:
-        """The mask that `spec` draws for each sample of the stream."""
+        """Return the patch mask that `spec` draws for each sample of the stream."""
         if (stream, spec) not in self._masks:
             grid_size = self.batch.grid_size(stream, self._model.image.patch_size)
             self._masks[stream, spec] = patch_mask(self.samples(stream).seeds, grid_size, spec)
         return self._masks[stream, spec]
 
     def image(self, stream: str, mask: MaskSpec | None = None) -> Encoding:
-        """The image encoder's output, on all patches or on those that `mask` keeps."""
+        """Return the image encoder's output, for all patches or only for those that `mask` keeps."""
         if (stream, mask) not in self._images:
             patch_mask = None if mask is None else self.patch_mask(stream, mask)
             encode = partial(self._model.image, self.pixels(stream), patch_mask)
@@ -75,7 +75,10 @@ class Encodings:
         return self._images[stream, mask]
 
     def view(self, stream: str, number: int) -> Encoding:
-        """The image encoder's output on one of the stream's own views."""
+        """Return the image encoder's output for one of the stream's own views.
+
+        Raises: ValueError if the stream has too few views.
+        """
         if (stream, number) not in self._views:
             views = self.samples(stream).views
             if views is None or number >= views.shape[1]:
@@ -88,7 +91,7 @@ class Encodings:
         return self._views[stream, number]
 
     def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask:
-        """The tokens that `spec` hides of each text of the stream."""
+        """Return the token mask that `spec` draws for each text of the stream."""
         if (stream, spec) not in self._token_masks:
             text, lengths = self.batch.texts(stream)
             samples = self.samples(stream)
@@ -96,7 +99,7 @@ class Encodings:
         return self._token_masks[stream, spec]
 
     def text(self, stream: str, mask: TokenMaskSpec | None = None) -> Encoding:
-        """The text encoder's output, on all tokens or with those hidden that `mask` draws."""
+        """Return the text encoder's output, with the tokens hidden that `mask` draws if it is given."""
         if (stream, mask) not in self._texts:
             text, lengths = self.batch.texts(stream)
             ids = text if mask is None else self.token_mask(stream, mask).ids
@@ -105,43 +108,43 @@ class Encodings:
         return self._texts[stream, mask]
 
     def _drawing(self, stream: str, *key: object) -> Callable[[], AbstractContextManager[None]]:
-        """What a pass over a stream's samples is run in."""
+        """Return a function that makes the random-number context of a pass over a stream's samples."""
         if self._random is None:
             return nullcontext
         return partial(self._random.of, self.samples(stream), stream, *key)
 
     @property
     def token_embeddings(self) -> Tensor:
-        """[vocabulary, d], the matrix that the text encoder looks tokens up in; heads predict by it (Press and Wolf 2017)."""
+        """Token embedding matrix of the text encoder, [vocabulary, d], which heads tie to (Press and Wolf 2017)."""
         assert self._model.text is not None
         return self._model.text.token_embeddings
 
     def with_text(self, stream: str, text: Tensor, lengths: Tensor) -> "Encodings":
-        """The same micro-batch with other texts beside the stream's images, whose passes are not run again."""
+        """Return the same micro-batch with other texts for the stream's images. Cached image encodings are shared."""
         samples = replace(self.samples(stream), text=text, lengths=lengths, packing=None)
         other = Encodings(self._model, replace(self.batch, streams={**self.batch.streams, stream: samples}))
         other._pixels, other._masks, other._images = self._pixels, self._masks, self._images
         return other
 
     def to_images(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [b, 3, h, w] -> uint8 images."""
+        """Convert normalised pixels [b, 3, h, w] to uint8 images."""
         return self._model.denormalize(pixels)
 
     def image_embedding(self, stream: str, mask: MaskSpec | None = None) -> Tensor:
-        """The images, or what `mask` keeps of them, in the shared space, [b, e] of unit length."""
+        """Return the image embeddings [b, e] of unit length, of all patches or only of those that `mask` keeps."""
         pooled = self.image(stream, mask).pooled
         with self._drawing(stream, "image", mask)():
             return self._model.project_image(pooled)
 
     def text_embedding(self, stream: str) -> Tensor:
-        """The texts in the shared space, [b, e] of unit length."""
+        """Return the text embeddings [b, e] of unit length."""
         pooled = self.text(stream).pooled
         with self._drawing(stream, "text", None)():
             return self._model.project_text(pooled)
 
 
 def _encoded(encode: Callable[[], Encoding], drawing: Callable[[], AbstractContextManager[None]]) -> Encoding:
-    """An encoder's output, each part of which is computed in `drawing()`."""
+    """Run an encoder in `drawing()`, in which the lazy parts of its output are also computed."""
     with drawing():
         encoding = encode()
     if drawing is nullcontext:
@@ -159,34 +162,34 @@ def _encoded(encode: Callable[[], Encoding], drawing: Callable[[], AbstractConte
 
 
 class Task(nn.Module):
-    """What DDP and FSDP wrap: every loss of a step is computed in one call of it."""
+    """Module that DDP and FSDP wrap: one call computes all losses of a micro-batch."""
 
     def __init__(self, model: ImageTextModel, objectives: Mapping[str, Objective]) -> None:
         super().__init__()
         self.model = model
         self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment, arg-type]
         self.randomness: Callable[[], SampleRandomness] | None = partial(SampleRandomness, strict=False)
-        """Makes what a forward pass draws from; None where the task draws nothing (see `parallel.settle_randomness`)."""
+        """Factory of a forward pass's random-number mode; None without random layers (see `parallel.settle_randomness`)."""
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The streams that some objective reads, in the objectives' order."""
+        """Names of the streams that the objectives read, in the objectives' order."""
         return tuple(dict.fromkeys(stream for objective in self.objectives.values() for stream in objective.streams))
 
     def num_views(self, stream: str) -> int:
-        """How many of a stream's own views some objective reads: no other is decoded."""
+        """Return the number of a stream's own views that the objectives read. Further views are not decoded."""
         readers = (objective for objective in self.objectives.values() if stream in objective.streams)
         return max((hooks_of(objective).num_views for objective in readers), default=0)
 
     def coupled(self, name: str) -> CoupledObjective:
-        """The coupled objective `name`."""
+        """Return the coupled objective `name`."""
         objective = self.objectives[name]
         assert not isinstance(objective, IndependentObjective)
         return objective
 
     @property
     def logit_scale(self) -> float | None:
-        """The first temperature that an objective learns, as the loss sees it; None if none does. Synchronises."""
+        """Scale (1 / temperature) of the first objective with a learned `logit_scale`, or None. Synchronises."""
         for objective in self.objectives.values():
             if hasattr(objective, "logit_scale"):
                 return float(objective.logit_scale.detach().exp())
@@ -194,13 +197,13 @@ class Task(nn.Module):
 
     @property
     def independent(self) -> dict[str, IndependentObjective]:
-        """The independent objectives, by name."""
+        """Independent objectives by name."""
         return {name: each for name, each in self.objectives.items() if isinstance(each, IndependentObjective)}
 
     def counted(self, batch: Batch, weights: Mapping[str, float]) -> Batch:
-        """The same micro-batch with its number of terms of each independent objective that has a weight.
+        """Return the micro-batch with the number of its terms for each independent objective of non-zero weight.
 
-        One that is on the device, and was not counted before it went there, is waited for.
+        Synchronises if the micro-batch is on the device and was not counted before the transfer.
         """
         missing = {name: each for name, each in self.independent.items() if weights[name] and name not in batch.counts}
         counts = {name: objective.count(batch).item() for name, objective in missing.items()}
@@ -209,28 +212,28 @@ class Task(nn.Module):
     def forward(
         self, batch: Batch, weights: Mapping[str, float], counts: Mapping[str, Tensor], couple: Couple
     ) -> tuple[Tensor, dict[str, dict[str, Tensor]]]:
-        """One micro-batch's share of the step's loss.
+        """Compute one micro-batch's part of the step's loss.
 
         total = sum_k w_k * (loss_k / counts_k                       for an independent objective k,
                              <rows, d rows> + <shared, d shared>     for a coupled one)
 
         Args:
             batch: the micro-batch.
-            weights: w_k, by objective; one of weight 0 is not computed.
-            counts: the number of terms in the whole batch, by independent objective.
-            couple: gives the gradients that reach a coupled objective's rows and scalars.
+            weights: weight w_k of each objective; those of weight 0 are not computed.
+            counts: number of terms in the whole batch, by independent objective.
+            couple: function that returns the gradients with respect to a coupled objective's rows and scalars.
 
-        Returns: the scalar whose gradients are this micro-batch's part of the step's, and the independent
-            objectives' sums: `loss`, and what else they count.
+        Returns: a scalar whose gradients are this micro-batch's part of the step's gradients, and the sums of each
+            independent objective: `loss` and its further values.
         """
-        torch.manual_seed(batch.seed)  # for what draws in other ways than by sample
+        torch.manual_seed(batch.seed)  # for layers that do not draw by sample
         independent = self.independent
         num_terms = {independent[name]: int(count) for name, count in batch.counts.items()}
         total = torch.zeros((), device=next(self.parameters()).device)
         sums: dict[str, dict[str, Tensor]] = {}
         with nullcontext() if self.randomness is None else self.randomness() as random:
             encodings = Encodings(self.model, batch, num_terms, random)
-            # Coupled ones first: a pass that gathers their rows alone then computes them from the same encodings.
+            # Coupled objectives come first in every pass: a pass without the others then computes the same rows.
             for name in sorted(self.objectives, key=lambda name: name in independent):
                 objective = self.objectives[name]
                 if not weights[name]:
@@ -252,7 +255,7 @@ class Task(nn.Module):
         return total, sums
 
     def after_init(self) -> None:
-        """Call the objectives' `after_init` hooks, once the model has its first weights."""
+        """Call the objectives' `after_init` hooks. The model must have its initial weights."""
         for objective in self.objectives.values():
             hooks_of(objective).after_init(self.model)
 
@@ -260,8 +263,8 @@ class Task(nn.Module):
         """Call the objectives' `after_step` hooks.
 
         Args:
-            progress: the samples seen before the step.
-            skipped: whether the step was skipped, a float32 scalar of 0 or 1.
+            progress: samples seen before the step.
+            skipped: 1 if the step was skipped, else 0; float32 scalar.
         """
         for objective in self.objectives.values():
             hooks_of(objective).after_step(self.model, progress, skipped)

@@ -1,4 +1,4 @@
-"""The loop: batches in, parameters, metrics and checkpoints out."""
+"""Training loop."""
 
 import json
 import logging
@@ -44,15 +44,15 @@ from mmpretrain.training.workers import measured_workers
 
 log = logging.getLogger(__name__)
 
-# So long the loop has to end itself after a signal: a whole state is then saved without it, else what is saved stands.
+# Seconds after a signal until another thread ends a hanging process: with a state that can be saved, and without one.
 _STOP_SECONDS, _STOP_UNSAVED_SECONDS = 10.0, 30.0
 
 
 class Evaluation(Protocol):
-    """The evaluations of a run (see `mmpretrain.evals.base`)."""
+    """Protocol of a run's evaluations (see `mmpretrain.evals.base`)."""
 
     def due(self, before: int, after: int, is_last: bool) -> list[str]:
-        """The names of those that a step from `before` to `after` samples brings."""
+        """Return the names of the evaluators that are due after a step from `before` to `after` samples."""
         ...
 
     def run(
@@ -63,19 +63,19 @@ class Evaluation(Protocol):
         writer: MetricsWriter | None,
         check_stop: Callable[[], None],
     ) -> Mapping[str, float]:
-        """Their scores."""
+        """Run the evaluators `names` and return their scores."""
         ...
 
 
 class Trainer:
-    """One run: made ready by `__init__`, which resumes from the newest checkpoint, and carried out by `run`.
+    """Trainer of one run. `__init__` resumes from the newest checkpoint, and `run` trains to the end.
 
     Args:
-        setup: the parts of the run; the configuration says where it lies.
-        schedule: the learning rate's factor.
-        evaluation: the evaluations, and when they are due.
+        setup: parts of the run; `setup.cfg.run.dir` is its directory.
+        schedule: factor of the learning rate.
+        evaluation: evaluations of the run with their intervals.
 
-    Raises: ValueError for a checkpoint of other data or another model.
+    Raises: ValueError if the newest checkpoint was made on other data or has another model.
     """
 
     def __init__(self, setup: Setup, schedule: Schedule, evaluation: Evaluation) -> None:
@@ -137,7 +137,7 @@ class Trainer:
         self.waits_for_best = True
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
-            # What a step logs is written once it is evaluated; where that was cut short, it comes again.
+            # If the last step's evaluation was interrupted, it is repeated and logs the step's values, so drop that record.
             logged = self.state.step - 1, self.state.samples - self.batch_size
             is_pending = self.state.pending is not None
             self.writer = MetricsWriter(self.folder, *(logged if is_pending else (self.state.step, self.state.samples)))
@@ -145,9 +145,9 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to the end.
 
-        Returns: the last value of every evaluation, and steps, samples, seconds and speed.
-        Raises: TrainingError if the run cannot go on; SystemExit(85) after a signal, with a checkpoint written. A process
-            that hangs when the signal comes ends with 85 from another thread: nothing of it is unwound.
+        Returns: the last value of every score, and the numbers of steps, samples, seconds and pairs per second.
+        Raises: TrainingError if the run cannot continue; SystemExit(85) after a signal, with a checkpoint. If the process
+            hangs at a signal, another thread ends it with code 85 without unwinding the stack.
         """
         with StopSignal(self._answer_signal) as stop:
             self.stop = stop
@@ -155,7 +155,7 @@ class Trainer:
                 if self.state.pending is not None:
                     self._evaluate(self._due())
                 elif self.state.is_evaluated(self.num_steps):
-                    self._write_results()  # of a finished run, whose file is gone
+                    self._write_results()  # the run is finished but results.json is missing
                 self._loop()
             except Stopped:
                 self._end(f"stopped by a signal at step {self.state.step}; {self.saver.rescue()}")
@@ -204,7 +204,7 @@ class Trainer:
                 self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
 
-                # What waits for other processes stands before the step: from there to its end nothing of it can be lost.
+                # Everything that waits for other processes comes before the update, which then cannot be interrupted halfway.
                 before, after = state.samples, state.samples + self.batch_size
                 is_last = state.step + 1 == self.num_steps
                 known = self.flags.read()
@@ -237,7 +237,7 @@ class Trainer:
                     if is_last or (known.get("stop") and not due):
                         self.bad_steps.check(self.flags.read(), state.step)
                     if due or is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
-                        # Before evaluation, which may fail or be killed.
+                        # Save before the evaluation, which may fail or be killed.
                         self.saver.save()
                     if due or is_last:
                         self._evaluate(due)
@@ -245,14 +245,14 @@ class Trainer:
                     self._end(f"stopped by a signal at step {state.step}; the same command goes on from there")
 
     def _is_diagnosis_due(self) -> bool:
-        """Before the first step, and whenever one begins at a multiple of `trainer.diagnose_every` or just behind it."""
+        """Return True if the next step is the first one, or the first at or after a multiple of `trainer.diagnose_every`."""
         every, begins = self.diagnose_every, self.state.samples
         return every is not None and self.clock.is_due(every, begins - self.batch_size, begins)
 
     def _diagnose(
         self, micro_batches: list[Batch], weights: Mapping[str, float], passes: torch.autocast, scale: Tensor | None
     ) -> dict[str, float]:
-        """What each objective costs, and pictures of what it does. A collective."""
+        """Measure each objective's share of the step, and log pictures of its examples. A collective."""
         with self.window.paused():
             values = diagnose(self.task, micro_batches, weights, passes, scale)
             task = self.gather_full()
@@ -266,7 +266,7 @@ class Trainer:
     def _forward_backward(
         self, micro_batches: list[Batch], weights: Mapping[str, float], passes: torch.autocast, scale: Tensor | None
     ) -> StepLosses:
-        """The step's gradients. Raises: TrainingError where `trainer.detect_anomaly` found an operation at fault."""
+        """Compute the step's gradients. Raises: TrainingError if `trainer.detect_anomaly` found NaN in a gradient."""
         try:
             return forward_backward(self.wrapped, self.task, micro_batches, weights, passes, scale)
         except RuntimeError as error:
@@ -277,7 +277,7 @@ class Trainer:
             ) from error
 
     def _measured_workers(self) -> int:
-        """How many processes decode; nothing is trained. A collective."""
+        """Measure the number of decoding processes without training. A collective."""
 
         upcoming, weights = self.setup.micro_batches(self.state.step), self.setup.weights(self.state.samples)
 
@@ -290,30 +290,30 @@ class Trainer:
             return measured_workers(upcoming, step, self.device, min(self.setup.num_micro_batches, 2))
 
     def _next(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of one step. Raises: TrainingError where the data cannot be read; LoaderError."""
+        """Return the micro-batches of a step. Raises: TrainingError if data cannot be read; LoaderError if loading fails."""
         try:
             return [next(batches) for _ in range(self.setup.num_micro_batches)]
         except LoaderError:
             raise
         except (OSError, ValueError, RuntimeError) as error:
             self.quarantine.write_waiting()
-            # A worker's error carries its whole traceback; the last line is what it said.
+            # A worker's error contains its traceback; the last line is the message.
             raise TrainingError(f"the data cannot be read: {str(error).strip().splitlines()[-1]}") from error
 
     def _check_stop(self) -> None:
-        """Between the batches of an evaluation. A collective. Raises: Stopped on all processes once one has a signal."""
+        """Check for signals between evaluation batches. A collective. Raises: Stopped on all ranks if one got a signal."""
         if distributed.all_reduce_max(torch.tensor(float(self.stop.received), device=self.device)) > 0:
             raise Stopped
 
     def _post_flags(self, skipped: Tensor) -> None:
-        """Tell the other ranks what this step brought; they know it one step later."""
+        """Send this step's flags to the other ranks, which read them one step later."""
         every = self.checkpoint_every
         overdue = every.unit == "min" and time.perf_counter() - self.saver.saved_at > 60 * every.value
         self.flags.post(
             {
                 "skipped": skipped,
                 "bad_steps": self.bad_steps.in_a_row,
-                # Filled and not copied, which would wait for the device.
+                # `full` fills on the device, which avoids a synchronising copy.
                 "stop": torch.full((), self.stop.received, device=self.device),
                 "save": torch.full((), overdue and distributed.is_main(), device=self.device),
             }
@@ -331,10 +331,10 @@ class Trainer:
         lr_factor: float,
         bar: ProgressBar,
     ) -> dict[str, float]:
-        """The values of the step that is about to be taken; begins a new window. A collective."""
+        """Return the logged values of the step before its update, and start a new window. A collective."""
         step, samples = self.state.step + 1, self.state.samples + self.batch_size
         self.quarantine.flush(samples)
-        # First what waits for the device: the time below is then that of work done.
+        # Read values from the device first: the time below then includes all submitted work.
         values = train_values(losses, weights, norms, self.task)
         self.gradient_watch.check()
         scheduled = [name for name, value in self.setup.scheduled_weights.items() if not value.is_constant]
@@ -350,7 +350,7 @@ class Trainer:
         return values
 
     def _due(self) -> list[str]:
-        """The evaluations that the last step brings."""
+        """Return the names of the evaluators that are due after the last step."""
         after = self.state.samples
         return self.evaluation.due(after - self.batch_size, after, self.state.step == self.num_steps)
 
@@ -359,11 +359,11 @@ class Trainer:
             self.writer.scalars(self.state.step, self.state.samples, values)
 
     def _evaluate(self, due: Sequence[str]) -> None:
-        """Evaluate the last step, whose checkpoint is written, and log its values and scores. A collective.
+        """Evaluate the last step after its checkpoint is written, and log its values and scores. A collective.
 
-        Killed before its end, it is done again when the run goes on: the step counts as evaluated with scores.json.
+        If the evaluation is killed, a resumed run repeats it: the step counts as evaluated once scores.json exists.
 
-        Raises: Stopped after a signal.
+        Raises: Stopped if a rank received a signal.
         """
         state = self.state
         scores = self._scores(due) if due else {}
@@ -382,7 +382,7 @@ class Trainer:
         state.pending = None
 
     def _scores(self, due: Sequence[str]) -> dict[str, float]:
-        """The scores of these evaluations, and of the averaged weights. A collective."""
+        """Return the scores of the evaluators `due`, also for the averaged weights if there are any. A collective."""
         samples = self.state.samples
         scores = dict(self.evaluation.run(due, self.gather_full(), samples, self.writer, self._check_stop))
         if scores and self.ema is not None:
@@ -394,7 +394,7 @@ class Trainer:
         return scores
 
     def _is_best(self, scores: Mapping[str, float]) -> bool:
-        """Whether the metric of `checkpoint.best` is better than ever before; losses and perplexities fall."""
+        """Return True if the metric `checkpoint.best` improves on all earlier values (see `is_better`)."""
         name = self.cfg.checkpoint.best
         if name is None or not scores:
             return False
@@ -407,7 +407,7 @@ class Trainer:
         return is_better(name, scores[name], self.state.best)
 
     def _answer_signal(self, seconds: float) -> None:
-        """In another thread, while the loop does not come to a signal: it waits for data, or for a process that is lost."""
+        """End the process from another thread if the loop hangs after a signal, waiting for data or for a lost process."""
         if seconds < _STOP_SECONDS or not self.saver.lock.acquire(blocking=False):
             return
         if not self.saver.can_rescue() and seconds < _STOP_UNSAVED_SECONDS:
@@ -416,30 +416,30 @@ class Trainer:
         try:
             log.warning("stopped by a signal at step %d; %s", self.state.step, self.saver.rescue())
             self._close()
-        except Exception:  # whatever it is: the process was asked to end
+        except Exception:  # the process must end after any error
             traceback.print_exc()
         finally:
-            for worker in multiprocessing.active_children():  # one that is stopped would outlive this process
+            for worker in multiprocessing.active_children():  # a stopped worker would outlive this process
                 worker.kill()
             os._exit(PREEMPTED_EXIT_CODE)
 
     def _end(self, message: str) -> NoReturn:
-        """End after a signal, with what is saved."""
+        """Log a message and exit with code 85 after a signal."""
         log.warning(message)
         self._close()
         sys.exit(PREEMPTED_EXIT_CODE)
 
     def _end_alone(self, error: RuntimeError) -> NoReturn:
-        """End after another process was lost: save what can be saved, and name it.
+        """End after another process was lost: save a checkpoint if possible, and report the lost ranks.
 
-        Raises: TrainingError on the first process that is left; SystemExit on the others, with 85 after a signal.
+        Raises: TrainingError on the lowest remaining rank; SystemExit on the others, and with code 85 after a signal.
         """
         step = self.state.step + 1
         absent = distributed.absent_ranks()
         rescued = self.saver.rescue()
         if self.stop.received:
             self._end(f"stopped by a signal at step {self.state.step}; {rescued}")
-        if any(rank not in absent for rank in range(distributed.rank())):  # it says so
+        if any(rank not in absent for rank in range(distributed.rank())):  # a lower rank reports
             sys.exit(1)
         named = ", ".join(map(str, absent))
         lost = f"rank {named} is lost: killed, stopped, or waiting for its data" if absent else "a collective failed"
@@ -448,7 +448,7 @@ class Trainer:
         raise TrainingError(f"step {step}: {lost} ({reason}; {limit}); {rescued}") from error
 
     def _write_results(self) -> None:
-        """results.json stands before the last step's scores do: a run whose last step is evaluated is finished."""
+        """Write results.json. The last step's scores.json, which marks the run as finished, must be written after it."""
         self.state.wall_seconds = self.saver.wall_seconds
         self.results = self.state.summary()
         if distributed.is_main():

@@ -1,4 +1,4 @@
-"""Batches from the host to the device."""
+"""Transfer of batches from the host to the device."""
 
 import torch
 
@@ -6,9 +6,9 @@ from mmpretrain.batch import Batch
 
 
 class Transfer:
-    """Copies batches to `device`, on CUDA in a stream of its own.
+    """Copy batches to `device`, on CUDA in a separate stream.
 
-    The host runs ahead of a GPU: the bytes of one step travel from page-locked memory while it computes the one before.
+    The copy of one step's batches from page-locked memory overlaps with the computation of the previous step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -16,13 +16,13 @@ class Transfer:
         self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """The same batch on the device; what is computed from now on waits for it, and the host does not."""
+        """Return the batch on the device. Later work of the current stream waits for the copy, but the host does not."""
         if self._copying is None:
             return batch.to(self._device)
         computing = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._copying):
             there = batch.to(self._device)
         computing.wait_stream(self._copying)
-        # Or the allocator would give the memory to the next copy while this batch is still being read.
+        # Otherwise the allocator could reuse the memory for the next copy while this batch is still being read.
         there.record_stream(computing)
         return there

@@ -1,4 +1,4 @@
-"""How many processes decode, where `data.workers=auto` leaves it to a measurement."""
+"""Number of decoding processes, measured for `data.workers=auto`."""
 
 import logging
 import math
@@ -14,26 +14,32 @@ from mmpretrain.reporting.profiling import synchronize
 
 log = logging.getLogger(__name__)
 
-_HEADROOM = 1.25  # times as many as keep up on average: batches differ
+_HEADROOM = 1.25  # factor on the average need, since batches differ in reading time
 
 
 def own_cores() -> int:
-    """The cores that this process may use, its neighbours on the machine having as many."""
+    """Return the number of CPU cores per local rank."""
     return max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size())
 
 
 def count_workers(read_seconds: float, step_seconds: float, cores: int) -> int:
-    """The fewest processes that read as fast as the device computes, with some headroom; at most one for each core."""
+    """Return the number of processes that read 1.25 times as fast as the device computes, from 1 to `cores`."""
     return max(1, min(math.ceil(_HEADROOM * read_seconds / step_seconds), cores))
 
 
 def measured_workers(
     upcoming: Iterator[Batch], step: Callable[[list[Batch]], object], device: torch.device, num_batches: int
 ) -> int:
-    """`count_workers` for a micro-batch: what one process takes to read it, and what the device takes to compute it.
+    """Measure the reading and computing time of a micro-batch, and return `count_workers` for them.
 
-    The first micro-batch and the first step warm up; each further micro-batch is read anew, in one thread as a worker
-    does, and a step takes `num_batches` of them. `step` may be a collective; the answer is this process's own.
+    Args:
+        upcoming: micro-batches, read when requested.
+        step: function that computes a step on the given micro-batches; it may be a collective.
+        device: device that computes the step.
+        num_batches: number of micro-batches that are read and passed to `step`.
+
+    The first micro-batch and the first step warm up. Reading uses one thread, as a worker does. Ranks may get different
+    results.
     """
     next(upcoming)
     threads = torch.get_num_threads()
@@ -51,7 +57,7 @@ def measured_workers(
     step_seconds = (time.perf_counter() - started) / num_batches
     workers = count_workers(read_seconds, step_seconds, own_cores())
     log.info(
-        "data.workers: %d (to read a micro-batch takes one process %.0f ms, to compute it %.0f ms; %d cores)",
+        "data.workers: %d (reading a micro-batch takes one process %.0f ms, computing it %.0f ms; %d cores)",
         workers, 1000 * read_seconds, 1000 * step_seconds, own_cores(),
     )  # fmt: skip
     return workers

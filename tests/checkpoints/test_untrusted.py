@@ -253,7 +253,7 @@ ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" f
         ("a: " + "[" * 100_000, "line 1"),
         ("a: " + "{b: " * 2_000, "line 1"),
         ("a: b\n" * 300_000, "has 1500000 bytes; expected at most"),
-        ("a: 1" + "0" * 5_000, "has a value that is none"),
+        ("a: 1" + "0" * 5_000, "has an invalid value"),
         ("a: !!binary aGk=", "config.yaml: a is b'hi'; expected a text"),
         ("a: !!python/object/apply:os.system [ls]", "is no YAML of a run"),
         ("a: !!set {x}", "is no YAML of a run"),
@@ -355,9 +355,9 @@ def test_a_pipe_is_not_waited_for(run: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"step": "x", "samples": 1}, "step is 'x'; expected how many there were"),
-        ({"step": 1e999, "samples": 1}, "step is inf; expected how many"),
-        ({"step": 10**30, "samples": 1}, "expected how many"),
+        ({"step": "x", "samples": 1}, "step is 'x'; expected a non-negative integer"),
+        ({"step": 1e999, "samples": 1}, "step is inf; expected a non-negative integer"),
+        ({"step": 10**30, "samples": 1}, "expected a non-negative integer"),
         ({"step": 1}, "has no 'samples'"),
         ({"step": 1, "samples": 1, "fingerprint": [], "optimizer": {}}, "fingerprint is []"),
         ({"step": 1, "samples": 1, "fingerprint": {}, "optimizer": {}, "results": {"a": "b"}}, "results is"),
@@ -379,7 +379,7 @@ RECORDS = [
     ('{"step": 1, "samples": 16, "a": 1e999}\n', "line 1: 'a' is inf"),
     ('{"step": 1, "samples": 16, "a": 1' + "0" * 4000 + "}\n", "line 1: 'a' is int"),
     ('{"step": 1, "samples": 16, "a": ' + "[" * 100_000 + "\n{}\n", "line 1: not JSON"),
-    ('{"samples": 16}\n', "line 1: step is None; expected how many"),
+    ('{"samples": 16}\n', "line 1: step is None; expected an integer"),
 ]
 
 

@@ -110,7 +110,7 @@ def test_compiled_blocks_without_dropout_are_computed_again(kind: str) -> None:
 
 
 def test_what_cannot_be_compiled_and_computed_again_is_refused() -> None:
-    with pytest.raises(ValueError, match="drops at random, which the two together cannot compute again; use parallel"):
+    with pytest.raises(ValueError, match="random layers, which the two together cannot recompute; use parallel"):
         step(("infonce",), 1, WEIGHTS, True, BATCH_SIZE, spread("ddp", "selective", compile=True))
 
 
