@@ -92,8 +92,13 @@ def adamw(
     """AdamW (Loshchilov and Hutter 2019) with fused kernels.
 
     Args:
-        parameters, lr, weight_decay, towers: see `parameter_groups`.
-        betas, eps: as in the paper.
+        parameters: see `parameter_groups`.
+        lr: the learning rate, before the schedule's factor.
+        weight_decay: the decay of matrices; biases, norms and scales have none.
+        towers: `lr` and `weight_decay` of `image`, `text` or `heads` (projections and objectives' parameters), where
+            they differ; null means the ones above.
+        betas: decay rates of the first and second moments.
+        eps: added to the denominator.
 
     Raises: ValueError for numbers out of range, and what `parameter_groups` does.
     """
@@ -115,7 +120,11 @@ def torch_optimizer(
     """An optimiser of `torch.optim`.
 
     Args:
-        parameters, lr, weight_decay, towers: see `parameter_groups`.
+        parameters: see `parameter_groups`.
+        lr: the learning rate, before the schedule's factor.
+        weight_decay: the decay of matrices; biases, norms and scales have none.
+        towers: `lr` and `weight_decay` of `image`, `text` or `heads` (projections and objectives' parameters), where
+            they differ; null means the ones above.
         name: `SGD`, `Adam`, `NAdam`, ...
         args: its further arguments.
 
@@ -143,7 +152,11 @@ def timm_optimizer(
     """An optimiser of timm.
 
     Args:
-        parameters, lr, weight_decay, towers: see `parameter_groups`.
+        parameters: see `parameter_groups`.
+        lr: the learning rate, before the schedule's factor.
+        weight_decay: the decay of matrices; biases, norms and scales have none.
+        towers: `lr` and `weight_decay` of `image`, `text` or `heads` (projections and objectives' parameters), where
+            they differ; null means the ones above.
         name: one of `timm.optim.list_optimizers()`, such as `lion`, `lamb`, `adafactorbv`.
         args: its further arguments.
 

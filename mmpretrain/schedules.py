@@ -204,7 +204,7 @@ class WarmupCosine:
     factor = final + (1 - final) (1 + cos(pi (s - W) / (S - W))) / 2   for s >= W
 
     Args:
-        warmup: W, a duration.
+        warmup: W, the length of the warm-up, a duration.
         final: the factor at the run's end.
     """
 
@@ -229,7 +229,8 @@ class WarmupConstant:
     """Linear warm-up, a constant, and at the end a linear cool-down to `final`.
 
     Args:
-        warmup, cooldown: durations.
+        warmup: length of the warm-up, a duration.
+        cooldown: length of the cool-down at the run's end, a duration.
         final: the factor at the end of the cool-down.
     """
 

@@ -21,7 +21,12 @@ class TextTransformer(nn.Module):
     """The text tower of CLIP (Radford et al. 2021).
 
     Args:
-        vocab_size, context_length, width, depth, num_heads, mlp_ratio: its shape.
+        vocab_size: the number of rows of the token embedding; at least the tokenizer's vocabulary.
+        context_length: the longest text, in tokens, start and end included.
+        width: d, the width of the tokens.
+        depth: the number of blocks.
+        num_heads: the attention heads of a block.
+        mlp_ratio: the width of a block's MLP as a multiple of `width`.
         causal: tokens see only what stands before them; else all but padding.
         pool: `last` is the end token's state, `mean` the mean over tokens.
         dropout: of the embeddings and of each residual branch; BERT's and GPT's is .1.
