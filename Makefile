@@ -44,9 +44,10 @@ types: $(INSTALLED)  ## Check types
 imports: $(INSTALLED)  ## Check that imports point down only
 	$(ENV)/bin/lint-imports --no-logo
 
+# -E: pages kept from a build that failed would not be checked again.
 docs: $(INSTALLED)  ## Build the documentation in docs/_build/html; a broken link or a stale reference fails
 	$(RUN) docs/generate.py --check
-	$(RUN) -m sphinx -W --keep-going -n -q docs docs/_build/html
+	$(RUN) -m sphinx -E -a -W --keep-going -n -q docs docs/_build/html
 
 check: lint types imports docs test-all  ## Everything above that checks
 
