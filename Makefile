@@ -14,7 +14,7 @@ RUN       := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment train test test-all lint format types imports check bench clean
+.PHONY: help environment train test test-all lint format types imports docs check bench clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,13 +44,18 @@ types: $(INSTALLED)  ## Check types
 imports: $(INSTALLED)  ## Check that imports point down only
 	$(ENV)/bin/lint-imports --no-logo
 
-check: lint types imports test-all  ## Everything above that checks
+# -E: pages kept from a build that failed would not be checked again.
+docs: $(INSTALLED)  ## Build the documentation in docs/_build/html; a broken link or a stale reference fails
+	$(RUN) docs/generate.py --check
+	$(RUN) -m sphinx -E -a -W --keep-going -n -q docs docs/_build/html
+
+check: lint types imports docs test-all  ## Everything above that checks
 
 bench: $(INSTALLED)  ## Run the benchmarks that fit two cores in a quarter of an hour (ARGS="arguments")
 	$(RUN) -m analysis.benchmarks $(ARGS)
 
 clean:  ## Remove the environment, caches and builds; keep data and runs
-	rm -rf .venv build dist .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv build dist docs/_build .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -path ./data -prune -o -path ./runs -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Built beside and renamed, so that an interrupted build is never taken for a whole one.

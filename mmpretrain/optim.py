@@ -96,8 +96,13 @@ def adamw(
     """AdamW (Loshchilov and Hutter 2019) with fused kernels.
 
     Args:
-        parameters, lr, weight_decay, towers: see `parameter_groups`.
-        betas, eps: as in the paper.
+        parameters: see `parameter_groups`.
+        lr: the learning rate, before the schedule's factor.
+        weight_decay: the decay of matrices; biases, norms and scales have none.
+        towers: `lr` and `weight_decay` of `image`, `text` or `heads` (projections and objectives' parameters), where
+            they differ; null means the ones above.
+        betas: decay rates of the first and second moments.
+        eps: added to the denominator.
 
     Raises: ValueError if a number is out of range, and in the cases of `parameter_groups`.
     """
@@ -119,9 +124,13 @@ def torch_optimizer(
     """Build an optimiser of `torch.optim`.
 
     Args:
-        parameters, lr, weight_decay, towers: see `parameter_groups`.
-        name: name of the class: `SGD`, `Adam`, `NAdam`, ...
-        args: further arguments of the optimiser.
+        parameters: see `parameter_groups`.
+        lr: the learning rate, before the schedule's factor.
+        weight_decay: the decay of matrices; biases, norms and scales have none.
+        towers: `lr` and `weight_decay` of `image`, `text` or `heads` (projections and objectives' parameters), where
+            they differ; null means the ones above.
+        name: `SGD`, `Adam`, `NAdam`, ...
+        args: its further arguments.
 
     Raises: ValueError if torch has no such optimiser or it rejects an argument, and in the cases of `parameter_groups`.
     """
@@ -147,7 +156,11 @@ def timm_optimizer(
     """Build an optimiser of timm.
 
     Args:
-        parameters, lr, weight_decay, towers: see `parameter_groups`.
+        parameters: see `parameter_groups`.
+        lr: the learning rate, before the schedule's factor.
+        weight_decay: the decay of matrices; biases, norms and scales have none.
+        towers: `lr` and `weight_decay` of `image`, `text` or `heads` (projections and objectives' parameters), where
+            they differ; null means the ones above.
         name: one of `timm.optim.list_optimizers()`, such as `lion`, `lamb`, `adafactorbv`.
         args: further arguments of the optimiser.
 

@@ -218,7 +218,7 @@ class WarmupCosine:
     factor = final + (1 - final) (1 + cos(pi (s - W) / (S - W))) / 2   for W <= s <= S, the length of the run
 
     Args:
-        warmup: W, a duration.
+        warmup: W, duration of the warm-up.
         final: factor at the end of the run.
     """
 

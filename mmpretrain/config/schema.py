@@ -27,7 +27,9 @@ class RunConfig:
     """Name, directory and seed of a run."""
 
     name: str | None = None
+    """Name of the run; null: made of the overrides that touch the mathematics or the data."""
     dir: str | None = None
+    """Folder of the run; null: runs/<experiment>/<name>."""
     seed: int = 0
 
 
@@ -92,8 +94,11 @@ class SourceConfig:
     """One source of a stream: a set of tar files with a sampling weight."""
 
     shards: Any = MISSING
+    """Tars: a file, a folder, a glob or brace pattern, or a list of them."""
     subset: str | None = None
+    """A .npy of keys, or of uids as DataComp publishes them, of the samples to train on; null: all."""
     weight: float | None = None
+    """Share of the stream's samples, relative to the other sources; null for all of them: sources are joined."""
 
 
 @dataclass
@@ -105,6 +110,7 @@ class StreamConfig:
     max_samples: int | None = None
     repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Several sets of tars by name, each with a share of its own, instead of `shards`."""
     batch_size: Any = None
     image_size: Any = None
     text_length: Any = None
@@ -113,8 +119,10 @@ class StreamConfig:
     group: str | None = None
     transform: dict[str, Any] | None = None
     synthetic: dict[str, Any] | None = None
+    """Noise instead of tars: {num_samples: an epoch, text_length: [smallest, largest]}; data=synthetic. Null: tars."""
     augment: list[Any] = field(default_factory=list)
     views: list[Any] = field(default_factory=list)
+    """Further views of each image, each {transform: ..., augment: [...]}; see conf/objective/simclr.yaml."""
 
 
 @dataclass
@@ -122,12 +130,19 @@ class EvalSetConfig:
     """One held-out data set."""
 
     shards: Any = MISSING
+    """Tars: a file, a folder, a glob or brace pattern, or a list of them."""
     caption: str | None = None
+    """Member that holds the captions: txt or json.<field>; null: no retrieval."""
     label: str | None = None
+    """Member that holds the label: cls (an integer) or json.<field> (an integer or a class's name); null: no zero-shot."""
     classes: str | None = None
+    """Class list, in the order of the labels: a TSV with a header, or one name a line; relative to data.root."""
     class_column: str = "label"
+    """Column of the class list that holds the names."""
     text_column: str | None = None
+    """Column of the class list that holds a text for each class, used as it is; null: templates."""
     templates: Any = "openai"
+    """Prompts for class names: `openai` or `simple` (open_clip's sets), or a list of sentences with {} for the name."""
 
 
 @dataclass
@@ -155,12 +170,18 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = MISSING
+    """The model; see the list of models."""
     objective: dict[str, Any] = field(default_factory=dict)
+    """The objectives by name; see the list of objectives."""
     optimizer: dict[str, Any] = MISSING
+    """The optimizer; see the list of optimizers."""
     schedule: dict[str, Any] = MISSING
+    """The learning rate's schedule; see the list of schedules."""
     eval: dict[str, Any] = field(default_factory=dict)
+    """The evaluators by name; see the list of evaluators."""
     init_from: str | None = None
     if_present: dict[str, Any] = field(default_factory=dict)
+    """Values for parts that an experiment may lack: they apply where the part is there; used by size and debug presets."""
     # Not a configuration key: unresolved text of the values that come from the environment, by their path of keys.
     from_environment: dict[tuple[str | int, ...], str] = field(
         default_factory=dict, metadata={"omegaconf_ignore": True}
@@ -189,6 +210,7 @@ class EvaluateConfig:
     precision: Precision | None = MISSING
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     eval: dict[str, Any] = field(default_factory=dict)
+    """The evaluators by name; see the list of evaluators."""
 
 
 @dataclass

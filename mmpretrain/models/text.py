@@ -21,7 +21,12 @@ class TextTransformer(nn.Module):
     """Text tower of CLIP (Radford et al. 2021).
 
     Args:
-        vocab_size, context_length, width, depth, num_heads, mlp_ratio: shape of the transformer.
+        vocab_size: number of rows of the token embedding; at least the tokenizer's vocabulary.
+        context_length: length of the longest text in tokens, start and end included.
+        width: d, width of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_ratio: width of a block's MLP as a multiple of `width`.
         causal: if True, tokens attend to themselves and the tokens before them; if False, to all tokens of the text.
         pool: `last` pools the state of the end token, `mean` averages the states of all tokens.
         dropout: dropout probability of the embeddings and of each residual branch; BERT and GPT use .1.
