@@ -39,7 +39,7 @@ class GradientWatch:
         self._waiting.clear()
         for step, norm in zip(steps, torch.stack(norms).tolist()):
             if not math.isfinite(norm):
-                continue  # the step is skipped, and `check_bad_step` logs it
+                continue  # the step is skipped, and `BadSteps.check` logs it
             if len(self._usual) >= _FEWEST and step >= self._silent_until:
                 middle = statistics.median(self._usual)
                 spread = max(1.4826 * statistics.median(abs(usual - middle) for usual in self._usual), 0.1 * middle)

@@ -60,7 +60,7 @@ class Setup:
         self.freeze = Freeze(task, until, parallel.reached_parameters(task, example))
         self.freeze.check_trains(weights, clock)
         trained = [name for name, parameter in task.named_parameters() if parameter.requires_grad]
-        if not any(name.startswith("model.") for name in trained):
+        if distributed.is_main() and not any(name.startswith("model.") for name in trained):
             log.warning(
                 "no parameter of the model is trained, only %s; if that is not meant, change trainer.freeze",
                 ", ".join(trained),

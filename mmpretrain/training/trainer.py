@@ -132,9 +132,7 @@ class Trainer:
             cfg, fingerprint, self.state, task, self.optimizer, self.ema, self.loss_scale, self.bad_steps,
             self.quarantine, started,
         )  # fmt: skip
-        self.all_evaluators = evaluation.due(0, clock.total_samples, True)
-        self.evaluated: set[str] = set()
-        self.waits_for_best = True
+        self.untried = set(evaluation.due(0, clock.total_samples, True))  # evaluators that have not run yet
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
             # If the last step's evaluation was interrupted, it is repeated and logs the step's values, so drop that record.
@@ -367,9 +365,9 @@ class Trainer:
         """
         state = self.state
         scores = self._scores(due) if due else {}
-        self.evaluated.update(due)
         is_best = self._is_best(scores)
         state.results.update(scores)
+        self._check_best(due)
         state.best = scores[str(self.cfg.checkpoint.best)] if is_best else state.best
         self._log({**(state.pending or {}), **scores})
         if state.step == self.num_steps:
@@ -396,15 +394,14 @@ class Trainer:
     def _is_best(self, scores: Mapping[str, float]) -> bool:
         """Return True if the metric `checkpoint.best` improves on all earlier values (see `is_better`)."""
         name = self.cfg.checkpoint.best
-        if name is None or not scores:
-            return False
-        if name not in scores:
-            known = {**self.state.results, **scores}
-            if name not in known and self.waits_for_best and not set(self.all_evaluators) - self.evaluated:
-                log.warning("checkpoint.best is %r, which no evaluation gives; they give: %s", name, ", ".join(known))
-                self.waits_for_best = False
-            return False
-        return is_better(name, scores[name], self.state.best)
+        return name is not None and name in scores and is_better(name, scores[name], self.state.best)
+
+    def _check_best(self, due: Sequence[str]) -> None:
+        """Warn once all evaluators have run if none of them gives the metric `checkpoint.best`."""
+        name, known, was_untried = self.cfg.checkpoint.best, self.state.results, bool(self.untried)
+        self.untried -= set(due)
+        if was_untried and not self.untried and name is not None and name not in known and distributed.is_main():
+            log.warning("checkpoint.best is %r, which no evaluation gives; they give: %s", name, ", ".join(known))
 
     def _answer_signal(self, seconds: float) -> None:
         """End the process from another thread if the loop hangs after a signal, waiting for data or for a lost process."""
