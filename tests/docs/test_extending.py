@@ -4,8 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 from tests import runs
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "extending"
