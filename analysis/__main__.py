@@ -13,7 +13,7 @@ from data_tools.command_line import run_app
 from mmpretrain.errors import printable
 
 app = typer.Typer(
-    help="From finished runs to tables and pictures.",
+    help="Make tables and plots of finished runs.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -25,16 +25,16 @@ _SETTING_WIDTH, _METRIC_WIDTH = 40, 20
 
 @app.callback()
 def _analysis() -> None:
-    """From finished runs to tables and pictures."""
+    """Make tables and plots of finished runs."""
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Runs' directories, or folders that hold some.")],
-    metric: Annotated[str | None, typer.Option(help="What ranks; default: the first evaluation's first score.")] = None,
-    curves: Annotated[Path | None, typer.Option(help="A .png for the curves over samples and over wall time.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, or folders that contain them.")],
+    metric: Annotated[str | None, typer.Option(help="Metric to sort by; default: the first score.")] = None,
+    curves: Annotated[Path | None, typer.Option(help="PNG file for the curves over samples and wall time.")] = None,
 ) -> None:
-    """Settings beside each other: mean ± deviation over seeds, the best first.
+    """Compare settings: mean ± standard deviation over seeds, best first.
 
     Example: python -m analysis compare runs/emoji_clip --metric eval-val/image_retrieval_recall@5 --curves curves.png
     """
@@ -42,7 +42,7 @@ def compare(
     ranking, metrics, rows = table(found, metric)
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console.width = _UNBOUNDED  # a file or a pipe holds every column
+        console.width = _UNBOUNDED  # show every column in a file or pipe
     fitting = max(1, (console.width - _SETTING_WIDTH) // _METRIC_WIDTH)
     shown = Table(title=f"{len(found)} runs, best {printable(ranking)} first", title_justify="left")
     shown.add_column("setting", overflow="fold")
@@ -54,14 +54,16 @@ def compare(
         shown.add_row(printable(row.name), seeds, *(row.cell(name) for name in metrics[:fitting]))
     console.print(shown)
     if metrics[fitting:]:
-        console.print(f"not shown for want of width: {printable(', '.join(metrics[fitting:]))}", soft_wrap=True)
+        console.print(
+            f"not shown, the terminal is too narrow: {printable(', '.join(metrics[fitting:]))}", soft_wrap=True
+        )
     if curves is not None:
         draw_curves(found, [ranking, "train/loss"], curves)
         console.print(f"curves: {curves}", soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; wrong use is answered in one line and with exit code 2."""
+    """Run one command. Usage errors print one line and return exit code 2."""
     return run_app(app, arguments)
 
 

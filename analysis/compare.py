@@ -1,4 +1,4 @@
-"""Runs beside each other: mean and deviation over seeds, best first, and their curves."""
+"""Comparison of runs: mean and standard deviation over seeds, best first, and curves."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ import matplotlib
 from analysis.runs import Run, repetitions
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # after the backend that needs no screen
+from matplotlib import pyplot as plt  # after choosing a backend that needs no display
 
 _LENGTHS = ("steps", "samples", "wall_seconds", "pairs_per_second")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: its seeds' scores."""
+    """Scores of one setting over its seeds."""
 
     name: str
     values: Mapping[str, Sequence[float]]
@@ -25,15 +25,15 @@ class Row:
     num_unfinished: int
 
     def mean(self, metric: str) -> float | None:
-        """The mean over finished seeds."""
+        """Return the mean over finished seeds, or None without one."""
         return statistics.mean(self.values[metric]) if self.values.get(metric) else None
 
     def deviation(self, metric: str) -> float | None:
-        """The sample standard deviation (n - 1); None for a single seed."""
+        """Return the sample standard deviation (n - 1); None for a single seed."""
         return statistics.stdev(self.values[metric]) if len(self.values.get(metric, ())) > 1 else None
 
     def cell(self, metric: str) -> str:
-        """`mean ± sd`."""
+        """Return `mean ± sd`, or `-` without a value."""
         mean, deviation = self.mean(metric), self.deviation(metric)
         if mean is None:
             return "-"
@@ -46,11 +46,11 @@ def falls(metric: str) -> bool:
 
 
 def table(runs: Sequence[Run], metric: str | None) -> tuple[str, list[str], list[Row]]:
-    """(the metric that ranks, the metrics to show, a row a setting, the best first).
+    """Return (metric to sort by, metrics to show, one row per setting, best first).
 
     Args:
-        runs: at least one.
-        metric: ranks; None takes the first evaluation's.
+        runs: at least one run.
+        metric: metric to sort by; None: the first score of the first evaluation.
 
     Raises: ValueError if no run has the metric.
     """
@@ -82,10 +82,10 @@ def table(runs: Sequence[Run], metric: str | None) -> tuple[str, list[str], list
 
 
 def draw_curves(runs: Sequence[Run], metrics: Sequence[str], path: Path) -> None:
-    """Each metric over samples seen and over wall time: a line a setting, its mean over seeds, and every seed thin."""
+    """Plot each metric over samples seen and wall time: the mean over seeds as a line, and each seed as a thin line."""
     groups = repetitions(runs)
     shown = [metric for metric in metrics if any(run.curve(metric, "samples") for run in runs)]
-    with matplotlib.rc_context({"text.parse_math": False}):  # names are shown as they are
+    with matplotlib.rc_context({"text.parse_math": False}):  # names are not formulas
         _draw_curves(runs, shown, groups, path)
 
 

@@ -1,4 +1,4 @@
-"""What finished runs left: their configuration, scores and curves."""
+"""Configuration, scores and curves of finished runs."""
 
 import logging
 import re
@@ -12,26 +12,26 @@ from mmpretrain.reporting.metrics import read_metrics, read_results
 
 log = logging.getLogger(__name__)
 
-# Which run of a repetition it is, not what was trained.
+# Distinguishes the repetitions of one setting.
 _SEED = "run.seed"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's directory."""
+    """Directory of one run."""
 
     folder: Path
     settings: Mapping[str, Any]
-    """The configuration's leaves by their full names; what may differ on a resume is left out."""
+    """Values of the configuration by full name, without keys that may change at a resume."""
     results: Mapping[str, float | None]
-    """results.json; empty while the run is not finished."""
+    """Contents of results.json; empty if the run is not finished."""
 
     @property
     def seed(self) -> int:
         return int(self.settings[_SEED])
 
     def curve(self, metric: str, axis: str) -> list[tuple[float, float]]:
-        """(axis, value) of each logged step that has the metric; axis is `samples` or `wall_seconds`."""
+        """Return (axis, value) of each logged step that has the metric; axis is `samples` or `wall_seconds`."""
         key = "samples" if axis == "samples" else "system/wall_seconds"
         points: list[tuple[float, float]] = []
         last: float | None = None
@@ -43,11 +43,11 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """A run's directory. Raises: ValueError if it is none."""
+    """Read the directory of a run. Raises: ValueError if it has no config.yaml."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no run: it has no config.yaml; expected directories such as runs/<experiment>/<name>"
+            f"{folder} is not a run, since it has no config.yaml; expected directories such as runs/<experiment>/<name>"
         )
     results = folder / "results.json"
     settings = resolve.identity(resolve.read(path))
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> Run:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs that are named, or that lie in what is named. Raises: ValueError if there is none."""
+    """Return the runs in these folders, at any depth. Raises: ValueError if there is none."""
     found = [
         read_run(path.parent) for folder in folders for path in sorted(folder.rglob("config.yaml")) if folder.is_dir()
     ]
@@ -67,16 +67,16 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def repetitions(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in their seed alone, by a name: that of their directories without the seed.
+    """Group runs that differ only in their seed, by the name of their directories without the seed.
 
-    Of several runs of one seed the last finished one counts: the others are no further draw.
+    Of several runs with the same seed only the last finished one counts, since the others are not independent draws.
     """
     groups: dict[str, dict[Any, Run]] = {}
     for run in sorted(runs, key=lambda run: bool(run.results)):
         settings = {key: value for key, value in run.settings.items() if key != _SEED}
         group = groups.setdefault(repr(sorted(settings.items())), {})
         if (seed := run.settings.get(_SEED)) in group:
-            log.warning("%s and %s are runs of one seed; the latter counts", group[seed].folder, run.folder)
+            log.warning("%s and %s have the same seed; only the latter counts", group[seed].folder, run.folder)
         group[seed] = run
     named: dict[str, list[Run]] = {}
     for of_seed in groups.values():

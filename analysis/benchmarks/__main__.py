@@ -1,9 +1,9 @@
-r"""The benchmarks that fit two CPU cores in a quarter of an hour, one after the other.
+r"""Run the benchmarks that fit two CPU cores, one after the other, in about 15 minutes.
 
     python -m analysis.benchmarks [--output bench] [--emoji data/emoji/train] [--photographs ../shared/data/grocery/images]
 
-Each writes its JSON into the output folder and prints its own table; what it did, and how equality was checked, its --help
-says. `train_vs_open_clip` is not among them: it needs open_clip's trainer in an environment of its own, and hours.
+Each benchmark prints a table and writes JSON to the output folder; its --help describes the work and the checks of equality.
+`train_vs_open_clip` is not included: it takes hours and needs open_clip's trainer in a separate environment.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
-    """The arguments of each benchmark, by the name of its JSON; its module comes first."""
+    """Return the arguments of each benchmark, starting with its module, by the name of its JSON file."""
     captions = str(emoji) if any(emoji.glob("*.tar")) else "24"
     vit = ["--model", "ViT-S-32-alt", "--batch", "32", "--captions", "16"]
     return {
@@ -44,7 +44,7 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines take: what is wrong is answered in a line, before anything is measured."""
+"""Types of command-line arguments. A wrong value is refused in one line before anything is measured."""
 
 import argparse
 from collections.abc import Callable
@@ -12,7 +12,7 @@ EMOJI_CLIP = "emoji_clip"
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, `1e6` among them."""
+    """Parse an integer of at least 1, such as `64` or `1e6`."""
     try:
         number = float(text)
     except ValueError:
@@ -23,7 +23,7 @@ def positive(text: str) -> int:
 
 
 def one_of(*names: str) -> Callable[[str], str]:
-    """One of `names`; where a list is wanted, `choices` does not do."""
+    """Return a parser of one of `names`, for lists, which argparse's `choices` does not support."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -34,7 +34,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def listed(each: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """Several of them with commas between, as in `512,256`."""
+    """Return a parser of comma-separated values, such as `512,256`."""
 
     def parse(text: str) -> list[T]:
         return [each(part) for part in text.split(",")]
@@ -43,7 +43,7 @@ def listed(each: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def model(text: str) -> str:
-    """`emoji_clip`, or the name of a model of open_clip."""
+    """Parse `emoji_clip` or the name of a model of open_clip."""
     if text != EMOJI_CLIP and text not in open_clip.list_models():
         raise argparse.ArgumentTypeError(
             f"{text!r}; expected {EMOJI_CLIP}, or a model of open_clip: one of open_clip.list_models()"
@@ -52,7 +52,7 @@ def model(text: str) -> str:
 
 
 def captions(text: str) -> str:
-    """The number of tokens of every caption, or a folder of tars."""
+    """Parse the number of tokens of each caption, or a folder of tars."""
     if not text.isdigit() and not any(Path(text).glob("*.tar")):
         raise argparse.ArgumentTypeError(f"no *.tar in {text!r}; expected a folder of tars or a number of tokens")
     if text.isdigit() and int(text) < 2:
@@ -61,14 +61,14 @@ def captions(text: str) -> str:
 
 
 def existing(text: str) -> Path:
-    """A file or folder that is there."""
+    """Parse the path of an existing file or folder."""
     if not Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text!r} does not exist")
     return Path(text)
 
 
 def writable(text: str) -> Path:
-    """A file to write, in a folder that is there."""
+    """Parse the path of an output file in an existing folder."""
     if not Path(text).parent.is_dir() or Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}; expected a file in a folder that exists")
     return Path(text)

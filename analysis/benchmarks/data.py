@@ -1,25 +1,25 @@
-r"""Images per second of the data path on one core, from JPEG in tars to batches, beside open_clip's pipeline.
+r"""Measure the data path on one core, from JPEG in tars to batches, against open_clip's pipeline.
 
     python -m analysis.benchmarks.data [--sides 512,256] [--output data.json]
 
-Both read the same tars in one process, without workers, on one core, and give 224 px crops (RandomResizedCrop
-of .9 to 1 of the area, bicubic) and the tokens of a caption, in batches of 64:
+All read the same tars in one process without workers, and return batches of 64 crops of 224 pixels (RandomResizedCrop
+of .9 to 1 of the area, bicubic) with the tokens of a caption:
 
 - `open_clip`: its stages in its order (tar stream, shuffle, Pillow, torchvision's crop and resize, tensor,
   normalisation, tokenizer to 77 tokens, batching; the shuffle of one tar and the filter of samples aside) with its own
   transform and tokenizer, on this environment's webdataset;
 - `mmpretrain`: `TarStream` and `build_loader`, uint8 batches: normalisation is the device's work;
-- `normalised`: the same, with the normalisation done on this core after all;
+- `normalised`: the same, with the normalisation done on this core, too;
 - `bare`: a loop over bytes in memory with the libraries of mmpretrain: scaled JPEG decoding, the same crops,
   the same resize, stacking; no tar, no order, no text. An upper bound.
 
-A round runs each of them once over all images, in turn; the table gives medians over the rounds and ratios of
-the medians. Seconds are CPU seconds of the process: on an idle machine they equal wall seconds (one thread,
-tars in the page cache), and on a busy one the neighbours count less. Tokenizers and indexes are made before.
+A round runs each pipeline once over all images; the table gives medians over the rounds and ratios of the medians.
+Seconds are CPU seconds of the process. On an idle machine they equal wall seconds (one thread, tars in the page cache),
+and on a busy one they depend less on other processes. Tokenizers and indexes are made before.
 
-The pictures are those of `jpeg_tars.py`. Checked: every caption's tokens are open_clip's, and the two sides' central crops
-differ by 3 grey levels (of 255) at most, on average, or the benchmark ends; the difference is printed. It is not zero:
-mmpretrain resizes whole numbers, and decodes at 1/2 where the crop allows it.
+Images come from `jpeg_tars.py`. The benchmark fails unless both sides give the same tokens and their central crops differ
+by at most 3 grey levels (of 255) on average; the difference is printed. It is not zero because mmpretrain resizes integers,
+and decodes at half the size if the crop allows it.
 """
 
 import argparse
@@ -61,7 +61,7 @@ STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(1, 3, 1, 1) * 255
 
 
 def open_clip_pipeline(tar: Path) -> webdataset.DataPipeline:
-    """The training pipeline of `open_clip_train.data.get_wds_dataset`, stage by stage."""
+    """Return the training pipeline of `open_clip_train.data.get_wds_dataset`, stage by stage."""
     augmentation = open_clip.AugmentationCfg(scale=SCALE)
     transform = open_clip.image_transform(IMAGE_SIZE, is_train=True, aug_cfg=augmentation)
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
@@ -79,13 +79,13 @@ def open_clip_pipeline(tar: Path) -> webdataset.DataPipeline:
 
 
 def mmpretrain_stream(tar: Path) -> TarStream:
-    """A training stream of mmpretrain over the tar."""
+    """Return a training stream of mmpretrain over the tar."""
     sources = [Source("benchmark", Shards([str(tar)]))]
     return TarStream("pairs", sources, BATCH_SIZE, 0, "txt", RandomResizedCrop(SCALE), IMAGE_SIZE)
 
 
 def normalised(batches: Iterable[Batch]) -> Iterator[object]:
-    """The images of mmpretrain's batches, normalised here."""
+    """Yield the images of mmpretrain's batches, normalised on this core."""
     for batch in batches:
         images = batch.streams["pairs"].images
         if images is None:
@@ -94,7 +94,7 @@ def normalised(batches: Iterable[Batch]) -> Iterator[object]:
 
 
 def bare_batches(images: list[bytes], side: int) -> Iterator[object]:
-    """One pass over JPEGs of side x side pixels in memory: decoding, cropping, resizing, stacking."""
+    """Yield batches of JPEGs in memory: decoding, cropping, resizing, stacking."""
     crop_of = RandomResizedCrop(SCALE)
     for start in range(0, len(images), BATCH_SIZE):
         batch = []
@@ -110,7 +110,7 @@ def bare_batches(images: list[bytes], side: int) -> Iterator[object]:
 
 
 def mean_difference(images: list[bytes]) -> float:
-    """Mean absolute difference of the two sides' central crops of `images`, in grey levels (0 to 255)."""
+    """Return the mean absolute difference of the two sides' central crops of `images`, in grey levels (0 to 255)."""
     transform = open_clip.image_transform(IMAGE_SIZE, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     differences = []
     for image in images:
@@ -121,9 +121,9 @@ def mean_difference(images: list[bytes]) -> float:
 
 
 def check(tar: Path, images: list[bytes], batches: Iterable[Batch]) -> float:
-    """The mean difference of central crops in grey levels.
+    """Return the mean difference of central crops in grey levels.
 
-    Raises: SystemExit if it is too large, or if a caption of `batches` has other tokens than open_clip gives it.
+    Raises: SystemExit if it is too large, or if the tokens of a caption differ from open_clip's.
     """
     with tarfile.open(tar) as members:
         captions = [members.extractfile(member).read().decode() for member in members if member.name.endswith(".txt")]  # type: ignore[union-attr]
@@ -141,7 +141,7 @@ def check(tar: Path, images: list[bytes], batches: Iterable[Batch]) -> float:
 
 
 def measure(photographs: list[Path], side: int, num_images: int, rounds: int) -> dict[str, float]:
-    """Median images per second of each pipeline on side x side JPEGs, and what they were measured on."""
+    """Return the median images per second of each pipeline on side x side JPEGs, with a description of the images."""
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder) / "000000.tar"
         images = write_tar(tar, photographs, side, num_images)
@@ -178,7 +178,7 @@ def measure(photographs: list[Path], side: int, num_images: int, rounds: int) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--sides",

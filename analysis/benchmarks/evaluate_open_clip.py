@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 def read_samples(shards: str) -> list[dict[str, bytes]]:
-    """Samples of the tars that match the glob pattern `shards`, in the order they stand: {suffix: bytes}."""
+    """Return the samples of the tars that match the glob pattern `shards`, in stored order: {suffix: bytes}."""
     paths = sorted(glob.glob(shards))
     if not paths:
         raise SystemExit(f"no shard matches {shards!r}; give a glob pattern of existing .tar files")
@@ -47,18 +47,18 @@ def read_samples(shards: str) -> list[dict[str, bytes]]:
 
 
 def image_of(sample: dict[str, bytes]) -> Image.Image:
-    """The sample's picture."""
+    """Return the image of a sample."""
     return Image.open(io.BytesIO(next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample)))
 
 
 def recall(similarity: Tensor, k: int) -> float:
-    """Share of rows of `similarity` [N, N] with the diagonal among their k largest; ties count against it."""
+    """Return the fraction of rows of `similarity` [N, N] whose diagonal is among the k largest; ties count against it."""
     positive = similarity.diagonal().unsqueeze(1)
     return ((similarity >= positive).sum(1) <= k).float().mean().item()
 
 
 def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
-    """Recalls of normalised pairs [N, D] in both directions; image_retrieval is text to image."""
+    """Return the recalls of normalised pairs [N, D] in both directions; image_retrieval is text to image."""
     similarity = images @ texts.T
     return {
         f"{name}_recall@{k}": recall(matrix, k)
@@ -70,7 +70,7 @@ def retrieval(images: Tensor, texts: Tensor) -> dict[str, float]:
 def zero_shot(
     images: Tensor, class_texts: Tensor, labels: list[str], classes: list[dict[str, str]]
 ) -> dict[str, float]:
-    """Accuracies of images [N, D] with true `labels` against one text per class [C, D], both normalised."""
+    """Return the accuracies of images [N, D] with true `labels` against one text per class [C, D], both normalised."""
     index = {row["label"]: i for i, row in enumerate(classes)}
     target = torch.tensor([index[label] for label in labels])
     predicted = (images @ class_texts.T).argmax(1)
@@ -93,7 +93,7 @@ def score(
     embed_images: Callable[[list[Image.Image]], Tensor],
     embed_texts: Callable[[list[str]], Tensor],
 ) -> dict[str, float]:
-    """Metrics of `task`, given what turns images and texts into embeddings [n, D] of unit length."""
+    """Return the metrics of `task`, given functions that embed images and texts, [n, D] of unit length."""
     images = embed_images([image_of(sample) for sample in samples])
     if task == "retrieval":
         return retrieval(images, embed_texts([sample["txt"].decode() for sample in samples]))
@@ -102,7 +102,7 @@ def score(
 
 
 def read_classes(path: Path) -> list[dict[str, str]]:
-    """The rows of a TSV of classes."""
+    """Return the rows of a TSV of classes."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 

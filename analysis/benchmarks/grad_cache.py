@@ -1,19 +1,18 @@
-r"""Memory and gradients of a large batch in micro-batches (gradient caching), with patch dropping on.
+r"""Measure memory and gradients of a large batch in micro-batches (gradient caching), with half of the patches dropped.
 
     python -m analysis.benchmarks.grad_cache [--batch 4096] [--micro-batch 64] [--output grad_cache.json]
 
-Memory: the emoji model (conf/model/clip_tiny.yaml) with half of its patches dropped, float32, for images of 64 pixels, its
-own, and of 128. A step of the large batch in micro-batches, one of two micro-batches and one of a single one, each in a
-process of its own, in turn; the peak beyond what the process held before: inputs lie in memory already, the libraries'
-caches are warm, and the rows of the loss with their gradients, 2 x 2 x batch x width x 4 bytes, are taken away. Gradients of
-weights count: from the second micro-batch on their sum is there beside activations, in any way to accumulate gradients, so
-that the ratio falls as activations grow, and two micro-batches take what a hundred do. `with state` adds weights and AdamW's
-moments, which all have. Medians over the rounds.
+Memory: the emoji model (conf/model/clip_tiny.yaml) in float32, with images of 64 pixels (its own size) and of 128. Steps
+of the large batch in micro-batches, of two micro-batches and of one run in turn, each in a separate process. The figure is
+the peak beyond the memory that the process held before: inputs are in memory, caches of libraries are warm, and the rows of
+the loss with their gradients (2 x 2 x batch x width x 4 bytes) are subtracted. Gradients of weights count: with any
+accumulation of gradients, their sum is in memory beside activations from the second micro-batch on. So the ratio falls as
+activations grow, and two micro-batches take as much as a hundred. `with state` adds weights and AdamW's moments. Medians over
+the rounds.
 
-Gradients: a narrower model of the same kind, float64, the whole batch at once on one process against micro-batches on 1
-and on 2 gloo processes through DDP: the largest relative error of a parameter's gradient, at most 1e-9, the temperature's
-by itself.
-The same step with open_clip's recipe for it (accum_freq) has a temperature's gradient that many times too large.
+Gradients: a narrower model of the same kind in float64; the whole batch on one process against micro-batches on 1 and on
+2 gloo processes with DDP. The largest relative error of a parameter's gradient must be at most 1e-9; the temperature's is
+printed separately. With open_clip's accumulation (accum_freq) the temperature's gradient is accum_freq times too large.
 """
 
 import argparse
@@ -48,12 +47,12 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 MASK_RATIO = 0.5
 AGREEMENT = 1e-9
 WEIGHTS = {"infonce": 1.0}
-# glibc gives freed memory back at once: its leftovers are not the step's.
+# Make glibc return freed memory at once, so that it does not count as memory of the step.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def make_task(narrow: bool, image_size: int = 64) -> Task:
-    """The emoji model, or a narrower one of two blocks in float64, with half of the patches dropped."""
+    """Build the emoji model, or a narrower one of two blocks in float64, with half of the patches dropped."""
     torch.manual_seed(0)
     node = yaml.safe_load((CONF / "model" / "clip_tiny.yaml").read_text(encoding="utf-8"))
     node["image"]["image_size"] = image_size
@@ -68,15 +67,15 @@ def make_task(narrow: bool, image_size: int = 64) -> Task:
 
 
 def make_batches(task: Task, batch_size: int, micro_batch_size: int) -> list[Batch]:
-    """This rank's micro-batches of a fixed batch of noise with captions of 8 to 24 tokens."""
+    """Return this rank's micro-batches of a fixed batch of noise with captions of 8 to 24 tokens."""
     return my_batches(noise(task.model, batch_size, 8, 24), micro_batch_size)
 
 
 def measure_memory(batch_size: int, micro_batch_size: int, image_size: int) -> dict[str, float]:
-    """In a process of its own: bytes beyond what it held, rows and their gradients aside, and seconds."""
+    """Return the peak memory of a step in bytes, without rows and their gradients, and its seconds. Runs in a new process."""
     task = make_task(narrow=False, image_size=image_size)
     batches = make_batches(task, batch_size, micro_batch_size)
-    for batch in make_batches(task, 16 * micro_batch_size, micro_batch_size):  # shapes that libraries keep plans for
+    for batch in make_batches(task, 16 * micro_batch_size, micro_batch_size):  # warm up: libraries cache plans by shape
         forward_backward(task, task, [batch], WEIGHTS)
     task.zero_grad()
     started = time.perf_counter()
@@ -88,7 +87,7 @@ def measure_memory(batch_size: int, micro_batch_size: int, image_size: int) -> d
 
 
 def gradients(batch_size: int, micro_batch_size: int) -> dict[str, Tensor]:
-    """The narrow model's gradients."""
+    """Return the gradients of the narrow model."""
     task = make_task(narrow=True)
     batches = make_batches(task, batch_size, micro_batch_size)
     Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
@@ -97,10 +96,10 @@ def gradients(batch_size: int, micro_batch_size: int) -> dict[str, Tensor]:
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The largest relative error of a gradient, and the temperature's."""
+    """Return the largest relative error of a gradient, and that of the temperature."""
     total = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     each = {
-        # Keys' biases have no gradient but rounding: held against that of all parameters.
+        # The gradient of a key's bias is zero up to rounding, so compare it with the norm over all parameters.
         name: float((found[name] - gradient).norm() / max(gradient.norm(), 1e-6 * total))
         for name, gradient in expected.items()
     }
@@ -111,12 +110,12 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
 
 
 def arrays(batch_size: int, micro_batch_size: int) -> dict[str, np.ndarray]:
-    """The narrow model's gradients, as they can be sent to another process."""
+    """Return the gradients of the narrow model as arrays, which can be sent to another process."""
     return {name: gradient.numpy() for name, gradient in gradients(batch_size, micro_batch_size).items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=arguments.positive, default=4096)
     parser.add_argument("--micro-batch", type=arguments.positive, default=64)

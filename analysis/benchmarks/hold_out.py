@@ -1,9 +1,9 @@
-r"""A table cut in two by the values of a column, for choices that must not be made on validation data.
+r"""Split a table by the values of a column, for choices that must not be made on validation data.
 
     python -m analysis.benchmarks.hold_out emoji/train.tsv --by base --image filepath --output emoji_dev
 
-Rows of one value stay together: a value goes to val.tsv if its SHA-256, as a number, is a multiple of `--one-in`, and to
-train.tsv if not. Paths of images become absolute, so that the tables may lie anywhere.
+Rows with the same value stay together. They go to val.tsv if the SHA-256 of the value, as a number, is a multiple of
+`--one-in`, and to train.tsv otherwise. Image paths become absolute, so that the tables may be moved.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from analysis.benchmarks import arguments
 
 
 def is_held_out(value: str, one_in: int) -> bool:
-    """Whether a value's rows go to val.tsv."""
+    """Return True if rows with this value go to val.tsv."""
     return int(hashlib.sha256(value.encode()).hexdigest(), 16) % one_in == 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=arguments.existing, help="TSV with a header")
     parser.add_argument("--by", required=True, help="the column whose values are kept together")

@@ -1,8 +1,8 @@
-r"""Tars of JPEGs and captions, as large as a benchmark wants them.
+r"""Write tars of JPEGs and captions for benchmarks.
 
     python -m analysis.benchmarks.jpeg_tars --output data/jpegs/train --tars 16 --images 2048 --side 512
 
-The pictures are mosaics of photographs (a folder of JPEGs), or smooth noise where there are none, saved with quality 90.
+Images are mosaics of photographs (a folder of JPEGs), or smooth noise without one, saved with quality 90.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from analysis.benchmarks import arguments
 
 PHOTOGRAPHS = Path("../shared/data/grocery/images")
 QUALITY = 90
-TILE = 160  # pixels: the photographs at hand have a short side of 192
+TILE = 160  # pixels; the photographs of the grocery data set have a short side of 192
 WORDS = ("red", "small", "fresh", "old", "round", "apple", "bottle", "street", "dog", "kitchen", "morning")
 
 
 def noise(rng: random.Random, side: int) -> Image.Image:
-    """A smooth picture of side x side pixels: noise on a coarse grid, with less of it on two finer ones."""
+    """Return a smooth image of side x side pixels: noise on a coarse grid, and weaker noise on two finer ones."""
     generator = np.random.default_rng(rng.getrandbits(32))
     layers = [Image.fromarray(generator.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (6, 24, side // 4)]
     picture = layers[0].resize((side, side), Image.Resampling.BICUBIC)
@@ -36,7 +36,7 @@ def noise(rng: random.Random, side: int) -> Image.Image:
 
 
 def mosaic(photographs: list[Path], rng: random.Random, side: int) -> Image.Image:
-    """Crops of random photographs at their own resolution, TILE pixels wide, filling side x side pixels."""
+    """Return side x side pixels filled with crops of random photographs at full resolution, TILE pixels wide."""
     picture = Image.new("RGB", (side, side))
     for top in range(0, side, TILE):
         for left in range(0, side, TILE):
@@ -49,7 +49,7 @@ def mosaic(photographs: list[Path], rng: random.Random, side: int) -> Image.Imag
 
 
 def write_tar(path: Path, photographs: list[Path], side: int, num_images: int, seed: int = 0) -> list[bytes]:
-    """Write `num_images` pairs of a JPEG and a caption of 8 to 24 words; returns the JPEGs."""
+    """Write `num_images` pairs of a JPEG and a caption of 8 to 24 words, and return the JPEGs."""
     rng = random.Random(seed)
     images = []
     with tarfile.open(path, "w") as tar:
@@ -67,12 +67,14 @@ def write_tar(path: Path, photographs: list[Path], side: int, num_images: int, s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for the tars")
     parser.add_argument("--tars", default=16, type=arguments.positive)
-    parser.add_argument("--images", default=2048, type=arguments.positive, help="of each tar (default 2048)")
-    parser.add_argument("--side", default=512, type=arguments.positive, help="of the JPEGs in pixels (default 512)")
+    parser.add_argument("--images", default=2048, type=arguments.positive, help="images in each tar (default 2048)")
+    parser.add_argument(
+        "--side", default=512, type=arguments.positive, help="side of the JPEGs in pixels (default 512)"
+    )
     parser.add_argument(
         "--photographs", type=arguments.existing, help=f"folder of JPEGs (default {PHOTOGRAPHS}; noise without it)"
     )

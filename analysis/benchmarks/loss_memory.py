@@ -1,13 +1,13 @@
-r"""Memory and time of the contrastive loss with its gradients, beside open_clip's ClipLoss.
+r"""Measure memory and time of the contrastive loss with its gradients, against open_clip's ClipLoss.
 
     python -m analysis.benchmarks.loss_memory [--batch 16384] [--width 512] [--output loss_memory.json]
 
-Both get the same unit rows and the same scale, and give the loss and the gradients of both towers' rows and of the
-scale. Each runs in a process of its own, in turn, after a pass over a few rows; the table has medians over the rounds. One
-pass gives both memory and time: what it takes is given back behind it, so that a further one does the same. Memory is the
-process's peak beyond what it held before (Linux's VmHWM, or the CUDA allocator's peak), the gradients of the rows taken
-away, which both have to give. Equality is checked in float64 and in float32 on at most 8,192 of the rows, several chunks:
-the largest relative error of a gradient is printed, and above 1e-12 and 5e-6 the benchmark ends.
+Both compute the loss and the gradients of both towers' rows and of the scale, from the same unit rows and the same scale.
+They run in turn, each in a separate process, after a pass over a few rows; the table has medians over the rounds. One pass
+gives both memory and time, since it frees its memory. Memory is the peak beyond the memory that the process held before
+(Linux's VmHWM, or the CUDA allocator's peak), without the gradients of the rows. Equality is checked on at most 8,192 of
+the rows, several chunks: the largest relative error of a gradient is printed, and must be at most 1e-12 in float64 and
+5e-6 in float32.
 """
 
 import argparse
@@ -34,30 +34,32 @@ LIMITS = {"float64": (torch.float64, 1e-12), "float32": (torch.float32, 5e-6)}
 
 
 def inputs(batch: int, width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Image rows, text rows [batch, width] and the scale, gradients wanted."""
+    """Return image rows and text rows, [batch, width], and the scale, all with requires_grad."""
     generator = torch.Generator().manual_seed(0)
     rows = [F.normalize(torch.randn(batch, width, generator=generator, dtype=dtype), dim=-1) for _ in range(2)]
     return [tensor.to(device).requires_grad_() for tensor in (*rows, torch.tensor(SCALE, dtype=dtype))]
 
 
 def gradients(name: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of one side's loss."""
+    """Return the gradients of one side's loss."""
     image, text, scale = tensors
     loss = ClipLoss()(image, text, scale) if name == "open_clip" else info_nce(image, text, scale)
     return torch.autograd.grad(loss, tensors)
 
 
 def error(dtype: torch.dtype, batch: int, width: int, device: str) -> float:
-    """The largest relative error of a gradient."""
+    """Return the largest relative error of a gradient."""
     tensors = inputs(min(batch, LARGEST_CHECKED), width, dtype, device)
     theirs, ours = (gradients(name, tensors) for name in NAMES)
     return float(torch.stack([(a - b).norm() / a.norm() for a, b in zip(theirs, ours, strict=True)]).max())
 
 
 def measure(name: str, batch: int, width: int, device: str) -> dict[str, float]:
-    """In a process of its own: peak bytes and seconds."""
+    """Return the peak memory in bytes and the seconds. Runs in a new process."""
     tensors = inputs(batch, width, torch.float32, device)
-    gradients(name, inputs(64, width, torch.float32, device))  # what libraries load is not the loss's
+    gradients(
+        name, inputs(64, width, torch.float32, device)
+    )  # so that memory of lazily loaded libraries is not counted
     gradient_bytes = sum(tensor.nbytes for tensor in tensors)
     synchronize(torch.device(device))
     with peak_bytes(device) as peak:
@@ -69,7 +71,7 @@ def measure(name: str, batch: int, width: int, device: str) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=arguments.positive, default=16384)
     parser.add_argument("--width", type=arguments.positive, default=512)
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     context.set_forkserver_preload(["open_clip.loss", "mmpretrain.losses"])
     for turn in range(args.rounds):
         for name in NAMES if turn % 2 == 0 else reversed(NAMES):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:  # which says so if its process is killed
+            with ProcessPoolExecutor(1, mp_context=context) as pool:  # raises if its process is killed
                 values[name].append(pool.submit(measure, name, args.batch, args.width, args.device).result())
     medians = {
         name: {key: statistics.median(value[key] for value in values[name]) for key in ("bytes", "seconds")}

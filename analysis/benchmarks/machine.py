@@ -1,4 +1,4 @@
-"""The machine a benchmark ran on, for its table and its JSON."""
+"""Description of the machine that a benchmark ran on, and measurements of memory."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import torch
 
 
 def cpu_name() -> str:
-    """The processor's name, as Linux gives it."""
+    """Return the processor's name from /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -22,7 +22,7 @@ def cpu_name() -> str:
 
 
 def describe() -> dict[str, str | int]:
-    """Processor, usable cores and threads, vector instructions, GPU, and the versions that matter."""
+    """Return processor, usable cores and threads, vector instructions, GPU, and versions of libraries."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -35,19 +35,19 @@ def describe() -> dict[str, str | int]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it; `unknown` outside one."""
+    """Return the commit of this checkout, followed by + if files differ from it; `unknown` outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     result = subprocess.run(command, capture_output=True, text=True)
     return result.stdout.strip() or "unknown"
 
 
 def one_line() -> str:
-    """`describe()` as a line for a table's head."""
+    """Format `describe()` as one line."""
     return ", ".join(f"{key} {value}" for key, value in describe().items())
 
 
 def write_record(args: argparse.Namespace, **figures: object) -> None:
-    """Write the figures to `args.output`, where it is given, with the machine's description and the arguments."""
+    """Write the figures to `args.output`, if given, with the machine's description and the arguments."""
     if args.output is not None:
         record = {
             "machine": describe(),
@@ -59,13 +59,13 @@ def write_record(args: argparse.Namespace, **figures: object) -> None:
 
 
 def demand(what: str, difference: float, limit: float) -> None:
-    """End the benchmark if `what` differs by more than `limit`, or by what is no number."""
+    """Raise SystemExit if the difference of `what` exceeds `limit` or is NaN."""
     if not difference <= limit:
         raise SystemExit(f"{what} differ by {difference:.1e} of their value; expected {limit:.0e} at most")
 
 
 def held_bytes(field: str) -> int:
-    """A line of this process's status: VmRSS now, VmHWM at its highest."""
+    """Return a value of /proc/self/status in bytes: VmRSS (current) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -84,6 +84,6 @@ def peak_bytes(device: str = "cpu") -> Iterator[list[int]]:
         before = torch.cuda.memory_allocated()
     else:
         before = held_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     yield peak
     peak.append((torch.cuda.max_memory_allocated() if device == "cuda" else held_bytes("VmHWM")) - before)

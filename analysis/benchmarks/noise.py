@@ -1,4 +1,4 @@
-"""Batches of noise, in memory as a loader gives them."""
+"""Batches of noise, laid out in memory like those of the loader."""
 
 from dataclasses import replace
 
@@ -12,9 +12,9 @@ from mmpretrain.seeds import torch_draws
 
 
 def noise(model: ImageTextModel, batch_size: int, shortest: int, longest: int, seed: int = 0) -> Samples:
-    """Images of the model's size and captions of `shortest` to `longest` tokens, start and end among them, not sorted.
+    """Return images of the model's size and captions of `shortest` to `longest` tokens, including start and end.
 
-    The end is the vocabulary's last id, as CLIP's is, and zeros follow it.
+    The end token has the last id of the vocabulary, like CLIP's, and zeros follow it.
     """
     assert model.text is not None
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +31,7 @@ def noise(model: ImageTextModel, batch_size: int, shortest: int, longest: int, s
 
 
 def my_batches(samples: Samples, micro_batch_size: int | None = None) -> list[Batch]:
-    """This rank's micro-batches of a batch, their texts packed as the loader does; None: one for all of its part."""
+    """Return this rank's micro-batches of a batch with packed texts, as the loader packs them; None: a single micro-batch."""
     assert samples.lengths is not None and samples.text is not None
     mine = torch.arange(len(samples)).chunk(distributed.world_size())[distributed.rank()]
     batches = []

@@ -1,12 +1,12 @@
-r"""Time and memory of finding a step's samples in data sets of 10^6 to 10^9 samples.
+r"""Measure time and memory of the sample order for data sets of 10^6 to 10^9 samples.
 
     python -m analysis.benchmarks.order [--samples 1e6,1e7,1e8,1e9] [--output order.json]
 
-The order of samples is arithmetic (`mmpretrain.data.order`): nothing is shuffled in memory and no list of samples exists.
-For each size a process of its own makes the order of one source in blocks of 256, asks for the first batch, for batches
-at random places of the first 100 epochs, as resuming does, and for consecutive batches, as training does; the table has
-medians of `--rounds` processes, and the process's peak memory beyond what it held before. Checked: two epochs of 10^6
-samples hold each of them once, in two orders; in the larger sizes the drawn samples lie inside.
+The order is computed (`mmpretrain.data.order`): nothing is shuffled in memory, and there is no list of samples. For each
+size a new process builds the order of one source in blocks of 256 and computes the first batch, batches at random positions
+of the first 100 epochs (as a resumed run does), and consecutive batches (as training does). The table has medians over
+`--rounds` processes, and the peak memory beyond the memory that the process held before. Two epochs of 10^6 samples must
+contain each sample once, in different orders; in larger sizes the samples must be in range.
 """
 
 import argparse
@@ -28,13 +28,13 @@ NUM_CONSECUTIVE, NUM_RANDOM = 200, 8
 
 
 def batch_at(order: Order, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """The batch that begins at a position: positions and samples, int64 [BATCH_SIZE] each, in the order of reading."""
+    """Return the batch that begins at a position: positions and samples, int64 [BATCH_SIZE] each, in the order of reading."""
     ((positions, _, samples),) = step_positions(order, range(start, start + BATCH_SIZE), 0, 1, 1)
     return positions, samples
 
 
 def check(num_samples: int) -> None:
-    """Raises: SystemExit if one of two epochs does not hold every sample once, or both have one order."""
+    """Check two epochs. Raises: SystemExit if one does not contain each sample once, or both have the same order."""
     order = Order([SourceOrder(1, num_samples)], [1.0])
     found = np.empty(2 * num_samples + BATCH_SIZE, dtype=np.int64)
     for start in range(0, 2 * num_samples, BATCH_SIZE):
@@ -49,7 +49,7 @@ def check(num_samples: int) -> None:
 
 
 def measure(num_samples: int) -> dict[str, float]:
-    """In a process of its own: seconds, bytes beyond what was held before, and the least and most sample drawn."""
+    """Return seconds, peak memory in bytes, and the smallest and largest sample drawn. Runs in a new process."""
     places = np.random.default_rng(0).integers(0, EPOCHS * num_samples - BATCH_SIZE, NUM_RANDOM).tolist()
     with peak_bytes() as peak:
         started = time.perf_counter()
@@ -75,7 +75,7 @@ def measure(num_samples: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=arguments.listed(arguments.positive), default="1e6,1e7,1e8,1e9")
     parser.add_argument("--rounds", type=arguments.positive, default=5)
@@ -89,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{'samples':>14}{'first batch':>14}{'random batch':>14}{'next batch':>14}{'memory':>12}")
     medians: dict[str, dict[str, float]] = {}
     for size in args.samples:
-        # Forked: nothing here has run a thread, and importing takes longer than measuring.
+        # Fork, since no thread has been started, and importing would take longer than measuring.
         context = multiprocessing.get_context("fork")
         rounds = []
         for _ in range(args.rounds):
-            with ProcessPoolExecutor(1, mp_context=context) as pool:  # which says so if its process is killed
+            with ProcessPoolExecutor(1, mp_context=context) as pool:  # raises if its process is killed
                 rounds.append(pool.submit(measure, size).result())
         if not all(0 <= each["least"] <= each["most"] < size for each in rounds):
             raise SystemExit(f"a sample lies outside of the {size}")

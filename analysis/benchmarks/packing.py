@@ -1,19 +1,19 @@
-r"""Captions of different lengths through a text encoder: padded, in length groups, or several packed into one row.
+r"""Measure a text encoder on captions of different lengths: padded, in length groups, or packed into rows.
 
     python -m analysis.benchmarks.packing [--captions data/emoji/train] [--output packing.json]
 
-The same weights and the same captions, forward and backward, in turn, for a causal and for a bidirectional encoder:
+Forward and backward with the same weights and captions, in turn, for a causal and a bidirectional encoder:
 
 - `padded`: every caption has the whole context, as open_clip computes it;
-- `groups n`: sorted by length, in n slices that are each cut to their own longest, rounded up to 8. What looks at each
-  token alone takes all slices at once, attention goes slice by slice;
-- `packed`: what mmpretrain does. Rows of the longest caption's length, filled first fit with the longest first;
+- `groups n`: sorted by length, in n slices, each cut to its longest caption, rounded up to 8. Attention runs slice by
+  slice, and everything else on all slices at once;
+- `packed`: mmpretrain's method. Rows of the longest caption's length, filled first-fit decreasing;
 - `rows l`: the same with rows of l tokens;
 - `flex`, on CUDA: all captions in one row, attention by FlexAttention's block masks, compiled.
 
-All of the last block is computed everywhere. In float32, whichever precision is timed, all ways give the same end-token
-states and gradients of the weights, to 1e-4 of the largest, or the benchmark ends. `tokens` is what each of them computes;
-the table's head says how many the captions have.
+Each computes all of the last block. The benchmark fails unless all give the same end-token states and gradients of the
+weights in float32, to 1e-4 of the largest. `tokens` is the number of tokens that each computes; the head of the table has
+the number of tokens of the captions.
 """
 
 import argparse
@@ -49,7 +49,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Captions as one matrix of T tokens."""
+    """Captions as a matrix of T tokens."""
 
     ids: Tensor
     """int64 [T]."""
@@ -61,7 +61,7 @@ class Tokens:
 
 
 def in_slices(ids: Tensor, lengths: Tensor, num_slices: int, causal: bool) -> Tokens:
-    """Captions [b, L], sorted by length, in equal slices that are each cut to their own longest."""
+    """Split captions [b, L], sorted by length, into equal slices, each cut to its longest caption."""
     parts = lengths.tensor_split(num_slices)
     shapes = [(len(part), row_length(part, ids.shape[1])) for part in parts]
     places = [torch.arange(cut, device=ids.device).repeat(num) for num, cut in shapes]
@@ -86,7 +86,7 @@ def in_slices(ids: Tensor, lengths: Tensor, num_slices: int, causal: bool) -> To
 
 
 def in_one_row(ids: Tensor, lengths: Tensor, causal: bool) -> Tokens:
-    """Captions [b, L] behind one another, attention by FlexAttention, which skips blocks in which nothing may be seen."""
+    """Concatenate captions [b, L]. FlexAttention skips blocks that are fully masked."""
     num_tokens = int(lengths.sum())
     caption = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), lengths, output_size=num_tokens)
     starts = lengths.cumsum(0) - lengths
@@ -107,7 +107,7 @@ def in_one_row(ids: Tensor, lengths: Tensor, causal: bool) -> Tokens:
 
 
 def states_of_tokens(text: TextTransformer, tokens: Tokens) -> Tensor:
-    """The end tokens' states [b, d], by the encoder's own parts."""
+    """Return the states of the end tokens, [b, d], computed with the encoder's parts."""
     x = text.token_embedding(tokens.ids) + F.embedding(tokens.places, text.positional_embedding)
     for block in text.blocks:
         attn = block.attn
@@ -118,7 +118,7 @@ def states_of_tokens(text: TextTransformer, tokens: Tokens) -> Tensor:
 
 
 def states_of_rows(text: TextTransformer, ids: Tensor, lengths: Tensor, packing: Packing | None) -> Tensor:
-    """The same for captions [b, L] in rows, several in each or one."""
+    """Return the same for captions [b, L] in rows of one or several captions."""
     rows = Rows(lengths, ids.shape[1], packing)
     x = text.token_embedding(rows.pack(ids)) + F.embedding(rows.positions, text.positional_embedding)
     mask = rows.mask(text.causal)
@@ -130,7 +130,7 @@ def states_of_rows(text: TextTransformer, ids: Tensor, lengths: Tensor, packing:
 def ways(
     text: TextTransformer, ids: Tensor, lengths: Tensor, rows: Sequence[int]
 ) -> dict[str, tuple[int, Callable[[], Tensor]]]:
-    """By name: how many tokens each way computes, and the states that it gives. Captions [b, context], sorted by length."""
+    """Return (number of tokens, function that computes the states) by name. Captions are [b, context], by length."""
     found: dict[str, tuple[int, Callable[[], Tensor]]] = {
         "padded": (ids.numel(), partial(states_of_rows, text, ids, lengths, None))
     }
@@ -153,13 +153,13 @@ def ways(
 def measure(
     text: TextTransformer, ids: Tensor, lengths: Tensor, precision: Precision, rows: Sequence[int], rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Tokens and median seconds of each way. Raises: SystemExit if their states differ."""
+    """Return the tokens and median seconds of each way. Raises: SystemExit if their states differ."""
     found = ways(text, ids, lengths, rows)
     context = autocast(ids.device, precision)
     expected: list[Tensor] | None = None
     differences = [0.0]
     seconds: dict[str, list[float]] = {name: [] for name in found}
-    for turn in range(rounds + 1):  # the first warms up
+    for turn in range(rounds + 1):  # the first round warms up
         for name in list(found) if turn % 2 == 0 else reversed(found):
             text.zero_grad()
             synchronize(ids.device)
@@ -175,7 +175,7 @@ def measure(
             given = [states.detach(), gradients]
             expected = expected or given
             differences += [float((a - b).abs().max() / b.abs().max()) for a, b in zip(given, expected, strict=True)]
-    difference = float(torch.tensor(differences).max())  # which, unlike max(), keeps what is no number
+    difference = float(torch.tensor(differences).max())  # unlike max(), propagates NaN
     if precision == "fp32":
         demand("states or gradients", difference, AGREEMENT)
     medians = {name: {"tokens": found[name][0], "seconds": statistics.median(seconds[name])} for name in found}
@@ -183,7 +183,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=arguments.positive, default=128)
     parser.add_argument(
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for causal in (True, False):
         text.causal = causal
         if "fp32" not in args.precision:
-            measure(text, ids, lengths, "fp32", args.rows, 1)  # for its checks
+            measure(text, ids, lengths, "fp32", args.rows, 1)  # only for its checks
         for precision in args.precision:
             kind = f"{'causal' if causal else 'bidirectional'}, {precision}"
             medians = results[kind] = measure(text, ids, lengths, precision, args.rows, args.rounds)

@@ -1,10 +1,10 @@
-r"""The projection of patches as a convolution and as a matrix product, forward and backward.
+r"""Measure the projection of patches as a convolution and as a matrix product, forward and backward.
 
     python -m analysis.benchmarks.patch_projection [--output patch_projection.json]
 
-Images as models get them, normalised from bytes that lie channels last, at the batch and patch size of some models. Both
-in turn, medians over the rounds. Equality: in float64 both give the same patches and gradients of the weights to 1e-9 of
-their norm, or the benchmark ends.
+Images are normalised from channels-last bytes, as in training, with the batch and patch sizes of some models. Both run in
+turn; medians over the rounds. The benchmark fails unless both give the same patches and gradients of the weights in float64,
+to 1e-9 of their norm.
 """
 
 import argparse
@@ -35,14 +35,14 @@ AGREEMENT = 1e-9
 
 
 def ways(projection: PatchProjection) -> dict[str, Callable[[Tensor], Tensor]]:
-    """The two ways by name."""
+    """Return both functions by name."""
     return {"convolution": super(PatchProjection, projection).forward, "product": projection.product}
 
 
 def make(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[PatchProjection, Tensor, Tensor]:
-    """A projection, images [b, 3, s, s], and a gradient of the patches."""
+    """Return a projection, images [b, 3, s, s], and a gradient of the patches."""
     b, side, patch, width = shape
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (b, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
@@ -52,7 +52,7 @@ def make(
 
 
 def check(shape: tuple[int, int, int, int], device: torch.device) -> float:
-    """The largest relative difference in float64. Raises: SystemExit if it is too large."""
+    """Return the largest relative difference in float64. Raises: SystemExit if it is too large."""
     projection, images, gradient = make((2, *shape[1:]), torch.float64, device)
     found = []
     for way in ways(projection).values():
@@ -68,11 +68,11 @@ def check(shape: tuple[int, int, int, int], device: torch.device) -> float:
 def measure(
     shape: tuple[int, int, int, int], precision: Precision, device: torch.device, rounds: int
 ) -> dict[str, float]:
-    """Median seconds of each way."""
+    """Return the median seconds of each way."""
     projection, images, gradient = make(shape, torch.float32, device)
     both = ways(projection)
     seconds: dict[str, list[float]] = {name: [] for name in both}
-    for turn in range(rounds + 3):  # the first ones warm up
+    for turn in range(rounds + 3):  # the first rounds warm up
         for name in list(both) if turn % 2 == 0 else reversed(both):
             projection.zero_grad()
             synchronize(device)
@@ -87,7 +87,7 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=arguments.listed(arguments.one_of(*SHAPES)), default=",".join(SHAPES))
     precision = arguments.listed(arguments.one_of(*OPEN_CLIP_PRECISION))

@@ -1,11 +1,11 @@
-r"""What it costs that dropout and drop path draw from the samples' seeds.
+r"""Measure the cost of drawing dropout and drop path from the samples' seeds.
 
     python -m analysis.benchmarks.randomness [--output randomness.json]
 
-A step's forward and backward of conf/model/clip_tiny.yaml with InfoNCE, on noise, four ways in turn: without random layers;
-with them, drawing from PyTorch's generator; drawing by sample; and in the mode that draws by sample, but without random
-layers (what the mode itself costs). Medians over the rounds. Before that both ways of drawing must agree on the share that
-they keep.
+Forward and backward of conf/model/clip_tiny.yaml with InfoNCE on noise, in turn: without random layers; with random layers
+that draw from PyTorch's generator; with random layers that draw by sample; and without random layers in the mode that draws
+by sample (the cost of the mode itself). Medians over the rounds. The benchmark fails unless both ways of drawing keep the
+same fraction of values.
 """
 
 import argparse
@@ -41,7 +41,7 @@ LAYERS = {
 
 
 def make_task(args: dict[str, float]) -> Task:
-    """The model of conf/model/clip_tiny.yaml with random layers."""
+    """Build the model of conf/model/clip_tiny.yaml with random layers."""
     file = Path(__file__).resolve().parents[2] / "conf" / "model" / "clip_tiny.yaml"
     node = yaml.safe_load(file.read_text(encoding="utf-8"))
     node["image"]["args"] |= args
@@ -51,7 +51,7 @@ def make_task(args: dict[str, float]) -> Task:
 
 
 def check() -> None:
-    """Raises: SystemExit if the two ways keep different shares of a tensor."""
+    """Check the fraction of kept values. Raises: SystemExit if it differs between both ways."""
     torch.manual_seed(0)
     (batch,) = my_batches(noise(make_task({}).model, 64, 8, 8, 0))
     x = torch.ones(64, 100, 512)
@@ -63,7 +63,7 @@ def check() -> None:
 def measure(
     args: dict[str, float], batch: Batch, precision: Precision, device: torch.device, rounds: int
 ) -> dict[str, float]:
-    """Median seconds of each way."""
+    """Return the median seconds of each way."""
     plain, random = make_task({}).to(device), make_task(args).to(device)
 
     def step(task: Task, randomness: Callable[[], SampleRandomness] | None) -> None:
@@ -78,7 +78,7 @@ def measure(
         "by_sample": lambda: step(random, SampleRandomness),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):  # the first one warms up
+    for turn in range(rounds + 1):  # the first round warms up
         for name in list(ways) if turn % 2 == 0 else reversed(ways):
             synchronize(device)
             started = time.perf_counter()
@@ -90,12 +90,12 @@ def measure(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     precision = arguments.listed(arguments.one_of(*OPEN_CLIP_PRECISION))
     parser.add_argument("--precision", type=precision, default="fp32,bf16")
     parser.add_argument("--batch", type=arguments.positive, default=128)
-    parser.add_argument("--tokens", type=arguments.positive, default=24, help="of each caption")
+    parser.add_argument("--tokens", type=arguments.positive, default=24, help="tokens of each caption")
     parser.add_argument("--rounds", type=arguments.positive, default=9)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=arguments.writable)

@@ -1,4 +1,4 @@
-"""A function on several processes of this machine, which form a group as torchrun's do."""
+"""Run a function on several local processes, which form a process group like those of torchrun."""
 
 import os
 import socket
@@ -12,9 +12,9 @@ from mmpretrain import distributed
 
 
 def on_ranks(world_size: int, device: str, fn: Callable[..., Any], *arguments: Any) -> Any:
-    """What `fn(*arguments)` gives on rank 0 of `world_size` processes; plain values, or tensors' arrays.
+    """Run `fn(*arguments)` on `world_size` processes, and return the result of rank 0: plain values or arrays.
 
-    The cores are shared out; on CUDA each process has a GPU of its own.
+    Processes divide the cores; on CUDA each has its own GPU.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -32,7 +32,7 @@ def on_ranks(world_size: int, device: str, fn: Callable[..., Any], *arguments: A
         join=False,
         start_method="forkserver",
     )
-    while results.empty():  # a rank that fails raises here
+    while results.empty():  # raises if a rank has failed
         context.join(timeout=0.1)
     value = results.get()
     while not context.join():

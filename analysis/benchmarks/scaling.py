@@ -1,13 +1,12 @@
-r"""Pairs per second of one global batch on 1, 2 and 4 processes, with DDP and with FSDP2.
+r"""Measure pairs per second of one global batch on 1, 2 and 4 processes, with DDP and FSDP2.
 
     python -m analysis.benchmarks.scaling [--processes 1,2,4] [--model emoji_clip] [--output scaling.json]
 
-The global batch, the weights and the optimiser are the same everywhere: more processes each take a smaller part of it, and
-the cores (or a GPU each). Noise images, captions of 8 to 24 tokens. Equality: in float32, whichever precision is timed, the
-losses of the first `--steps` steps are those of one process, to 1e-5 of their value, or the benchmark ends; in bf16 the
-difference is printed. A round runs each number of processes and strategy once, every second one in the opposite order;
-medians over the rounds. `efficiency` is the speed over that of one process; where the processes share the cores of one
-machine, 1 is as good as it can be.
+The global batch, the weights and the optimiser are the same for any number of processes, which divide the batch and the
+cores (or have a GPU each). Images are noise, captions have 8 to 24 tokens. The benchmark fails unless the losses of the
+first `--steps` steps equal those of one process in float32, to 1e-5 of their value; in bf16 the difference is printed. A
+round runs each number of processes and strategy once; every second round reverses the order. Medians over the rounds.
+`efficiency` is the speed relative to one process; if processes share the cores of one machine, the best value is 1.
 """
 
 import argparse
@@ -39,7 +38,7 @@ SHORTEST, LONGEST = 8, 24
 def measure(
     model: str, batch_size: int, strategy: str, precision: Precision, device_type: str, steps: int, timed: int
 ) -> tuple[list[float], float]:
-    """On each rank: the losses of the first steps, and the seconds of one of the steps after them."""
+    """Return the losses of the first steps and the seconds of a later step. Runs on each rank."""
     device = torch.device(device_type)
     torch.manual_seed(0)
     built = build_model(model)
@@ -69,7 +68,7 @@ def measure(
 
 
 def run(args: argparse.Namespace, kind: tuple[int, str], precision: str, timed: int) -> tuple[list[float], float]:
-    """`measure` on so many processes, with a strategy."""
+    """Run `measure` on several processes with a strategy."""
     world, strategy = kind
     found: tuple[list[float], float] = on_ranks(
         world, args.device, measure, args.model, args.batch, strategy, precision, args.device, args.steps, timed
@@ -78,9 +77,9 @@ def run(args: argparse.Namespace, kind: tuple[int, str], precision: str, timed: 
 
 
 def differences(losses: dict[tuple[int, str], list[float]], precision: str) -> dict[tuple[int, str], float]:
-    """The largest relative difference of each kind's losses to those of one process.
+    """Return the largest relative difference of each strategy's losses to those of one process.
 
-    Raises: SystemExit if in float32 one is more than 1e-5.
+    Raises: SystemExit if a difference in float32 exceeds 1e-5.
     """
     expected = torch.tensor(losses[1, "ddp"])
     found = {kind: float((torch.tensor(values) / expected - 1).abs().max()) for kind, values in losses.items()}
@@ -90,7 +89,7 @@ def differences(losses: dict[tuple[int, str], list[float]], precision: str) -> d
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=arguments.listed(arguments.positive), default="1,2,4")
     parser.add_argument(

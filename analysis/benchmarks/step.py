@@ -1,21 +1,21 @@
-r"""Training steps of mmpretrain and of open_clip's own loop, on the same weights and the same batches.
+r"""Measure training steps of mmpretrain and of open_clip's own loop, on the same weights and batches.
 
     python -m analysis.benchmarks.step --model ViT-S-32-alt --batch 32 --captions 16
     python -m analysis.benchmarks.step --model emoji_clip --batch 128 --captions data/emoji/train
 
-Batches lie in memory, as each side's loader gives them: uint8 pixels and packed captions here, normalised float32
-pixels and captions padded to the context's end there. Both sides have the same weights, rows, AdamW groups, learning
-rate, decay and loss; a step is forward, backward, update and clamping of the temperature. open_clip's is its
-`open_clip_train.train.train_one_epoch`, which waits for a GPU in the first and in the last of each round's steps; ours is
-what `Trainer` does in a step, gradient norms included, the flags that it posts to other processes and what it logs aside.
-On a GPU rounds have so many steps that two waits do not count. Nobody uses TF32. With `--best` both also run compiled:
-open_clip's --torchcompile, and our parallel.compile.
+Batches are in memory, as each side's loader returns them: uint8 pixels and packed captions for mmpretrain, normalised
+float32 pixels and captions padded to the context length for open_clip. Both sides have the same weights, rows, AdamW
+groups, learning rate, decay and loss; a step is forward, backward, update and clamping of the temperature. open_clip runs
+`open_clip_train.train.train_one_epoch`, which waits for the GPU in the first and last step of each round. mmpretrain runs
+the step of `Trainer` with gradient norms, without logging and flags for other processes. On a GPU a round has enough steps to
+make two waits negligible. Neither side uses TF32. With `--best` both also run compiled: open_clip's --torchcompile, and
+parallel.compile.
 
-First both take `--steps` steps from the same weights in float32, whichever precision is timed: the losses must agree to
-1e-5 of their value, or the benchmark ends. In bf16, where the two sides round differently, the difference is printed. Then
-each takes `--round-steps` steps in turn, `--rounds` times; the table has medians of wall seconds a step, and ratios.
-FLOPs are counted twice, as executed and as if every caption had the whole context, forward and backward; the share of
-the peak (MFU) is of a product of two square matrices in the same precision, timed in the same run.
+First both take `--steps` steps from the same weights in float32; the benchmark fails unless the losses agree to 1e-5 of
+their value. In bf16, where the two sides round differently, the difference is printed. Then each takes `--round-steps`
+steps in turn, `--rounds` times; the table has medians of wall seconds per step, and ratios. FLOPs of forward and backward are
+counted as executed, and as if each caption had the full context. Utilisation (MFU) is relative to a product of two square
+matrices in the same precision, timed in the same run.
 """
 
 import argparse
@@ -71,7 +71,7 @@ AGREEMENT = 1e-5
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides are asked to do."""
+    """Work that both sides do."""
 
     model: str
     batch_size: int
@@ -81,7 +81,7 @@ class Work:
 
 
 def build_model(name: str) -> ImageTextModel:
-    """`emoji_clip`, the model of conf/model/clip_tiny.yaml, or one of open_clip by its name."""
+    """Build `emoji_clip`, the model of conf/model/clip_tiny.yaml, or a model of open_clip by name."""
     if name != EMOJI_CLIP:
         return open_clip_model(name)
     node = yaml.safe_load((HERE.parents[1] / "conf" / "model" / "clip_tiny.yaml").read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def build_model(name: str) -> ImageTextModel:
 
 
 def build_open_clip(work: Work, task: Task) -> Any:
-    """open_clip's model with the weights of ours."""
+    """Build open_clip's model with the weights of mmpretrain's."""
     name = EMOJI_CLIP_OF_OPEN_CLIP if work.model == EMOJI_CLIP else work.model
     model = open_clip.create_model(name, load_weights=False, output_dict=True)
     model.load_state_dict(to_open_clip(task.model, task.logit_scale))
@@ -98,7 +98,7 @@ def build_open_clip(work: Work, task: Task) -> Any:
 
 
 def synthetic_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
-    """Noise with captions of one length. Raises: SystemExit for one longer than the model's context."""
+    """Return noise with captions of one length. Raises: SystemExit if it exceeds the model's context."""
     length = int(work.captions)
     assert model.text is not None
     if length > model.text.context_length:
@@ -110,7 +110,7 @@ def synthetic_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch
 
 
 def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
-    """The first batches of a folder of tars."""
+    """Return the first batches of a folder of tars."""
     shards = Shards(expand_shards("*.tar", work.captions))
     stream = TarStream(
         "pairs", [Source("pairs", shards)], work.batch_size, 0, "txt", RandomResizedCrop((0.8, 1.0)), model.image.image_size
@@ -124,7 +124,7 @@ def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
 
 
 def as_open_clip(batch: Batch, model: ImageTextModel) -> tuple[Tensor, Tensor]:
-    """What open_clip's loader makes of the same rows: normalised pixels, captions padded to the context's end."""
+    """Convert a batch to the form of open_clip's loader: normalised pixels, captions padded to the context length."""
     samples = batch.streams["pairs"]
     assert samples.images is not None and samples.text is not None and samples.lengths is not None
     assert model.text is not None
@@ -135,7 +135,7 @@ def as_open_clip(batch: Batch, model: ImageTextModel) -> tuple[Tensor, Tensor]:
 
 
 def check_groups(ours: "Ours", theirs: "OpenClip") -> None:
-    """Raises: SystemExit if the two sides would update a parameter differently."""
+    """Check parameter groups. Raises: SystemExit if the two sides would update a parameter differently."""
     names = {**open_clip_names(ours.task.model), "logit_scale": "logit_scale"}
     mine = {
         names[name.removeprefix("model.").removeprefix("objectives.infonce.")]: _rule(group)
@@ -154,7 +154,7 @@ def _rule(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_clip_decays(name: str, parameter: Tensor) -> bool:
-    """The rule of open_clip_train.main."""
+    """Return True if open_clip_train.main applies weight decay to the parameter."""
     return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
@@ -170,7 +170,7 @@ class Ours:
         self.losses: list[Tensor] = []
 
     def steps(self, first: int, num: int) -> None:
-        """Steps `first` to `first + num`."""
+        """Run steps `first` to `first + num`."""
         torch.backends.cudnn.benchmark = False
         for i in range(first, first + num):
             batch = self.transfer(self.batches[i % len(self.batches)])
@@ -210,8 +210,8 @@ class OpenClip:
         self.loss = recorded
 
     def steps(self, first: int, num: int) -> None:
-        """Steps `first` to `first + num`, as an epoch of its loop."""
-        torch.backends.cudnn.benchmark = True  # as its command has it
+        """Run steps `first` to `first + num`, as an epoch of its loop."""
+        torch.backends.cudnn.benchmark = True  # as in its command
         batches = [self.batches[i % len(self.batches)] for i in range(first, first + num)]
         dataloader = _Epoch(batches)
         data = {"train": SimpleNamespace(dataloader=dataloader, set_epoch=lambda epoch: None)}
@@ -219,7 +219,7 @@ class OpenClip:
 
 
 class _Epoch(list[Any]):
-    """Batches with what open_clip's loop asks of a loader."""
+    """Batches with the attributes of a loader that open_clip's loop reads."""
 
     @property
     def num_batches(self) -> int:
@@ -234,7 +234,7 @@ Side = Ours | OpenClip
 
 
 def matmul_flops_per_second(precision: str, device: torch.device) -> float:
-    """Operations a second of a product of two square matrices, the best of 5."""
+    """Return operations per second of a product of two square matrices, the best of 5."""
     size = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -250,20 +250,20 @@ def matmul_flops_per_second(precision: str, device: torch.device) -> float:
 
 
 def flops(run: Callable[[], None]) -> float:
-    """The operations of matrix products and attention that `run` executes."""
+    """Return the number of operations of matrix products and attention that `run` executes."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def make_sides(work: Work, num_batches: int, best: bool) -> dict[str, Side]:
-    """Both sides, with `best` compiled too, all from the same weights."""
+    """Build both sides from the same weights; with `best` also compiled."""
     torch.manual_seed(0)
     model = build_model(work.model)
     make = synthetic_batches if work.captions.isdigit() else real_batches
     batches = make(work, model, num_batches)
     open_clip_batches = [as_open_clip(batch, model) for batch in batches]
-    if work.device.type == "cuda":  # as the loaders of both sides give them
+    if work.device.type == "cuda":  # as the loaders of both sides return them
         batches = [batch.pin_memory() for batch in batches]
         open_clip_batches = [(images.pin_memory(), text.pin_memory()) for images, text in open_clip_batches]
 
@@ -286,9 +286,9 @@ def make_sides(work: Work, num_batches: int, best: bool) -> dict[str, Side]:
 
 
 def trace(sides: dict[str, Side], num_steps: int, precision: str) -> dict[str, float]:
-    """Take the first steps: the largest relative difference of each side's losses to open_clip's.
+    """Take the first steps, and return the largest relative difference of each side's losses to open_clip's.
 
-    Raises: SystemExit if in float32 one is more than 1e-5.
+    Raises: SystemExit if a difference in float32 exceeds 1e-5.
     """
     for side in sides.values():
         side.steps(0, num_steps)
@@ -304,7 +304,7 @@ def trace(sides: dict[str, Side], num_steps: int, precision: str) -> dict[str, f
 
 
 def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
-    """One precision: check that the losses agree, then time. Raises: SystemExit if they do not."""
+    """Check and time one precision. Raises: SystemExit if the losses do not agree."""
     sides = make_sides(work, args.steps, args.best)
     difference = trace(sides, args.steps, work.precision)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -325,7 +325,7 @@ def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
         "ratio": {name: medians[name] / medians["mmpretrain"] for name in medians},
         "loss_difference": difference,
         "gflops_executed": {name: value / 1e9 for name, value in executed.items()},
-        "gflops_full_context": executed["open_clip"] / 1e9,  # open_clip's text encoder computes all of it
+        "gflops_full_context": executed["open_clip"] / 1e9,  # open_clip's text encoder computes the full context
         "matmul_gflops_per_second": peak / 1e9,
         "mfu_executed": {name: value / medians[name] / peak for name, value in executed.items()},
         "mfu_full_context": {name: executed["open_clip"] / medians[name] / peak for name in executed},
@@ -334,7 +334,7 @@ def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def show(work: Work, result: dict[str, Any]) -> None:
-    """A table of one precision."""
+    """Print the table of one precision."""
     print(f"\n{work.model}, batch {work.batch_size}, captions {work.captions}, {work.precision}, {work.device}")
     print(f"{'':<20}{'ms/step':>10}{'pairs/s':>10}{'ours is':>9}{'GFLOP/step':>12}{'MFU':>7}{'as if full':>12}")
     for name, value in result["seconds"].items():
@@ -349,7 +349,7 @@ def show(work: Work, result: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", type=arguments.model, default="ViT-S-32-alt", help="a model of open_clip, or emoji_clip"
@@ -362,14 +362,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", type=precision, default="fp32,bf16")
     parser.add_argument("--steps", type=arguments.positive, default=10, help="steps whose losses are compared")
     parser.add_argument("--rounds", type=arguments.positive, default=5)
-    parser.add_argument("--round-steps", type=arguments.positive, help="of each side (default 3; on a GPU 50)")
-    parser.add_argument("--best", action="store_true", help="both compiled, too")
+    parser.add_argument(
+        "--round-steps", type=arguments.positive, help="steps of a side in a round (default 3; on a GPU 50)"
+    )
+    parser.add_argument("--best", action="store_true", help="also run both sides compiled")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=arguments.writable)
     args = parser.parse_args(argv)
     args.round_steps = args.round_steps or (50 if args.device == "cuda" else 3)
     torch.backends.cudnn.allow_tf32 = False
-    logging.disable(logging.WARNING)  # open_clip's, of weights that it does not load
+    logging.disable(logging.WARNING)  # open_clip warns that no weights are loaded
     print(one_line())
     works = {
         each: Work(args.model, args.batch, args.captions, each, torch.device(args.device)) for each in args.precision

@@ -1,14 +1,14 @@
-r"""Whole training commands of mmpretrain and of open_clip's own trainer on the same tars, seed by seed.
+r"""Compare the training commands of mmpretrain and open_clip on the same tars, seed by seed.
 
 Both train the model of `open_clip_configs/emoji_clip` from scratch for the same number of epochs with the same
-batch, learning rate, warm-up, decay and crops. The two commands of a seed run one after the other, and every second
-seed turns their order round. `wall_seconds` is the whole command, imports and the one checkpoint at the end included;
-`pairs_per_second` is training alone. Neither side evaluates while it is timed; afterwards both are scored on the same
-pixels and texts by the functions of `evaluate_open_clip.py`.
+batch, learning rate, warm-up, decay and crops. The two commands of a seed run one after the other; every second seed
+reverses the order. `wall_seconds` is the whole command, with imports and one checkpoint at the end; `pairs_per_second` is
+training alone. Neither side evaluates while it is timed; afterwards both are scored on the same pixels and texts by the
+functions of `evaluate_open_clip.py`.
 
-The work is the same but for the end of an epoch of N pairs: open_clip makes ceil(N / batch) full batches, the
-last of them from a second pass, so that N % batch pairs of the first are not seen; mmpretrain sees every pair
-once. The column `pairs` says what each side has seen.
+The work differs at the end of an epoch of N pairs. open_clip makes ceil(N / batch) full batches, the last of them from a
+second pass, so that N % batch pairs of the first pass are not seen; mmpretrain sees each pair once. The column `pairs` is the
+number of pairs that each side has seen.
 
 open_clip's trainer pins webdataset<=0.2.86, so it needs an environment of its own:
 
@@ -20,25 +20,25 @@ and then, from this project's environment,
     python -m analysis.benchmarks.train_vs_open_clip --data emoji --data-root data/emoji \
         --open-clip-python ENV/bin/python --precision bf16 --output train_vs_open_clip_emoji_bf16.json
 
-With --recipe 'OVERRIDES' a third run of each seed is mmpretrain's with those further overrides, free to do other work:
-its wall time against open_clip's, where its metrics reach open_clip's, is the time to quality.
+With --recipe 'OVERRIDES' each seed has a third run: mmpretrain with further overrides, which may do other work. If its
+metrics reach open_clip's, its wall time relative to open_clip's is the time to quality.
 
-Both sides' commands run with OMP_WAIT_POLICY=PASSIVE (OpenMP's threads sleep while they wait), which mmpretrain sets
-for itself and which makes open_clip some 4 % faster, too.
+Both commands run with OMP_WAIT_POLICY=PASSIVE (OpenMP's threads sleep while they wait), which mmpretrain sets by itself
+and which makes open_clip some 4 % faster, too.
 
-DATA_ROOT holds train/*.tar and val/*.tar as `python -m data_tools build` makes them. Runs that are complete
-under --runs are not repeated.
+DATA_ROOT has train/*.tar and val/*.tar, as `python -m data_tools build` writes them. Complete runs below --runs are not
+repeated.
 
-For the speed alone, of any model of open_clip on any tars, such as those of `jpeg_tars.py`:
+To measure only speed, with any model of open_clip and any tars, such as those of `jpeg_tars.py`:
 
     python -m analysis.benchmarks.train_vs_open_clip --data speed --data-root data/jpegs --model ViT-B-32 --batch 1024 \
         --epochs 3 --workers 14 --device cuda --open-clip-python ENV/bin/python --output b32.json
 
-`data_wait` is the share of the time that training waits for batches, behind the first logged step. With `--data speed`
-`mfu_executed` and `mfu_full_context` are what pairs a second make of the speed of a matrix product, timed in the same run:
-the operations of a step on the first batch of the tars, as executed, and as if every caption had the whole context.
-That both sides' mathematics is the same is what `step.py` checks, for the same model. On a GPU the two are compared in bf16
-alone: in float32 open_clip's command computes in TF32.
+`data_wait` is the fraction of time that training waits for batches after the first logged step. With `--data speed`,
+`mfu_executed` and `mfu_full_context` are utilisations relative to a matrix product timed in the same run, from the operations
+of a step on the first batch of the tars, as executed and as if each caption had the full context. `step.py` checks for the
+same model that both sides' mathematics is equal. On a GPU only bf16 is compared, since open_clip's command uses TF32 in
+float32.
 """
 
 import argparse
@@ -63,14 +63,14 @@ TIMES = ("wall_seconds", "pairs_per_second")
 
 
 def run_once(side: str, work: Work, seed: int, run_dir: Path, versions: dict[str, str]) -> dict[str, float]:
-    """One side's figures for one seed, from the run or, when it is complete, from what it left.
+    """Return one side's figures for one seed. A complete run is read instead of repeated.
 
-    Raises: SystemExit if what is there was asked otherwise, or run on another machine.
+    Raises: SystemExit if the complete run had other arguments, or was made on another machine.
     """
     path = run_dir / "record.json"
     asked = json.loads(json.dumps({"seed": seed, "work": work.of(side), "machine": describe(), "open_clip": versions}))
     if not path.exists():
-        shutil.rmtree(run_dir, ignore_errors=True)  # what was begun would be resumed, and timed in part
+        shutil.rmtree(run_dir, ignore_errors=True)  # an incomplete run would be resumed, and timed only in part
         run_dir.mkdir(parents=True)
         record = {"asked": asked, "commit": commit(), "figures": SIDES[side](work, seed, run_dir)}
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -82,12 +82,12 @@ def run_once(side: str, work: Work, seed: int, run_dir: Path, versions: dict[str
 
 
 def deviation(values: list[float]) -> float:
-    """Sample standard deviation (0 of a single value)."""
+    """Return the sample standard deviation (0 for a single value)."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def print_table(records: dict[str, list[dict[str, float]]]) -> None:
-    """Each metric over seeds: mean ± sd, or median [least, most] of a time; in round brackets over the first side's."""
+    """Print each metric over seeds: mean ± sd, or median [least, most] of a time, with the ratio to the first side."""
     sides = [side for side in SIDES if records[side]]
     print(f"{'':<26}" + "".join(f"{side:>32}" for side in sides))
     for key in records[sides[0]][0]:
@@ -107,7 +107,7 @@ def print_table(records: dict[str, list[dict[str, float]]]) -> None:
 
 
 def add_mfu(records: dict[str, list[dict[str, float]]], work: StepWork) -> None:
-    """Put into each record what its pairs a second make of the speed of a matrix product."""
+    """Add the utilisations `mfu_executed` and `mfu_full_context` to each record."""
     sides = make_sides(work, 1, best=False)
     per_pair = {name: flops(partial(side.steps, 0, 1)) / work.batch_size for name, side in sides.items()}
     peak = matmul_flops_per_second(work.precision, work.device)
@@ -118,7 +118,7 @@ def add_mfu(records: dict[str, list[dict[str, float]]], work: StepWork) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, choices=sorted(TASKS))
     parser.add_argument("--data-root", required=True, type=Path, help="folder with train/*.tar and val/*.tar")

@@ -1,4 +1,4 @@
-"""Whole training commands of both sides, what they say of themselves, and the scores of what they trained."""
+"""Training commands of both sides, figures from their logs, and scores of the trained models."""
 
 import json
 import re
@@ -31,7 +31,7 @@ LOG_LINE = re.compile(
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides are asked to do."""
+    """Work that both sides do."""
 
     data: str
     model: str | None
@@ -49,11 +49,11 @@ class Work:
 
     @property
     def open_clip_model(self) -> str:
-        """The model as open_clip names it."""
+        """Name of the model in open_clip."""
         return self.model or EMOJI_CLIP_OF_OPEN_CLIP
 
     def of(self, side: str) -> dict[str, object]:
-        """What of it one side does."""
+        """Return the part of the work that one side does."""
         others = {"open_clip": ("overrides", "recipe"), "mmpretrain": ("open_clip_args", "recipe")}
         left_out = others.get(side, ("open_clip_args",))
         return {
@@ -69,7 +69,7 @@ class Work:
 
 
 def timed(command: list[str], log: Path) -> float:
-    """Wall seconds of `command`, whose output goes to the file `log`; ends the benchmark when it fails."""
+    """Run a command with its output in the file `log`, and return its wall seconds. Raises: SystemExit if it fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with log.open("wb") as file:
@@ -80,9 +80,9 @@ def timed(command: list[str], log: Path) -> float:
 
 
 def open_clip_versions(python: str) -> dict[str, str]:
-    """Versions of what matters in open_clip's environment.
+    """Return versions of libraries in open_clip's environment.
 
-    Raises: SystemExit if its trainer is not there, or its torch is another than ours.
+    Raises: SystemExit if its trainer is missing, or its torch has another version.
     """
     code = "import json, open_clip, open_clip_train.main, torch, webdataset as wds;"
     code += (
@@ -104,7 +104,7 @@ def open_clip_versions(python: str) -> dict[str, str]:
 
 
 def count_pairs(shards: list[Path]) -> int:
-    """Number of captions (`.txt` members) in the tars."""
+    """Return the number of captions (`.txt` members) in the tars."""
     total = 0
     for path in shards:
         with tarfile.open(path) as tar:
@@ -113,11 +113,11 @@ def count_pairs(shards: list[Path]) -> int:
 
 
 def read_open_clip_log(log: str, epochs: int) -> dict[str, float]:
-    """Pairs seen; pairs per second, and the share of time spent waiting, from the first logged step to the last.
+    """Return the pairs seen, pairs per second, and fraction of time spent waiting, from the first to the last logged step.
 
-    Its stamps are whole seconds; its pairs begin anew in each epoch; its times are means over the steps since the line
-    before, of which the first of an epoch tells one and the others several.
-    Raises: SystemExit for a log of less than ten seconds, which would tell no speed.
+    Its time stamps are whole seconds, its count of pairs restarts in each epoch, and its times are means over the steps since
+    the line before: one step for the first line of an epoch, several for others.
+    Raises: SystemExit for a log of less than ten seconds, which is too short to measure speed.
     """
     lines = [(stamp, int(pairs), float(wait), float(step)) for stamp, pairs, wait, step in LOG_LINE.findall(log)]
     stamps = [datetime.strptime(stamp, "%Y-%m-%d,%H:%M:%S") for stamp, *_ in lines]
@@ -139,7 +139,7 @@ def read_open_clip_log(log: str, epochs: int) -> dict[str, float]:
 
 
 def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
-    """Train with open_clip's trainer; returns times, pairs seen and validation metrics."""
+    """Train with open_clip's trainer, and return times, pairs seen and validation metrics."""
     shards = sorted((work.data_root / "train").glob("*.tar"))
     num_pairs = count_pairs(shards)
     command = [
@@ -157,7 +157,7 @@ def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     command += ["--beta1", "0.9", "--beta2", "0.999", "--eps", "1e-8", "--aug-cfg", "scale=(0.8, 1.0)"]
     command += ["--precision", OPEN_CLIP_PRECISION[work.precision], "--workers", str(work.workers)]
     command += ["--logs", str(run_dir), "--name", "open_clip", "--save-frequency", "0"]
-    command += ["--log-every-n-steps", "10"]  # as we do: each logged step waits for the device
+    command += ["--log-every-n-steps", "10"]  # as mmpretrain does, since each logged step waits for the device
     command += work.open_clip_args
     wall_seconds = timed(command, run_dir / "train.out")
     log = (run_dir / "open_clip" / "out.log").read_text(encoding="utf-8")
@@ -169,7 +169,7 @@ def run_open_clip(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
 
 
 def score_open_clip(work: Work, weights: Path, run_dir: Path) -> dict[str, float]:
-    """Validation metrics of a checkpoint of open_clip's trainer, computed in its environment."""
+    """Return the validation metrics of a checkpoint of open_clip's trainer, computed in its environment."""
     if (task := TASKS[work.data]) is None:
         return {}
     output = run_dir / "metrics.json"
@@ -182,7 +182,7 @@ def score_open_clip(work: Work, weights: Path, run_dir: Path) -> dict[str, float
 
 
 def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
-    """Train with mmpretrain; returns times, pairs seen and validation metrics."""
+    """Train with mmpretrain, and return times, pairs seen and validation metrics."""
     run = run_dir / "mmpretrain"
     command = [sys.executable, "-m", "mmpretrain.train", f"run.dir={run}"]
     command += [f"experiment={'grocery' if work.data == 'grocery' else 'emoji'}_clip"]
@@ -200,13 +200,13 @@ def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
         "wall_seconds": wall_seconds,
         "pairs": float(results["samples"]),
         "pairs_per_second": results["pairs_per_second"],
-        "data_wait": statistics.mean(waits[1:] or waits),  # as of open_clip, behind the first logged step
+        "data_wait": statistics.mean(waits[1:] or waits),  # after the first logged step, as for open_clip
         **score_mmpretrain(work, run),
     }
 
 
 def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
-    """Validation metrics of a run of mmpretrain: the same pixels, texts and metrics, its own encoders."""
+    """Return the validation metrics of a run of mmpretrain on the same pixels and texts."""
     if (task := TASKS[work.data]) is None:
         return {}
     loaded = load_checkpoint(run)
@@ -227,7 +227,7 @@ def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
 
 
 def run_recipe(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
-    """`run_mmpretrain` with the overrides of the recipe."""
+    """Run `run_mmpretrain` with the overrides of the recipe."""
     return run_mmpretrain(replace(work, overrides=(*work.overrides, *work.recipe)), seed, run_dir)
 
 

@@ -65,7 +65,7 @@ def test_a_seed_counts_once(runs: Path, caplog: pytest.LogCaptureFixture) -> Non
     write_run(runs / "again", 2, settings, {METRIC: 0.9})
     row = next(row for row in table(find_runs([runs]), None)[2] if "sigmoid" in row.name)
     assert row.num_seeds == 3
-    assert "are runs of one seed" in caplog.text
+    assert "have the same seed" in caplog.text
 
 
 def test_less_of_a_loss_is_better(runs: Path) -> None:
