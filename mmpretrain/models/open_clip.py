@@ -24,7 +24,7 @@ from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import PatchMask
-from mmpretrain.models.patch_projection import project_side_by_side
+from mmpretrain.models.patch_projection import side_by_side
 from mmpretrain.models.rows import Rows
 from mmpretrain.models.vit import TimmEncoder
 
@@ -179,7 +179,7 @@ class OpenClipVision(nn.Module):
         self.width: int = visual.ln_post.normalized_shape[0]
         self.pools_token = visual.attn_pool is None and visual.pool_type == "tok"
         self._has_own_blocks = _take_blocks(visual.transformer)
-        project_side_by_side(visual.conv1)
+        visual.conv1 = side_by_side(visual.conv1)
 
     @property
     def num_patches(self) -> int:

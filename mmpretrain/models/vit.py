@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmpretrain.models.attention import attention, choose_kernel
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.masking import PatchMask
-from mmpretrain.models.patch_projection import project_side_by_side
+from mmpretrain.models.patch_projection import side_by_side
 
 
 class TimmEncoder(nn.Module):
@@ -82,9 +82,9 @@ class TimmEncoder(nn.Module):
             self.trunk.patch_embed.strict_img_size = False
             self.trunk.patch_embed.flatten = False
             self.trunk.patch_embed.output_fmt = Format.NHWC
-            project_side_by_side(self.trunk.patch_embed.proj)
+            self.trunk.patch_embed.proj = side_by_side(self.trunk.patch_embed.proj)
             if self._can_pick():
-                self.trunk.blocks[-1].__class__ = PickingBlock  # adds a forward pass for the class token alone
+                self.trunk.blocks[-1] = PickingBlock.around(self.trunk.blocks[-1])
             if not self.num_patches:
                 raise ValueError(
                     f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
@@ -231,6 +231,15 @@ class TimmEncoder(nn.Module):
 
 class PickingBlock(Block):
     """Block of timm with an additional forward pass for the first token alone."""
+
+    @classmethod
+    def around(cls, block: Block) -> "PickingBlock":
+        """Return a block with the modules of `block`, whose parameters keep their names."""
+        picking = cls.__new__(cls)
+        nn.Module.__init__(picking)  # Block's own would draw new weights
+        for name, module in block.named_children():
+            picking.add_module(name, module)
+        return picking
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, first_alone: bool = False) -> Tensor:
         """Compute the states of all tokens, [b, N, d] -> [b, N, d], or with `first_alone` of the first one, [b, 1, d].
