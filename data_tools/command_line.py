@@ -8,7 +8,7 @@ import typer
 try:
     from typer._click.exceptions import ClickException  # typer 0.26 and later have a copy of click
 except ImportError:
-    from click import ClickException  # type: ignore[no-redef]
+    from click import ClickException  # type: ignore[assignment]
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:

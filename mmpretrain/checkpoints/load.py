@@ -18,7 +18,8 @@ from mmpretrain.config import instantiate, resolve
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.models.image_text import ImageTextModel, TextEncoder
+from mmpretrain.models.encoders import TextEncoder
+from mmpretrain.models.image_text import ImageTextModel
 
 # Numbers of elements below which a model or its buffers are never refused as too large.
 _SMALL_MODEL = 1 << 16

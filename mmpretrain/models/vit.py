@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mmpretrain.models.attention import attention, choose_kernel
+from mmpretrain.models.encoders import has_batch_norm
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.masking import PatchMask
 from mmpretrain.models.patch_projection import side_by_side
@@ -72,7 +73,7 @@ class TimmEncoder(nn.Module):
         self.width: int = self.trunk.head_hidden_size
         # Hybrids are excluded: their convolutions would leak the content of hidden patches into neighbouring ones.
         self.is_vit = isinstance(self.trunk, VisionTransformer) and isinstance(self.trunk.patch_embed, PatchEmbed)
-        self.has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+        self.has_batch_norm = has_batch_norm(self)
         if self.is_vit:
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
             self.grid_size: tuple[int, int] = self.trunk.patch_embed.grid_size
