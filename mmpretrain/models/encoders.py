@@ -118,7 +118,9 @@ def complete_text_encoder(encoder: Any) -> None:
         "causal": "whether a token's state depends only on tokens up to it",
         "token_embeddings": "its token embedding matrix, [vocabulary, d]",
     }
-    _complete(encoder, "model.text", required, {"projects": False, "pad_id": None, "adopts_padding": False, "end_id": None})
+    _complete(
+        encoder, "model.text", required, {"projects": False, "pad_id": None, "adopts_padding": False, "end_id": None}
+    )
 
 
 def has_batch_norm(module: nn.Module) -> bool:

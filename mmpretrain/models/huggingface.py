@@ -32,7 +32,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     file = Path(folder, CONFIG_FILE)
     if not file.is_file():
-        raise ValueError(f"path is {str(folder)!r}; expected a local folder with a {CONFIG_FILE}, as save_pretrained writes it")
+        raise ValueError(
+            f"path is {str(folder)!r}; expected a local folder with a {CONFIG_FILE}, as save_pretrained writes it"
+        )
     fields = files.read_json(file, _MAX_CONFIG_BYTES)
     if not isinstance(fields.get("model_type"), str):
         raise ValueError(f"{file} has no model_type; expected the file as save_pretrained writes it")
@@ -72,7 +74,9 @@ def huggingface_model(path: str, pretrained: bool = False, args: Mapping[str, An
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"transformers cannot build the {kind} in {path!r} ({reason})") from error
     # A pooler that the weights lack is random. `HuggingFaceText` leaves it out.
-    lacking = [name for name in [*info["missing_keys"], *info["mismatched_keys"]] if not str(name).startswith("pooler.")]
+    lacking = [
+        name for name in [*info["missing_keys"], *info["mismatched_keys"]] if not str(name).startswith("pooler.")
+    ]
     if lacking:
         raise ValueError(
             f"the weights in {path!r} do not fit its {kind}: {len(lacking)} are missing or have another shape, such as "
@@ -118,9 +122,11 @@ class HuggingFaceText(nn.Module):
         path, pretrained, args: see `huggingface_model`.
         context_length: length of the longest text in tokens, start and end included.
         pool: `mean` averages the states of all tokens, `cls` takes that of the first token, `last` that of the end token.
+        causal: what the model has to be, as objectives ask for it; None: either.
+        vocab_size: not used, since the folder's model has one. `objective=mlm` sets it for CLIP's tokenizer.
 
-    Raises: ValueError if the model cannot be built, is no text encoder, has fewer positions than `context_length`, or is
-        causal and pools its first token.
+    Raises: ValueError if the model cannot be built, is no text encoder, has fewer positions than `context_length`, is not
+        what `causal` says, or is causal and pools its first token.
     """
 
     def __init__(
@@ -129,23 +135,35 @@ class HuggingFaceText(nn.Module):
         pretrained: bool = False,
         context_length: int = 77,
         pool: Literal["mean", "cls", "last"] = "mean",
+        causal: bool | None = None,
+        vocab_size: int | None = None,
         args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.transformer: Any = huggingface_model(path, pretrained, args)
+        self.transformer: Any = cast(Any, huggingface_model(path, pretrained, args))
         config = self.transformer.config
         if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "vocab_size"):
-            raise ValueError(f"the {config.model_type} in {path!r} is no text encoder; expected one such as BERT or GPT-2")
+            raise ValueError(
+                f"the {config.model_type} in {path!r} is no text encoder; expected one such as BERT or GPT-2"
+            )
         if getattr(self.transformer, "pooler", None) is not None:
             self.transformer.pooler = None  # its states would not be read
         self.vocab_size: int = len(self.token_embeddings)
         self.width: int = config.hidden_size
         self.context_length = context_length
         self.pool = pool
-        check_number("model.text.context_length", context_length, at_least=1, at_most=self._num_positions())
-        self.causal = self._is_causal()
+        check_number("model.text.context_length", context_length, at_least=2, at_most=self._num_positions())
+        is_causal = self._is_causal()
+        self.causal = bool(causal) if is_causal is None else is_causal
+        if causal is not None and self.causal != causal:
+            raise ValueError(
+                f"model.text.causal is {str(causal).lower()}, but the {config.model_type} in {path!r} is "
+                f"{'causal' if self.causal else 'bidirectional'}; expected another model, or objectives that do not need it"
+            )
         if self.causal and pool == "cls":
-            raise ValueError(f"model.text.pool is cls, but the {config.model_type} in {path!r} is causal; expected last or mean")
+            raise ValueError(
+                f"model.text.pool is cls, but the {config.model_type} in {path!r} is causal; expected last or mean"
+            )
 
     @property
     def token_embeddings(self) -> Tensor:
@@ -160,16 +178,16 @@ class HuggingFaceText(nn.Module):
         return getattr(self.transformer.config, "max_position_embeddings", None)
 
     @torch.no_grad()
-    def _is_causal(self) -> bool:
-        """Return True if another last token leaves the states before it unchanged. On the meta device: False."""
+    def _is_causal(self) -> bool | None:
+        """Return True if another last token leaves the states before it unchanged; None on the meta device."""
         ids = torch.zeros(2, min(3, self.context_length), dtype=torch.int64, device=self.token_embeddings.device)
         ids[1, -1] = self.vocab_size - 1
         if ids.is_meta:
-            return False
+            return None
         self.transformer.eval()
         one, other = self.transformer(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, :-1]
         self.transformer.train()
-        return bool((one - other).abs().amax() <= _SAME_STATES * one.abs().amax()) if one.numel() else True
+        return bool((one - other).abs().amax() <= _SAME_STATES * one.abs().amax())
 
     def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
         """Encode token ids int64 [b, L] of texts with `lengths` int64 [b]. `packing` is ignored."""

@@ -64,7 +64,9 @@ class ModuleEncoder(nn.Module):
         for name in remove:
             if name not in dict(module.named_modules()) or not name:
                 children = ", ".join(child for child, _ in module.named_children())
-                raise ValueError(f"model.image.remove has {name!r}; expected submodules of the module, such as {children}")
+                raise ValueError(
+                    f"model.image.remove has {name!r}; expected submodules of the module, such as {children}"
+                )
             module.set_submodule(name, nn.Identity())
         self.module = module
         self.image_size = image_size
@@ -99,16 +101,17 @@ class ModuleEncoder(nn.Module):
             raise ValueError(f"{type(self.module).__name__} cannot drop patches; expected a plain ViT of timm (vit_*)")
         return self._encoding(self.module(images))
 
-    def _encoding(self, states: Any) -> Encoding:
-        pooled = None
+    def _encoding(self, output: Any) -> Encoding:
+        pooled, states = None, output
         if self.output is not None:
-            states = _part(states, self.output)
-        elif not isinstance(states, Tensor):
-            pooled = _part(states, "pooler_output") if self.pool is None else None
-            states = _part(states, "last_hidden_state")
+            states = _part(output, self.output)
+        elif not isinstance(output, Tensor):
+            pooled = _part(output, "pooler_output") if self.pool is None else None
+            states = _part(output, "last_hidden_state")
         if not isinstance(states, Tensor) or not 2 <= states.ndim <= 4:
-            found = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
-            raise ValueError(f"model.image.module returned {found}; expected {_EXPECTED}")
+            found = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(output).__name__}"
+            named = "" if self.output is None else f" for model.image.output={self.output}"
+            raise ValueError(f"model.image.module returned {found}{named}; expected {_EXPECTED}")
         if self.pool == "first" and states.ndim == 4:
             raise ValueError(f"model.image.pool is first for a feature map {list(states.shape)}; expected mean")
         tokens = states[:, None] if states.ndim == 2 else states
