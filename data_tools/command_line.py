@@ -5,7 +5,10 @@ import sys
 
 import typer
 
-_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]  # ClickException: click's, or newer typers' own
+try:
+    from typer._click.exceptions import ClickException  # typer 0.26 and later have a copy of click
+except ImportError:
+    from click import ClickException  # type: ignore[assignment]
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
@@ -15,8 +18,8 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         return app(arguments, standalone_mode=False) or 0
-    except _USAGE_ERROR as error:
-        message = error.format_message()  # type: ignore[attr-defined]
+    except ClickException as error:
+        message = error.format_message()
         print(f"error: {_given(arguments, error)}{message} (--help shows the options)", file=sys.stderr)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())

@@ -18,7 +18,8 @@ from mmpretrain.config import instantiate, resolve
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.models.image_text import ImageTextModel, TextEncoder
+from mmpretrain.models.encoders import TextEncoder
+from mmpretrain.models.image_text import ImageTextModel
 
 # Numbers of elements below which a model or its buffers are never refused as too large.
 _SMALL_MODEL = 1 << 16
@@ -177,7 +178,7 @@ def load_checkpoint(
         run_or_checkpoint: a run's directory, or one of its checkpoints.
         device: device of the model.
         trust: names beyond mmpretrain's own that the checkpoint's configuration may use: modules, which are then imported,
-            and folders and hub names, spelled as in the configuration.
+            folders and hub names, spelled as in the configuration, and types of models of Hugging Face.
         ema: load the moving average of the weights.
 
     Raises: ValueError if there is no valid checkpoint, it has no averaged weights, its configuration names other parts, or
@@ -194,13 +195,14 @@ def load_checkpoint(
         raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
     tensors = store.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    node, tokenizer_node = untrusted.without_weights(saved["model"]), saved["data"].get("tokenizer")
+    node = untrusted.with_own_configs(untrusted.without_weights(saved["model"]), folder)
+    tokenizer_node = saved["data"].get("tokenizer")
     model_parts = instantiate.resolve(node, "model", untrusted.lookup(untrusted.MODELS, trust))
     tokenizer_node = untrusted.with_own_files(tokenizer_node, folder)
     tokenizer_parts = instantiate.resolve(
         tokenizer_node, "data.tokenizer", untrusted.lookup(untrusted.TOKENIZERS, trust)
     )
-    untrusted.check_model(node, max(_numel(weights), _SMALL_MODEL), trust)
+    untrusted.check_model(node, max(_numel(weights), _SMALL_MODEL), trust, folder)
     untrusted.check_tokenizer(tokenizer_node, folder, trust)
     with untrusted.offline():
         model = _built_model(model_parts, weights, source)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mmpretrain.checkpoints import store
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.models.open_clip import OpenClipHFText, OpenClipText, model_config
+from mmpretrain.models.image_text import ImageTextModel, NoImages
+from mmpretrain.models.open_clip import OpenClipHFText, OpenClipResNet, OpenClipText, OpenClipVision, model_config
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
 
@@ -36,6 +36,11 @@ def open_clip_names(model: ImageTextModel) -> dict[str, str]:
 
     Raises: ValueError if open_clip has no such architecture.
     """
+    image_kinds = TimmEncoder | OpenClipVision | OpenClipResNet | NoImages
+    text_kinds = TextTransformer | OpenClipText | OpenClipHFText
+    for key, encoder, kinds in (("image", model.image, image_kinds), ("text", model.text, text_kinds)):
+        if encoder is not None and not isinstance(encoder, kinds):
+            raise ValueError(f"model.{key} has no open_clip shape: {type(encoder).__name__} is none of its towers")
     if isinstance(model.image, TimmEncoder) and not model.image.projects and (lack := _image_lack(model.image)):
         raise ValueError(f"model.image has no open_clip shape: {lack}")
     if isinstance(model.text, TextTransformer) and (lack := _text_lack(model.text)):
@@ -152,7 +157,11 @@ def open_clip_config(model: ImageTextModel, node: Mapping[str, Any]) -> dict[str
 def _config_of_shapes(model: ImageTextModel) -> dict[str, Any]:
     """Return open_clip's model_cfg for a ViT of timm and a `TextTransformer`."""
     image, text = model.image, model.text
-    assert isinstance(image, TimmEncoder) and isinstance(text, TextTransformer)
+    if not (isinstance(image, TimmEncoder) and isinstance(text, TextTransformer)):
+        kinds = f"{type(image).__name__} and {type(text).__name__}"
+        raise ValueError(
+            f"the model has the towers {kinds}; expected an image and a text encoder, as open_clip's models have"
+        )
     blocks = image.trunk.blocks
     return {
         "embed_dim": model.embed_dim,

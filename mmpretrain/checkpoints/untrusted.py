@@ -1,5 +1,6 @@
 """Restrictions on a configuration that came with a checkpoint: classes, files and sizes (see SECURITY.md)."""
 
+import copy
 import importlib
 import inspect
 import os
@@ -16,12 +17,22 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mmpretrain.config import instantiate
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.huggingface import CONFIG_FILE, read_config
 
 MODELS, TOKENIZERS = "mmpretrain.models", "mmpretrain.data.tokenizer"
 TOKENIZER_FOLDER = "tokenizer"
 """Folder in a run's directory with a copy of the local tokenizer that it was trained with."""
-_TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+HUGGINGFACE_FOLDER = "huggingface"
+"""Folder in a run's directory with a copy of the config.json of each model of Hugging Face, by its place in the model."""
+_HUGGINGFACE = "mmpretrain.models.huggingface"
+# Types of models that build nothing but layers from their configuration. Others may name backbones of timm or of the hub.
+_HUGGINGFACE_TYPES = (
+    "albert", "bert", "camembert", "convnext", "convnextv2", "deberta", "deberta-v2", "deit", "dinov2", "distilbert",
+    "electra", "gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "modernbert", "mpnet", "olmo2", "opt", "qwen2", "qwen3",
+    "resnet", "roberta", "swin", "swinv2", "vit", "xlm-roberta",
+)  # fmt: skip
+_SMALL_INTEGER = 1 << 20  # such as the positions of a model whose weights do not depend on them
+_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 _MAX_TOKENIZER_BYTES = 256 << 20
 _ELSEWHERE = re.compile(r"[/\\:~]")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -30,17 +41,15 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
     """Return a lookup of the `_target_`s that a checkpoint's configuration may name: parts of `home` and trusted modules.
 
-    A part is a class defined in the module, or a function defined there whose return annotation is `ImageTextModel` or
-    `Tokenizer`. Names that the module only imports (such as `os.system`) and other functions are refused.
+    A part is a class, or a function whose return annotation is `Tokenizer` or a subclass of `torch.nn.Module`, defined in
+    the module or in a trusted one. Names that the module only imports (such as `os.system`) and other functions are refused.
     """
 
     def find(target: Any, path: str) -> Any:
         module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
         part = None
-        if all(word.isidentifier() for word in [*module.split("."), name]) and any(
-            module == known or module.startswith(f"{known}.") for known in (home, *trust)
-        ):
-            part = _part(module, name)
+        if all(word.isidentifier() for word in [*module.split("."), name]) and _is_below(module, (home, *trust)):
+            part = _part(module, name, trust)
         if part is None:
             raise ValueError(
                 f"config.yaml: {path}._target_ is {target!r}, which came with the checkpoint and is no part of "
@@ -51,24 +60,34 @@ def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
     return find
 
 
-def _part(module: str, name: str) -> Any:
+def _is_below(module: Any, known: Sequence[str]) -> bool:
+    """Return True if a module's name is one of the known ones, or below one of them."""
+    return isinstance(module, str) and any(module == each or module.startswith(f"{each}.") for each in known)
+
+
+def _part(module: str, name: str, trust: Sequence[str]) -> Any:
     try:
         part = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
-    if getattr(part, "__module__", None) != module:
+    defined_in = getattr(part, "__module__", None)
+    if defined_in != module and not _is_below(defined_in, trust):
         return None
-    made = typing.get_type_hints(part).get("return") if inspect.isfunction(part) else part
-    return part if made in (ImageTextModel, Tokenizer) or (made is part and isinstance(part, type)) else None
+    if isinstance(part, type):
+        return part
+    made = typing.get_type_hints(part).get("return") if inspect.isfunction(part) else None
+    return part if made is Tokenizer or (isinstance(made, type) and issubclass(made, nn.Module)) else None
 
 
 def without_weights(node: Any) -> Any:
-    """Remove the arguments that make timm read or download weights, which the checkpoint already has."""
+    """Remove the arguments that make a library read or download weights, which the checkpoint already has."""
     if isinstance(node, list):
         return [without_weights(item) for item in node]
     if not isinstance(node, dict):
         return node
-    return {key: without_weights(value) for key, value in node.items() if key not in _TIMM_WEIGHTS}
+    is_of_torchvision = str(node.get("_target_")).startswith("torchvision.")
+    dropped = (*_WEIGHTS, "weights", "weights_backbone") if is_of_torchvision else _WEIGHTS
+    return {key: without_weights(value) for key, value in node.items() if key not in dropped}
 
 
 def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -93,17 +112,73 @@ def check_text(value: Any, path: str) -> None:
         )
 
 
-def check_model(node: Any, largest: int, trust: Sequence[str]) -> None:
-    """Raises: ValueError if a value of a model's node refers to other files or is larger than the number of its weights."""
+def huggingface_nodes(node: Any, name: str = "") -> dict[str, dict[str, Any]]:
+    """Return the nodes of a model's configuration that name a local model of Hugging Face, by their place in the model."""
+    if not isinstance(node, dict):
+        return {}
+    found = {}
+    if str(node.get("_target_")).startswith(f"{_HUGGINGFACE}.") and re.fullmatch(r"\w+(\.\w+)*", name):
+        found[name] = node
+    for key, value in node.items():
+        found |= huggingface_nodes(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def with_own_configs(node: Any, folder: Path) -> Any:
+    """Point the models of Hugging Face in a model's node to the copies of their config.json in the run's directory.
+
+    Models without a copy are left as they are, and `check_model` refuses their paths.
+    """
+    node = copy.deepcopy(node)
+    for name, part in huggingface_nodes(node).items():
+        if (kept := folder / HUGGINGFACE_FOLDER / name).is_dir():
+            part["path"] = str(kept)
+    return node
+
+
+def check_model(node: Any, largest: int, trust: Sequence[str], folder: Path) -> None:
+    """Check the values of a model's node.
+
+    Args:
+        node: the model's node, with `with_own_configs`.
+        largest: number of elements of the model's weights, which no number may exceed.
+        trust: names of files, hubs and types of models that are allowed.
+        folder: the run's directory.
+
+    Raises: ValueError for a value that refers to files outside the run's directory or is too large, and for a config.json
+        of Hugging Face with such a value or of a type that is not known to build nothing but layers.
+    """
+    kept = {f"config.yaml: model.{name}.path": folder / HUGGINGFACE_FOLDER / name for name in huggingface_nodes(node)}
     for path, value in leaves(node, "config.yaml: model"):
         check_text(value, path)
-        is_hub_name = path.endswith((".hf_model_name", ".hf_tokenizer_name"))
-        if isinstance(value, str) and value not in trust and (is_hub_name or _ELSEWHERE.search(value)):
+        if path in kept and value == str(kept[path]):
+            _check_config(kept[path], largest, trust)
+            continue
+        is_name = path.endswith((".path", ".hf_model_name", ".hf_tokenizer_name"))
+        if isinstance(value, str) and value not in trust and (is_name or _ELSEWHERE.search(value)):
             raise ValueError(
                 f"{path} is {value!r}, which leads to files elsewhere; if you know them, name it: trust=[{value!r}]"
             )
         if isinstance(value, int) and value > largest:
             raise ValueError(f"{path} is {value}; expected at most {largest}, given the size of its weights")
+
+
+def _check_config(folder: Path, largest: int, trust: Sequence[str]) -> None:
+    """Check a run's copy of a config.json of Hugging Face. Raises: see `check_model`."""
+    fields = read_config(folder)
+    file = folder / CONFIG_FILE
+    if fields["model_type"] not in (*_HUGGINGFACE_TYPES, *trust):
+        raise ValueError(
+            f"{file}: model_type is {fields['model_type']!r}, which may build more than layers; if you know it: "
+            f"trust=[{fields['model_type']}]"
+        )
+    largest = max(largest, _SMALL_INTEGER)
+    for path, value in [leaf for key, part in fields.items() for leaf in leaves(part, f"{file}: {key}")]:
+        check_text(value, path)
+        if isinstance(value, str) and _ELSEWHERE.search(value):
+            raise ValueError(f"{path} is {value!r}, which leads elsewhere; expected the file as the run wrote it")
+        if isinstance(value, int) and value > largest:
+            raise ValueError(f"{path} is {value}; expected at most {largest}, given the size of the model's weights")
 
 
 def with_own_files(node: Any, folder: Path) -> dict[str, Any]:

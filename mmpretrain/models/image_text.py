@@ -1,7 +1,7 @@
 """The pre-trained model: an image encoder, a text encoder, and a shared embedding space."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmpretrain.batch import Packing
 from mmpretrain.errors import check_number
+from mmpretrain.models.encoders import ImageEncoder, TextEncoder, complete_image_encoder, complete_text_encoder
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.masking import PatchMask
 
@@ -16,62 +17,12 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ImageEncoder(Protocol):
-    """Interface of image encoders.
-
-    Only plain ViTs need to define `num_prefix_tokens`, `num_patches`, `grid_size` and `patch_size`.
-    """
-
-    image_size: int
-    width: int
-    is_vit: bool
-    has_batch_norm: bool
-    projects: bool
-    num_prefix_tokens: int
-    num_patches: int
-    grid_size: tuple[int, int]
-    patch_size: tuple[int, int]
-
-    def __call__(self, images: Tensor, mask: PatchMask | None = None) -> Encoding: ...
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """Project pooled states [b, width] to the shared space [b, e]; only called if `projects` is True."""
-        ...
-
-
-class TextEncoder(Protocol):
-    """Interface of text encoders."""
-
-    vocab_size: int
-    context_length: int
-    width: int
-    causal: bool
-    projects: bool
-    pad_id: int | None
-    """Padding token id, if padding affects the output; None otherwise."""
-    token_embeddings: Tensor
-    """Token embedding matrix, [vocabulary, d]."""
-    adopts_padding: bool
-    """True if `pad_id` can be set to the tokenizer's, because the encoder does not depend on a particular id."""
-    end_id: int | None
-    """Id of the token whose state is pooled; None if pooling does not depend on a token id."""
-
-    def __call__(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding: ...
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """Project pooled states [b, width] to the shared space [b, e]; only called if `projects` is True."""
-        ...
-
-
 class NoImages(nn.Module):
     """Placeholder for the image encoder of a text-only model."""
 
     image_size = 1  # placeholder: no image is encoded
     width = 0
-    is_vit = has_batch_norm = False
     projects = True
-    num_prefix_tokens = num_patches = 0
-    grid_size = patch_size = (0, 0)
 
     def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
         """Raise ValueError: there is no image encoder."""
@@ -94,7 +45,10 @@ class ImageTextModel(nn.Module):
             of the image encoder's input channels: 3 (colour), 1 (grey) or 4 (colour and alpha).
         squash: if True, evaluation resizes the whole image to a square; if False, it crops the largest centred square.
 
-    Raises: ValueError if `image_mean` and `image_std` differ in length, or in number from the encoder's input channels.
+    Attributes that an encoder leaves out get their defaults (see `models.encoders`).
+
+    Raises: ValueError if `image_mean` and `image_std` differ in length, or in number from the encoder's input channels, or
+        an encoder lacks an attribute.
     """
 
     def __init__(
@@ -109,6 +63,9 @@ class ImageTextModel(nn.Module):
         super().__init__()
         check_number("model.embed_dim", embed_dim, at_least=1)
         image = NoImages() if image is None else image
+        complete_image_encoder(image)
+        if text is not None:
+            complete_text_encoder(text)
         self.image: ImageEncoder = image
         self.text: TextEncoder | None = text
         self.embed_dim = embed_dim

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from mmpretrain.batch import Packing
 from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.huggingface import run_on_texts
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import PatchMask
-from mmpretrain.models.patch_projection import project_side_by_side
+from mmpretrain.models.patch_projection import side_by_side
 from mmpretrain.models.rows import Rows
 from mmpretrain.models.vit import TimmEncoder
 
@@ -179,7 +180,7 @@ class OpenClipVision(nn.Module):
         self.width: int = visual.ln_post.normalized_shape[0]
         self.pools_token = visual.attn_pool is None and visual.pool_type == "tok"
         self._has_own_blocks = _take_blocks(visual.transformer)
-        project_side_by_side(visual.conv1)
+        visual.conv1 = side_by_side(visual.conv1)
 
     @property
     def num_patches(self) -> int:
@@ -237,8 +238,6 @@ class OpenClipVision(nn.Module):
 class OpenClipResNet(nn.Module):
     """Wrapper of OpenAI's `ModifiedResNet`. Its attention pooling includes the projection: `pooled` is the embedding."""
 
-    is_vit = False
-    has_batch_norm = True
     projects = True
 
     def __init__(self, visual: ModifiedResNet) -> None:
@@ -341,8 +340,6 @@ class OpenClipHFText(nn.Module):
     projects = True
     prefix = "text."
     causal = False
-    pad_id = end_id = None
-    adopts_padding = False
 
     def __init__(self, text: HFTextEncoder) -> None:
         super().__init__()
@@ -361,9 +358,8 @@ class OpenClipHFText(nn.Module):
 
         Padding, the positions from `lengths` on, is never attended to. `packing` is ignored.
         """
-        is_token = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-        out = self.text.transformer(input_ids=ids, attention_mask=is_token)
-        return Encoding(lambda: out.last_hidden_state, lambda _: self.text.pooler(out, is_token))
+        out, is_token = run_on_texts(self.text.transformer, ids, lengths)
+        return Encoding(lambda: out.last_hidden_state, lambda _: self.text.pooler(out, is_token.long()))
 
     def project(self, pooled: Tensor) -> Tensor:
         """Project pooled states [b, width] to the shared space [b, e]."""

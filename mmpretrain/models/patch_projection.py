@@ -29,13 +29,24 @@ class PatchProjection(nn.Conv2d):
         return patches.unflatten(1, (images.shape[2] // height, images.shape[3] // width)).permute(0, 3, 1, 2)
 
 
-def project_side_by_side(convolution: nn.Module) -> None:
-    """Convert a convolution with non-overlapping windows to a `PatchProjection`, in place; leave any other unchanged."""
+def side_by_side(convolution: nn.Module) -> nn.Module:
+    """Return a `PatchProjection` with the parameters of a convolution whose windows do not overlap; any other unchanged."""
     if (
-        type(convolution) is nn.Conv2d
-        and convolution.kernel_size == convolution.stride
-        and convolution.padding == (0, 0)
-        and convolution.dilation == (1, 1)
-        and convolution.groups == 1
+        type(convolution) is not nn.Conv2d
+        or convolution.kernel_size != convolution.stride
+        or convolution.padding != (0, 0)
+        or convolution.dilation != (1, 1)
+        or convolution.groups != 1
     ):
-        convolution.__class__ = PatchProjection
+        return convolution
+    # On the meta device the new parameters take no memory and draw nothing from the generator of the initial weights.
+    projection = PatchProjection(
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,  # type: ignore[arg-type]
+        stride=convolution.stride,  # type: ignore[arg-type]
+        bias=convolution.bias is not None,
+        device="meta",
+    )
+    projection.weight, projection.bias = convolution.weight, convolution.bias
+    return projection

@@ -34,10 +34,6 @@ class TextTransformer(nn.Module):
     Raises: ValueError if `width` is not a multiple of `num_heads`, or a number is out of range.
     """
 
-    projects = False
-    pad_id = end_id = None
-    adopts_padding = False
-
     def __init__(
         self,
         vocab_size: int = 49408,

@@ -12,9 +12,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mmpretrain.models.attention import attention, choose_kernel
+from mmpretrain.models.encoders import has_batch_norm
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.masking import PatchMask
-from mmpretrain.models.patch_projection import project_side_by_side
+from mmpretrain.models.patch_projection import side_by_side
 
 
 class TimmEncoder(nn.Module):
@@ -72,7 +73,7 @@ class TimmEncoder(nn.Module):
         self.width: int = self.trunk.head_hidden_size
         # Hybrids are excluded: their convolutions would leak the content of hidden patches into neighbouring ones.
         self.is_vit = isinstance(self.trunk, VisionTransformer) and isinstance(self.trunk.patch_embed, PatchEmbed)
-        self.has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+        self.has_batch_norm = has_batch_norm(self)
         if self.is_vit:
             self.num_prefix_tokens: int = self.trunk.num_prefix_tokens
             self.grid_size: tuple[int, int] = self.trunk.patch_embed.grid_size
@@ -82,9 +83,9 @@ class TimmEncoder(nn.Module):
             self.trunk.patch_embed.strict_img_size = False
             self.trunk.patch_embed.flatten = False
             self.trunk.patch_embed.output_fmt = Format.NHWC
-            project_side_by_side(self.trunk.patch_embed.proj)
+            self.trunk.patch_embed.proj = side_by_side(self.trunk.patch_embed.proj)
             if self._can_pick():
-                self.trunk.blocks[-1].__class__ = PickingBlock  # adds a forward pass for the class token alone
+                self.trunk.blocks[-1] = PickingBlock.around(self.trunk.blocks[-1])
             if not self.num_patches:
                 raise ValueError(
                     f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
@@ -231,6 +232,15 @@ class TimmEncoder(nn.Module):
 
 class PickingBlock(Block):
     """Block of timm with an additional forward pass for the first token alone."""
+
+    @classmethod
+    def around(cls, block: Block) -> "PickingBlock":
+        """Return a block with the modules of `block`, whose parameters keep their names."""
+        picking = cls.__new__(cls)
+        nn.Module.__init__(picking)  # Block's own would draw new weights
+        for name, module in block.named_children():
+            picking.add_module(name, module)
+        return picking
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, first_alone: bool = False) -> Tensor:
         """Compute the states of all tokens, [b, N, d] -> [b, N, d], or with `first_alone` of the first one, [b, 1, d].

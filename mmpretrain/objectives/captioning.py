@@ -11,7 +11,7 @@ from mmpretrain.models.fusion import FusionDecoder
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.rows import Rows
 from mmpretrain.objectives.base import Decode, Encodings, Example, Terms
-from mmpretrain.objectives.token_targets import next_tokens, true_positions
+from mmpretrain.objectives.token_targets import check_tied_head, next_tokens, true_positions
 from mmpretrain.seeds import hash64, torch_uniform
 
 
@@ -32,7 +32,8 @@ class Captioning(nn.Module):
         parallel: fraction of the captions that is predicted in parallel; .75 in CapPa.
         stream: data stream of the pairs.
 
-    Raises: ValueError if the text encoder is missing or bidirectional, or an argument is out of range.
+    Raises: ValueError if the text encoder is missing or bidirectional or its embeddings have another width than its states,
+        or an argument is out of range.
     """
 
     perplexity = True
@@ -50,9 +51,10 @@ class Captioning(nn.Module):
         super().__init__()
         if model.text is None or not model.text.causal:
             raise ValueError(
-                f"{config_path} needs a causal text encoder; set model.text.causal=true, and leave out mlm, which "
-                "needs a bidirectional one"
+                f"{config_path} needs a causal text encoder; set model.text.causal=true or choose another model.text, and "
+                "leave out mlm, which needs a bidirectional one"
             )
+        check_tied_head(model.text, config_path)
         if not 0 <= parallel <= 1:
             raise ValueError(f"{config_path}.parallel is {parallel}; expected a fraction of the captions, 0 to 1")
         check_number(f"{config_path}.decoder_depth", decoder_depth, at_least=1)

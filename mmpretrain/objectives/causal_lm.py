@@ -6,7 +6,7 @@ from mmpretrain.batch import Batch
 from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import Encodings, Terms
-from mmpretrain.objectives.token_targets import next_tokens, true_positions
+from mmpretrain.objectives.token_targets import check_tied_head, next_tokens, true_positions
 
 
 class CausalLM(nn.Module):
@@ -20,7 +20,7 @@ class CausalLM(nn.Module):
         model: its text encoder must be causal.
         stream: data stream of the texts.
 
-    Raises: ValueError if the text encoder is missing or bidirectional.
+    Raises: ValueError if the text encoder is missing or bidirectional, or its embeddings have another width than its states.
     """
 
     perplexity = True
@@ -28,7 +28,10 @@ class CausalLM(nn.Module):
     def __init__(self, model: ImageTextModel, stream: str = "pairs", config_path: str = "objective.causal_lm") -> None:
         super().__init__()
         if model.text is None or not model.text.causal:
-            raise ValueError(f"{config_path} needs a causal text encoder; set model.text.causal=true")
+            raise ValueError(
+                f"{config_path} needs a causal text encoder; set model.text.causal=true, or choose another model.text"
+            )
+        check_tied_head(model.text, config_path)
         self.streams = (stream,)
 
     def count(self, batch: Batch) -> Tensor:

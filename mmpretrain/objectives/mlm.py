@@ -11,7 +11,7 @@ from mmpretrain.losses import token_cross_entropy
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import TokenMaskSpec, chosen_tokens
 from mmpretrain.objectives.base import Decode, Encodings, Example, Terms, TokenIds
-from mmpretrain.objectives.token_targets import true_positions
+from mmpretrain.objectives.token_targets import check_tied_head, true_positions
 from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
 
 
@@ -30,8 +30,8 @@ class MLM(nn.Module):
             which is outside the tokenizer's vocabulary if `model.text.vocab_size` is larger.
         stream: data stream of the texts.
 
-    Raises: ValueError if the text encoder is causal or missing, `mask_ratio` is not inside (0, 1), or `replaced` and
-        `randomised` are negative or add up to more than 1.
+    Raises: ValueError if the text encoder is causal or missing or its embeddings have another width than its states,
+        `mask_ratio` is not inside (0, 1), or `replaced` and `randomised` are negative or add up to more than 1.
     """
 
     perplexity = True
@@ -50,9 +50,10 @@ class MLM(nn.Module):
         super().__init__()
         if model.text is None or model.text.causal:
             raise ValueError(
-                f"{config_path} needs a bidirectional text encoder; set model.text.causal=false, and leave out "
-                "causal_lm and captioning, which need a causal one"
+                f"{config_path} needs a bidirectional text encoder; set model.text.causal=false or choose another "
+                "model.text, and leave out causal_lm and captioning, which need a causal one"
             )
+        check_tied_head(model.text, config_path)
         self._mask_ratio = ScheduledValue(mask_ratio, f"{config_path}.mask_ratio", above=0, below=1)
         if min(replaced, randomised) < 0 or replaced + randomised > 1:
             raise ValueError(

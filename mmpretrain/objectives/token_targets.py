@@ -3,6 +3,18 @@
 import torch
 from torch import Tensor
 
+from mmpretrain.models.encoders import TextEncoder
+
+
+def check_tied_head(text: TextEncoder, config_path: str) -> None:
+    """Raises: ValueError if the token embeddings cannot be the output matrix, because they have another width than states."""
+    width = text.token_embeddings.shape[1]
+    if width != text.width:
+        raise ValueError(
+            f"{config_path} predicts tokens with the token embeddings, whose width {width} is not that of the states, "
+            f"{text.width}; expected a model.text with the same, unlike ALBERT's or ELECTRA's"
+        )
+
 
 def next_tokens(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return the next token at each position but the last.

@@ -15,11 +15,12 @@ from typing import TextIO
 
 from mmpretrain import distributed, errors, files
 from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.untrusted import TOKENIZER_FOLDER
+from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER, huggingface_nodes
 from mmpretrain.config import resolve
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
+from mmpretrain.models.huggingface import CONFIG_FILE
 from mmpretrain.reporting import report
 from mmpretrain.reporting.metrics import print_results, read_results
 from mmpretrain.schedules import Clock, Schedule, scheduled_values
@@ -100,20 +101,26 @@ class LogFile(logging.FileHandler):
 
 
 def write_configuration(cfg: TrainConfig, folder: Path) -> None:
-    """Write config.yaml and copy the files of a local tokenizer into the directory.
+    """Write config.yaml, and copy the files of a local tokenizer and each config.json of Hugging Face into the directory.
 
-    Raises: ValueError if the directory already has a copy of another tokenizer.
+    Raises: ValueError if the directory already has a copy of another one.
     """
     files.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
-    if (path := cfg.data.tokenizer.get("path")) is None:
-        return
-    kept = folder / TOKENIZER_FOLDER
-    for name, file in tokenizer_files(Path(path)).items():
+    if (path := cfg.data.tokenizer.get("path")) is not None:
+        _keep(
+            f"data.tokenizer.path={path} is not the tokenizer", tokenizer_files(Path(path)), folder / TOKENIZER_FOLDER
+        )
+    for name, node in huggingface_nodes(cfg.model).items():
+        config = {CONFIG_FILE: Path(node["path"], CONFIG_FILE)}
+        _keep(f"model.{name}.path={node['path']} is not the model", config, folder / HUGGINGFACE_FOLDER / name)
+
+
+def _keep(refusal: str, sources: Mapping[str, Path], kept: Path) -> None:
+    """Copy files into the folder `kept`. Raises: ValueError that begins with `refusal` if it has others of the same names."""
+    for name, file in sources.items():
         if (kept / name).exists() and (kept / name).read_bytes() != file.read_bytes():
-            raise ValueError(
-                f"data.tokenizer.path={path} is not the tokenizer that {folder} was made with, which is {kept}"
-            )
-        kept.mkdir(exist_ok=True)
+            raise ValueError(f"{refusal} that the run was made with, which is {kept}")
+        kept.mkdir(parents=True, exist_ok=True)
         files.write_bytes(kept / name, file.read_bytes())
 
 

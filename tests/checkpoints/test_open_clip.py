@@ -6,10 +6,14 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from torch import nn
 
 import mmpretrain
 from data_tools.__main__ import main as data_tools
-from tests import runs
+from mmpretrain.checkpoints import open_clip as exporter
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.module_encoder import ModuleEncoder
+from tests import runs, tiny
 
 OPEN_CLIP_SHAPE = (
     "model.vision={layers: 1, width: 32, head_width: 16, image_size: 32, patch_size: 8}",
@@ -93,3 +97,13 @@ def test_a_shape_that_open_clip_does_not_have_is_refused(pairs: Path, tmp_path: 
     assert finished.code == 2
     assert "model.text has no open_clip shape: expected causal and pool=last" in finished.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_encoders_that_open_clip_does_not_know_are_refused() -> None:
+    own = ModuleEncoder(nn.Conv2d(3, 6, 8), 32)
+    with pytest.raises(ValueError, match=r"^model\.image has no open_clip shape: ModuleEncoder is none of its towers$"):
+        exporter.open_clip_names(ImageTextModel(own, tiny.text(), embed_dim=12))
+    with pytest.raises(
+        ValueError, match=r"^the model has the towers TimmEncoder and NoneType; expected an image and a text"
+    ):
+        exporter.open_clip_config(ImageTextModel(tiny.vit(), None, embed_dim=12), {})

@@ -1,9 +1,20 @@
 """The pages of docs/extending/: a reader's files, by configuration alone, with the page's own commands."""
 
+import math
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+import torch
+import yaml
+
+import mmpretrain
+from mmpretrain.config.instantiate import instantiate
+from mmpretrain.data.augment import augmented
 from tests import runs
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "extending"
@@ -27,10 +38,13 @@ def run_page(page: str, folder: Path, pairs: Path, *overrides: str, model: tuple
     assert commands
     held_out = ("data.val.val.classes=null", "data.val.val.label=null", "~data.val.composition")
     settings = [setting for setting in runs.TINY_RUN if setting not in runs.TINY_MODEL and "eval=" not in setting]
-    for arguments in commands:
+    for number, arguments in enumerate(commands, start=1 - len(commands)):  # the last one's folder is `run`
         small = [*arguments, f"data.root={pairs}", "trainer.duration=6steps", "trainer.eval_every=6steps"]
         finished = runs.run(
-            "mmpretrain.train", [*small, *held_out, *settings, *model, *overrides], folder, {"PYTHONPATH": "."}
+            "mmpretrain.train",
+            [*small, *held_out, *settings, *model, *overrides, f"run.dir=run{number or ''}"],
+            folder,
+            {"PYTHONPATH": "."},
         )
         assert finished.code == 0, finished.stderr
     return folder / "run"
@@ -46,9 +60,37 @@ def test_an_evaluator(pairs: Path, tmp_path: Path) -> None:
     assert -1 <= runs.results(run)["eval-val/alignment"] <= 1
 
 
-def test_an_image_encoder(pairs: Path, tmp_path: Path) -> None:
+def test_image_encoders(pairs: Path, tmp_path: Path) -> None:
     run = run_page("image_encoder", tmp_path, pairs, model=())
     assert any("image.layers.0.weight" in name for name in runs.weights(run, 6))
+    with pytest.raises(ValueError, match=r"trust=\[torchvision.models\]"):
+        mmpretrain.load(tmp_path / "run-1")
+    model, _, _ = mmpretrain.load(tmp_path / "run-1", trust=["torchvision.models"])
+    assert model.image.width == 512 and model.image.has_batch_norm
+
+
+def test_text_encoders(pairs: Path, tmp_path: Path) -> None:
+    follow("text_encoder", tmp_path)
+    assert "python mine/tiny_bert.py models/tiny_bert\n" in (PAGES / "text_encoder.md").read_text(encoding="utf-8")
+    subprocess.run([sys.executable, "mine/tiny_bert.py", "models/tiny_bert"], cwd=tmp_path, check=True)
+    run = run_page("text_encoder", tmp_path, pairs, model=())
+    assert "model.text.embedding.weight" in runs.weights(run, 6)
+    shutil.rmtree(tmp_path / "models")
+    model, _, tokenizer = mmpretrain.load(tmp_path / "run-1")
+    assert model.embed_texts(*tokenizer(["a red circle", "a blue square"])).shape == (2, 128)
+
+
+def test_augmentations(pairs: Path, tmp_path: Path) -> None:
+    run = run_page("augmentation", tmp_path, pairs)
+    assert all(math.isfinite(record["train/loss"]) for record in runs.records(run) if "train/loss" in record)
+    saved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["train"]["pairs"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        augment, crop = (instantiate(saved[key], 0, key) for key in ("augment", "transform"))
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(augmented(image, augment, 7), augmented(image, augment, 7))
+    assert not torch.equal(augmented(image, augment, 7), augmented(image, augment, 8))
+    assert crop(20, 30, 7) == crop(20, 30, 7) != crop(20, 30, 8)
 
 
 def test_a_schedule(pairs: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmpretrain.models.patch_projection import PatchProjection, project_side_by_side
+from mmpretrain.models.patch_projection import PatchProjection, side_by_side
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -41,7 +41,18 @@ def test_it_is_taken_where_it_was_measured_to_be_faster() -> None:
 @pytest.mark.parametrize("other", [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 3}])
 def test_other_convolutions_stay_what_they_are(other: dict[str, int]) -> None:
     convolution = nn.Conv2d(3, 6, 4, **{"stride": 4, **other})  # type: ignore[arg-type]
-    project_side_by_side(convolution)
-    assert type(convolution) is nn.Conv2d
-    project_side_by_side(plain := nn.Conv2d(3, 6, 4, stride=4))
-    assert type(plain) is PatchProjection
+    assert side_by_side(convolution) is convolution
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_replaced_convolution_keeps_its_parameters_and_draws_no_numbers(has_bias: bool) -> None:
+    convolution = nn.Conv2d(3, 6, (4, 8), stride=(4, 8), bias=has_bias)
+    generator = torch.get_rng_state()
+    projection = side_by_side(convolution)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert type(projection) is PatchProjection
+    assert [(name, id(p)) for name, p in projection.named_parameters()] == [
+        (name, id(p)) for name, p in convolution.named_parameters()
+    ]
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(projection(images), convolution(images))

@@ -1,12 +1,15 @@
 """Image encoders: timm's own outputs, and patches that are dropped."""
 
 import pytest
+import timm
 import torch
 from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from mmpretrain.models.masking import MaskSpec, PatchMask, random_patch_mask
-from mmpretrain.models.vit import TimmEncoder, sincos_positions
+from mmpretrain.models.patch_projection import PatchProjection
+from mmpretrain.models.vit import PickingBlock, TimmEncoder, sincos_positions
+from mmpretrain.seeds import torch_seed
 from tests import tiny
 
 POOLS = [
@@ -64,6 +67,20 @@ def test_the_class_token_alone_is_what_it_is_among_all(ragged: bool, qk_norm: bo
     )
     for one, other in zip(of_alone, of_among, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_are_those_that_timm_draws_under_the_same_names() -> None:
+    args = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    with torch_seed(5):
+        theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, **args)
+        drawn = torch.get_rng_state()
+    with torch_seed(5):
+        ours = TimmEncoder("vit_tiny_patch16_224", 32, args)
+        assert torch.equal(torch.get_rng_state(), drawn)
+    assert type(ours.trunk.blocks[-1]) is PickingBlock and type(ours.trunk.patch_embed.proj) is PatchProjection
+    assert [name for name, _ in ours.trunk.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.trunk.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("drop", [{"proj_drop_rate": 0.5}, {"attn_drop_rate": 0.5}, {"drop_path_rate": 0.5}])
