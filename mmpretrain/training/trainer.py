@@ -21,7 +21,7 @@ from mmpretrain.checkpoints import store
 from mmpretrain.config import resolve
 from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.errors import TrainingError
-from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite
+from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite, is_better
 from mmpretrain.reporting.profiling import profiled
 from mmpretrain.schedules import Duration, Schedule, ScheduledValue, TrainingProgress
 from mmpretrain.training import parallel, resume
@@ -36,7 +36,7 @@ from mmpretrain.training.resume import TrainState
 from mmpretrain.training.saver import Saver
 from mmpretrain.training.setup import Setup, fingerprint_of
 from mmpretrain.training.step import StepLosses, forward_backward
-from mmpretrain.training.step_metrics import Window, is_better, train_values
+from mmpretrain.training.step_metrics import Window, train_values
 from mmpretrain.training.stop_signal import PREEMPTED_EXIT_CODE, Stopped, StopSignal
 from mmpretrain.training.task import Task
 from mmpretrain.training.transfer import Transfer
