@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 
 from analysis.runs import Run, repetitions
+from mmpretrain.reporting.metrics import is_lower_better
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after choosing a backend that needs no display
@@ -40,11 +41,6 @@ class Row:
         return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
 
 
-def falls(metric: str) -> bool:
-    """Whether less of it is better."""
-    return metric.endswith(("loss", "perplexity", "seconds"))
-
-
 def table(runs: Sequence[Run], metric: str | None) -> tuple[str, list[str], list[Row]]:
     """Return (metric to sort by, metrics to show, one row per setting, best first).
 
@@ -68,7 +64,7 @@ def table(runs: Sequence[Run], metric: str | None) -> tuple[str, list[str], list
         metric = scores[0]
     if metric not in known:
         raise ValueError(f"no run has {metric!r}; they have: {', '.join(known) or 'none'}")
-    sign = 1 if falls(metric) else -1
+    sign = 1 if is_lower_better(metric) else -1
 
     def place(row: Row) -> tuple[bool, float]:
         mean = row.mean(metric)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def load(
     run_or_checkpoint: "str | Path", device: "torch.device | str" = "cpu", ema: bool = False, trust: Sequence[str] = ()
-) -> "tuple[ImageTextModel, Preprocess, Tokenizer]":
+) -> "tuple[ImageTextModel, Preprocess | None, Tokenizer]":
     """Load a trained model with its image preprocessing and tokenizer.
 
         model, preprocess, tokenizer = mmpretrain.load(run)
@@ -38,6 +38,7 @@ def load(
         trust: names that the run's configuration may contain besides those of mmpretrain: modules, which are imported;
             folders; names on a hub.
 
+    Returns: (model, preprocessing, tokenizer). The preprocessing is None if the model has no image encoder.
     Raises: ValueError if there is no checkpoint, or its configuration names parts that are neither mmpretrain's nor trusted.
     """
     from mmpretrain.checkpoints.load import load_checkpoint  # imports torch, and is therefore deferred

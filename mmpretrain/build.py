@@ -20,31 +20,36 @@ from mmpretrain.data.stream import Source, Stream, TarStream
 from mmpretrain.data.subset import select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.base import Evaluator
+from mmpretrain.evals.base import Context, Evaluation, Evaluator
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import check_hooks, hooks_of
-from mmpretrain.schedules import Duration, ScheduledValue
+from mmpretrain.schedules import Clock, Duration, ScheduledValue
+from mmpretrain.training.precision import autocast
 from mmpretrain.training.task import Task
+from mmpretrain.training.workers import own_cores
 
 log = logging.getLogger(__name__)
 
 _EMBEDDED = "data/shapes"  # default location of the generated shapes data set
 
 
-def device_of(name: str) -> torch.device:
-    """Return this process's device for `auto`, `cpu` or `cuda`. Raises: ValueError for another name or too few GPUs."""
+def device_of(name: str, key: str = "device") -> torch.device:
+    """Return this process's device for `auto`, `cpu` or `cuda`, given under `key`.
+
+    Raises: ValueError for another name or too few GPUs.
+    """
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"trainer.device is {name!r}; expected auto, cpu or cuda")
+        raise ValueError(f"{key} is {name!r}; expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("trainer.device is 'cuda', but torch sees no GPU; expected one, or use trainer.device=cpu")
+        raise ValueError(f"{key} is 'cuda', but torch sees no GPU; expected one, or use {key}=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if distributed.local_world_size() > torch.cuda.device_count():
         raise ValueError(
             f"{distributed.local_world_size()} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
-            "expected at most one for each: lower --nproc-per-node, or use trainer.device=cpu"
+            f"expected at most one for each: lower --nproc-per-node, or use {key}=cpu"
         )
     device = torch.device("cuda", distributed.local_rank())
     torch.cuda.set_device(device)
@@ -83,6 +88,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
     Raises: ValueError if a stream is not configured or lacks shards, or if the first one has another batch size.
     """
     model = task.model
+    model_size = 1 if model.image is None else model.image.image_size  # no objective reads images without an encoder
     for name in task.streams:
         if name not in cfg.data.train:
             known = ", ".join(cfg.data.train) or "none"
@@ -108,7 +114,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                         "data=pairs"
                     )
             streams[name] = SyntheticStream(
-                name, batch_size, cfg.run.seed, model.image.image_size, model.num_channels, **stream.synthetic
+                name, batch_size, cfg.run.seed, model_size, model.num_channels, **stream.synthetic
             )
             continue
         streams[name] = TarStream(
@@ -118,7 +124,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             seed=cfg.run.seed,
             caption=stream.caption,
             transform=instantiate.instantiate(stream.transform, cfg.run.seed, f"data.train.{name}.transform"),
-            image_size=model.image.image_size if stream.image_size is None else stream.image_size,
+            image_size=model_size if stream.image_size is None else stream.image_size,
             channels=model.num_channels,
             augment=instantiate.instantiate(stream.augment, cfg.run.seed, f"data.train.{name}.augment"),
             group=stream.group,
@@ -132,7 +138,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             max_image_bytes=cfg.data.max_image_bytes,
         )
         streams[name].check_first_sample()
-        if stream.transform is not None and stream.image_size is not None:
+        if model.image is not None and stream.transform is not None and stream.image_size is not None:
             _check_image_sizes(model, ScheduledValue(stream.image_size, f"data.train.{name}.image_size"))
     return streams
 
@@ -140,14 +146,15 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
 @torch.no_grad()
 def _check_image_sizes(model: ImageTextModel, sizes: ScheduledValue) -> None:
     """Run the image encoder on each size of a schedule. Raises: ValueError for a size that it does not accept."""
+    encoder = model.image_encoder
     model.eval()
     for size in {int(value) for value in sizes.values}:
         try:
-            model.image(torch.zeros(1, model.num_channels, size, size))
+            encoder(torch.zeros(1, model.num_channels, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{sizes.name} has {size}, which model.image cannot take ({str(error).splitlines()[0]}); expected sizes "
-                f"that it can, such as its own {model.image.image_size}; plain ViTs of timm take any from one patch on"
+                f"that it can, such as its own {encoder.image_size}; plain ViTs of timm take any from one patch on"
             ) from error
     model.train()
 
@@ -238,3 +245,24 @@ def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict
         every[name] = Duration.parse(node.get("every") or default_every, f"eval.{name}.every")
         evaluators[name] = instantiate.instantiate({k: v for k, v in node.items() if k != "every"}, 0, f"eval.{name}")
     return evaluators, every
+
+
+def build_evaluation(
+    cfg: TrainConfig, task: Task, tokenizer: Tokenizer, clock: Clock, device: torch.device
+) -> Evaluation:
+    """Build a run's evaluation.
+
+    Raises: ValueError if a data set cannot be read, or if an evaluator does not fit the model or the data sets.
+    """
+    evaluators, every = build_evaluators(cfg.eval, cfg.trainer.eval_every)
+    context = Context(
+        model=task.model,
+        tokenizer=tokenizer,
+        sets=build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes),
+        logit_scale=task.logit_scale,
+        batch_size=cfg.data.val_batch_size,
+        workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,
+        timeout_seconds=cfg.data.timeout_seconds,
+        autocast=autocast(device, cfg.trainer.precision),
+    )
+    return Evaluation(evaluators, every, clock, context, cfg.checkpoint.best)

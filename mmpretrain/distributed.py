@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -111,6 +112,12 @@ def world_size() -> int:
 def is_main() -> bool:
     """Return True on rank 0, the process that writes files."""
     return rank() == 0
+
+
+def share(count: int) -> slice:
+    """Return this rank's contiguous share of `count` items."""
+    bounds = np.linspace(0, count, world_size() + 1).astype(int)
+    return slice(int(bounds[rank()]), int(bounds[rank() + 1]))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 import numpy as np
@@ -17,14 +19,15 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from mmpretrain import build, errors, files
+from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, load_checkpoint
 from mmpretrain.config import command_line, resolve
 from mmpretrain.config.schema import EmbedConfig, Precision
-from mmpretrain.data.image_batches import image_batches
+from mmpretrain.data.image_batches import split
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
+from mmpretrain.evals.embeddings import embed_batches
 from mmpretrain.training.precision import autocast
 
 log = logging.getLogger(__name__)
@@ -41,11 +44,14 @@ def _hydra_main(cfg: DictConfig) -> None:
         settings: EmbedConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
         resolve.check_known(settings)
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-        run(settings)
+        try:
+            run(settings)
+        finally:
+            distributed.shut_down()
 
 
 def run(cfg: EmbedConfig) -> list[Path]:
-    """Embed images, texts or both. An interrupted command is resumed.
+    """Embed images, texts or both. An interrupted command is resumed. A collective: the ranks share the work.
 
     Returns: paths of the files with embeddings and keys.
     Raises: ValueError for a usage error.
@@ -53,10 +59,17 @@ def run(cfg: EmbedConfig) -> list[Path]:
     if cfg.images is None and cfg.texts is None:
         raise ValueError("neither images nor texts is given; expected images=<folder or tars>, texts=<file> or both")
     device = build.device_of(cfg.device)
+    distributed.setup(device)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     errors.check_number("batch_size", cfg.batch_size, at_least=1)
     errors.check_number("workers", cfg.workers, at_least=0)
+    for tower, encoder, given in (
+        ("image", loaded.model.image, cfg.images),
+        ("text", loaded.model.text, cfg.texts),
+    ):
+        if given is not None and encoder is None:
+            raise ValueError(f"{tower}s is {given!r}, but the model has no {tower} encoder; leave {tower}s out")
     folder = Path(cfg.output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is {cfg.output!r}, a file; expected a folder, new or an earlier one's")
@@ -70,15 +83,18 @@ def run(cfg: EmbedConfig) -> list[Path]:
     written = []
     with autocast(device, precision):
         if cfg.images is not None:
+            assert loaded.preprocess is not None
             images = _Images(cfg.images, loaded.preprocess)
-            written += _write(
-                folder / "images", images.keys, loaded, {**work, "images": images.fingerprint},
-                lambda start: _of_images(images, loaded, cfg, start),
+            output = _Output(
+                folder / "images", images.keys, loaded.model.image_embed_dim, cfg.batch_size,
+                {**work, "images": images.fingerprint},
             )  # fmt: skip
+            written += output.write(partial(_of_images, images, loaded, cfg.workers), device)
         if cfg.texts is not None:
             texts = _texts(Path(cfg.texts))
-            written += _write(folder / "texts", texts, loaded, work, lambda start: _of_texts(texts, loaded, cfg, start))
-    for path in written:
+            output = _Output(folder / "texts", texts, loaded.model.text_embed_dim, cfg.batch_size, work)
+            written += output.write(partial(_of_texts, texts, loaded), device)
+    for path in written if distributed.is_main() else ():
         Console(markup=False, emoji=False).print(str(path), soft_wrap=True)
     return written
 
@@ -122,24 +138,24 @@ class _Images:
         self._preprocess(self._files[i] if self._shards is None else self._shards.read(i, IMAGE_EXTENSIONS), out)
 
 
-def _of_images(images: _Images, loaded: Loaded, cfg: EmbedConfig, start: int) -> Iterator[Tensor]:
-    """Yield embeddings [b, e] of the images from `start` on. Rows of images that cannot be decoded are NaN."""
-    size, channels = loaded.preprocess.image_size, loaded.preprocess.channels
-    numbers = range(start, len(images.keys))
-    for batch in image_batches(images, numbers, cfg.batch_size, channels, size, cfg.workers):
+def _of_images(
+    images: _Images, loaded: Loaded, workers: int, batches: Sequence[range]
+) -> Generator[Tensor, None, None]:
+    """Yield embeddings [b, e] of each batch of images. Rows of images that cannot be decoded are NaN."""
+    for (batch, embedded), numbers in zip(
+        embed_batches(loaded.model, images, batches, loaded.preprocess, workers), batches, strict=True
+    ):
         for number, reason in batch.refused:
             log.warning("refused %s: %s", images.keys[number], reason)
-        rows = torch.full((len(batch.samples) + len(batch.refused), loaded.model.embed_dim), torch.nan)
-        if batch.samples:
-            rows[[number - start for number in batch.samples]] = loaded.model.embed_images(batch.images).float().cpu()
-        start += len(rows)
+        rows = embedded.new_full((len(numbers), embedded.shape[1]), torch.nan)
+        rows[[number - numbers.start for number in batch.samples]] = embedded
         yield rows
 
 
-def _of_texts(texts: Sequence[str], loaded: Loaded, cfg: EmbedConfig, start: int) -> Iterator[Tensor]:
-    """Yield embeddings [b, e] of the texts from `start` on."""
-    for first in range(start, len(texts), cfg.batch_size):
-        yield loaded.model.embed_texts(*loaded.tokenizer(texts[first : first + cfg.batch_size])).float().cpu()
+def _of_texts(texts: Sequence[str], loaded: Loaded, batches: Sequence[range]) -> Generator[Tensor, None, None]:
+    """Yield embeddings [b, e] of each batch of texts."""
+    for numbers in batches:
+        yield loaded.model.embed_texts(*loaded.tokenizer(texts[numbers.start : numbers.stop])).float()
 
 
 def _key_line(key: str) -> bytes:
@@ -147,66 +163,104 @@ def _key_line(key: str) -> bytes:
     return key.encode("utf-8", "surrogateescape").replace(b"\r", b"\\r").replace(b"\n", b"\\n")
 
 
-def _write(
-    path: Path,
-    keys: Sequence[str],
-    loaded: Loaded,
-    inputs: Mapping[str, Any],
-    rows_from: Callable[[int], Iterator[Tensor]],
-) -> list[Path]:
-    """Write embeddings to `PATH.npy`, float32 [n, e] of unit length, and keys to `PATH.keys.txt`, one line per row.
+class _Output:
+    """Embeddings in `PATH.npy`, float32 [n, e] of unit length, and keys in `PATH.keys.txt`, one line per row.
 
     Keys are written as bytes with line breaks escaped as `\\n` and `\\r`. Rows and keys of images that could not be
     decoded are left out. `PATH.json` records the inputs of the embeddings. Batches are written to a partial file together
-    with the number of finished rows, so that the same command resumes after a kill.
+    with the number of finished rows, so that the same command resumes after a kill, also on another number of ranks.
 
     Args:
         path: path of the output files without extension.
         keys: key of each row.
-        loaded: checkpoint with the model.
+        embed_dim: e, the width of the embeddings.
+        batch_size: number of rows that a rank embeds at once. The last bits of embeddings depend on it.
         inputs: inputs that the embeddings depend on.
-        rows_from: function that yields the embeddings from a given row on.
-
-    Returns: paths of the `.npy` and the `.keys.txt`.
     """
-    array, key_file = path.with_name(f"{path.name}.npy"), path.with_name(f"{path.name}.keys.txt")
-    partial, note = path.with_name(f".partial-{path.name}.npy"), path.with_name(f".progress-{path.name}.json")
-    lines = [_key_line(key) for key in keys]
-    work = {**inputs, "keys": hashlib.sha256(b"\n".join(lines)).hexdigest()}
-    done = path.with_name(f"{path.name}.json")
-    if done.exists() and json.loads(done.read_text()) == work:
-        log.info("%s is there already", array)
-        return [array, key_file]
-    start = 0
-    if (
-        note.exists()
-        and partial.exists()
-        and {**(state := json.loads(note.read_text())), "rows": 0} == {**work, "rows": 0}
-    ):
-        start = state["rows"]
-        log.info("going on at %d of %d", start, len(keys))
-    shape = (len(keys), loaded.model.embed_dim)
-    rows = open_memmap(partial, mode="r+" if start else "w+", dtype=np.float32, shape=shape)
-    batches = rows_from(start)
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(path.name, total=len(keys), completed=start)
-        for batch in batches:
-            rows[start : start + len(batch)] = batch.numpy()
-            start += len(batch)
-            rows.flush()
-            files.write_text(note, json.dumps({**work, "rows": start}))
-            progress.update(task, completed=start)
-    kept = np.isfinite(rows).all(axis=1)
-    if kept.all():
-        del rows
-        partial.rename(array)
-    else:
-        np.save(array, rows[kept])
-        partial.unlink()
-    files.write_bytes(key_file, b"".join(line + b"\n" for line, is_kept in zip(lines, kept, strict=True) if is_kept))
-    files.write_text(done, json.dumps(work) + "\n")
-    note.unlink()
-    return [array, key_file]
+
+    def __init__(
+        self, path: Path, keys: Sequence[str], embed_dim: int, batch_size: int, inputs: Mapping[str, Any]
+    ) -> None:
+        self.array, self.key_file = path.with_name(f"{path.name}.npy"), path.with_name(f"{path.name}.keys.txt")
+        self._partial = path.with_name(f".partial-{path.name}.npy")
+        self._note, self._done = path.with_name(f".progress-{path.name}.json"), path.with_name(f"{path.name}.json")
+        self._shape, self._batch_size = (len(keys), embed_dim), batch_size
+        self._lines = [_key_line(key) for key in keys]
+        self._work = {**inputs, "keys": hashlib.sha256(b"\n".join(self._lines)).hexdigest()}
+
+    def write(
+        self, rows_of: Callable[[Sequence[range]], Generator[Tensor, None, None]], device: torch.device
+    ) -> list[Path]:
+        """Embed and write the rows that are missing. A collective.
+
+        In each round every rank embeds one batch, and rank 0 writes them. The files are the same for any number of ranks.
+
+        Args:
+            rows_of: function that yields the embeddings [b, e] of each of the given batches.
+            device: device of the embeddings.
+
+        Returns: paths of the array and the keys.
+        """
+        count, embed_dim = self._shape
+        start = distributed.from_main(self._open)
+        if start is None:
+            return [self.array, self.key_file]
+        batches = split(range(start, count), self._batch_size)
+        mine = batches[distributed.rank() :: distributed.world_size()]
+        is_shown = distributed.is_main() and sys.stderr.isatty()
+        with (
+            closing(rows_of(mine)) as embedded,
+            Progress(console=Console(stderr=True), disable=not is_shown) as progress,
+        ):
+            task = progress.add_task(self.array.stem, total=count, completed=start)
+            for _ in range(0, len(batches), distributed.world_size()):
+                # In the last round there may be fewer batches than ranks.
+                rows = distributed.gather_ragged_rows(next(embedded, torch.zeros(0, embed_dim, device=device)))
+                if distributed.is_main():
+                    self._add(rows)
+                progress.update(task, advance=len(rows))
+        if distributed.is_main():
+            self._close()
+        return [self.array, self.key_file]
+
+    def _open(self) -> int | None:
+        """Open the partial file. Returns: the number of its rows; None if the final files are there already."""
+        if self._done.exists() and json.loads(self._done.read_text()) == self._work:
+            log.info("%s is there already", self.array)
+            return None
+        self._num_rows = 0
+        if self._note.exists() and self._partial.exists():
+            state = json.loads(self._note.read_text())
+            if state == self._state(state["rows"]):
+                self._num_rows = state["rows"]
+                log.info("going on at %d of %d", self._num_rows, len(self._lines))
+        mode: Literal["r+", "w+"] = "r+" if self._num_rows else "w+"
+        self._rows = open_memmap(self._partial, mode=mode, dtype=np.float32, shape=self._shape)
+        return self._num_rows
+
+    def _state(self, num_rows: int) -> dict[str, Any]:
+        return {**self._work, "batch_size": self._batch_size, "rows": num_rows}
+
+    def _add(self, rows: Tensor) -> None:
+        end = self._num_rows + len(rows)
+        self._rows[self._num_rows : end] = rows.cpu().numpy()
+        self._rows.flush()
+        files.write_text(self._note, json.dumps(self._state(end)))
+        self._num_rows = end
+
+    def _close(self) -> None:
+        """Replace the partial file by the final ones, without the rows that are NaN."""
+        kept = np.isfinite(self._rows).all(axis=1)
+        if kept.all():
+            del self._rows
+            self._partial.rename(self.array)
+        else:
+            np.save(self.array, self._rows[kept])
+            self._partial.unlink()
+        lines = [line + b"\n" for line, is_kept in zip(self._lines, kept, strict=True) if is_kept]
+        files.write_bytes(self.key_file, b"".join(lines))
+        files.write_text(self._done, json.dumps(self._work) + "\n")
+        self._note.unlink()
 
 
 if __name__ == "__main__":

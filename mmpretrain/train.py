@@ -19,16 +19,11 @@ from mmpretrain import build, distributed, errors
 from mmpretrain.config import command_line, instantiate, resolve
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError, enough_space
-from mmpretrain.evals.base import Context, Evaluation, check_best, chosen_sets
-from mmpretrain.evals.embeddings import CheckStop, go_on
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.training import run_dir
 from mmpretrain.training.dry_run import dry_run
-from mmpretrain.training.precision import autocast
 from mmpretrain.training.setup import Setup, clock_of
-from mmpretrain.training.task import Task
 from mmpretrain.training.trainer import Trainer
-from mmpretrain.training.workers import own_cores
 
 log = logging.getLogger(__name__)
 
@@ -64,33 +59,15 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
     Raises: UsageError for a usage error, before training; TrainingError if the run cannot continue.
     """
     with errors.usage_errors(), enough_space(Path(str(cfg.run.dir))):
-        device = build.device_of(cfg.trainer.device)
+        device = build.device_of(cfg.trainer.device, "trainer.device")
         distributed.setup(device, cfg.parallel.timeout_seconds)
         schedule: Schedule = instantiate.instantiate(cfg.schedule, cfg.run.seed, "schedule")
         folder = Path(str(cfg.run.dir))
         task, weights = build.build_task(cfg)
         streams = build.build_streams(cfg, task)
         tokenizer = build.build_tokenizer(cfg.data.tokenizer, task)
-        sets = build.build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes)
-        evaluators, every = build.build_evaluators(cfg.eval, cfg.trainer.eval_every)
-
-        def evaluation_context(task: Task, check_stop: CheckStop = go_on) -> Context:
-            return Context(
-                model=task.model,
-                tokenizer=tokenizer,
-                sets=sets,
-                logit_scale=task.logit_scale,
-                batch_size=cfg.data.val_batch_size,
-                workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,
-                timeout_seconds=cfg.data.timeout_seconds,
-                check_stop=check_stop,
-                autocast=autocast(device, cfg.trainer.precision),
-            )
-
-        context = evaluation_context(task)
-        evaluated = {each for name, evaluator in evaluators.items() for each in chosen_sets(name, evaluator, context)}
-        check_best(cfg.checkpoint.best, evaluated)
         clock = clock_of(streams, Duration.parse(cfg.trainer.duration, "trainer.duration"))
+        evaluation = build.build_evaluation(cfg, task, tokenizer, clock, device)
         task = task.to(device)
         if cfg.trainer.dry_run:
             return dry_run(Setup(cfg, clock, task, weights, streams, tokenizer))
@@ -100,7 +77,6 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
             log.info("%s is finished; for another run change run.name or an override", folder)
             run_dir.conclude(scores, folder, rewrite=False)
             return scores
-        evaluation = Evaluation(evaluators, every, clock, evaluation_context)
         trainer = Trainer(Setup(cfg, clock, task, weights, streams, tokenizer), schedule, evaluation)
         if distributed.is_main():
             # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.

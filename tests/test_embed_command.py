@@ -108,6 +108,40 @@ def test_it_goes_on_after_a_kill(run: Path, pairs: Path, tmp_path: Path) -> None
     assert (tmp_path / "out" / "images.npy").read_bytes() == (tmp_path / "whole" / "out" / "images.npy").read_bytes()
 
 
+def test_two_processes_share_the_work_and_write_the_same_files(run: Path, pairs: Path, tmp_path: Path) -> None:
+    """Also after a kill, and on from one number of processes to another."""
+    (tmp_path / "texts.txt").write_text("".join(f"text number {i}\n" for i in range(11)))
+    broken = (3, 7, 200, 201, 202, 203, 290)  # among them all of a batch
+    for number in range(2):
+        runs.write_shard(tmp_path / "images" / f"{number}.tar", 150 * number, 150, broken)
+    shared = [f"checkpoint={run}", "device=cpu", "workers=0", "images=images", "texts=texts.txt", "batch_size=4"]
+
+    def start(output: str, world_size: int) -> list[runs.Command]:
+        environments = runs.group(world_size) if world_size > 1 else [{}]
+        arguments = [*shared, f"output={output}"]
+        return [runs.Command("mmpretrain.embed", arguments, tmp_path, environment) for environment in environments]
+
+    killed = start("out", 2)
+    killed[0].wait_for((tmp_path / "out" / ".progress-images.json").exists, "some rows")
+    for command in killed:
+        command.send(signal.SIGKILL)
+    for command in killed:
+        assert command.wait().code == -signal.SIGKILL
+    first, second = (command.wait() for command in start("out", 2))
+    (alone,) = (command.wait() for command in start("alone", 1))
+    for finished in (first, second, alone):
+        assert finished.code == 0, finished.stderr
+    assert "going on at" in first.stderr and "going on at" not in second.stderr
+    assert len(first.stdout.splitlines()) == 4 and not second.stdout
+    refused = [line for each in (first, second) for line in each.stderr.splitlines() if "refused" in line]
+    assert any("refused 000290" in line for line in refused) and len(refused) == len(set(refused))
+    assert np.load(tmp_path / "out" / "images.npy").shape == (300 - len(broken), 16)
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert names == sorted(f"{kind}{end}" for kind in ("images", "texts") for end in (".npy", ".keys.txt", ".json"))
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+
+
 def test_preprocess_takes_files_bytes_and_images(run: Path, tmp_path: Path) -> None:
     _, preprocess, _ = mmpretrain.load(run)
     data = runs.png(3, "blue")
@@ -124,6 +158,7 @@ def test_preprocess_takes_files_bytes_and_images(run: Path, tmp_path: Path) -> N
         ([], "neither images nor texts is given"),
         (["images=nowhere"], "no file 'nowhere'"),
         (["texts=nowhere.txt"], "nowhere.txt"),
+        (["texts=nowhere.txt", "device=gpu"], "error: device is 'gpu'; expected auto, cpu or cuda"),
     ],
 )
 def test_wrong_use_is_told_in_one_line(run: Path, arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mmpretrain.config import resolve
@@ -297,13 +298,23 @@ def test_empty_shard_is_answered_in_one_line(pairs: Path, tmp_path: Path) -> Non
 
 
 def test_images_alone_need_no_text_encoder(pairs: Path, tmp_path: Path) -> None:
-    objective = ("objective=[mae]", *runs.TINY_MAE, "eval=[]", "trainer.duration=1steps")
-    without_text = [override for override in runs.TINY_RUN if not override.startswith("model.text.")]
-    settings = [*without_text, f"data.root={pairs}", "model.text=null"]
-    finished = runs.run("mmpretrain.train", [*settings, *objective], tmp_path)
+    without_text = [override for override in runs.TINY_RUN if not override.startswith(("model.text.", "eval="))]
+    small = ("model.image.name=vit_tiny_patch16_224", "model.image.args.patch_size=8", "model.image.init=timm")
+    settings = [*without_text, *small, *runs.TINY_MAE, f"data.root={pairs}", "trainer.duration=1steps"]
+    settings += ["experiment=mae_b16", "data.train.images.shards=train", "schedule.warmup=0steps"]
+    finished = runs.run("mmpretrain.train", [*settings, "eval=[projector]"], tmp_path)
     assert finished.code == 0, finished.stderr
-    finished = runs.run("mmpretrain.train", [*settings, "run.dir=other"], tmp_path)
-    assert_refused(finished, "model.text is null")
+    (projected,) = (tmp_path / "run" / "tensorboard").rglob("tensors.tsv")
+    finished = runs.run("mmpretrain.train", [*settings, "eval=[retrieval]", "run.dir=other"], tmp_path)
+    assert_refused(finished, "eval.retrieval embeds images and texts, but model.text is null", "eval=[]")
+
+    embed = ["checkpoint=run", "device=cpu", "workers=0", "output=out", f"images={pairs}/val", "batch_size=256"]
+    finished = runs.run("mmpretrain.embed", embed, tmp_path)
+    assert finished.code == 0, finished.stderr
+    np.testing.assert_allclose(np.loadtxt(projected), np.load(tmp_path / "out" / "images.npy"), atol=1e-5)
+    (tmp_path / "texts.txt").write_text("a text\n")
+    finished = runs.run("mmpretrain.embed", [*embed, "texts=texts.txt"], tmp_path)
+    assert_refused(finished, "texts is 'texts.txt', but the model has no text encoder; leave texts out")
 
 
 def test_batch_that_does_not_divide_over_the_ranks_ends_all_of_them(pairs: Path, tmp_path: Path) -> None:

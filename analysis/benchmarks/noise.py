@@ -18,7 +18,7 @@ def noise(model: ImageTextModel, batch_size: int, shortest: int, longest: int, s
     """
     assert model.text is not None
     generator = torch.Generator().manual_seed(seed)
-    size, vocabulary = model.image.image_size, model.text.vocab_size
+    size, vocabulary = model.image_encoder.image_size, model.text_encoder.vocab_size
     images = torch.randint(256, (batch_size, size, size, 3), generator=generator, dtype=torch.uint8)
     text = torch.randint(1, vocabulary - 2, (batch_size, longest), generator=generator)
     lengths = torch.randint(shortest, longest + 1, (batch_size,), generator=generator)

@@ -113,7 +113,8 @@ def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
     """Return the first batches of a folder of tars."""
     shards = Shards(expand_shards("*.tar", work.captions))
     stream = TarStream(
-        "pairs", [Source("pairs", shards)], work.batch_size, 0, "txt", RandomResizedCrop((0.8, 1.0)), model.image.image_size
+        "pairs", [Source("pairs", shards)], work.batch_size, 0, "txt", RandomResizedCrop((0.8, 1.0)),
+        model.image_encoder.image_size,
     )  # fmt: skip
     assert model.text is not None
     loader = build_loader(

@@ -210,7 +210,7 @@ def score_mmpretrain(work: Work, run: Path) -> dict[str, float]:
     if (task := TASKS[work.data]) is None:
         return {}
     loaded = load_checkpoint(run)
-    size = loaded.model.image.image_size
+    size = loaded.model.image_encoder.image_size
     preprocess = open_clip.image_transform(size, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
 
     def embed_images(images: list[Image.Image]) -> Tensor:

@@ -31,7 +31,8 @@ class Loaded:
     """A checkpoint's model, preprocessing, tokenizer, configuration and state."""
 
     model: ImageTextModel
-    preprocess: Preprocess
+    preprocess: Preprocess | None
+    """Preprocessing of images; None if the model has no image encoder."""
     tokenizer: Tokenizer
     scalars: Mapping[str, float]
     """`logit_scale` (not its logarithm) and `logit_bias` of the first objective that learns them."""
@@ -132,8 +133,10 @@ def _numel(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def preprocess_of(model: ImageTextModel, max_image_bytes: int = MAX_IMAGE_BYTES) -> Preprocess:
-    """Return the preprocessing of a model's images in evaluation."""
+def preprocess_of(model: ImageTextModel, max_image_bytes: int = MAX_IMAGE_BYTES) -> Preprocess | None:
+    """Return the preprocessing of a model's images in evaluation; None if it has no image encoder."""
+    if model.image is None:
+        return None
     return Preprocess(model.image.image_size, model.num_channels, model.squash, max_image_bytes)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmpretrain.checkpoints import store
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.models.image_text import ImageTextModel, NoImages
+from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import OpenClipHFText, OpenClipResNet, OpenClipText, OpenClipVision, model_config
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
@@ -36,7 +36,7 @@ def open_clip_names(model: ImageTextModel) -> dict[str, str]:
 
     Raises: ValueError if open_clip has no such architecture.
     """
-    image_kinds = TimmEncoder | OpenClipVision | OpenClipResNet | NoImages
+    image_kinds = TimmEncoder | OpenClipVision | OpenClipResNet
     text_kinds = TextTransformer | OpenClipText | OpenClipHFText
     for key, encoder, kinds in (("image", model.image, image_kinds), ("text", model.text, text_kinds)):
         if encoder is not None and not isinstance(encoder, kinds):

@@ -1,6 +1,6 @@
 """Ordered image batches for evaluation and `embed`; each batch is sent as one tensor."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,21 +50,24 @@ class _ImageBatches(Dataset[ImageBatch]):
         return ImageBatch(images[: len(samples)], samples, values, refused)
 
 
+def split(numbers: range, batch_size: int) -> list[range]:
+    """Cut consecutive numbers into batches; the last one may be smaller."""
+    return [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+
+
 def image_batches(
     read: Read,
-    numbers: range,
-    batch_size: int,
+    batches: Sequence[range],
     channels: int,
     size: int,
     workers: int,
     timeout_seconds: float = 600.0,
 ) -> Generator[ImageBatch, None, None]:
-    """Read samples in batches; the last batch may be smaller.
+    """Read batches of samples.
 
     Args:
         read: function that reads one sample; runs in the workers, if any.
-        numbers: numbers of the samples to read.
-        batch_size: samples per batch.
+        batches: numbers of each batch's samples.
         channels: number of image channels.
         size: side length of the images, in pixels.
         workers: number of worker processes; 0 reads in this process.
@@ -73,7 +76,6 @@ def image_batches(
     Returns: generator of batches, as `loader.received` returns it; close it if it is not read to its end.
     Raises: LoaderError if a worker is lost.
     """
-    batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
     loader = DataLoader(
         _ImageBatches(read, channels, size),
         sampler=batches,

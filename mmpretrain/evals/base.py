@@ -1,9 +1,9 @@
 """Evaluations of a run: their schedule and data sets. Each data set is embedded once."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
-from mmpretrain.models.image_text import ImageTextModel, NoImages
+from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.reporting.metrics import MetricsWriter
 from mmpretrain.schedules import Clock, Duration
 from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
+
+_TOWERS = ("image", "text")
 
 
 @dataclass
@@ -51,6 +53,17 @@ class Context:
     shown: Shown = field(default_factory=Shown)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
+    def of(self, task: Task, check_stop: CheckStop) -> "Context":
+        """Return a context for the current weights of a task, without embeddings or pictures."""
+        return replace(
+            self, model=task.model, logit_scale=task.logit_scale, check_stop=check_stop, shown=Shown(), _embedded={}
+        )
+
+    @property
+    def captioned_sets(self) -> list[str]:
+        """Names of the data sets with captions."""
+        return [name for name, data in self.sets.items() if data.caption is not None]
+
     def embedded(self, name: str) -> Embedded:
         """Return the embeddings of the data set `name`. The first call is a collective."""
         if name not in self._embedded:
@@ -80,16 +93,21 @@ class Context:
 
 
 class Evaluator(Protocol):
-    """Protocol of an evaluation, which is called on every rank. `data` names its data sets; None uses all applicable ones."""
+    """Protocol of an evaluator, which is called on every rank.
+
+    An evaluator may also have `towers`, the encoders that it needs: `("image", "text")` (the default), `("image",)` or
+    `("text",)`. A model without one of them is refused.
+    """
 
     data: Sequence[str] | None
+    """Names of the data sets in `data.val` to use; None uses all applicable ones."""
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """Return the names of the data sets that have the fields that this evaluation needs."""
+        """Return the names of the data sets in `context.sets` that have the fields that this evaluator needs."""
         ...
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """Return the scores on the data set `name`, by metric."""
+        """Return the scores on the data set `name`, by metric. They must be the same on every rank. A collective."""
         ...
 
 
@@ -113,29 +131,65 @@ def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str,
     return scores
 
 
-@dataclass(frozen=True)
 class Evaluation:
-    """Evaluations of a run with the interval of each."""
+    """Evaluations of a run with the interval of each.
 
-    evaluators: Mapping[str, Evaluator]
-    every: Mapping[str, Duration]
-    clock: Clock
-    context: Callable[[Task, CheckStop], Context]
-    """Function from (unsharded task, `check_stop`) to the evaluators' context."""
+    Args:
+        evaluators: evaluators by name.
+        every: interval of each evaluator, by the same names.
+        clock: clock of the run.
+        context: input of the evaluators; `run` replaces its model.
+        best: the metric of `checkpoint.best`: `eval-<data set>/<name>`, or `eval-<data set>-ema/<name>` for the averaged
+            weights.
 
-    def due(self, before: int, after: int, is_last: bool) -> list[str]:
-        """Return the names of the evaluators that are due after a step from `before` to `after` samples."""
-        return [name for name in self.evaluators if is_last or self.clock.is_due(self.every[name], before, after)]
+    Raises: ValueError if an evaluator cannot be run on the model or its data sets, or if none can give `best`.
+    """
+
+    def __init__(
+        self,
+        evaluators: Mapping[str, Evaluator],
+        every: Mapping[str, Duration],
+        clock: Clock,
+        context: Context,
+        best: str | None = None,
+    ) -> None:
+        self._evaluators, self._every, self._clock, self._context = evaluators, every, clock, context
+        self._untried = set(evaluators)
+        evaluated = {data for name, evaluator in evaluators.items() for data in chosen_sets(name, evaluator, context)}
+        possible = {f"eval-{name}{average}" for name in evaluated for average in ("", "-ema")}
+        if best is not None and best.partition("/")[0] not in possible:
+            raise ValueError(
+                f"checkpoint.best is {best!r}; expected eval-<data set>/<metric> of a data set that is evaluated: "
+                f"{', '.join(sorted(evaluated)) or 'there is none'}"
+            )
+
+    @property
+    def has_run_all(self) -> bool:
+        """True once every evaluator has run in this process."""
+        return not self._untried
+
+    def is_due(self, samples: int) -> bool:
+        """Return True if an evaluator is due after the step that ends at `samples` samples. All are due at the run's end."""
+        return bool(self._due(samples))
 
     def run(
-        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: CheckStop
-    ) -> Mapping[str, float]:
-        """Run the evaluators `names`, write their pictures with `writer`, and return their scores. A collective.
+        self, task: Task, samples: int, writer: MetricsWriter | None, check_stop: CheckStop = go_on
+    ) -> dict[str, float]:
+        """Run the evaluators that are due after the step that ends at `samples` samples. A collective.
 
+        Args:
+            task: unsharded task to evaluate.
+            samples: number of samples seen.
+            writer: writes the evaluators' pictures; None drops them.
+            check_stop: function called before each batch, equally often on all ranks.
+
+        Returns: scores by `eval-<data set>/<metric>`.
         Raises: any exception of `check_stop`.
         """
-        context = self.context(task, check_stop)
-        scores = evaluate({name: self.evaluators[name] for name in names}, context)
+        due = self._due(samples)
+        context = self._context.of(task, check_stop)
+        scores = evaluate(due, context)
+        self._untried -= due.keys()
         if writer is not None:
             for name, picture in context.shown.pictures.items():
                 writer.image(name, samples, picture)
@@ -143,15 +197,32 @@ class Evaluation:
                 writer.embeddings(name, samples, *projection)
         return scores
 
+    def _due(self, samples: int) -> dict[str, Evaluator]:
+        is_last, before = samples == self._clock.total_samples, samples - self._clock.batch_size
+        return {
+            name: evaluator
+            for name, evaluator in self._evaluators.items()
+            if is_last or self._clock.is_due(self._every[name], before, samples)
+        }
+
+
+def evenly_spread(count: int, total: int) -> list[int]:
+    """Return `count` of `total` indices, or all if there are fewer, spread evenly from the first to the last."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
+
 
 def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
     """Return the data sets of the evaluator `name`.
 
-    Raises: ValueError if its `data` names a data set that is not applicable, or if the model lacks a tower.
+    Raises: ValueError if its `data` names a data set that is not applicable, or if the model lacks an encoder.
     """
-    for tower, module in (("image", context.model.image), ("text", context.model.text)):
-        if module is None or isinstance(module, NoImages):
-            raise ValueError(f"eval.{name} embeds images and texts, but model.{tower} is null; leave it out: eval=[]")
+    towers = getattr(evaluator, "towers", _TOWERS)
+    if isinstance(towers, str) or not set(towers) <= set(_TOWERS):
+        raise ValueError(f"eval.{name} has towers = {towers!r}; expected a tuple of 'image', 'text' or both")
+    for tower in towers:
+        if getattr(context.model, tower) is None:
+            needed = " and ".join(f"{each}s" for each in towers)
+            raise ValueError(f"eval.{name} embeds {needed}, but model.{tower} is null; leave it out: eval=[]")
     possible = evaluator.applicable_datasets(context)
     if evaluator.data is None:
         if not possible:
@@ -163,20 +234,3 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
             lack = "lacks what it needs" if data in context.sets else "is not in data.val"
             raise ValueError(f"eval.{name}.data has {data!r}, which {lack}; expected one of: {known}")
     return list(evaluator.data)
-
-
-def check_best(metric: str | None, evaluated: Set[str]) -> None:
-    """Check the data set in `checkpoint.best`.
-
-    Args:
-        metric: `eval-<data set>/<name>`, or `eval-<data set>-ema/<name>` for the averaged weights.
-        evaluated: names of the data sets that some evaluator is run on.
-
-    Raises: ValueError if no evaluation can give the metric.
-    """
-    possible = {f"eval-{name}{average}" for name in evaluated for average in ("", "-ema")}
-    if metric is not None and metric.partition("/")[0] not in possible:
-        raise ValueError(
-            f"checkpoint.best is {metric!r}; expected eval-<data set>/<metric> of a data set that is evaluated: "
-            f"{', '.join(sorted(evaluated)) or 'there is none'}"
-        )

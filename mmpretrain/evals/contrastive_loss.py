@@ -29,17 +29,13 @@ class ContrastiveLoss:
         """Return the data sets with captions; none if the run has no logit_scale."""
         if context.logit_scale is None:
             return []
-        return [name for name, data in context.sets.items() if data.caption is not None]
+        return context.captioned_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Return `contrastive_loss` of each image paired with its first caption."""
         embedded = context.embedded(name)
         assert context.logit_scale is not None
-        text_of = torch.zeros(len(embedded.images), dtype=torch.int64, device=embedded.pairs.device)
-        # Pairs are in the order of captions: write them in reverse, so that each image's first caption remains.
-        for image, text in embedded.pairs.flip(0).tolist():
-            text_of[image] = text
-        texts = embedded.texts[text_of]
+        texts = embedded.texts[embedded.first_texts]
         size = min(self.batch_size, len(texts))
         scale = torch.tensor(context.logit_scale, device=texts.device)
         starts = range(0, len(texts) - size + 1, size)

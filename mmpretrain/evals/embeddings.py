@@ -1,9 +1,10 @@
-"""Embeddings of held-out data sets for all evaluators, computed once and in parallel over the ranks."""
+"""Embeddings of images and texts, for evaluators and the command `embed`, computed in parallel over the ranks."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.data.decode import BadSample, read_label
-from mmpretrain.data.image_batches import image_batches
+from mmpretrain.data.image_batches import ImageBatch, Read, image_batches, split
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
@@ -46,13 +47,14 @@ class Classes:
 class EvalSet:
     """One held-out data set.
 
+    `preprocess` is None if the model has no image encoder; images are then not read.
     `caption` is `txt` or `json.<path>`. `label` is `cls` (an integer) or `json.<path>` (an integer or a class name).
     Either is None if the data set has none.
     """
 
     name: str
     shards: Shards
-    preprocess: Preprocess
+    preprocess: Preprocess | None
     caption: str | None = None
     label: str | None = None
     classes: Classes | None = None
@@ -61,6 +63,8 @@ class EvalSet:
 @dataclass(frozen=True)
 class Embedded:
     """Embeddings of a data set in the data's order, the same on every rank.
+
+    The width e is 0 for images if the model has no image encoder, and for texts if it has no text encoder.
 
     - `images`: image embeddings of unit length, float32 [n, e].
     - `texts`: embeddings of the distinct texts, of unit length, float32 [m, e].
@@ -79,6 +83,12 @@ class Embedded:
     labels: Tensor
     refused: Sequence[Refused]
 
+    @cached_property
+    def first_texts(self) -> list[int]:
+        """Index in `texts` of each image's first caption, [n]; -1 for an image without captions."""
+        first = dict(reversed(self.pairs.tolist()))  # pairs are in the order of captions: an image's first one remains
+        return [first.get(image, -1) for image in range(len(self.images))]
+
 
 @dataclass(frozen=True)
 class _Reader:
@@ -89,7 +99,8 @@ class _Reader:
     def __call__(self, sample: int, out: Tensor | None = None) -> tuple[list[str], int]:
         """Write the image of a sample to `out`, uint8 [c, h, w], and return (captions, label). Raises: BadSample."""
         data = self.data
-        data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS), out)
+        if data.preprocess is not None:
+            data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS), out)
         captions = [] if data.caption is None else read_captions(data.shards, sample, data.caption)
         return captions, self._label(sample)
 
@@ -113,7 +124,39 @@ class _Reader:
 
 def read_image(data: EvalSet, sample: int) -> Tensor:
     """Return one preprocessed image of a data set, uint8 [c, h, w]. Raises: BadSample."""
+    assert data.preprocess is not None
     return data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS))
+
+
+def embed_batches(
+    model: ImageTextModel,
+    read: Read,
+    batches: Sequence[range],
+    preprocess: Preprocess | None,
+    workers: int,
+    timeout_seconds: float = 600.0,
+) -> Generator[tuple[ImageBatch, Tensor], None, None]:
+    """Read and embed batches of images.
+
+    Args:
+        model: model in evaluation mode. If it has no image encoder, samples are read and the embeddings have width 0.
+        read: function that reads one sample, as in `image_batches`.
+        batches: numbers of each batch's samples.
+        preprocess: preprocessing that `read` applies; None if the model has no image encoder.
+        workers: number of decoding processes.
+        timeout_seconds: longest time that reading a batch may take, in seconds.
+
+    Returns: generator of (batch, embeddings of its k readable images, float32 [k, e] of unit length on the model's device);
+        close it if it is not read to its end.
+    Raises: LoaderError if a worker is lost.
+    """
+    channels, size = (1, 1) if preprocess is None else (preprocess.channels, preprocess.image_size)
+    with closing(image_batches(read, batches, channels, size, workers, timeout_seconds)) as loaded:
+        for batch in loaded:
+            if preprocess is None or not batch.samples:
+                yield batch, torch.zeros(len(batch.samples), model.image_embed_dim, device=model.device)
+            else:
+                yield batch, model.embed_images(batch.images).float()
 
 
 def embed_texts(
@@ -121,28 +164,21 @@ def embed_texts(
 ) -> Tensor:
     """Embed texts: [m, e] of unit length, float32, on the model's device. Each rank embeds its share. A collective.
 
-    `check_stop` is called before each batch, equally often on all ranks.
+    The result is [m, 0] if the model has no text encoder. `check_stop` is called before each batch, equally often on all
+    ranks.
     """
-    device = model.device
-    mine = texts[_share(len(texts))]
+    if model.text is None:
+        return torch.zeros(len(texts), 0, device=model.device)
+    mine = texts[distributed.share(len(texts))]
     parts = []
     for i in range(_num_batches(len(texts), batch_size)):
         check_stop()
         if not (some := mine[i * batch_size : (i + 1) * batch_size]):
             continue
         ids, lengths = tokenizer(some)
-        packing = packed(lengths, ids.shape[1])
-        packing = None if packing is None else packing.map(lambda tensor: tensor.to(device))
-        encoding = model.encode_text(ids.to(device), lengths.to(device), packing)
-        parts.append(model.project_text(encoding.pooled).float())
-    local = torch.cat(parts) if parts else torch.zeros(0, model.embed_dim, device=device)
+        parts.append(model.embed_texts(ids, lengths, packed(lengths, ids.shape[1])).float())
+    local = torch.cat(parts) if parts else torch.zeros(0, model.text_embed_dim, device=model.device)
     return distributed.gather_ragged_rows(local)
-
-
-def _share(count: int) -> slice:
-    """Return this rank's contiguous share of `count` items."""
-    bounds = np.linspace(0, count, distributed.world_size() + 1).astype(int)
-    return slice(int(bounds[distributed.rank()]), int(bounds[distributed.rank() + 1]))
 
 
 def _num_batches(count: int, batch_size: int) -> int:
@@ -166,7 +202,7 @@ def embed(
     Samples that cannot be read are left out, and a warning names them.
 
     Args:
-        model: model in evaluation mode.
+        model: model in evaluation mode; a missing encoder embeds nothing.
         tokenizer: tokenizer of the model.
         data: data set to embed.
         batch_size: number of samples per batch on each device.
@@ -178,27 +214,23 @@ def embed(
     Raises: ValueError if no sample can be read; LoaderError if a worker is lost.
     """
     device = model.device
-    share = _share(data.shards.num_samples)
-    batches = image_batches(
-        _Reader(data), range(share.start, share.stop), batch_size, data.preprocess.channels, data.preprocess.image_size,
-        workers, timeout_seconds,
-    )  # fmt: skip
+    share = range(data.shards.num_samples)[distributed.share(data.shards.num_samples)]
+    batches = embed_batches(model, _Reader(data), split(share, batch_size), data.preprocess, workers, timeout_seconds)
     images, captions, labels, samples, refused = [], [], [], [], []
     with closing(batches):
         for _ in range(_num_batches(data.shards.num_samples, batch_size)):
             check_stop()
-            if (batch := next(batches, None)) is None:
+            if (embedded := next(batches, None)) is None:
                 continue
+            batch, rows = embedded
             for sample, reason in batch.refused:
                 shard = data.shards.path(int(data.shards.locate(np.array([sample]))[0][0]))
                 refused.append(Refused(data.name, shard, data.shards.key(sample), reason))
-            if batch.samples:
-                images.append(model.project_image(model.encode_image(batch.images.to(device)).pooled).float())
-                captions += [texts for texts, _ in batch.values]
-                labels += [label for _, label in batch.values]
-                samples += batch.samples
-    local = torch.cat(images) if images else torch.zeros(0, model.embed_dim, device=device)
-    all_images = distributed.gather_ragged_rows(local)
+            images.append(rows)
+            captions += [texts for texts, _ in batch.values]
+            labels += [label for _, label in batch.values]
+            samples += batch.samples
+    local = torch.cat(images) if images else torch.zeros(0, model.image_embed_dim, device=device)
     gathered = distributed.gather_objects((captions, labels, refused, samples))
     all_refused = [refusal for part in gathered for refusal in part[2]]
     _tell_refused(data, all_refused)
@@ -207,7 +239,7 @@ def embed(
     number = {text: i for i, text in enumerate(distinct)}
     pairs = [(i, number[text]) for i, texts_of in enumerate(all_captions) for text in texts_of]
     return Embedded(
-        images=all_images,
+        images=local.new_zeros(len(all_captions), 0) if model.image is None else distributed.gather_ragged_rows(local),
         texts=embed_texts(model, tokenizer, list(distinct), batch_size, check_stop),
         captions=list(distinct),
         samples=torch.tensor([sample for part in gathered for sample in part[3]], dtype=torch.int64),
@@ -232,7 +264,7 @@ def check_readable(data: EvalSet) -> None:
             reasons.append(str(error))
     raise ValueError(
         f"data.val.{data.name}: none of its first {len(reasons)} samples can be used; of the first (key "
-        f"{data.shards.key(0)!r}): {reasons[0]}; mend the data, or data.val.{data.name}.caption and .label"
+        f"{data.shards.key(0)!r}): {reasons[0]}; fix the data, or data.val.{data.name}.caption and .label"
     )
 
 
@@ -243,6 +275,6 @@ def _tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:
     named = "; ".join(f"{refusal.key} of {refusal.shard}: {refusal.reason}" for refusal in refused[:_MAX_NAMED])
     count = f"{len(refused)} of the {data.shards.num_samples} samples of data.val.{data.name} cannot be used"
     if len(refused) == data.shards.num_samples:
-        raise ValueError(f"{count}, such as {named}; mend the data, or data.val.{data.name}.caption and .label")
+        raise ValueError(f"{count}, such as {named}; fix the data, or data.val.{data.name}.caption and .label")
     if distributed.is_main():
         log.warning("%s and are left out: %s%s", count, named, "; ..." if len(refused) > _MAX_NAMED else "")

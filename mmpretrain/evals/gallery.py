@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.evals.base import Context
+from mmpretrain.evals.base import Context, evenly_spread
 from mmpretrain.reporting import pictures
 
 
@@ -25,7 +25,7 @@ class Gallery:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with captions."""
-        return [name for name, data in context.sets.items() if data.caption is not None]
+        return context.captioned_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Show the pictures `text_to_image` and `image_to_text`. There are no scores."""
@@ -35,12 +35,12 @@ class Gallery:
         belongs = {tuple(pair) for pair in embedded.pairs.tolist()}
         count = min(self.num_queries, len(embedded.images), len(embedded.texts))
         by_text, by_image = [], []
-        for text in torch.linspace(0, len(embedded.texts) - 1, count).round().long().tolist():
+        for text in evenly_spread(count, len(embedded.texts)):
             found = self._best(embedded.texts[text] @ embedded.images.T)
             images = [context.image(name, image) for image in found]
             right = [(image, text) in belongs for image in found]
             by_text.append(pictures.Answers(embedded.captions[text], None, images, (), right))
-        for image in torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist():
+        for image in evenly_spread(count, len(embedded.images)):
             found = self._best(embedded.images[image] @ embedded.texts.T)
             texts = [embedded.captions[text] for text in found]
             right = [(image, text) in belongs for text in found]

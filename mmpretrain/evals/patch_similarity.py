@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.evals.base import Context
+from mmpretrain.evals.base import Context, evenly_spread
 from mmpretrain.reporting import pictures
 
 
@@ -23,26 +23,26 @@ class PatchSimilarity:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with captions; none if the image encoder is not a ViT that pools one of its tokens."""
-        image = context.model.image
+        image = context.model.image_encoder
         if not image.is_vit or image.num_prefix_tokens == 0 or not getattr(image, "pools_token", True):
             return []
-        return [name for name, data in context.sets.items() if data.caption is not None]
+        return context.captioned_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Show the picture `patch_similarity`. There are no scores."""
-        model, embedded = context.model, context.embedded(name)
+        model, encoder, embedded = context.model, context.model.image_encoder, context.embedded(name)
         if not distributed.is_main():
             return {}
-        text_of = dict(reversed(embedded.pairs.tolist()))
-        count = min(self.num_images, len(embedded.images))
-        rows = torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist()
+        rows = evenly_spread(self.num_images, len(embedded.images))
+        texts = [embedded.first_texts[row] for row in rows]
         images = torch.stack([context.image(name, row) for row in rows])
         with context.autocast:
-            tokens = model.encode_image(images.to(model.device)).tokens[:, model.image.num_prefix_tokens :]
+            tokens = model.encode_image(images.to(model.device)).tokens[:, encoder.num_prefix_tokens :]
             patches = model.project_image(tokens).float()
-        maps = []
-        for patch_rows, row in zip(patches, rows, strict=True):
-            maps.append((patch_rows @ embedded.texts[text_of[row]]).reshape(model.image.grid_size).cpu().numpy())
-        captions = [embedded.captions[text_of[row]] for row in rows]
+        maps = [
+            (patch_rows @ embedded.texts[text]).reshape(encoder.grid_size).cpu().numpy()
+            for patch_rows, text in zip(patches, texts, strict=True)
+        ]
+        captions = [embedded.captions[text] for text in texts]
         context.show(name, "patch_similarity", pictures.heat_maps(list(images), maps, captions))
         return {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.evals.base import Context
+from mmpretrain.evals.base import Context, evenly_spread
 
 
 class Projector:
@@ -15,6 +15,8 @@ class Projector:
         data: names of `data.val` to use; None uses all.
         num_images: number of images, spread evenly over the data set.
     """
+
+    towers = ("image",)
 
     def __init__(self, data: Sequence[str] | None = None, num_images: int = 500) -> None:
         self.data = data
@@ -29,15 +31,13 @@ class Projector:
         embedded = context.embedded(name)
         if not distributed.is_main():
             return {}
-        count = min(self.num_images, len(embedded.images))
-        rows = torch.linspace(0, len(embedded.images) - 1, count).round().long().tolist()
-        first_text = dict(reversed(embedded.pairs.tolist()))
+        rows = evenly_spread(self.num_images, len(embedded.images))
         classes = context.sets[name].classes
         labels = []
         for row in rows:
-            label = int(embedded.labels[row])
-            if row in first_text:
-                labels.append(" ".join(embedded.captions[first_text[row]].split()))
+            label, text = int(embedded.labels[row]), embedded.first_texts[row]
+            if text >= 0:
+                labels.append(" ".join(embedded.captions[text].split()))
             else:
                 labels.append(classes.names[label] if classes is not None and label >= 0 else str(label))
         images = torch.stack([context.image(name, row) for row in rows])

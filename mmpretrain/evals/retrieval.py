@@ -62,7 +62,7 @@ class Retrieval:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with captions."""
-        return [name for name, data in context.sets.items() if data.caption is not None]
+        return context.captioned_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Return `text_retrieval_recall@k` (image to text) and `image_retrieval_recall@k` (text to image)."""

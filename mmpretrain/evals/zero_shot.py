@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.config.instantiate import accepts
+from mmpretrain.errors import check_number
 from mmpretrain.evals.base import Context
 from mmpretrain.evals.embeddings import Classes
 from mmpretrain.reporting import pictures
@@ -73,17 +74,27 @@ def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
     return [partial(template.replace, "{}") for template in templates]
 
 
-def class_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Return `acc1`, `acc5` and `mean_per_class_recall`. Ties count against the model.
+def right_class_ranks(similarities: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of wrong classes ranked before each image's right class. Ties count against the model.
 
     Args:
-        predicted: similarities of images and classes [n, C].
+        similarities: similarities of images and classes [n, C]. NaN also counts against the model.
+        labels: true classes, int64 [n].
+
+    Returns: int64 [n]; 0 is a hit at rank one.
+    """
+    others = ~(similarities < similarities.gather(1, labels[:, None]))
+    return others.sum(1) - others.gather(1, labels[:, None])[:, 0].long()
+
+
+def class_scores(ranks: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """Return `acc1`, `acc5` and `mean_per_class_recall`.
+
+    Args:
+        ranks: result of `right_class_ranks`, int64 [n].
         labels: true classes, int64 [n].
         num_classes: number of classes C.
     """
-    right = predicted.gather(1, labels[:, None])
-    others = ~(predicted < right)
-    ranks = others.sum(1) - others.gather(1, labels[:, None])[:, 0].long()
     hits = (ranks < 1).double()
     per_class = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
     counts = torch.bincount(labels, minlength=num_classes)
@@ -100,10 +111,16 @@ class ZeroShot:
 
     Args:
         data: names of `data.val` to use; None uses each data set with `classes` and `label`.
+        chunk_size: number of images classified at once; memory is proportional to chunk_size x number of classes. The
+            ranks share the chunks.
+
+    Raises: UsageError if `chunk_size` is below 1.
     """
 
-    def __init__(self, data: Sequence[str] | None = None) -> None:
+    def __init__(self, data: Sequence[str] | None = None, chunk_size: int = 256) -> None:
+        check_number("chunk_size", chunk_size, at_least=1)
         self.data = data
+        self.chunk_size = chunk_size
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with classes and labels."""
@@ -118,13 +135,37 @@ class ZeroShot:
         rows = context.embedded_texts(texts)
         groups = rows.split([len(group) for group in classes.texts])
         weights = F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
-        predicted = embedded.images @ weights.T
+        predicted, ranks = self._classify(embedded.images, embedded.labels, weights)
         if distributed.is_main():
-            counts = _confusion(predicted.argmax(dim=1), embedded.labels, len(classes.names))
-            context.show(name, "confusion", pictures.confusion(counts.cpu().numpy(), classes.names))
-        return class_scores(predicted, embedded.labels, len(classes.names))
+            counts, shown = _confusion(predicted, embedded.labels)
+            picture = pictures.confusion(counts.cpu().numpy(), [classes.names[i] for i in shown], shown)
+            context.show(name, "confusion", picture)
+        return class_scores(ranks, embedded.labels, len(classes.names))
+
+    def _classify(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the predicted class of each image and the rank of its right class, int64 [n] each. A collective.
+
+        A chunk has the same images on any number of ranks, so that its similarities are the same bit for bit.
+        """
+        starts = range(0, len(images), self.chunk_size)
+        results = [torch.zeros(0, 2, dtype=torch.int64, device=images.device)]
+        for start in starts[distributed.share(len(starts))]:
+            similarities = images[start : start + self.chunk_size] @ weights.T
+            ranks = right_class_ranks(similarities, labels[start : start + self.chunk_size])
+            results.append(torch.stack([similarities.argmax(dim=1), ranks], dim=1))
+        predicted, all_ranks = distributed.gather_ragged_rows(torch.cat(results)).unbind(1)
+        return predicted, all_ranks
 
 
-def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return the confusion matrix int64 [C, C] of true classes (rows) and predictions (columns), int64 [n] each."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+def _confusion(predicted: Tensor, labels: Tensor) -> tuple[Tensor, list[int]]:
+    """Count the true classes (rows) and predictions (columns) of the K classes that occur as either.
+
+    Args:
+        predicted, labels: predicted and true classes, int64 [n].
+
+    Returns: (counts int64 [K, K], numbers of the K classes in ascending order).
+    """
+    shown, places = torch.cat([labels, predicted]).unique(return_inverse=True)
+    rows, columns = places.chunk(2)
+    counts = torch.bincount(rows * len(shown) + columns, minlength=len(shown) ** 2)
+    return counts.reshape(len(shown), len(shown)), shown.tolist()

@@ -17,22 +17,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class NoImages(nn.Module):
-    """Placeholder for the image encoder of a text-only model."""
-
-    image_size = 1  # placeholder: no image is encoded
-    width = 0
-    projects = True
-
-    def forward(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
-        """Raise ValueError: there is no image encoder."""
-        raise ValueError("the model has no image encoder (model.image is null); an objective or evaluator asks for one")
-
-    def project(self, pooled: Tensor) -> Tensor:
-        """Raise AssertionError: it is never called, since no image is encoded."""
-        raise AssertionError
-
-
 class ImageTextModel(nn.Module):
     """Image and text towers with projections into a shared space of `embed_dim` dimensions (CLIP, Radford et al. 2021).
 
@@ -62,15 +46,15 @@ class ImageTextModel(nn.Module):
     ) -> None:
         super().__init__()
         check_number("model.embed_dim", embed_dim, at_least=1)
-        image = NoImages() if image is None else image
-        complete_image_encoder(image)
+        if image is not None:
+            complete_image_encoder(image)
         if text is not None:
             complete_text_encoder(text)
-        self.image: ImageEncoder = image
+        self.image: ImageEncoder | None = image
         self.text: TextEncoder | None = text
         self.embed_dim = embed_dim
         self.squash = squash
-        self.image_projection = None if image.projects else _projection(image.width, embed_dim)
+        self.image_projection = None if image is None or image.projects else _projection(image.width, embed_dim)
         self.text_projection = None if text is None or text.projects else _projection(text.width, embed_dim)
         # As buffers they are copied to the device once. Created in the forward pass, each copy would stall the host.
         if len(image_mean) != len(image_std):
@@ -79,7 +63,8 @@ class ImageTextModel(nn.Module):
                 "expected one for each channel in both"
             )
         self.num_channels = len(image_mean)
-        convolutions = [module for module in image.modules() if isinstance(module, nn.Conv2d)]
+        modules = () if image is None else image.modules()
+        convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
         if convolutions and convolutions[0].in_channels != self.num_channels:
             raise ValueError(
                 f"model.image takes {convolutions[0].in_channels} channels, and model.image_mean has {self.num_channels} "
@@ -95,6 +80,44 @@ class ImageTextModel(nn.Module):
         """Device of the parameters."""
         return self.pixel_mean.device
 
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """The image encoder. Raises: ValueError if the model has none."""
+        if self.image is None:
+            raise ValueError(_missing("image"))
+        return self.image
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder. Raises: ValueError if the model has none."""
+        if self.text is None:
+            raise ValueError(_missing("text"))
+        return self.text
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """True if the image encoder has BatchNorm, whose mathematics depends on the micro-batch."""
+        return self.image is not None and self.image.has_batch_norm
+
+    @property
+    def image_embed_dim(self) -> int:
+        """Width of `embed_images`; 0 if the model has no image encoder."""
+        return self._embed_dim(self.image, self.image_projection)
+
+    @property
+    def text_embed_dim(self) -> int:
+        """Width of `embed_texts`; 0 if the model has no text encoder."""
+        return self._embed_dim(self.text, self.text_projection)
+
+    def _embed_dim(self, encoder: ImageEncoder | TextEncoder | None, projection: nn.Linear | None) -> int:
+        if encoder is None:
+            return 0
+        return self.embed_dim if self._is_projected(projection) else encoder.width
+
+    def _is_projected(self, projection: nn.Linear | None) -> bool:
+        """Return False for the projection of a single encoder: no objective trains it. None is the encoder's own."""
+        return projection is None or (self.image is not None and self.text is not None)
+
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise uint8 images [b, c, h, w] with `image_mean` and `image_std`, in the parameters' dtype."""
         return (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
@@ -104,44 +127,55 @@ class ImageTextModel(nn.Module):
         return (pixels * self.pixel_std + self.pixel_mean).round().clamp(0, 255).to(torch.uint8)
 
     def encode_image(self, images: Tensor, mask: PatchMask | None = None) -> Encoding:
-        """Encode uint8 images [b, c, h, w] into tokens and pooled states."""
-        return self.image(self.normalize(images), mask)
+        """Encode uint8 images [b, c, h, w] into tokens and pooled states.
+
+        Raises: ValueError if the model has no image encoder.
+        """
+        return self.image_encoder(self.normalize(images), mask)
 
     def encode_text(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
         """Encode token ids int64 [b, L] of texts with `lengths` int64 [b] into tokens and pooled states.
 
         Raises: ValueError if the model has no text encoder.
         """
-        if self.text is None:
-            raise ValueError(
-                "the model has no text encoder (model.text is null); an objective or evaluator asks for one"
-            )
-        return self.text(ids, lengths, packing)
+        return self.text_encoder(ids, lengths, packing)
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Embed uint8 images [b, c, h, w] as unit vectors [b, e], without gradients."""
-        return self.project_image(self.encode_image(images.to(self.device)).pooled)
+        """Embed uint8 images [b, c, h, w] as unit vectors [b, e], without gradients.
+
+        A model without text encoder has no shared space: its embeddings are the pooled states [b, width] at unit length,
+        unless the encoder has a projection of its own.
+        """
+        pooled = self.encode_image(images.to(self.device)).pooled
+        return self.project_image(pooled) if self._is_projected(self.image_projection) else _unit(pooled)
 
     @torch.no_grad()
-    def embed_texts(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Embed token ids int64 [b, L] of texts with `lengths` int64 [b] as unit vectors [b, e], without gradients."""
-        pooled = self.encode_text(ids.to(self.device), lengths.to(self.device)).pooled
-        return self.project_text(pooled)
+    def embed_texts(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Tensor:
+        """Embed token ids int64 [b, L] of texts with `lengths` int64 [b] as unit vectors [b, e], without gradients.
+
+        Without image encoder they are the pooled states, as in `embed_images`.
+        """
+        packing = None if packing is None else packing.map(lambda tensor: tensor.to(self.device))
+        pooled = self.encode_text(ids.to(self.device), lengths.to(self.device), packing).pooled
+        return self.project_text(pooled) if self._is_projected(self.text_projection) else _unit(pooled)
 
     def project_image(self, pooled: Tensor) -> Tensor:
         """Project pooled image states [b, d] to unit vectors [b, e], float32 or wider.
 
         In bf16 similarities would be rounded to 1/256.
         """
-        projection = self.image.project if self.image_projection is None else self.image_projection
+        projection = self.image_encoder.project if self.image_projection is None else self.image_projection
         return _unit(projection(pooled))
 
     def project_text(self, pooled: Tensor) -> Tensor:
         """Project pooled text states [b, d] to unit vectors [b, e], float32 or wider."""
-        assert self.text is not None
-        projection = self.text.project if self.text_projection is None else self.text_projection
+        projection = self.text_encoder.project if self.text_projection is None else self.text_projection
         return _unit(projection(pooled))
+
+
+def _missing(tower: str) -> str:
+    return f"the model has no {tower} encoder (model.{tower} is null); an objective or evaluator asks for one"
 
 
 def _projection(width: int, embed_dim: int) -> nn.Linear:

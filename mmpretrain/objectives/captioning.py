@@ -69,7 +69,7 @@ class Captioning(nn.Module):
         self.streams = (stream,)
         self.parallel = parallel
         width = model.text.width
-        self.decoder = FusionDecoder(width, decoder_depth, decoder_heads, model.image.width, num_queries)
+        self.decoder = FusionDecoder(width, decoder_depth, decoder_heads, model.image_encoder.width, num_queries)
         if parallel > 0:
             self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
             self.positions = nn.Parameter(torch.randn(model.text.context_length, width) * 0.01)

@@ -47,7 +47,7 @@ class MAE(nn.Module):
         config_path: str = "objective.mae",
     ) -> None:
         super().__init__()
-        encoder = model.image
+        encoder = model.image_encoder
         if not encoder.is_vit:
             raise ValueError(
                 f"{config_path} needs a plain ViT of timm (vit_*) as model.image; this one cannot drop patches"

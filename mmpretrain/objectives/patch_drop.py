@@ -24,7 +24,7 @@ class PatchDrop:
     def __init__(self, model: ImageTextModel, ratio: Scheduled, kind: Literal["random", "block"], key: str) -> None:
         self._ratio = ScheduledValue(ratio, key, at_least=0, below=1)
         self._kind: Literal["random", "block"] = kind
-        if max(self._ratio.values) > 0 and not model.image.is_vit:
+        if max(self._ratio.values) > 0 and not model.image_encoder.is_vit:
             raise ValueError(
                 f"{key} is {ratio}, but model.image cannot drop patches; expected a plain ViT (vit_*), or 0"
             )

@@ -70,7 +70,7 @@ class SimCLR(nn.Module):
 
         layer = BatchStandardization if norm == "batch" else nn.LayerNorm
         self.head = nn.Sequential(
-            nn.Linear(model.image.width, hidden_width), layer(hidden_width), nn.ReLU(),
+            nn.Linear(model.image_encoder.width, hidden_width), layer(hidden_width), nn.ReLU(),
             nn.Linear(hidden_width, hidden_width), layer(hidden_width), nn.ReLU(),
             nn.Linear(hidden_width, embed_dim),
         )  # fmt: skip

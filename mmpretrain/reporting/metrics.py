@@ -41,6 +41,17 @@ _LARGEST = sys.float_info.max
 _FIRST_SETTINGS = ("batch_size", "lr", "model", "objective", "seed")
 
 
+def is_lower_better(metric: str) -> bool:
+    """Return True for metrics that improve when they fall: names that end with `loss`, `perplexity` or `seconds`."""
+    return metric.endswith(("loss", "perplexity", "seconds"))
+
+
+def is_better(metric: str, score: float, best: float | None) -> bool:
+    """Return True if `score` improves on `best` (see `is_lower_better`); NaN and infinity never do."""
+    sign = -1 if is_lower_better(metric) else 1
+    return math.isfinite(score) and (best is None or sign * score > sign * best)
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON objects, one per line. An invalid last line is ignored, since a kill may have cut it short.
 

@@ -118,17 +118,25 @@ def gallery(queries: Sequence[Answers], side: int = 120) -> np.ndarray:
     return np.asarray(page)
 
 
-def confusion(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
+def confusion(matrix: np.ndarray, names: Sequence[str], numbers: Sequence[int] | None = None) -> np.ndarray:
     """Draw a confusion matrix: counts [C, C] of true classes (rows) and predictions (columns), as fractions of each row.
 
     White is exactly zero: any larger fraction has a colour. More than 120 classes are labelled by number. With more than
     1000 classes each pixel shows the largest fraction of the cells that it covers, so that no confusion is hidden.
+
+    Args:
+        matrix: counts [C, C].
+        names: names of the classes [C].
+        numbers: numbers of the classes [C]; None: 0 to C - 1.
     """
     is_named = len(names) <= _MOST_NAMED
     side = min(max(720 // len(names), 12), 120) if is_named else max(_MOST_PIXELS // len(names), 1)
     cells = _cells(matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1), side, has_lines=is_named)
     length, size = len(cells), min(side - 2, 13) if is_named else 13
-    labels = {i: _shortened(name) for i, name in enumerate(names)} if is_named else _numbers(len(names))
+    if is_named:
+        labels = {i: _shortened(name) for i, name in enumerate(names)}
+    else:
+        labels = {i: str(i if numbers is None else numbers[i]) for i in _evenly_spaced(len(names))}
     rows = _beside({(i + 0.5) * length / len(names): label for i, label in labels.items()}, length, size)
     columns = rows.transpose(Image.Transpose.ROTATE_90)
 
@@ -163,10 +171,10 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
-def _numbers(count: int) -> dict[int, str]:
-    """Return at most ten evenly spaced round numbers below `count` with their labels."""
+def _evenly_spaced(count: int) -> range:
+    """Return at most ten evenly spaced round numbers below `count`."""
     steps = (digit * 10**zeros for zeros in itertools.count() for digit in (1, 2, 5))
-    return {i: str(i) for i in range(0, count, next(step for step in steps if 10 * step >= count))}
+    return range(0, count, next(step for step in steps if 10 * step >= count))
 
 
 def _beside(labels: Mapping[float, str], length: int, size: int) -> Image.Image:

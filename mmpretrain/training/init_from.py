@@ -49,7 +49,7 @@ def init_from(task: Task, source: str) -> None:
     missing = [name for name in own if name not in tensors]
     left_over = [name for name in tensors if name not in own]
     new_heads = [name for name in missing if name.startswith("objectives.")]
-    unused = [name for name in left_over if name.startswith("objectives.") or _is_text_of_none(name, task.model)]
+    unused = [name for name in left_over if name.startswith("objectives.") or _is_of_no_tower(name, task.model)]
     problems = {
         "are missing": sorted(set(missing) - set(new_heads)),
         "are left over": sorted(set(left_over) - set(unused)),
@@ -71,9 +71,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + more
 
 
-def _is_text_of_none(name: str, model: ImageTextModel) -> bool:
-    """Return True if a parameter belongs to a text encoder that the model does not have."""
-    return model.text is None and name.startswith(("model.text.", "model.text_projection."))
+def _is_of_no_tower(name: str, model: ImageTextModel) -> bool:
+    """Return True if a parameter belongs to an encoder that the model does not have."""
+    absent = [tower for tower in ("image", "text") if getattr(model, tower) is None]
+    return any(name.startswith((f"model.{tower}.", f"model.{tower}_projection.")) for tower in absent)
 
 
 def _resized(positions: Tensor, own: Tensor, model: ImageTextModel) -> Tensor:
@@ -81,8 +82,9 @@ def _resized(positions: Tensor, own: Tensor, model: ImageTextModel) -> Tensor:
     table = positions if positions.ndim == 3 else positions[None]
     if table.shape[-1] != own.shape[-1]:
         return positions
-    prefix = own.shape[-2] - model.image.num_patches
-    resized = resample_abs_pos_embed(table, list(model.image.grid_size), num_prefix_tokens=prefix)
+    image = model.image_encoder
+    prefix = own.shape[-2] - image.num_patches
+    resized = resample_abs_pos_embed(table, list(image.grid_size), num_prefix_tokens=prefix)
     return resized.reshape(own.shape)
 
 

@@ -182,7 +182,7 @@ def prepare(task: Task, device: torch.device, precision: Precision, options: Par
     world = distributed.world_size()
     if options.strategy == Strategy.none and world > 1:
         raise ValueError(f"parallel.strategy is none, but there are {world} processes; expected parallel=ddp or fsdp")
-    if options.strategy == Strategy.fsdp and task.model.image.has_batch_norm:
+    if options.strategy == Strategy.fsdp and task.model.has_batch_norm:
         raise ValueError(
             "parallel.strategy is fsdp, but model.image has BatchNorm, which it does not synchronise; use ddp"
         )
@@ -314,7 +314,7 @@ def wrap(task: Task, device: torch.device) -> nn.Module:
     """
     if distributed.world_size() == 1 or isinstance(task, FSDPModule):
         return task
-    if task.model.image.has_batch_norm:
+    if task.model.has_batch_norm:
         if device.type != "cuda":
             raise ValueError(
                 "model.image has BatchNorm, which cannot be synchronised between CPU processes; "

@@ -64,7 +64,7 @@ class Quarantine:
         if self.num_refused > self._max_fraction * max(samples, _MIN_SAMPLES_FOR_BAD_FRACTION):
             raise TrainingError(
                 f"{self.num_refused} of {samples} samples were refused, more than data.max_bad_fraction = "
-                f"{self._max_fraction}; see {self._path}, mend the data or raise the limit"
+                f"{self._max_fraction}; see {self._path}, fix the data or raise the limit"
             )
 
     def _write(self, refusal: Refused) -> None:

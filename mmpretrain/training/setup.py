@@ -128,7 +128,7 @@ def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Tas
             f"trainer.micro_batch_size is {micro_batch_size}; expected a divisor of the {share} samples that each of "
             f"{world} processes takes of trainer.batch_size = {batch_size}"
         )
-    if size < share and task.model.image.has_batch_norm:
+    if size < share and task.model.has_batch_norm:
         raise ValueError(
             f"trainer.micro_batch_size is {micro_batch_size}, but model.image has BatchNorm, whose mathematics depends on "
             "it; leave it null or choose an encoder without BatchNorm"

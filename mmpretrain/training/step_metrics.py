@@ -74,12 +74,3 @@ def train_values(
         values |= {f"train/{name}_{key}": float(value) for key, value in shared.items() if value.numel() == 1}
     values["train/grad_norm"] = float(norms["all"])
     return values | {f"train/grad_norm_{tower}": float(norm) for tower, norm in norms.items() if tower != "all"}
-
-
-def is_better(metric: str, score: float, best: float | None) -> bool:
-    """Return True if `score` improves on `best`; NaN and infinity never do.
-
-    Metrics whose name ends with `loss` or `perplexity` improve when they fall, all others when they rise.
-    """
-    sign = -1 if metric.endswith(("loss", "perplexity")) else 1
-    return math.isfinite(score) and (best is None or sign * score > sign * best)

@@ -62,7 +62,7 @@ class Encodings:
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask:
         """Return the patch mask that `spec` draws for each sample of the stream."""
         if (stream, spec) not in self._masks:
-            grid_size = self.batch.grid_size(stream, self._model.image.patch_size)
+            grid_size = self.batch.grid_size(stream, self._model.image_encoder.patch_size)
             self._masks[stream, spec] = patch_mask(self.samples(stream).seeds, grid_size, spec)
         return self._masks[stream, spec]
 
@@ -70,7 +70,7 @@ class Encodings:
         """Return the image encoder's output, for all patches or only for those that `mask` keeps."""
         if (stream, mask) not in self._images:
             patch_mask = None if mask is None else self.patch_mask(stream, mask)
-            encode = partial(self._model.image, self.pixels(stream), patch_mask)
+            encode = partial(self._model.image_encoder, self.pixels(stream), patch_mask)
             self._images[stream, mask] = _encoded(encode, self._drawing(stream, "image", mask))
         return self._images[stream, mask]
 
@@ -86,7 +86,7 @@ class Encodings:
                     f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; expected as "
                     "many {transform: ...} as its num_views, such as those that conf/objective/simclr.yaml gives to pairs"
                 )
-            encode = partial(self._model.image, self._model.normalize(views[:, number]))
+            encode = partial(self._model.image_encoder, self._model.normalize(views[:, number]))
             self._views[stream, number] = _encoded(encode, self._drawing(stream, "view", number))
         return self._views[stream, number]
 
@@ -116,8 +116,7 @@ class Encodings:
     @property
     def token_embeddings(self) -> Tensor:
         """Token embedding matrix of the text encoder, [vocabulary, d], which heads tie to (Press and Wolf 2017)."""
-        assert self._model.text is not None
-        return self._model.text.token_embeddings
+        return self._model.text_encoder.token_embeddings
 
     def with_text(self, stream: str, text: Tensor, lengths: Tensor) -> "Encodings":
         """Return the same micro-batch with other texts for the stream's images. Cached image encodings are shared."""

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -21,7 +21,7 @@ from mmpretrain.checkpoints import store
 from mmpretrain.config import resolve
 from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.errors import TrainingError
-from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite
+from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite, is_better
 from mmpretrain.reporting.profiling import profiled
 from mmpretrain.schedules import Duration, Schedule, ScheduledValue, TrainingProgress
 from mmpretrain.training import parallel, resume
@@ -36,7 +36,7 @@ from mmpretrain.training.resume import TrainState
 from mmpretrain.training.saver import Saver
 from mmpretrain.training.setup import Setup, fingerprint_of
 from mmpretrain.training.step import StepLosses, forward_backward
-from mmpretrain.training.step_metrics import Window, is_better, train_values
+from mmpretrain.training.step_metrics import Window, train_values
 from mmpretrain.training.stop_signal import PREEMPTED_EXIT_CODE, Stopped, StopSignal
 from mmpretrain.training.task import Task
 from mmpretrain.training.transfer import Transfer
@@ -51,19 +51,19 @@ _STOP_SECONDS, _STOP_UNSAVED_SECONDS = 10.0, 30.0
 class Evaluation(Protocol):
     """Protocol of a run's evaluations (see `mmpretrain.evals.base`)."""
 
-    def due(self, before: int, after: int, is_last: bool) -> list[str]:
-        """Return the names of the evaluators that are due after a step from `before` to `after` samples."""
+    @property
+    def has_run_all(self) -> bool:
+        """True once every evaluator has run in this process."""
+        ...
+
+    def is_due(self, samples: int) -> bool:
+        """Return True if an evaluator is due after the step that ends at `samples` samples."""
         ...
 
     def run(
-        self,
-        names: Sequence[str],
-        task: Task,
-        samples: int,
-        writer: MetricsWriter | None,
-        check_stop: Callable[[], None],
-    ) -> Mapping[str, float]:
-        """Run the evaluators `names` and return their scores."""
+        self, task: Task, samples: int, writer: MetricsWriter | None, check_stop: Callable[[], None]
+    ) -> dict[str, float]:
+        """Run the evaluators that are due, and return their scores."""
         ...
 
 
@@ -132,7 +132,6 @@ class Trainer:
             cfg, fingerprint, self.state, task, self.optimizer, self.ema, self.loss_scale, self.bad_steps,
             self.quarantine, started,
         )  # fmt: skip
-        self.untried = set(evaluation.due(0, clock.total_samples, True))  # evaluators that have not run yet
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
             # If the last step's evaluation was interrupted, it is repeated and logs the step's values, so drop that record.
@@ -151,7 +150,7 @@ class Trainer:
             self.stop = stop
             try:
                 if self.state.pending is not None:
-                    self._evaluate(self._due())
+                    self._evaluate()
                 elif self.state.is_evaluated(self.num_steps):
                     self._write_results()  # the run is finished but results.json is missing
                 self._loop()
@@ -223,8 +222,8 @@ class Trainer:
                         self.ema.update(skipped, self.ema_decay(progress))
                     self.bad_steps.update(skipped)
                     state.step, state.samples = state.step + 1, after
-                    due = self._due()
-                    if due or is_last:
+                    is_evaluated = is_last or self.evaluation.is_due(after)
+                    if is_evaluated:
                         state.pending = values
                     else:
                         self._log(values)
@@ -232,13 +231,13 @@ class Trainer:
                 bar.advance(state.step)
                 profile_step()
                 with self.window.paused():
-                    if is_last or (known.get("stop") and not due):
+                    if is_last or (known.get("stop") and not is_evaluated):
                         self.bad_steps.check(self.flags.read(), state.step)
-                    if due or is_last or self._is_save_due(before) or known.get("save") or known.get("stop"):
+                    if is_evaluated or self._is_save_due(before) or known.get("save") or known.get("stop"):
                         # Save before the evaluation, which may fail or be killed.
                         self.saver.save()
-                    if due or is_last:
-                        self._evaluate(due)
+                    if is_evaluated:
+                        self._evaluate()
                 if known.get("stop") and not is_last:
                     self._end(f"stopped by a signal at step {state.step}; the same command goes on from there")
 
@@ -347,27 +346,23 @@ class Trainer:
         self.window = Window()
         return values
 
-    def _due(self) -> list[str]:
-        """Return the names of the evaluators that are due after the last step."""
-        after = self.state.samples
-        return self.evaluation.due(after - self.batch_size, after, self.state.step == self.num_steps)
-
     def _log(self, values: Mapping[str, float]) -> None:
         if values and self.writer is not None:
             self.writer.scalars(self.state.step, self.state.samples, values)
 
-    def _evaluate(self, due: Sequence[str]) -> None:
+    def _evaluate(self) -> None:
         """Evaluate the last step after its checkpoint is written, and log its values and scores. A collective.
 
         If the evaluation is killed, a resumed run repeats it: the step counts as evaluated once scores.json exists.
 
         Raises: Stopped if a rank received a signal.
         """
-        state = self.state
-        scores = self._scores(due) if due else {}
+        state, had_run_all = self.state, self.evaluation.has_run_all
+        scores = self._scores() if self.evaluation.is_due(state.samples) else {}
         is_best = self._is_best(scores)
         state.results.update(scores)
-        self._check_best(due)
+        if self.evaluation.has_run_all and not had_run_all:
+            self._check_best()
         state.best = scores[str(self.cfg.checkpoint.best)] if is_best else state.best
         self._log({**(state.pending or {}), **scores})
         if state.step == self.num_steps:
@@ -379,13 +374,13 @@ class Trainer:
             store.write_scores(path, state.results, state.best)
         state.pending = None
 
-    def _scores(self, due: Sequence[str]) -> dict[str, float]:
-        """Return the scores of the evaluators `due`, also for the averaged weights if there are any. A collective."""
+    def _scores(self) -> dict[str, float]:
+        """Return the scores of the evaluators that are due, also for the averaged weights if there are any. A collective."""
         samples = self.state.samples
-        scores = dict(self.evaluation.run(due, self.gather_full(), samples, self.writer, self._check_stop))
+        scores = self.evaluation.run(self.gather_full(), samples, self.writer, self._check_stop)
         if scores and self.ema is not None:
             with self.ema.applied():
-                averaged = self.evaluation.run(due, self.gather_full(), samples, None, self._check_stop)
+                averaged = self.evaluation.run(self.gather_full(), samples, None, self._check_stop)
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
@@ -396,11 +391,10 @@ class Trainer:
         name = self.cfg.checkpoint.best
         return name is not None and name in scores and is_better(name, scores[name], self.state.best)
 
-    def _check_best(self, due: Sequence[str]) -> None:
-        """Warn once all evaluators have run if none of them gives the metric `checkpoint.best`."""
-        name, known, was_untried = self.cfg.checkpoint.best, self.state.results, bool(self.untried)
-        self.untried -= set(due)
-        if was_untried and not self.untried and name is not None and name not in known and distributed.is_main():
+    def _check_best(self) -> None:
+        """Warn if no evaluator gives the metric `checkpoint.best`; called once all have run."""
+        name, known = self.cfg.checkpoint.best, self.state.results
+        if name is not None and name not in known and distributed.is_main():
             log.warning("checkpoint.best is %r, which no evaluation gives; they give: %s", name, ", ".join(known))
 
     def _answer_signal(self, seconds: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.image_batches import image_batches
+from mmpretrain.data.image_batches import image_batches, split
 from tests import runs
 
 
@@ -29,7 +29,7 @@ def read_until_20(number: int, out: Tensor) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_in_order_and_name_what_is_refused(workers: int) -> None:
     numbers = range(5, 45)
-    batches = list(image_batches(read, numbers, 16, 3, 4, workers))
+    batches = list(image_batches(read, split(numbers, 16), 3, 4, workers))
     assert [len(batch.samples) + len(batch.refused) for batch in batches] == [16, 16, 8]
     samples = [number for batch in batches for number in batch.samples]
     assert samples == [number for number in numbers if number % 7 != 3]
@@ -45,14 +45,14 @@ def test_batches_are_in_order_and_name_what_is_refused(workers: int) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_that_is_no_property_of_a_sample_is_raised(workers: int) -> None:
     with pytest.raises(OSError, match="Input/output error"):
-        list(image_batches(read_until_20, range(40), 8, 3, 4, workers))
+        list(image_batches(read_until_20, split(range(40), 8), 3, 4, workers))
 
 
 def _read_with_few_descriptors(folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     kept: list[Any] = []
     most = 0
-    for batch in image_batches(read, range(1200), 300, 3, 4, 4):
+    for batch in image_batches(read, split(range(1200), 300), 3, 4, 4):
         kept.append(batch)  # all of them, so that none is closed
         most = max(most, len(os.listdir("/proc/self/fd")))
     Path(folder, "descriptors").write_text(f"{len(kept)} {most}")

@@ -58,6 +58,7 @@ def test_an_objective_with_a_teacher(pairs: Path, tmp_path: Path) -> None:
 def test_an_evaluator(pairs: Path, tmp_path: Path) -> None:
     run = run_page("evaluator", tmp_path, pairs)
     assert -1 <= runs.results(run)["eval-val/alignment"] <= 1
+    assert any(b"eval-val/least_similar" in file.read_bytes() for file in (run / "tensorboard").rglob("events.*"))
 
 
 def test_image_encoders(pairs: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A small held-out data set in tars, and what an evaluator sees of it."""
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.tokenizer import ClipTokenizer
-from mmpretrain.evals.base import Context
-from mmpretrain.evals.embeddings import Embedded, EvalSet
+from mmpretrain.evals.base import Context, evaluate
+from mmpretrain.evals.embeddings import Classes, Embedded, EvalSet
+from mmpretrain.evals.zero_shot import ZeroShot
 from mmpretrain.models.image_text import ImageTextModel
 from tests import tiny
 from tests.tars import write_tars
@@ -80,3 +83,21 @@ def embedded(images: Tensor, texts: Tensor, pairs: Sequence[tuple[int, int]]) ->
         labels=torch.full((len(images),), -1),
         refused=[],
     )
+
+
+def many_images(folder: Path, num_images: int = 50_001, num_classes: int = 40) -> Context:
+    """Random embeddings with labels; to compare them with the classes costs more than to embed the classes' texts."""
+    classes = Classes([f"class {i}" for i in range(num_classes)], [[f"{i}"] for i in range(num_classes)])
+    generator = torch.Generator().manual_seed(0)
+    data = embedded(torch.randn(num_images, 12, generator=generator), torch.zeros(0, 12), [])
+    data.labels.copy_(torch.randint(0, num_classes, (num_images,), generator=generator))
+    return make_context(data=make_set(folder, label="cls", classes=classes), _embedded={"val": data})
+
+
+def classify_many(folder: Path) -> tuple[dict[str, float], dict[str, str], int]:
+    """Return (scores, hashes of the pictures, number of operations) of zero-shot classification on this rank."""
+    context = many_images(folder)
+    with FlopCounterMode(display=False) as counter:
+        scores = evaluate({"zero_shot": ZeroShot()}, context)
+    pictures = {name: hashlib.sha256(pixels.tobytes()).hexdigest() for name, pixels in context.shown.pictures.items()}
+    return scores, pictures, counter.get_total_flops()

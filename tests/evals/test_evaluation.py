@@ -1,16 +1,27 @@
-"""Evaluators over data sets: names, what is shared, precision, and data sets that do not fit."""
+"""Evaluators over data sets: names, intervals, what is shared, precision, and data sets or models that do not fit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mmpretrain.evals.base import Context, Evaluator, evaluate
+from mmpretrain.evals.base import Context, Evaluation, Evaluator, evaluate
 from mmpretrain.evals.contrastive_loss import ContrastiveLoss
+from mmpretrain.evals.gallery import Gallery
+from mmpretrain.evals.patch_similarity import PatchSimilarity
+from mmpretrain.evals.projector import Projector
 from mmpretrain.evals.retrieval import Retrieval
 from mmpretrain.evals.zero_shot import ZeroShot
-from tests.evals.held_out import make_context, make_model, make_set
+from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.reporting.metrics import MetricsWriter
+from mmpretrain.schedules import Clock, Duration
+from mmpretrain.training.task import Task
+from tests import tiny
+from tests.evals.held_out import NUM_SAMPLES, TOKENIZER, WITHOUT_CAPTION, captions, make_context, make_model, make_set
 
 
 class Precision:
@@ -78,3 +89,143 @@ def test_an_evaluator_is_run_on_the_data_sets_it_names(tmp_path: Path) -> None:
     context.sets = {"a": data, "b": data, "c": data}
     scores = evaluate({"retrieval": Retrieval(data=["c", "a"], ks=(1,))}, context)
     assert {name.split("/")[0] for name in scores} == {"eval-a", "eval-c"}
+
+
+def images_alone() -> ImageTextModel:
+    torch.manual_seed(0)
+    return ImageTextModel(tiny.vit(), None, embed_dim=12).eval()
+
+
+def texts_alone() -> ImageTextModel:
+    return ImageTextModel(None, tiny.text(vocab_size=TOKENIZER.vocab_size), embed_dim=12).eval()
+
+
+class Texts:
+    """An evaluator that needs no images."""
+
+    towers = ("text",)
+    data: Sequence[str] | None = None
+
+    def applicable_datasets(self, context: Context) -> list[str]:
+        return context.captioned_sets
+
+    def __call__(self, name: str, context: Context) -> dict[str, float]:
+        embedded = context.embedded(name)
+        return {"num_samples": len(embedded.images), "num_texts": len(embedded.texts), "width": embedded.texts.shape[1]}
+
+
+def test_a_model_of_images_is_evaluated_by_what_needs_images_alone(tmp_path: Path) -> None:
+    context = make_context(images_alone(), make_set(tmp_path, label="cls"))
+    assert evaluate({"projector": Projector(num_images=7)}, context) == {}
+    rows, labels, images = context.shown.projections["eval-val"]
+    embedded = context.embedded("val")
+    assert embedded.texts.shape == (len(embedded.captions), 0)
+    pixels = torch.stack([context.image("val", row) for row in range(3)])
+    torch.testing.assert_close(embedded.images[:3], images_alone().embed_images(pixels), rtol=1e-4, atol=1e-5)
+    assert rows.shape == (7, tiny.WIDTH) and images.shape == (7, 3, 32, 32)
+    assert labels[0] == embedded.captions[0], "captions are read, though not embedded"
+
+
+def test_a_model_of_texts_is_evaluated_without_reading_images(tmp_path: Path) -> None:
+    data = replace(make_set(tmp_path), preprocess=None)
+    scores = evaluate({"texts": Texts()}, make_context(texts_alone(), data))
+    # The sample without caption is refused, the one with a broken image is not.
+    kept = [number for number in range(NUM_SAMPLES) if number != WITHOUT_CAPTION]
+    assert scores == {
+        "eval-val/num_samples": len(kept),
+        "eval-val/num_texts": len({caption for number in kept for caption in captions(number)}),
+        "eval-val/width": tiny.WIDTH,
+    }
+
+
+@pytest.mark.parametrize("evaluator", [Retrieval(), ZeroShot(), ContrastiveLoss(), Gallery(), PatchSimilarity()])
+def test_evaluators_of_images_and_texts_refuse_a_model_of_one(tmp_path: Path, evaluator: Evaluator) -> None:
+    for tower, model in (("text", images_alone()), ("image", texts_alone())):
+        message = rf"^eval.mine embeds images and texts, but model.{tower} is null; leave it out: eval=\[\]$"
+        with pytest.raises(ValueError, match=message):
+            evaluate({"mine": evaluator}, make_context(model, make_set(tmp_path)))
+
+
+def test_an_evaluator_of_images_refuses_a_model_of_texts(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^eval.mine embeds images, but model.image is null; leave it out: eval=\[\]$"
+    ):
+        evaluate({"mine": Projector()}, make_context(texts_alone(), make_set(tmp_path)))
+
+
+@pytest.mark.parametrize("towers", ["image", ("picture",)])
+def test_towers_that_are_none_are_refused(tmp_path: Path, towers: Any) -> None:
+    evaluator = Texts()
+    evaluator.towers = towers
+    with pytest.raises(ValueError, match=r"^eval.mine has towers = .*; expected a tuple of 'image', 'text' or both$"):
+        evaluate({"mine": evaluator}, make_context(data=make_set(tmp_path)))
+
+
+def make_task() -> Task:
+    model = make_model()
+    return Task(model, {"infonce": InfoNCE(model)})
+
+
+def evaluation(folder: Path, best: str | None = None) -> Evaluation:
+    """Retrieval after each 100 of 250 samples, and the others after each 30; a step has 10."""
+    evaluators = {"retrieval": Retrieval(ks=(1,)), "loss": ContrastiveLoss(), "projector": Projector(num_images=3)}
+    every = {"retrieval": "100samples", "loss": "30samples", "projector": "30samples"}
+    durations = {name: Duration.parse(value, name) for name, value in every.items()}
+    return Evaluation(evaluators, durations, Clock(10, 250, 250), make_context(data=make_set(folder)), best)
+
+
+def test_evaluators_are_run_at_their_intervals_and_all_at_the_end(tmp_path: Path) -> None:
+    evaluations, task = evaluation(tmp_path), make_task()
+    due = [samples for samples in range(10, 251, 10) if evaluations.is_due(samples)]
+    assert due == [30, 60, 90, 100, 120, 150, 180, 200, 210, 240, 250]
+    recalls = {"eval-val/text_retrieval_recall@1", "eval-val/image_retrieval_recall@1"}
+    assert set(evaluations.run(task, 30, None)) == {"eval-val/contrastive_loss"}
+    assert not evaluations.has_run_all
+    assert set(evaluations.run(task, 100, None)) == recalls
+    assert evaluations.has_run_all
+    assert set(evaluations.run(task, 250, None)) == {*recalls, "eval-val/contrastive_loss"}
+
+
+def test_each_run_sees_the_weights_and_the_temperature_of_its_moment(tmp_path: Path) -> None:
+    evaluations, task = evaluation(tmp_path), make_task()
+    before = evaluations.run(task, 250, None)
+    assert before == evaluations.run(task, 250, None)
+    tiny.randomize(task.model)
+    moved = evaluations.run(task, 250, None)
+    torch.nn.init.constant_(task.objectives["infonce"].logit_scale, 0.0)  # type: ignore[arg-type]
+    flat = evaluations.run(task, 250, None)
+    losses = [scores["eval-val/contrastive_loss"] for scores in (before, moved, flat)]
+    assert len(set(losses)) == 3
+    assert moved["eval-val/text_retrieval_recall@1"] == flat["eval-val/text_retrieval_recall@1"]
+
+
+def test_pictures_go_to_the_writer(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    writer = MetricsWriter(tmp_path / "run")
+    evaluation(tmp_path).run(make_task(), 30, writer)
+    writer.close()
+    assert list((tmp_path / "run" / "tensorboard").rglob("tensors.tsv"))
+
+
+def test_a_signal_between_batches_ends_it(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        evaluation(tmp_path).run(make_task(), 30, None, stop)
+
+
+def test_a_best_metric_is_of_a_data_set_that_is_evaluated(tmp_path: Path) -> None:
+    for best in ("eval-val/acc1", "eval-val-ema/acc1"):
+        evaluation(tmp_path, best)
+    with pytest.raises(ValueError, match=r"^checkpoint.best is 'eval-x/acc1'; expected .* that is evaluated: val$"):
+        evaluation(tmp_path, "eval-x/acc1")
+
+
+def test_the_first_caption_of_an_image_is_one_place(tmp_path: Path) -> None:
+    embedded = make_context(data=make_set(tmp_path)).embedded("val")
+    pairs = embedded.pairs.tolist()
+    assert embedded.first_texts == [
+        next(text for i, text in pairs if i == image) for image in range(len(embedded.images))
+    ]
+    assert make_context(data=make_set(tmp_path, caption=None)).embedded("val").first_texts == [-1] * (NUM_SAMPLES - 1)

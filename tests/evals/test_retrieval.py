@@ -131,7 +131,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None
         for environment in runs.group(size):
             processes.append(runs.start(scores_of_a_rank, environment, folder))
     for process in processes:
-        process.join(60)
+        process.join(runs.DEADLINE_SECONDS)
         assert process.exitcode == 0
     (expected, refused, pairs) = json.loads((worlds[1] / "rank0of1.json").read_text())
     assert refused == ["000004", "000009"]

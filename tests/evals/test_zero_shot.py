@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmpretrain.evals.embeddings import Classes, embed_texts
-from mmpretrain.evals.zero_shot import ZeroShot, class_scores, read_classes
+from mmpretrain.evals.zero_shot import ZeroShot, class_scores, read_classes, right_class_ranks
+from mmpretrain.reporting import pictures
 from tests.evals.held_out import LABELS, TOKENIZER, make_context, make_model, make_set
 
 TSV = 'id\tlabel\tname\ttext\n0\tred_fox\tred fox\ta fox, "red"\n1\telk\telk\tan elk\'s photo\n'
@@ -105,7 +108,8 @@ def test_scores_are_counted_with_ties_against_the_model() -> None:
             [float("nan")] * 7,  # 2: no numbers
         ]
     )
-    scores = class_scores(similarity, torch.tensor([0, 0, 4, 4, 3, 2, 2, 2]), 7)
+    labels = torch.tensor([0, 0, 4, 4, 3, 2, 2, 2])
+    scores = class_scores(right_class_ranks(similarity, labels), labels, 7)
     # Classes 1, 5 and 6 have no image, and no recall that could enter the mean.
     assert scores == pytest.approx({"acc1": 2 / 8, "acc5": 5 / 8, "mean_per_class_recall": (1 / 2 + 1 / 3 + 0 + 0) / 4})
 
@@ -141,3 +145,27 @@ def test_it_is_run_on_sets_that_have_classes_and_labels(tmp_path: Path) -> None:
         ({"classes": classes}, []),
     ):
         assert ZeroShot().applicable_datasets(make_context(data=make_set(tmp_path, **fields))) == expected
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_scores_do_not_depend_on_the_chunks(tmp_path: Path, chunk_size: int) -> None:
+    texts = [["a cat", "a photo of one small cat"], ["a dog"], ["an ant", "ants"]]
+    data = make_set(tmp_path, label="json.label", classes=Classes(LABELS, texts))
+    assert ZeroShot(chunk_size=chunk_size)("val", make_context(data=data)) == ZeroShot()("val", make_context(data=data))
+
+
+@torch.no_grad()
+def test_confusion_shows_the_classes_that_occur_as_truth_or_prediction(tmp_path: Path) -> None:
+    names = [f"class {i}" for i in range(64)]
+    context = make_context(data=make_set(tmp_path, label="cls", classes=Classes(names, [[name] for name in names])))
+    ZeroShot()("val", context)
+    data = context.embedded("val")
+    weights = F.normalize(embed_texts(context.model, TOKENIZER, names, 4), dim=-1)
+    predicted, labels = (data.images @ weights.T).argmax(dim=1).tolist(), data.labels.tolist()
+    occur = sorted({*predicted, *labels})
+    assert set(labels) == {0, 1, 2} and 3 < len(occur) < 20
+    matrix = np.zeros((len(occur), len(occur)), dtype=np.int64)
+    for label, prediction in zip(labels, predicted, strict=True):
+        matrix[occur.index(label), occur.index(prediction)] += 1
+    expected = pictures.confusion(matrix, [names[i] for i in occur])
+    np.testing.assert_array_equal(context.shown.pictures["eval-val/confusion"], expected)

@@ -12,7 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.objectives.base import Example
-from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, pair_grid, print_results, read_records
+from mmpretrain.reporting.metrics import (
+    MetricsWriter,
+    ProgressBar,
+    is_better,
+    is_lower_better,
+    pair_grid,
+    print_results,
+    read_records,
+)
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -160,3 +168,24 @@ def test_table_has_every_result_and_says_where_things_lie(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     for fragment in ("eval-val/acc1", "0.5124", "1,234,567", f"{tmp_path}/checkpoints", f"--logdir {tmp_path}"):
         assert fragment in shown
+
+
+def test_a_score_that_is_no_number_is_never_the_best() -> None:
+    nan = float("nan")
+    assert is_better("eval-val/acc1", 0.1, None) and not is_better("eval-val/acc1", nan, None)
+    assert is_better("eval-val/acc1", 0.2, 0.1) and not is_better("eval-val/acc1", 0.1, 0.1)
+    assert is_better("eval-val/contrastive_loss", 1.0, 2.0) and not is_better("eval-val/contrastive_loss", nan, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_lower"),
+    [
+        ("eval-val/contrastive_loss", True),
+        ("train/mlm_perplexity", True),
+        ("wall_seconds", True),
+        ("eval-val/acc1", False),
+    ],
+)
+def test_losses_perplexities_and_times_improve_when_they_fall(metric: str, is_lower: bool) -> None:
+    assert is_lower_better(metric) == is_lower
+    assert is_better(metric, 1.0, 2.0) == is_lower and is_better(metric, 2.0, 1.0) != is_lower

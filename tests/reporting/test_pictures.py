@@ -65,7 +65,7 @@ def test_confusion_counts_every_image_once(tmp_path: Path, monkeypatch: pytest.M
     context = context_with_classes(tmp_path)
     seen: list[np.ndarray] = []
     draw = pictures.confusion
-    monkeypatch.setattr(pictures, "confusion", lambda matrix, names: (seen.append(matrix), draw(matrix, names))[1])
+    monkeypatch.setattr(pictures, "confusion", lambda matrix, *rest: (seen.append(matrix), draw(matrix, *rest))[1])
     scores = evaluate({"zero_shot": ZeroShot()}, context)
     (matrix,) = seen
     assert matrix.sum() == NUM_SAMPLES - 2
@@ -162,6 +162,12 @@ def test_numbers_stand_beside_many_classes(size: int, numbered_row: int, other_r
     for row, has_number in ((numbered_row, True), (other_row, False)):
         rows, left = cell(names, row, 0)
         assert (ink(picture[rows.start - 6 : rows.stop + 6, : left.start - 1]) > 0) == has_number
+
+
+def test_the_numbers_of_some_of_many_classes_are_their_own() -> None:
+    own, others = (pictures.confusion(counts(121, {}), numbered(121), range(first, first + 121)) for first in (0, 900))
+    np.testing.assert_array_equal(own, pictures.confusion(counts(121, {}), numbered(121)))
+    assert others.shape != own.shape or (others != own).any()
 
 
 @pytest.mark.filterwarnings("error")

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.training.resume import read_state
-from mmpretrain.training.step_metrics import is_better
 from tests import runs
 
 
@@ -38,10 +37,3 @@ def test_a_best_metric_of_a_data_set_that_is_not_evaluated_is_refused(pairs: Pat
     assert finished.errors == [
         "error: checkpoint.best is 'eval-vall/acc1'; expected eval-<data set>/<metric> of a data set that is evaluated: val"
     ]
-
-
-def test_a_score_that_is_no_number_is_never_the_best() -> None:
-    nan = float("nan")
-    assert is_better("eval-val/acc1", 0.1, None) and not is_better("eval-val/acc1", nan, None)
-    assert is_better("eval-val/acc1", 0.2, 0.1) and not is_better("eval-val/acc1", 0.1, 0.1)
-    assert is_better("eval-val/contrastive_loss", 1.0, 2.0) and not is_better("eval-val/contrastive_loss", nan, 2.0)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.open_clip import export, to_open_clip
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.causal_lm import CausalLM
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.sigmoid import Sigmoid
@@ -79,6 +80,16 @@ def test_a_model_without_text_takes_the_images_side(tmp_path: Path) -> None:
     init_from(task, str(save_run(tmp_path / "run", source)))
     for name, tensor in task.state_dict().items():
         assert torch.equal(tensor, source.state_dict()[name])
+
+
+def test_a_model_without_images_takes_the_texts_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = make_task(seed=1)
+    model = ImageTextModel(None, tiny.text(), embed_dim=12)
+    task = Task(model, {"causal_lm": CausalLM(model)})
+    with caplog.at_level("INFO"):
+        init_from(task, str(save_run(tmp_path / "run", source)))
+    assert_equal(task, source, "model.text")
+    assert "is not used: model.image" in caplog.text
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
