@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.schedules import ScheduledValue, TrainingProgress
 from mmpretrain.training.ema import EMA
 from tests import runs, tiny
 
@@ -29,11 +30,11 @@ def test_average_is_that_of_every_steps_weights(pairs: Path, tmp_path: Path) -> 
 
 def test_a_skipped_step_leaves_the_average_as_it_is() -> None:
     model = tiny.image_text()
-    average = EMA(model)
+    average = EMA(model, ScheduledValue(0.9, "x"))
     before = {name: tensor.clone() for name, tensor in average.tensors.items()}
     with torch.no_grad():
         model.image_projection.weight.add_(1.0)  # type: ignore[union-attr]
-    average.update(torch.tensor(1.0), 0.9)
+    average.update(TrainingProgress(), torch.tensor(1.0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in average.tensors.items())
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with average.applied():
