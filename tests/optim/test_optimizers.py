@@ -129,8 +129,8 @@ def test_muon_is_torchs_on_the_blocks_matrices_and_adamw_on_the_rest(nesterov: b
         for each in theirs:
             each.step()
     for (name, mine), other in zip(task.named_parameters(), reference.parameters(), strict=True):
-        # Both orthogonalise in bfloat16.
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-4, msg=name)
+        # Muon orthogonalises in bfloat16; a step changes its matrices by 1e-3 on average.
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-4 if mine.ndim == 2 else 1e-6, msg=name)
 
 
 def test_muon_skips_bad_steps_and_goes_on_from_its_saved_state() -> None:

@@ -35,11 +35,8 @@ class Steps:
         self.optimizer = adamw(
             task.named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, towers={}
         )
-        self.loss_scale, self.average, self.flags = (
-            LossScale("fp16", device, None, 0),
-            EMA(task, ScheduledValue(0.99, "x")),
-            LateFlags(),
-        )
+        self.average = EMA(task, ScheduledValue(0.99, "x"))
+        self.loss_scale, self.flags = LossScale("fp16", device, None, 0), LateFlags()
 
     def step(self) -> None:
         weights = dict.fromkeys(self.task.objectives, 0.5)
