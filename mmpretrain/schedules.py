@@ -219,9 +219,6 @@ def first_difference(
     return None
 
 
-Shape = Literal["linear", "1-sqrt"]
-
-
 def _warmup_factor(samples: int, clock: Clock, warmup: Duration) -> float:
     """Return the factor of a linear warm-up.
 
@@ -231,7 +228,7 @@ def _warmup_factor(samples: int, clock: Clock, warmup: Duration) -> float:
     return min(1.0, (samples + clock.batch_size) / length) if length > 0 else 1.0
 
 
-def _cooldown_factor(samples: int, clock: Clock, cooldown: Duration, final: float, shape: Shape) -> float | None:
+def _cooldown_factor(samples: int, clock: Clock, cooldown: Duration, final: float, shape: str) -> float | None:
     """Return the factor of a cool-down at the end of the run, or None before it begins (see `WarmupConstant`)."""
     length = float(clock.samples(cooldown))
     left = clock.total_samples - samples
@@ -283,7 +280,11 @@ class WarmupConstant:
     """
 
     def __init__(
-        self, warmup: str = "0steps", cooldown: str = "0steps", final: float = 0.0, shape: Shape = "linear"
+        self,
+        warmup: str = "0steps",
+        cooldown: str = "0steps",
+        final: float = 0.0,
+        shape: Literal["linear", "1-sqrt"] = "linear",
     ) -> None:
         self.warmup = Duration.parse(warmup, "schedule.warmup")
         self.cooldown = Duration.parse(cooldown, "schedule.cooldown")

@@ -1,7 +1,7 @@
 """Optimisers: AdamW, Muon, and those of torch, timm and other libraries by name."""
 
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmpretrain.errors import check_number, nearest
-from mmpretrain.optim.groups import Layers, Patterns, Towers, parameter_groups
+from mmpretrain.optim.groups import Layers, parameter_groups
 
 # adahessian needs a second backward pass, kron has state that cannot be checkpointed, lookahead wraps another optimiser.
 _UNSUITABLE = ("adahessian", "kron", "lookahead")
@@ -22,8 +22,8 @@ def adamw(
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
-    towers: Towers,
-    groups: Patterns = (),
+    towers: Mapping[str, Mapping[str, float | None]],
+    groups: Sequence[Mapping[str, Any]] = (),
     layers: Layers | None = None,
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) with fused kernels.
@@ -59,9 +59,9 @@ def optimizer_by_name(
     name: str,
     lr: float,
     weight_decay: float,
-    towers: Towers,
+    towers: Mapping[str, Mapping[str, float | None]],
     args: Mapping[str, Any] | None = None,
-    groups: Patterns = (),
+    groups: Sequence[Mapping[str, Any]] = (),
     layers: Layers | None = None,
 ) -> torch.optim.Optimizer:
     """Build an optimiser of torch, timm or any other library by its name.
@@ -130,14 +130,14 @@ def muon(
     parameters: Iterable[tuple[str, nn.Parameter]],
     lr: float,
     weight_decay: float,
-    towers: Towers,
+    towers: Mapping[str, Mapping[str, float | None]],
     momentum: float = 0.95,
     nesterov: bool = True,
     adamw_lr_factor: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
     args: Mapping[str, Any] | None = None,
-    groups: Patterns = (),
+    groups: Sequence[Mapping[str, Any]] = (),
     layers: Layers | None = None,
 ) -> torch.optim.Optimizer:
     """Muon (Jordan et al. 2024) for the matrices inside the towers' blocks, AdamW for all other parameters, by timm.
