@@ -3,7 +3,7 @@
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, Protocol
@@ -179,10 +179,6 @@ class ScheduledValue:
             )
         return breakpoint_samples
 
-    def depends_on_total(self) -> bool:
-        """Return True if the value at a given number of samples depends on the length of the run."""
-        return not self.is_constant and any(at.unit == "%" and at.value > 0 for at, _ in self.breakpoints)
-
 
 def scheduled_values(node: Any, path: str = "") -> Iterator[ScheduledValue]:
     """Yield all schedules in a part of the configuration, searched recursively."""
@@ -194,13 +190,33 @@ def scheduled_values(node: Any, path: str = "") -> Iterator[ScheduledValue]:
 
 
 class Schedule(Protocol):
-    """Factor of the learning rate as a function of the samples seen."""
+    """Factor of the learning rate as a function of the samples seen and the clock of the run, without state."""
 
-    def __call__(self, samples: int, clock: Clock) -> float: ...
-
-    def depends_on_total(self) -> bool:
-        """Return True if the value at a given number of samples depends on the length of the run."""
+    def __call__(self, samples: int, clock: Clock) -> float:
+        """Return the factor of the step that starts after `samples` samples."""
         ...
+
+
+def first_difference(
+    value: Callable[[TrainingProgress], object], num_steps: int, clock: Clock, other: Clock
+) -> int | None:
+    """Return the first step at which a value depends on the length of the run, or None.
+
+    A run can be given another length if this returns None for the steps that it has taken: they are then those of a run
+    that had the other length from its start. The values are compared themselves, so that this holds for every schedule.
+
+    Args:
+        value: function of the progress before a step.
+        num_steps: number of steps that are compared, from the start of the run.
+        clock, other: clocks of the run with its two lengths; their batch size is the same.
+
+    Returns: the number of the step, counted from 1; None if all values are equal.
+    """
+    for step in range(num_steps):
+        samples = step * clock.batch_size
+        if value(TrainingProgress(samples, clock)) != value(TrainingProgress(samples, other)):
+            return step + 1
+    return None
 
 
 def _warmup_factor(samples: int, clock: Clock, warmup: Duration) -> float:
@@ -212,8 +228,18 @@ def _warmup_factor(samples: int, clock: Clock, warmup: Duration) -> float:
     return min(1.0, (samples + clock.batch_size) / length) if length > 0 else 1.0
 
 
+def _cooldown_factor(samples: int, clock: Clock, cooldown: Duration, final: float, shape: str) -> float | None:
+    """Return the factor of a cool-down at the end of the run, or None before it begins (see `WarmupConstant`)."""
+    length = float(clock.samples(cooldown))
+    left = clock.total_samples - samples
+    if not (length > 0 and left < length):
+        return None
+    part = max(0.0, left / length)
+    return final + (1 - final) * (part if shape == "linear" else 1 - math.sqrt(1 - part))
+
+
 class WarmupCosine:
-    """Linear warm-up, then cosine decay to `final`.
+    """Linear warm-up, then cosine decay to `final` (Loshchilov and Hutter 2017).
 
     factor = final + (1 - final) (1 + cos(pi (s - W) / (S - W))) / 2   for W <= s <= S, the length of the run
 
@@ -235,32 +261,84 @@ class WarmupCosine:
         part = min(1.0, (samples - warmup) / max(1.0, clock.total_samples - warmup))
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * part)) / 2
 
-    def depends_on_total(self) -> bool:
-        return True
-
 
 class WarmupConstant:
-    """Linear warm-up, then a constant factor of 1, then a linear cool-down to `final` at the end of the run.
+    """Linear warm-up, then a constant factor of 1, then a cool-down to `final` at the end of the run.
+
+    With a cool-down it is warm-up-stable-decay (WSD; MiniCPM, Hu et al. 2024). At s samples of S, with a cool-down of C,
+
+        linear   factor = final + (1 - final) (S - s) / C               for s > S - C
+        1-sqrt   factor = final + (1 - final) (1 - sqrt((s - (S - C)) / C))   (Hägele et al. 2024)
+
+    A run can be extended, or branched, from any checkpoint before the cool-down, if `warmup` is not in %.
 
     Args:
         warmup: duration of the warm-up.
-        cooldown: duration of the cool-down.
+        cooldown: C, duration of the cool-down.
         final: factor at the end of the cool-down.
+        shape: `linear` or `1-sqrt`, the form of the cool-down.
     """
 
-    def __init__(self, warmup: str = "0steps", cooldown: str = "0steps", final: float = 0.0) -> None:
+    def __init__(
+        self,
+        warmup: str = "0steps",
+        cooldown: str = "0steps",
+        final: float = 0.0,
+        shape: Literal["linear", "1-sqrt"] = "linear",
+    ) -> None:
         self.warmup = Duration.parse(warmup, "schedule.warmup")
         self.cooldown = Duration.parse(cooldown, "schedule.cooldown")
         check_number("schedule.final", final, at_least=0)
-        self.final = final
+        self.final, self.shape = final, shape
 
     def __call__(self, samples: int, clock: Clock) -> float:
         """Return the factor of the step that starts after `samples` samples."""
-        cooldown = float(clock.samples(self.cooldown))
-        left = clock.total_samples - samples
-        if cooldown > 0 and left < cooldown:
-            return self.final + (1 - self.final) * max(0.0, left / cooldown)
-        return _warmup_factor(samples, clock, self.warmup)
+        cooldown = _cooldown_factor(samples, clock, self.cooldown, self.final, self.shape)
+        return _warmup_factor(samples, clock, self.warmup) if cooldown is None else cooldown
 
-    def depends_on_total(self) -> bool:
-        return self.cooldown.value > 0 or self.warmup.unit == "%"
+
+class WarmupRsqrt:
+    """Linear warm-up, then decay with the inverse square root, which needs no length of the run (big_vision).
+
+    At s samples, with a warm-up of W and a timescale of T,
+
+        factor = 1 / sqrt(1 + (s - W) / T)   for s >= W
+
+    T = W is the schedule of the Transformer, factor = sqrt(W / s) (Vaswani et al. 2017). A cool-down of C at the end of a
+    run of S samples multiplies the factor by a line from 1 at S - C to `final` at S.
+
+    Args:
+        warmup: W, duration of the warm-up.
+        timescale: T, duration of the decay to 1 / sqrt(2); null: W.
+        cooldown: C, duration of the cool-down.
+        final: factor of the cool-down at the end of the run.
+
+    Raises: UsageError if the timescale is zero.
+    """
+
+    def __init__(
+        self,
+        warmup: str = "0steps",
+        timescale: str | None = "10ksteps",
+        cooldown: str = "0steps",
+        final: float = 0.0,
+    ) -> None:
+        self.warmup = Duration.parse(warmup, "schedule.warmup")
+        self.timescale = self.warmup if timescale is None else Duration.parse(timescale, "schedule.timescale")
+        self.cooldown = Duration.parse(cooldown, "schedule.cooldown")
+        check_number("schedule.final", final, at_least=0)
+        self.final = final
+        if not self.timescale.value > 0:
+            raise UsageError(
+                f"schedule.timescale is {timescale!r} and schedule.warmup {warmup!r}; expected a timescale above 0: "
+                "schedule.timescale=10ksteps"
+            )
+
+    def __call__(self, samples: int, clock: Clock) -> float:
+        """Return the factor of the step that starts after `samples` samples."""
+        seen = max(0.0, samples - float(clock.samples(self.warmup)))
+        factor = _warmup_factor(samples, clock, self.warmup) / math.sqrt(
+            1 + seen / float(clock.samples(self.timescale))
+        )
+        cooldown = _cooldown_factor(samples, clock, self.cooldown, self.final, "linear")
+        return factor if cooldown is None else factor * cooldown

@@ -72,7 +72,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         if cfg.trainer.dry_run:
             return dry_run(Setup(cfg, clock, task, weights, streams, tokenizer))
         # Keep the file open until the end of the run: closing it would release the lock.
-        lock = run_dir.open_run(cfg, folder, schedule)
+        lock = run_dir.open_run(cfg, folder, schedule, clock, streams)
         if (scores := run_dir.finished(folder, clock, streams, cfg.checkpoint.keep_last)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
             run_dir.conclude(scores, folder, rewrite=False)

@@ -10,11 +10,14 @@ from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from mmpretrain.schedules import (
     Clock,
     Duration,
+    Schedule,
     Scheduled,
     ScheduledValue,
     TrainingProgress,
     WarmupConstant,
     WarmupCosine,
+    WarmupRsqrt,
+    first_difference,
     scheduled_values,
 )
 
@@ -142,11 +145,60 @@ def test_the_rate_is_a_function_of_samples_not_of_steps() -> None:
         assert schedule(samples, small) == schedule(samples, large)
 
 
-def test_who_may_be_trained_longer() -> None:
-    assert WarmupCosine("5steps").depends_on_total()
-    assert not WarmupConstant("5steps").depends_on_total()
-    assert WarmupConstant("5%").depends_on_total()
-    assert WarmupConstant("5steps", "10%").depends_on_total()
+def test_wsd_decays_as_one_minus_the_square_root() -> None:
+    """Hägele et al. 2024, equation 1: 1 - sqrt((n - (N - N_decay)) / N_decay)."""
+    clock = Clock(batch_size=32, epoch_samples=100, total_samples=32 * 30)
+    schedule = WarmupConstant("7steps", "40%", 0.0, "1-sqrt")
+    expected = [min(1.0, (n + 1) / 7) if n <= 18 else 1 - ((n - 18) / 12) ** 0.5 for n in range(31)]
+    assert [schedule(32 * n, clock) for n in range(31)] == pytest.approx(expected, abs=1e-12)
+    assert WarmupConstant("7steps", "40%", 0.1, "1-sqrt")(32 * 30, clock) == pytest.approx(0.1)
+
+
+def test_rsqrt_with_the_warm_up_as_timescale_is_that_of_the_transformer() -> None:
+    """Vaswani et al. 2017, equation 3, relative to its largest value: min(n^-1/2, n w^-3/2) w^1/2."""
+    clock = Clock(batch_size=8, epoch_samples=100, total_samples=0)
+    schedule = WarmupRsqrt("10steps", timescale=None)
+    assert [schedule(8 * n, clock) for n in range(10, 100)] == pytest.approx(
+        [min(n**-0.5, n * 10**-1.5) * 10**0.5 for n in range(10, 100)], abs=1e-12
+    )
+    assert [schedule(8 * n, clock) for n in range(10)] == pytest.approx([(n + 1) / 10 for n in range(10)])
+
+
+def test_rsqrt_with_a_timescale_and_a_cool_down_is_big_visions() -> None:
+    """utils.create_learning_rate_schedule(decay_type="rsqrt", warmup_steps, cooldown_steps, timescale) in big_vision."""
+    clock = Clock(batch_size=8, epoch_samples=100, total_samples=8 * 50)
+    schedule = WarmupRsqrt("10steps", "20steps", "15steps")
+    theirs = [(1 + (n - 10) / 20) ** -0.5 * min(1.0, (50 - n) / 15) for n in range(10, 51)]
+    assert [schedule(8 * n, clock) for n in range(10, 51)] == pytest.approx(theirs, abs=1e-12)
+    with pytest.raises(ValueError, match=r"^schedule.timescale is None and schedule.warmup '0steps'; expected"):
+        WarmupRsqrt(timescale=None)
+
+
+def first_difference_of(schedule: Schedule, num_steps: int) -> int | None:
+    short, long = Clock(10, 100, 1000), Clock(10, 100, 2000)
+    return first_difference(lambda progress: schedule(progress.samples, progress.clock), num_steps, short, long)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step"),
+    [
+        (WarmupCosine("5steps"), 7),  # the step that begins after the warm-up is 1 in both
+        (WarmupCosine("5%"), 1),
+        (WarmupConstant("5steps"), None),
+        (WarmupConstant("5%"), 1),
+        (WarmupConstant("5steps", "10%"), 92),  # step 91 begins with the cool-down, at a factor of 1
+        (WarmupConstant("5steps", "20steps", shape="1-sqrt"), 82),
+        (WarmupRsqrt("5steps"), None),
+        (WarmupRsqrt("5steps", cooldown="10%"), 92),
+    ],
+)
+def test_the_first_step_that_depends_on_the_length_of_the_run(schedule: Schedule, step: int | None) -> None:
+    assert first_difference_of(schedule, 100) == step
+    if step is not None:
+        assert first_difference_of(schedule, step - 1) is None
+
+
+def test_a_constant_rate_is_the_same_in_a_longer_run() -> None:
     short, long = Clock(10, 100, 1000), Clock(10, 100, 2000)
     schedule = WarmupConstant("5steps")
     assert [schedule(s, short) for s in range(0, 1000, 10)] == [schedule(s, long) for s in range(0, 1000, 10)]
@@ -226,16 +278,17 @@ def test_knots_out_of_order_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "depends"),
+    ("value", "step"),
     [
-        (1.0, False),
-        ({"linear": {"0%": 0.0, "10steps": 1.0}}, False),
-        ({"linear": {"0%": 0.0, "10%": 1.0}}, True),
-        ({"piecewise": {"0%": 1.0, "10%": 1.0}}, False),
+        (1.0, None),
+        ({"linear": {"0%": 0.0, "10steps": 1.0}}, None),
+        ({"linear": {"0%": 0.0, "10%": 1.0}}, 2),
+        ({"piecewise": {"0%": 1.0, "10%": 0.0}}, 11),
+        ({"piecewise": {"0%": 1.0, "10%": 1.0}}, None),
     ],
 )
-def test_a_value_says_whether_a_longer_run_would_have_had_others(value: Scheduled, depends: bool) -> None:
-    assert ScheduledValue(value, "x").depends_on_total() == depends
+def test_the_first_step_at_which_a_value_depends_on_the_length_of_the_run(value: Scheduled, step: int | None) -> None:
+    assert first_difference(ScheduledValue(value, "x"), 100, Clock(10, 100, 1000), Clock(10, 100, 2000)) == step
 
 
 def test_scheduled_values_are_found_wherever_they_stand() -> None:

@@ -41,7 +41,12 @@ _FREE = re.compile(
 
 
 # Values that applied to runs made before these keys existed.
-_BEFORE: Mapping[str, Any] = {"data.max_image_bytes": 1 << 29}
+_BEFORE: Mapping[str, Any] = {
+    "data.max_image_bytes": 1 << 29,
+    "optimizer.groups": [],
+    "optimizer.towers.image.layer_decay": None,
+    "optimizer.towers.text.layer_decay": None,
+}
 
 
 def resolve(cfg: DictConfig) -> TrainConfig:
@@ -79,7 +84,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
             )
         check_value(f"objective.{name}.weight", node.get("weight", 1.0), at_least=0)
         check_targets(node, f"objective.{name}", ("model", "config_path"), ("weight",))
-    check_targets(config.optimizer, "optimizer", ("parameters",))
+    check_targets(config.optimizer, "optimizer", ("parameters", "layers"))
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
     return config

@@ -24,6 +24,7 @@ from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.huggingface import run_on_texts
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.layers import layers_above_blocks
 from mmpretrain.models.masking import PatchMask
 from mmpretrain.models.patch_projection import side_by_side
 from mmpretrain.models.rows import Rows
@@ -230,6 +231,15 @@ class OpenClipVision(nn.Module):
         added = torch.zeros_like(is_seen, dtype=dtype).masked_fill_(~is_seen, -torch.inf)
         return added[:, None, None, :].expand(-1, heads, length, -1).flatten(0, 1)
 
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter (see `layers.layers_above`)."""
+        return layers_above_blocks(
+            self,
+            stem=r"visual\.(?:class_embedding|positional_embedding|conv1|ln_pre)",
+            blocks=r"visual\.transformer\.resblocks\.(\d+)",
+            norm=r"visual\.ln_post",
+        )
+
     def project(self, pooled: Tensor) -> Tensor:
         """Project pooled states [b, width] to the shared space [b, e]."""
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
@@ -258,6 +268,10 @@ class OpenClipResNet(nn.Module):
         for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
             x = layer(x)
         return Encoding(lambda: x.flatten(2).transpose(1, 2), lambda _: visual.attnpool(x))
+
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter (see `layers.layers_above`)."""
+        return layers_above_blocks(self, stem=r"visual\.(?:conv|bn)\d", blocks=r"visual\.layer(\d+)\.(\d+)")
 
     def project(self, pooled: Tensor) -> Tensor:
         """Return `pooled` [b, e] unchanged."""
@@ -326,6 +340,15 @@ class OpenClipText(nn.Module):
         x = text.ln_final(x)
         return Encoding(lambda: x, lambda _: text_global_pool(x, ids, text.pool_type, text.eos_id))
 
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter (see `layers.layers_above`)."""
+        return layers_above_blocks(
+            self,
+            stem=r"text\.(?:token_embedding|positional_embedding|cls_emb)",
+            blocks=r"text\.transformer\.resblocks\.(\d+)",
+            norm=r"text\.ln_final",
+        )
+
     def project(self, pooled: Tensor) -> Tensor:
         """Project pooled states [b, width] to the shared space [b, e]."""
         projection = self.text.text_projection
@@ -360,6 +383,15 @@ class OpenClipHFText(nn.Module):
         """
         out, is_token = run_on_texts(self.text.transformer, ids, lengths)
         return Encoding(lambda: out.last_hidden_state, lambda _: self.text.pooler(out, is_token.long()))
+
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter (see `layers.layers_above`)."""
+        return layers_above_blocks(
+            self,
+            stem=r"text\.transformer\.(?:embeddings|shared|embed_tokens)",
+            blocks=r"text\.transformer\.(?:\w+\.)*?(\d+)\.",
+            norm=r"text\.transformer\.(?!pooler)",
+        )
 
     def project(self, pooled: Tensor) -> Tensor:
         """Project pooled states [b, width] to the shared space [b, e]."""

@@ -14,6 +14,7 @@ from mmpretrain.batch import Packing
 from mmpretrain.errors import check_number
 from mmpretrain.models.blocks import Block, of_picks
 from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.layers import layers_above_blocks
 from mmpretrain.models.rows import Rows
 
 
@@ -91,6 +92,15 @@ class TextTransformer(nn.Module):
             nn.init.zeros_(block.attn.out_proj.bias)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * self.width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=branch_std)
+
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter (see `layers.layers_above`)."""
+        return layers_above_blocks(
+            self,
+            stem="token_embedding|positional_embedding",
+            blocks=r"transformer\.resblocks\.(\d+)",
+            norm="ln_final",
+        )
 
     def forward(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Encoding:
         """Encode token ids.

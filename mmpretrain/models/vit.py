@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmpretrain.models.attention import attention, choose_kernel
 from mmpretrain.models.encoders import has_batch_norm
 from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.layers import count_layers_above
 from mmpretrain.models.masking import PatchMask
 from mmpretrain.models.patch_projection import side_by_side
 
@@ -146,6 +147,18 @@ class TimmEncoder(nn.Module):
         """Project pooled states [b, width] to [b, e]; only for models that come with a projection."""
         assert self.head is not None
         return self.head(self.trunk.get_classifier()(pooled))
+
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter, by timm's own grouping (see `layers.layers_above`).
+
+        Raises: ValueError if the model of timm has no grouping.
+        """
+        if not hasattr(self.trunk, "group_matcher"):
+            raise ValueError(
+                f"{type(self.trunk).__name__} of timm has no group_matcher, which layer_decay and muon need"
+            )
+        above = count_layers_above(self.trunk, self.trunk.group_matcher(coarse=False))
+        return {name: above.get(name.removeprefix("trunk."), 0) for name, _ in self.named_parameters()}
 
     @property
     def num_patches(self) -> int:

@@ -1,5 +1,6 @@
 """Estimate a run's parameters, operations, memory and time without training."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -120,13 +121,15 @@ class _Saved:
 
 
 def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Optimizer]) -> int:
-    """Return the bytes of the optimiser's state after a step, scaled up from a step on one small parameter."""
-    probe = torch.nn.Parameter(torch.zeros(64, 64))
-    probe.grad = torch.zeros_like(probe)
-    twin = optim.twin(make_optimizer(task), [probe])
-    twin.step()
-    state = sum(value.nbytes for value in twin.state[probe].values() if isinstance(value, Tensor))
-    return state * sum(parameter.numel() for parameter in task.parameters() if parameter.requires_grad) // probe.numel()
+    """Return the bytes of the optimiser's state after a step, scaled up from a step on one small parameter per group."""
+    total, size = 0, (64, 64)
+    for small, members in optim.twins(make_optimizer(task), lambda: [torch.nn.Parameter(torch.zeros(size))]):
+        ((probe,),) = [group["params"] for group in small.param_groups]
+        probe.grad = torch.zeros_like(probe)
+        small.step()
+        state = sum(value.nbytes for value in small.state[probe].values() if isinstance(value, Tensor))
+        total += state * sum(parameter.numel() for parameter in members)
+    return total // math.prod(size)
 
 
 def dry_run(setup: Setup) -> Mapping[str, float]:

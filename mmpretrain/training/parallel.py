@@ -280,17 +280,23 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     spread = partial(distribute_tensor, device_mesh=sharded[0].device_mesh, placements=[Shard(0)], src_data_rank=None)
     shapes = (256, 128), (1, 64, 128)  # large enough for optimisers that factor only large matrices
     values = [torch.linspace(-1, 1, math.prod(shape), device=sharded[0].device).view(shape) for shape in shapes]
-    whole, parts = ([nn.Parameter(to(value.clone())) for value in values] for to in (Tensor.detach, spread))
-    of_whole, of_parts = optim.twin(optimizer, whole), optim.twin(optimizer, parts)
+
+    def stepped(to: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Return the parameters after two steps with the options of each group, which may name other algorithms."""
+        found = []
+        for small, _ in optim.twins(optimizer, lambda: [nn.Parameter(to(value.clone())) for value in values]):
+            (group,) = small.param_groups
+            for step in range(2):
+                for value, parameter in zip(values, group["params"], strict=True):
+                    parameter.grad = to((value * (3 + step)).sin())
+                small.step()
+            found += [distributed.full(parameter.detach()) for parameter in group["params"]]
+        return found
+
     try:
-        for step in range(2):
-            for value, one, part in zip(values, whole, parts, strict=True):
-                one.grad = (value * (3 + step)).sin()
-                part.grad = spread(one.grad.clone())
-            of_whole.step()
-            of_parts.step()
-        found = [distributed.full(part.detach()) for part in parts]
-        reason = "its steps on sharded ones differ" if any(map(_differ, values, whole, found)) else None
+        whole, parts = stepped(Tensor.detach), stepped(spread)
+        before = values * len(optimizer.param_groups)
+        reason = "its steps on sharded ones differ" if any(map(_differ, before, whole, parts)) else None
     except (RuntimeError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[-1]
     if reason is not None:

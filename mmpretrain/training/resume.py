@@ -12,7 +12,7 @@ from mmpretrain import distributed, files, optim
 from mmpretrain.checkpoints import store
 from mmpretrain.config.instantiate import accepts
 from mmpretrain.data.shards import Fingerprint
-from mmpretrain.training.ema import EMA
+from mmpretrain.training.ema import Average
 from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def load_task(path: Path, task: Task) -> None:
         raise ValueError(f"{path} does not hold the weights of this run ({reason}); start a new one") from error
 
 
-def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> TrainState:
+def load(path: Path, optimizer: torch.optim.Optimizer, average: Average | None) -> TrainState:
     """Load the optimiser's state and the averaged weights from a checkpoint.
 
     The task must have the checkpoint's weights already.
@@ -149,8 +149,8 @@ def load(path: Path, optimizer: torch.optim.Optimizer, ema: EMA | None) -> Train
         raise ValueError(f"{path / 'state.json'}: the optimiser's state has more than numbers; start a new run")
     try:
         optim.load_optimizer_state(optimizer, moments, numbers)
-        if ema is not None:
-            ema.load(store.load_tensors(path, "ema.safetensors"))
+        if average is not None:
+            average.load(store.load_tensors(path, "ema.safetensors"))
     except (OSError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not hold the state of this run ({reason}); start a new one") from error

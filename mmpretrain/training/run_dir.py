@@ -8,8 +8,9 @@ checkpoints, and `mmpretrain.reporting.metrics` writes metrics.
 import fcntl
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -23,13 +24,22 @@ from mmpretrain.data.tokenizer import tokenizer_files
 from mmpretrain.models.huggingface import CONFIG_FILE
 from mmpretrain.reporting import report
 from mmpretrain.reporting.metrics import print_results, read_results
-from mmpretrain.schedules import Clock, Schedule, scheduled_values
+from mmpretrain.schedules import Clock, Duration, Schedule, TrainingProgress, first_difference, scheduled_values
 from mmpretrain.training import resume
-from mmpretrain.training.setup import fingerprint_of
+from mmpretrain.training.setup import clock_of, fingerprint_of
 
 
-def open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | None:
+def open_run(
+    cfg: TrainConfig, folder: Path, schedule: Schedule, clock: Clock, streams: Mapping[str, Stream]
+) -> TextIO | None:
     """Create and lock the run's directory on rank 0, and start logging. A collective.
+
+    Args:
+        cfg: the configuration.
+        folder: the run's directory.
+        schedule: schedule of the learning rate.
+        clock: clock of the run.
+        streams: streams that the objectives read.
 
     Returns: the lock file on rank 0, which holds the lock until it is closed; None on other ranks.
     Raises: UsageError on all ranks if the directory cannot be written, another process uses it, or it was made with another
@@ -43,13 +53,13 @@ def open_run(cfg: TrainConfig, folder: Path, schedule: Schedule) -> TextIO | Non
             lock = (folder / ".lock").open("a")
             # A POSIX lock is not inherited by forked workers, which outlive a kill by seconds; one of flock would be.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except errors.UsageError as error:
+            refusal = _check_configuration(cfg, folder, schedule, clock, streams)
+        except ValueError as error:
             refusal = str(error)
         except BlockingIOError:
             refusal = f"{folder} is in use by another process; wait for it, or choose another run.name"
         except OSError as error:
             refusal = f"run.dir is {str(folder)!r}, which cannot be written ({error.strerror}); choose another folder"
-        refusal = refusal or _check_configuration(cfg, folder, schedule)
     refusal = distributed.broadcast_object(refusal)
     if refusal is not None:
         raise errors.UsageError(refusal)
@@ -67,24 +77,53 @@ def _check_links(folder: Path) -> None:
             )
 
 
-def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> str | None:
-    """Return an error message if the directory was made with a configuration that differs where it must not, else None."""
+def _check_configuration(
+    cfg: TrainConfig, folder: Path, schedule: Schedule, clock: Clock, streams: Mapping[str, Stream]
+) -> str | None:
+    """Return an error message if the directory was made with a configuration that differs where it must not, else None.
+
+    Raises: ValueError if the directory's configuration or its checkpoints cannot be read.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    now, values = resolve.to_plain(cfg), resolve.to_values(cfg)
-    depends = (
-        schedule.depends_on_total()
-        or any(value.depends_on_total() for value in scheduled_values(values))
-        or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
-    )
-    changed = resolve.differences(resolve.read(path), now, () if depends else ("trainer.duration",), values)
+    saved, now, values = resolve.read(path), resolve.to_plain(cfg), resolve.to_values(cfg)
+    changed = resolve.differences(saved, now, values=values)
+    kept = resolve.differences(saved, now, ("trainer.duration",), values)
     if not changed:
         return None
+    reason = ""
+    if not kept:
+        before = clock_of(streams, Duration.parse(saved["trainer"]["duration"], "trainer.duration"))
+        difference = _first_difference(cfg, folder, schedule, before, clock)
+        if difference is None:
+            return None
+        reason = ": " + difference
     return (
-        f"{folder} was made with another configuration ({'; '.join(changed)}); "
+        f"{folder} was made with another configuration ({'; '.join(kept or changed)}{reason}); "
         "expected the same to go on: undo the change, or start a new run with run.name=..."
     )
+
+
+def _first_difference(cfg: TrainConfig, folder: Path, schedule: Schedule, before: Clock, now: Clock) -> str | None:
+    """Describe a step of the newest checkpoint that would have been another with the run's new length, or return None."""
+    path = store.find_latest(folder / "checkpoints")
+    num_steps = 0 if path is None else resume.read_state(path).step
+    scheduled: dict[str, Callable[[TrainingProgress], object]] = {
+        value.name: value for value in scheduled_values(resolve.to_values(cfg)) if not value.is_constant
+    }
+    scheduled["schedule"] = lambda progress: schedule(progress.samples, progress.clock)
+    for part, until in (cfg.trainer.freeze or {}).items():
+        if until is not None:
+            scheduled[f"trainer.freeze.{part}"] = partial(_is_over, Duration.parse(until, f"trainer.freeze.{part}"))
+    for name, value in scheduled.items():
+        if (step := first_difference(value, num_steps, before, now)) is not None:
+            return f"{name} would have had another value in step {step} of the {num_steps} that {path} has taken"
+    return None
+
+
+def _is_over(duration: Duration, progress: TrainingProgress) -> bool:
+    return progress.samples >= progress.clock.samples(duration)
 
 
 class LogFile(logging.FileHandler):

@@ -19,7 +19,7 @@ from mmpretrain import distributed, optim
 from mmpretrain.checkpoints import store
 from mmpretrain.config.schema import Strategy, TrainConfig
 from mmpretrain.errors import TrainingError
-from mmpretrain.training.ema import EMA
+from mmpretrain.training.ema import Average
 from mmpretrain.training.nonfinite import BadSteps
 from mmpretrain.training.precision import LossScale
 from mmpretrain.training.quarantine import Quarantine
@@ -34,7 +34,7 @@ class Saver:
         cfg: the configuration.
         fingerprint: describes the training data.
         state: counters and scores.
-        task, optimizer, ema, loss_scale, bad_steps, quarantine: the rest of the training state.
+        task, optimizer, average, loss_scale, bad_steps, quarantine: the rest of the training state.
         started: `time.perf_counter()` at the start of this process's part of the run.
     """
 
@@ -45,7 +45,7 @@ class Saver:
         state: TrainState,
         task: Task,
         optimizer: torch.optim.Optimizer,
-        ema: EMA | None,
+        average: Average | None,
         loss_scale: LossScale,
         bad_steps: BadSteps,
         quarantine: Quarantine,
@@ -54,7 +54,7 @@ class Saver:
         self.folder, self.keep_last = Path(str(cfg.run.dir)) / "checkpoints", cfg.checkpoint.keep_last
         self._is_sharded = cfg.parallel.strategy == Strategy.fsdp and distributed.world_size() > 1
         self._fingerprint, self._state, self._task, self._optimizer = fingerprint, state, task, optimizer
-        self._ema, self._loss_scale, self._bad_steps, self._quarantine = ema, loss_scale, bad_steps, quarantine
+        self._average, self._loss_scale, self._bad_steps, self._quarantine = average, loss_scale, bad_steps, quarantine
         self._started, self._earlier_seconds = started, state.wall_seconds
         self.saved_at, self.saved_step = time.perf_counter(), state.step
         self.lock = threading.RLock()
@@ -123,6 +123,6 @@ class Saver:
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         """Gather the tensors of a checkpoint on rank 0. A collective where weights are sharded."""
         tensors = {"model": self._task.state_dict(), "optimizer": optim.optimizer_tensors(self._optimizer)}
-        if self._ema is not None:
-            tensors["ema"] = self._ema.tensors
+        if self._average is not None:
+            tensors["ema"] = self._average.tensors
         return {part: distributed.on_main(named) for part, named in tensors.items()}

@@ -1,13 +1,15 @@
 """Setup of a run before its first step, shared by training and the dry run: steps, micro-batches and frozen parts."""
 
+import inspect
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from mmpretrain import distributed
+from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
 from mmpretrain.config.instantiate import instantiate
 from mmpretrain.config.schema import TrainConfig
@@ -15,6 +17,7 @@ from mmpretrain.data.loader import MicroBatches, StepSampler
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.models.layers import layers_above
 from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.training import parallel
 from mmpretrain.training.freeze import Freeze
@@ -87,7 +90,11 @@ class Setup:
     def optimizer(self) -> torch.optim.Optimizer:
         """Build a new optimiser of the task's current parameters."""
         make = instantiate(self.cfg.optimizer, self.cfg.run.seed, "optimizer")
-        optimizer: torch.optim.Optimizer = make(self.task.named_parameters())
+        takes_layers = "layers" in inspect.signature(make).parameters
+        layers = {"layers": partial(layers_above, self.task.model)} if takes_layers else {}
+        optimizer: torch.optim.Optimizer = make(self.task.named_parameters(), **layers)
+        if isinstance(optimizer, optim.AveragingOptimizer):
+            optimizer.train()
         return optimizer
 
     def micro_batches(self, first_step: int = 0) -> Iterator[Batch]:

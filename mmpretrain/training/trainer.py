@@ -23,10 +23,10 @@ from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.errors import TrainingError
 from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite, is_better
 from mmpretrain.reporting.profiling import profiled
-from mmpretrain.schedules import Duration, Schedule, ScheduledValue, TrainingProgress
+from mmpretrain.schedules import Duration, Schedule, TrainingProgress
 from mmpretrain.training import parallel, resume
 from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buffers
-from mmpretrain.training.ema import EMA
+from mmpretrain.training.ema import average_of
 from mmpretrain.training.gradient_watch import GradientWatch
 from mmpretrain.training.init_from import init_from
 from mmpretrain.training.nonfinite import BadSteps
@@ -108,11 +108,8 @@ class Trainer:
         self.gather_full = parallel.prepare(task, device, self.precision, cfg.parallel)
         self.optimizer = setup.optimizer()
         parallel.check_optimizer(self.optimizer)
-        self.ema_decay = (
-            None if cfg.trainer.ema_decay is None else ScheduledValue(cfg.trainer.ema_decay, "trainer.ema_decay")
-        )
-        self.ema = None if self.ema_decay is None else EMA(task)
-        self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.ema)
+        self.average = average_of(task, self.optimizer, cfg.trainer.ema_decay)
+        self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.average)
         self.bad_steps = BadSteps(self.state.bad_steps, cfg.trainer.max_bad_steps, setup.streams, clock, device)
         self.loss_scale = LossScale(self.precision, device, self.state.loss_scale, self.state.good_steps)
         setup.freeze.apply(TrainingProgress(self.state.samples, clock), setup.weights(self.state.samples))
@@ -129,7 +126,7 @@ class Trainer:
             self.folder / "quarantine.jsonl", cfg.data.max_bad_fraction, self.state.num_refused
         )
         self.saver = Saver(
-            cfg, fingerprint, self.state, task, self.optimizer, self.ema, self.loss_scale, self.bad_steps,
+            cfg, fingerprint, self.state, task, self.optimizer, self.average, self.loss_scale, self.bad_steps,
             self.quarantine, started,
         )  # fmt: skip
         self.writer: MetricsWriter | None = None
@@ -218,8 +215,8 @@ class Trainer:
                     skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
                     self.task.after_step(progress, skipped)
                     self.loss_scale.update(skipped)
-                    if self.ema is not None and self.ema_decay is not None:
-                        self.ema.update(skipped, self.ema_decay(progress))
+                    if self.average is not None:
+                        self.average.update(progress, skipped)
                     self.bad_steps.update(skipped)
                     state.step, state.samples = state.step + 1, after
                     is_evaluated = is_last or self.evaluation.is_due(after)
@@ -378,8 +375,8 @@ class Trainer:
         """Return the scores of the evaluators that are due, also for the averaged weights if there are any. A collective."""
         samples = self.state.samples
         scores = self.evaluation.run(self.gather_full(), samples, self.writer, self._check_stop)
-        if scores and self.ema is not None:
-            with self.ema.applied():
+        if scores and self.average is not None:
+            with self.average.applied():
                 averaged = self.evaluation.run(self.gather_full(), samples, None, self._check_stop)
             scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
         if scores:

@@ -29,7 +29,7 @@ from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
-from mmpretrain.schedules import Clock, Duration, TrainingProgress
+from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import hash64, torch_draws
 from mmpretrain.training import parallel
 from mmpretrain.training.diagnose import diagnose
@@ -180,7 +180,7 @@ def train(
     whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
     optimizer = adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {"text": {"lr": 2e-3}})
     assert set(freeze.unreached).isdisjoint(name for group in optimizer.param_groups for name in group["names"])
-    average = EMA(task)
+    average = EMA(task, ScheduledValue(0.5, "x"))
     first = 0
     if load is not None:
         load_optimizer_state(optimizer, store.load_tensors(load, "optimizer.safetensors"), {})
@@ -197,7 +197,7 @@ def train(
         norms = grad_norms(optimizer)
         skipped = guarded_step(optimizer, norms["all"], 1.0)
         task.after_step(TrainingProgress(i * BATCH_SIZE, clock), skipped)
-        average.update(torch.zeros(()), 0.5)
+        average.update(TrainingProgress(i * BATCH_SIZE, clock), torch.zeros(()))
         values = {name: float(means["loss"]) for name, means in losses.reduced().items()}
         seen.append(values | {f"norm_{name}": float(norm) for name, norm in norms.items()})
     whole_task = whole()

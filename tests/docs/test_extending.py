@@ -33,21 +33,26 @@ def follow(page: str, folder: Path) -> list[list[str]]:
 
 
 def run_page(page: str, folder: Path, pairs: Path, *overrides: str, model: tuple[str, ...] = runs.TINY_MODEL) -> Path:
-    """Run the training commands of a page on small data, with `overrides`, and return the folder of the last run."""
+    """Run the training commands of a page on small data, with `overrides`, and return the folder of the last run.
+
+    The runs are `run`, `run1`, `run2`, ... in `folder`.
+    """
     commands = follow(page, folder)
     assert commands
     held_out = ("data.val.val.classes=null", "data.val.val.label=null", "~data.val.composition")
-    settings = [setting for setting in runs.TINY_RUN if setting not in runs.TINY_MODEL and "eval=" not in setting]
-    for number, arguments in enumerate(commands, start=1 - len(commands)):  # the last one's folder is `run`
+    own = ("eval=", "run.dir=")
+    settings = [each for each in runs.TINY_RUN if each not in runs.TINY_MODEL and not each.startswith(own)]
+    for number, arguments in enumerate(commands):
+        name = f"run{number or ''}"
         small = [*arguments, f"data.root={pairs}", "trainer.duration=6steps", "trainer.eval_every=6steps"]
         finished = runs.run(
             "mmpretrain.train",
-            [*small, *held_out, *settings, *model, *overrides, f"run.dir=run{number or ''}"],
+            [*small, *held_out, *settings, f"run.dir={name}", *model, *overrides],
             folder,
             {"PYTHONPATH": "."},
         )
         assert finished.code == 0, finished.stderr
-    return folder / "run"
+    return folder / name
 
 
 def test_an_objective_with_a_teacher(pairs: Path, tmp_path: Path) -> None:
@@ -65,8 +70,8 @@ def test_image_encoders(pairs: Path, tmp_path: Path) -> None:
     run = run_page("image_encoder", tmp_path, pairs, model=())
     assert any("image.layers.0.weight" in name for name in runs.weights(run, 6))
     with pytest.raises(ValueError, match=r"trust=\[torchvision.models\]"):
-        mmpretrain.load(tmp_path / "run-1")
-    model, _, _ = mmpretrain.load(tmp_path / "run-1", trust=["torchvision.models"])
+        mmpretrain.load(tmp_path / "run")
+    model, _, _ = mmpretrain.load(tmp_path / "run", trust=["torchvision.models"])
     assert model.image.width == 512 and model.image.has_batch_norm
 
 
@@ -77,7 +82,7 @@ def test_text_encoders(pairs: Path, tmp_path: Path) -> None:
     run = run_page("text_encoder", tmp_path, pairs, model=())
     assert "model.text.embedding.weight" in runs.weights(run, 6)
     shutil.rmtree(tmp_path / "models")
-    model, _, tokenizer = mmpretrain.load(tmp_path / "run-1")
+    model, _, tokenizer = mmpretrain.load(tmp_path / "run")
     assert model.embed_texts(*tokenizer(["a red circle", "a blue square"])).shape == (2, 128)
 
 
@@ -97,4 +102,13 @@ def test_augmentations(pairs: Path, tmp_path: Path) -> None:
 def test_a_schedule(pairs: Path, tmp_path: Path) -> None:
     run = run_page("schedule", tmp_path, pairs)
     rates = [record["train/lr"] for record in runs.records(run) if "train/lr" in record]
-    assert rates[0] == max(rates) > rates[-1]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+
+
+def test_optimizers(pairs: Path, tmp_path: Path) -> None:
+    run = run_page("optimizer", tmp_path, pairs)
+    assert all(name.endswith("/average") for name in runs.weights(run, 6, "optimizer"))
+    assert set(runs.weights(tmp_path / "run", 6, "ema")) == set(runs.weights(tmp_path / "run", 6))
+    of_muon = {name.removesuffix("/momentum_buffer") for name in runs.weights(tmp_path / "run1", 6, "optimizer")}
+    assert "model.text.transformer.resblocks.0.mlp.c_fc.weight" in of_muon
+    assert not {"model.text.token_embedding.weight", "model.image_projection.weight"} & of_muon

@@ -309,15 +309,54 @@ def test_what_touches_the_mathematics_may_not_change(
     assert "trainer.duration" not in line
 
 
-@pytest.mark.parametrize("schedule", [("schedule=cosine",), ("schedule=constant", "schedule.cooldown=1steps")])
-def test_longer_duration_is_refused_where_the_schedule_depends_on_it(
-    schedule: tuple[str, ...], pairs: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("depends", "what"),
+    [
+        (("schedule=constant", "schedule.cooldown=2steps"), "schedule would have had another value in step 2 of the 2"),
+        (
+            ("schedule=constant", "trainer.ema_decay={linear: {0%: 0.5, 100%: 0.9}}"),
+            "trainer.ema_decay would have had another value in step 2",
+        ),
+        (
+            ("schedule=constant", "trainer.freeze={image: 50%}"),
+            "trainer.freeze.image would have had another value in step 2",
+        ),
+    ],
+)
+def test_another_duration_is_refused_where_a_step_would_have_been_another(
+    depends: tuple[str, ...], what: str, pairs: Path, tmp_path: Path
 ) -> None:
-    settings = (f"data.root={pairs}", *schedule, "eval=[]")
+    settings = (f"data.root={pairs}", *depends, "eval=[]")
     assert runs.train(tmp_path, *settings, "trainer.duration=2steps").code == 0
     finished = runs.train(tmp_path, *settings, "trainer.duration=4steps")
     assert finished.code == 2
-    assert 'trainer.duration: "2steps" -> "4steps"' in finished.errors[0]
+    (line,) = finished.errors
+    assert 'trainer.duration: "2steps" -> "4steps"' in line and what in line
+
+
+def test_a_run_can_be_extended_from_before_its_cool_down_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
+    settings = (
+        f"data.root={pairs}", "schedule=wsd", "schedule.warmup=2steps", "schedule.cooldown=50%", "eval=[]",
+        "checkpoint.every=1steps", "checkpoint.keep_last=0", "optimizer.weight_decay=0.1",
+        "objective.infonce.mask_ratio={piecewise: {0%: 0.5, 90%: 0}}",
+    )  # fmt: skip
+    for duration in (6, 8):
+        finished = runs.train(tmp_path, *settings, f"trainer.duration={duration}steps", f"run.dir={duration}")
+        assert finished.code == 0, finished.stderr
+    # The step that begins with the cool-down has a factor of 1 still: a branch may start after it, and not later.
+    branch = tmp_path / "branch"
+    (branch / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "6" / "config.yaml", branch)
+    shutil.copytree(tmp_path / "6" / "checkpoints" / "step_00000004", branch / "checkpoints" / "step_00000004")
+    finished = runs.train(tmp_path, *settings, "trainer.duration=8steps", "run.dir=branch")
+    assert finished.code == 0, finished.stderr
+    assert "at step 4" in finished.stderr
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert runs.tensors(tmp_path / "branch", name) == runs.tensors(tmp_path / "8", name), name
+    rates = {
+        step: [r["train/lr"] for r in runs.records(tmp_path / step) if "train/lr" in r] for step in ("branch", "8")
+    }
+    assert rates["branch"] == rates["8"][4:] and rates["8"][-1] < rates["8"][4]
 
 
 def test_duration_that_ends_before_the_checkpoint_is_refused(short_run: Path, pairs: Path, tmp_path: Path) -> None:

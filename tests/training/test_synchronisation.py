@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from mmpretrain.batch import Batch
 from mmpretrain.distributed import LateFlags
 from mmpretrain.optim import adamw, grad_norms, gradients, guarded_step
+from mmpretrain.schedules import ScheduledValue
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.precision import LossScale, autocast
 from mmpretrain.training.step import forward_backward
@@ -34,7 +35,8 @@ class Steps:
         self.optimizer = adamw(
             task.named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, towers={}
         )
-        self.loss_scale, self.average, self.flags = LossScale("fp16", device, None, 0), EMA(task), LateFlags()
+        self.average = EMA(task, ScheduledValue(0.99, "x"))
+        self.loss_scale, self.flags = LossScale("fp16", device, None, 0), LateFlags()
 
     def step(self) -> None:
         weights = dict.fromkeys(self.task.objectives, 0.5)
@@ -44,7 +46,7 @@ class Steps:
         skipped = guarded_step(self.optimizer, grad_norms(self.optimizer)["all"], 1.0)
         self.task.after_step(self.batches[0].progress, skipped)
         self.loss_scale.update(skipped)
-        self.average.update(skipped, 0.99)
+        self.average.update(self.batches[0].progress, skipped)
         self.flags.post({"skipped": skipped, "stop": torch.full((), False, device=self.device)})
 
 

@@ -1,0 +1,59 @@
+"""Layers of the towers, for layer-wise learning rates and for optimisers that treat hidden matrices in their own way."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from timm.models._manipulate import group_with_matcher
+from torch import nn
+
+_LAST_BLOCK = (99999,)  # timm's sign that a group belongs to the block before it
+
+
+def layers_above(model: nn.Module, tower: str) -> dict[str, int]:
+    """Return the number of layers above each parameter of a tower, by its name in the task.
+
+    It is 0 behind the last block, 1 in the last of L blocks and for its final norm, and L + 1 in the stem (patch or token
+    embedding, positions).
+
+    Args:
+        model: the model.
+        tower: `image` or `text`.
+
+    Raises: ValueError if the encoder has no method `layers_above`, or it leaves out a parameter.
+    """
+    encoder: Any = getattr(model, tower)
+    if not hasattr(encoder, "layers_above"):
+        raise ValueError(
+            f"model.{tower} is a {type(encoder).__name__}, which does not tell its layers (for layer_decay or muon); "
+            "expected a method layers_above that returns the number of layers above each of its parameters, by name"
+        )
+    above: Mapping[str, int] = encoder.layers_above()
+    if missing := [name for name, _ in encoder.named_parameters() if name not in above]:
+        raise ValueError(f"{type(encoder).__name__}.layers_above() leaves out {missing[0]}; expected every parameter")
+    return {f"model.{tower}.{name}": number for name, number in above.items()}
+
+
+def count_layers_above(module: nn.Module, matcher: Any) -> dict[str, int]:
+    """Return the number of layers above each parameter of a module, by its name in the module.
+
+    Args:
+        module: the module.
+        matcher: its parameters by layer, as `group_matcher(coarse=False)` of timm's models returns it.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    # No pattern matches the empty name, which thus lies behind the last block.
+    layer_of: Mapping[str, int] = group_with_matcher(((name, None) for name in [*names, ""]), matcher, reverse=True)
+    return {name: layer_of[""] - layer_of[name] for name in names}
+
+
+def layers_above_blocks(module: nn.Module, stem: str, blocks: str, norm: str | None = None) -> dict[str, int]:
+    """Return the number of layers above each parameter of a module that is a stem and blocks, by its name in the module.
+
+    Args:
+        module: the module.
+        stem: regular expression that matches the names of the stem's parameters from their start.
+        blocks: the same of the blocks' parameters, with a group for each number in a block's index.
+        norm: the same of what belongs to the last block, such as the final norm; None: nothing.
+    """
+    of_blocks = [(blocks, None), *([(norm, _LAST_BLOCK)] if norm else [])]
+    return count_layers_above(module, {"stem": stem, "blocks": of_blocks})
