@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.shard_writer import delete_shard, file_sha256
-from mmpretrain.data.tar_index import index_path
+from mmpretrain.data.stored_index import index_path
 
 JOURNAL = "building.json"
 MANIFEST = "manifest.json"
