@@ -31,7 +31,7 @@ from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
 from mmpretrain.schedules import Clock, Duration, TrainingProgress
 from mmpretrain.seeds import hash64, torch_draws
-from mmpretrain.training import parallel
+from mmpretrain.training import parallel, randomness_watch
 from mmpretrain.training.diagnose import diagnose
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.freeze import Freeze
@@ -303,7 +303,7 @@ def task_with(layer: nn.Module) -> Task:
 def refused_randomness(layer: type[nn.Module]) -> str:
     """What is said on several processes of a layer that does not draw by sample."""
     try:
-        parallel.settle_randomness(task_with(layer()), example_batch(), 1)
+        randomness_watch.settle_randomness(task_with(layer()), example_batch(), 1)
     except ValueError as error:
         return str(error)
     return "nothing"
