@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmpretrain import build, errors, files
 from mmpretrain.checkpoints.load import Loaded, load_checkpoint
-from mmpretrain.config import command_line, resolve
+from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EmbedConfig, Precision
 from mmpretrain.data.image_batches import image_batches
 from mmpretrain.data.preprocess import Preprocess
@@ -39,7 +39,7 @@ def main() -> None:
 def _hydra_main(cfg: DictConfig) -> None:
     with command_line.job(), errors.usage_errors():
         settings: EmbedConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-        resolve.check_known(settings)
+        checks.check_known(settings)
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
         run(settings)
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
-from mmpretrain.config import command_line, resolve
+from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, evaluate
@@ -28,8 +28,8 @@ def _hydra_main(cfg: DictConfig) -> None:
     with command_line.job(), errors.usage_errors():
         try:
             settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-            resolve.check_known(settings)
-            resolve.check_evaluators(settings.eval)
+            checks.check_known(settings)
+            checks.check_evaluators(settings.eval)
             run(settings)
         finally:
             distributed.shut_down()
@@ -41,7 +41,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     distributed.setup(device)
     if cfg.output is not None and not Path(cfg.output).parent.is_dir():
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
-    resolve.check_evaluate_ranges(cfg)
+    checks.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     sets = cfg.data.val or _sets_of_run(loaded)
     root = cfg.data.root or loaded.setting("data.root", str)

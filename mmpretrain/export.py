@@ -9,7 +9,7 @@ from rich.console import Console
 from mmpretrain import errors
 from mmpretrain.checkpoints import open_clip
 from mmpretrain.checkpoints.load import load_checkpoint
-from mmpretrain.config import command_line, resolve
+from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import ExportConfig
 
 _FORMATS = {"open_clip": open_clip.export}
@@ -24,7 +24,7 @@ def main() -> None:
 def _hydra_main(cfg: DictConfig) -> None:
     with command_line.job(), errors.usage_errors():
         settings: ExportConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-        resolve.check_known(settings)
+        checks.check_known(settings)
         run(settings)
 
 

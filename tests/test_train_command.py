@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml
 from mmpretrain.config.command_line import hydra_arguments
 from tests import runs
 
@@ -198,7 +198,7 @@ def test_the_command_line_goes_before_schedules_and_sizes_of_yamls(pairs: Path, 
     )  # fmt: skip
     finished = runs.train(tmp_path, f"data.root={pairs}", *given)
     assert finished.code == 0, finished.stderr
-    objective = resolve.from_yaml((tmp_path / "run" / "config.yaml").read_text())["objective"]
+    objective = config_yaml.from_yaml((tmp_path / "run" / "config.yaml").read_text())["objective"]
     assert objective["infonce"]["mask_ratio"] == {"linear": {"0%": 0.25, "50%": 0}}
     assert [objective["mae"][key] for key in ("decoder_width", "decoder_depth", "decoder_heads")] == [64, 2, 2]
 

@@ -16,7 +16,7 @@ from typing import TextIO
 from mmpretrain import distributed, errors, files
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.untrusted import TOKENIZER_FOLDER
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml, identity
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
@@ -71,13 +71,13 @@ def _check_configuration(cfg: TrainConfig, folder: Path, schedule: Schedule) -> 
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    now, values = resolve.to_plain(cfg), resolve.to_values(cfg)
+    now, values = config_yaml.to_plain(cfg), config_yaml.to_values(cfg)
     depends = (
         schedule.depends_on_total()
         or any(value.depends_on_total() for value in scheduled_values(values))
         or any(str(until).endswith("%") for until in (cfg.trainer.freeze or {}).values())
     )
-    changed = resolve.differences(resolve.read(path), now, () if depends else ("trainer.duration",), values)
+    changed = identity.differences(config_yaml.read(path), now, () if depends else ("trainer.duration",), values)
     if not changed:
         return None
     return (
@@ -104,7 +104,7 @@ def write_configuration(cfg: TrainConfig, folder: Path) -> None:
 
     Raises: ValueError if the directory already has a copy of another tokenizer.
     """
-    files.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
+    files.write_text(folder / "config.yaml", config_yaml.to_yaml(config_yaml.to_plain(cfg)))
     if (path := cfg.data.tokenizer.get("path")) is None:
         return
     kept = folder / TOKENIZER_FOLDER
