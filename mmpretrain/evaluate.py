@@ -5,9 +5,6 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
 from mmpretrain.config import checks, command_line
@@ -18,21 +15,12 @@ from mmpretrain.reporting.metrics import print_results
 from mmpretrain.training.precision import autocast
 
 
-def main() -> None:
+@command_line.command("evaluate")
+def main(cfg: EvaluateConfig) -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
-
-
-@hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="evaluate")
-def _hydra_main(cfg: DictConfig) -> None:
-    with command_line.job(), errors.usage_errors():
-        try:
-            settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-            checks.check_known(settings)
-            checks.check_evaluators(settings.eval)
-            run(settings)
-        finally:
-            distributed.shut_down()
+    with errors.usage_errors():
+        checks.check_evaluators(cfg.eval)
+        run(cfg)
 
 
 def run(cfg: EvaluateConfig) -> Mapping[str, float]:
