@@ -170,13 +170,11 @@ def _write(
         log.info("%s is there already", array)
         return [array, key_file]
     start = 0
-    if (
-        note.exists()
-        and partial.exists()
-        and {**(state := json.loads(note.read_text())), "rows": 0} == {**work, "rows": 0}
-    ):
-        start = state["rows"]
-        log.info("going on at %d of %d", start, len(keys))
+    if note.exists() and partial.exists():
+        state = json.loads(note.read_text())
+        if {**state, "rows": 0} == {**work, "rows": 0}:
+            start = state["rows"]
+            log.info("going on at %d of %d", start, len(keys))
     shape = (len(keys), loaded.model.embed_dim)
     rows = open_memmap(partial, mode="r+" if start else "w+", dtype=np.float32, shape=shape)
     batches = rows_from(start)

@@ -31,8 +31,8 @@ def info_nce(
         ids: int64 [B], id of each row's sample; rows with equal ids are copies of one sample, and not negatives of each
             other.
         chunk_bytes: size of a chunk of the similarity matrix, which is never in memory as a whole.
-        split: divide the rows among the ranks, in their order and as evenly as they go. The loss and the gradients of text and scale are complete on
-            every rank. The gradient of image is nonzero only for the rank's own rows. A collective.
+        split: divide the rows among the ranks, in their order and as evenly as they go. The loss and the gradients of text
+            and scale are complete on every rank. The gradient of image is nonzero only for the rank's own rows. A collective.
 
     Returns: a scalar.
 

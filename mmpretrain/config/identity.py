@@ -94,7 +94,9 @@ def _number(value: Any) -> str | float:
 
 def _shown(value: Any) -> str:
     """Return a scheduled value as a short text: the number, or the name of the schedule."""
-    return f"{value:g}" if isinstance(value, int | float) else value if isinstance(value, str) else next(iter(value))
+    if isinstance(value, int | float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else next(iter(value))
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -209,7 +209,9 @@ def _channel_dropout(
     """Drop whole channels of an input [b, c, ...]."""
     ones = input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2))
     noise = _dropout(mode, ones, p, training)
-    return noise if noise is NotImplemented else input.mul_(noise) if inplace else input * noise
+    if noise is NotImplemented:
+        return noise
+    return input.mul_(noise) if inplace else input * noise
 
 
 def _attention(
