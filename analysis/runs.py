@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml, identity
 from mmpretrain.reporting.metrics import read_metrics, read_results
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} is not a run, since it has no config.yaml; expected directories such as runs/<experiment>/<name>"
         )
     results = folder / "results.json"
-    settings = resolve.identity(resolve.read(path))
+    settings = identity.identity(config_yaml.read(path))
     if not isinstance(settings.get(_SEED), int | None):
         raise ValueError(f"{path}: {_SEED} is {settings[_SEED]!r}; expected a number")
     return Run(folder=folder, settings=settings, results=read_results(results) if results.exists() else {})

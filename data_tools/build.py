@@ -12,7 +12,7 @@ from data_tools.images import ImageOptions, check_image, encode_image, read_imag
 from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
 from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
-from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard, shard_bounds, shard_path
+from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard
 from data_tools.tables import Table, read_pairs
 from mmpretrain.data.decode import BadSample
 from mmpretrain.seeds import hash64, permutation
@@ -113,14 +113,12 @@ def _build(
         samples = _without_unknown(samples, classes, refused)
         _require_samples(pairs, len(samples), refused)
 
-    bounds = shard_bounds(len(samples), options.samples_per_shard)
-    paths = [shard_path(output, shard) for shard in range(len(bounds))]
-    open_output(output, _plan(samples, states, classes, options), [*(path.name for path in paths), *texts])
+    plan = _plan(samples, states, classes, options)
+    parts = open_output(output, plan, len(samples), options.samples_per_shard, texts)
     order = permutation(hash64("build", options.seed), len(samples))
     class_ids = {label: index for index, label in enumerate(classes.labels)} if classes else {}
     tasks = [
-        ShardTask(path, [samples[i] for i in order[low:high]], class_ids, options.image)
-        for path, (low, high) in zip(paths, bounds)
+        ShardTask(path, [samples[i] for i in order[low:high]], class_ids, options.image) for path, low, high in parts
     ]
     shards = []
     for shard, changed in run_tasks(_finish_shard, tasks, workers, "writing shards"):
@@ -142,13 +140,12 @@ def _build(
     )
     close_output(
         output,
+        result.shards,
         {
             "pairs": pairs.name,
-            "num_samples": result.num_samples,
             "num_refused": result.num_refused,
             "num_classes": result.num_classes,
             "options": _options_json(options),
-            "shards": [asdict(shard) for shard in result.shards],
         },
         texts,
     )

@@ -17,7 +17,7 @@ from data_tools.documents import Document, RefusedDocument, read_documents, text
 from data_tools.output import REFUSALS, check_output, close_output, locked_output, open_output, write_refusals
 from data_tools.packing import CountTokens, PackedText, pack
 from data_tools.pool import run_tasks
-from data_tools.shard_writer import WrittenShard, finish_shard, shard_bounds, shard_path
+from data_tools.shard_writer import WrittenShard, finish_shard
 from data_tools.spool import Spool
 from mmpretrain.data.tokenizer import tokenizer_of
 from mmpretrain.seeds import hash64, permutation
@@ -83,12 +83,10 @@ def _build_text(
             raise ValueError(
                 f"INPUT {' '.join(inputs)}: no document in {len(files)} files; {first}expected at least one"
             )
-        bounds = shard_bounds(len(packed), options.samples_per_shard)
-        paths = [shard_path(output, shard) for shard in range(len(bounds))]
-        open_output(output, _plan(packed, options), [*(path.name for path in paths), REFUSALS])
+        parts = open_output(output, _plan(packed, options), len(packed), options.samples_per_shard, [REFUSALS])
         write_refusals(output, (record.decode("utf-8", "surrogatepass") for record in refused))
         order = permutation(hash64("build-text", options.seed), len(packed))
-        shards = (ShardTask(path, [packed[i] for i in order[low:high]]) for path, (low, high) in zip(paths, bounds))
+        shards = (ShardTask(path, [packed[i] for i in order[low:high]]) for path, low, high in parts)
         result = TextResult(
             shards=list(run_tasks(_finish_shard, shards, workers, "writing shards")),
             num_documents=num_documents,
@@ -97,14 +95,13 @@ def _build_text(
         )
     close_output(
         output,
+        result.shards,
         {
             "files": [str(file) for file in files],
-            "num_samples": result.num_samples,
             "num_documents": result.num_documents,
             "num_refused": result.num_refused,
             "num_tokens": result.num_tokens,
             "options": _options_json(options),
-            "shards": [asdict(shard) for shard in result.shards],
         },
         [REFUSALS],
     )

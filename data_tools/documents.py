@@ -9,7 +9,8 @@ from pathlib import Path
 
 from data_tools.classes import one_line
 from data_tools.tables import SURROGATE
-from mmpretrain.data.decode import BadSample, read_json_field
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import read_json_field
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_tools.pool import run_tasks
-from mmpretrain.data.tar_index import index_tar, store_index
+from mmpretrain.data.stored_index import store_index
+from mmpretrain.data.tar_index import index_tar
 
 
 @dataclass(frozen=True)

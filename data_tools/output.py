@@ -13,12 +13,12 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.shard_writer import delete_shard, file_sha256
-from mmpretrain.data.tar_index import index_path
+from data_tools.shard_writer import WrittenShard, delete_shard, file_sha256, shard_bounds, shard_path
+from mmpretrain.data.stored_index import index_path
 
 JOURNAL = "building.json"
 MANIFEST = "manifest.json"
@@ -207,12 +207,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def open_output(output: Path, plan: str, files: Sequence[str]) -> None:
+def open_output(
+    output: Path, plan: str, num_samples: int, samples_per_shard: int, texts: Sequence[str] = ()
+) -> list[tuple[Path, int, int]]:
     """Prepare a folder for a build. Files of a killed build with the same plan are kept; other builds' are deleted.
 
-    Raises: ValueError, before anything is written, if the folder holds a tar or one of `files` that no build wrote, or
+    Args:
+        output: folder of the build, locked by `locked_output`.
+        plan: hash of everything that determines the shards' bytes.
+        num_samples: number of samples of the build.
+        samples_per_shard: upper bound of the samples of a shard.
+        texts: names of the text files beside the shards.
+
+    Returns: (path, first sample, the one after the last sample) of each shard to write.
+    Raises: ValueError, before anything is written, if the folder holds a tar or one of `texts` that no build wrote, or
         a file of an earlier build that differs from its entry in the manifest.
     """
+    bounds = shard_bounds(num_samples, samples_per_shard)
+    shards = [(shard_path(output, shard), low, high) for shard, (low, high) in enumerate(bounds)]
+    files = [*(path.name for path, _, _ in shards), *texts]
     earlier = _earlier_build(output, files, read_tars=True)
     if earlier.plan != plan:
         # From here on the folder is an unfinished build without a plan: its shards will not be kept.
@@ -225,6 +238,7 @@ def open_output(output: Path, plan: str, files: Sequence[str]) -> None:
                 (output / name).unlink(missing_ok=True)
         _write_journal(output, plan, files)
     _delete_temporary(output, {*earlier.files, *files})
+    return shards
 
 
 def _write_journal(output: Path, plan: str | None, files: Sequence[str]) -> None:
@@ -240,17 +254,25 @@ def _delete_temporary(output: Path, files: set[str]) -> None:
             leftover.unlink()
 
 
-def close_output(output: Path, manifest: Mapping[str, object], texts: Iterable[str] = ()) -> None:
+def close_output(
+    output: Path, shards: Sequence[WrittenShard], description: Mapping[str, object], texts: Iterable[str] = ()
+) -> None:
     """Write the manifest, which marks the build as complete, and delete the journal.
 
     Args:
         output: folder of the build.
-        manifest: contents of the manifest.
+        shards: shards that were written.
+        description: further contents of the manifest.
         texts: names of the text files beside the shards. The manifest records their hashes, since users may edit them.
     """
-    sha256 = {name: file_sha256(output / name) for name in texts}
-    made_by = {"made_by": MADE_BY, **manifest, "sha256": sha256}
-    write_atomically(output / MANIFEST, json.dumps(made_by, indent=1, ensure_ascii=False) + "\n")
+    manifest = {
+        "made_by": MADE_BY,
+        "num_samples": sum(shard.num_samples for shard in shards),
+        **description,
+        "shards": [asdict(shard) for shard in shards],
+        "sha256": {name: file_sha256(output / name) for name in texts},
+    }
+    write_atomically(output / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     (output / JOURNAL).unlink()
 
 

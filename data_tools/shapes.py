@@ -13,7 +13,7 @@ from data_tools.output import CLASSES as CLASS_LIST
 from data_tools.output import close_output, locked_output, open_output, write_atomically
 from data_tools.pool import run_tasks
 from data_tools.scenes import CLASSES, HELD_OUT, TRAINED, Scene, make_scene
-from data_tools.shard_writer import WrittenShard, finish_shard, shard_bounds, shard_path
+from data_tools.shard_writer import WrittenShard, finish_shard
 from mmpretrain.seeds import hash64, permutation
 
 SAMPLES_PER_SHARD = 1008
@@ -75,23 +75,15 @@ def _build_splits(
     tasks = []
     for split, num_samples in sizes.items():
         plan = json.dumps([DRAWING_VERSION, split, num_samples, options.image_size, options.seed])
-        bounds = shard_bounds(num_samples, SAMPLES_PER_SHARD)
-        paths = [shard_path(output / split, shard) for shard in range(len(bounds))]
-        open_output(output / split, hashlib.sha256(plan.encode()).hexdigest(), [path.name for path in paths])
-        for path, (low, high) in zip(paths, bounds):
+        digest = hashlib.sha256(plan.encode()).hexdigest()
+        for path, low, high in open_output(output / split, digest, num_samples, SAMPLES_PER_SHARD):
             tasks.append(_Task(path, split, num_samples, low, high, options.image_size, options.seed))
 
     shards: dict[str, list[WrittenShard]] = {split: [] for split in sizes}
     for task, written in zip(tasks, list(run_tasks(_finish_shard, tasks, workers, "drawing shapes"))):
         shards[task.split].append(written)
-    for split, num_samples in sizes.items():
-        manifest = {
-            "num_samples": num_samples,
-            "num_classes": len(CLASSES),
-            "options": asdict(options),
-            "shards": [asdict(shard) for shard in shards[split]],
-        }
-        close_output(output / split, manifest)
+    for split in sizes:
+        close_output(output / split, shards[split], {"num_classes": len(CLASSES), "options": asdict(options)})
     return shards
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from webdataset import TarWriter
 
-from mmpretrain.data.tar_index import index_path, index_tar, write_index
+from mmpretrain.data.stored_index import index_path, write_index
+from mmpretrain.data.tar_index import index_tar
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,9 @@ def _unless_deep(row: dict[str, Any]) -> dict[str, Any] | str:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if not isinstance(value, dict | list | tuple):
+        return False
+    items = value.values() if isinstance(value, dict) else value
     return any(levels == 0 or _is_deeper(item, levels - 1) for item in items)
 
 

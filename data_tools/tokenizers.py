@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from data_tools.documents import MAX_TEXT_BYTES, decode_line, read_lines
 from data_tools.tables import SURROGATE, Table, caption_text, read_pairs
-from mmpretrain.data.decode import BadSample, decode_captions
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import decode_captions
 from mmpretrain.data.shards import Shards, expand_shards
 
 MAX_PIECE_CHARACTERS = 1 << 12

@@ -111,7 +111,12 @@ class Samples:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell CUDA's caching allocator that `stream` also uses the tensors."""
-        self.map(lambda tensor: tensor.record_stream(stream) or tensor)  # type: ignore[func-returns-value]
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self.map(record)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Samples":
         """Apply `fn` to each tensor, including those of `packing`."""

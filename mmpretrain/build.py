@@ -14,7 +14,7 @@ from mmpretrain.checkpoints.load import fit_tokenizer, preprocess_of
 from mmpretrain.config import instantiate
 from mmpretrain.config.instantiate import accepts
 from mmpretrain.config.schema import EvalSetConfig, StreamConfig, TrainConfig
-from mmpretrain.data.decode import check_caption_field
+from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stream import Source, Stream, TarStream
 from mmpretrain.data.subset import select

@@ -10,18 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import hydra
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, load_checkpoint
-from mmpretrain.config import command_line, resolve
+from mmpretrain.config import command_line
 from mmpretrain.config.schema import EmbedConfig, Precision
 from mmpretrain.data.image_batches import split
 from mmpretrain.data.preprocess import Preprocess
@@ -33,21 +31,12 @@ from mmpretrain.training.precision import autocast
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
+@command_line.command("embed")
+def main(cfg: EmbedConfig) -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
-
-
-@hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="embed")
-def _hydra_main(cfg: DictConfig) -> None:
-    with command_line.job(), errors.usage_errors():
-        settings: EmbedConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-        resolve.check_known(settings)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-        try:
-            run(settings)
-        finally:
-            distributed.shut_down()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    with errors.usage_errors():
+        run(cfg)
 
 
 def run(cfg: EmbedConfig) -> list[Path]:

@@ -5,12 +5,9 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
-from mmpretrain.config import command_line, resolve
+from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, evaluate
@@ -18,21 +15,12 @@ from mmpretrain.reporting.metrics import print_results
 from mmpretrain.training.precision import autocast
 
 
-def main() -> None:
+@command_line.command("evaluate")
+def main(cfg: EvaluateConfig) -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
-
-
-@hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="evaluate")
-def _hydra_main(cfg: DictConfig) -> None:
-    with command_line.job(), errors.usage_errors():
-        try:
-            settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-            resolve.check_known(settings)
-            resolve.check_evaluators(settings.eval)
-            run(settings)
-        finally:
-            distributed.shut_down()
+    with errors.usage_errors():
+        checks.check_evaluators(cfg.eval)
+        run(cfg)
 
 
 def run(cfg: EvaluateConfig) -> Mapping[str, float]:
@@ -41,7 +29,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     distributed.setup(device)
     if cfg.output is not None and not Path(cfg.output).parent.is_dir():
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
-    resolve.check_evaluate_ranges(cfg)
+    checks.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     sets = cfg.data.val or _sets_of_run(loaded)
     root = cfg.data.root or loaded.setting("data.root", str)

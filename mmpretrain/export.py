@@ -2,30 +2,22 @@
 
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from mmpretrain import errors
 from mmpretrain.checkpoints import open_clip
 from mmpretrain.checkpoints.load import load_checkpoint
-from mmpretrain.config import command_line, resolve
+from mmpretrain.config import command_line
 from mmpretrain.config.schema import ExportConfig
 
 _FORMATS = {"open_clip": open_clip.export}
 
 
-def main() -> None:
+@command_line.command("export")
+def main(cfg: ExportConfig) -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
-
-
-@hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="export")
-def _hydra_main(cfg: DictConfig) -> None:
-    with command_line.job(), errors.usage_errors():
-        settings: ExportConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-        resolve.check_known(settings)
-        run(settings)
+    with errors.usage_errors():
+        run(cfg)
 
 
 def run(cfg: ExportConfig) -> list[Path]:

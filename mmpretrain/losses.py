@@ -31,8 +31,8 @@ def info_nce(
         ids: int64 [B], id of each row's sample; rows with equal ids are copies of one sample, and not negatives of each
             other.
         chunk_bytes: size of a chunk of the similarity matrix, which is never in memory as a whole.
-        split: divide the rows among the ranks, in their order. The loss and the gradients of text and scale are complete on
-            every rank. The gradient of image is nonzero only for the rank's own rows. A collective.
+        split: divide the rows among the ranks, in their order and as evenly as they go. The loss and the gradients of text
+            and scale are complete on every rank. The gradient of image is nonzero only for the rank's own rows. A collective.
 
     Returns: a scalar.
 
@@ -115,10 +115,10 @@ def _chunks(rows: Tensor, columns: Tensor, chunk_bytes: int, split: bool) -> _Ch
                 f"rows are {tensor.dtype}; expected torch.float32 or float64: a contrastive loss needs them"
             )
     size = max(1, chunk_bytes // (len(columns) * columns.element_size()))
-    share = len(columns) // (distributed.world_size() if split else 1)
-    first = distributed.rank() * share if split else 0
-    starts = range(first, first + share, size)
-    return _Chunks([slice(start, min(start + size, first + share)) for start in starts], split)
+    rank, world = (distributed.rank(), distributed.world_size()) if split else (0, 1)
+    # Parts differ by at most one row if the ranks do not divide the batch.
+    first, end = len(columns) * rank // world, len(columns) * (rank + 1) // world
+    return _Chunks([slice(start, min(start + size, end)) for start in range(first, end, size)], split)
 
 
 def _copies(ids: Tensor, rows: slice) -> Tensor:
@@ -152,7 +152,7 @@ class _Contrast(torch.autograd.Function):
         has_backward: bool,
     ) -> Tensor:
         # Two buffers that all chunks of similarities reuse.
-        longest = chunks.rows[0].stop - chunks.rows[0].start
+        longest = max((rows.stop - rows.start for rows in chunks.rows), default=0)
         blocks = [x.new_empty(longest, len(y)) for _ in range(2)]
 
         def similarities(rows: slice) -> Tensor:
@@ -179,7 +179,7 @@ class _Contrast(torch.autograd.Function):
                 num_right[rows] = 1
             else:
                 is_right = groups[rows, None] == groups[None, :]
-                right = logits * is_right
+                right = torch.mul(logits, is_right, out=exponentials)
                 right_rows[rows], num_right[rows] = right.sum(dim=1), is_right.sum(dim=1).to(x.dtype)
                 right_columns += right.sum(dim=0)
         if chunks.split:
@@ -200,7 +200,8 @@ class _Contrast(torch.autograd.Function):
                 d_logits.diagonal(rows.start).sub_(2.0)
             else:
                 share = 1 / num_right
-                d_logits.sub_((share[rows, None] + share) * (groups[rows, None] == groups[None, :]))
+                shares = torch.add(share[rows, None], share, out=logits)
+                d_logits.sub_(shares.mul_(groups[rows, None] == groups[None, :]))
             d_logits /= 2 * len(x)
             to_rows = d_logits @ y
             d_s += (to_rows * x[rows]).sum()

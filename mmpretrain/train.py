@@ -11,9 +11,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import DictConfig
 
 from mmpretrain import build, distributed, errors
 from mmpretrain.config import command_line, instantiate, resolve
@@ -28,27 +26,22 @@ from mmpretrain.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
+@command_line.command("train", resolve.resolve)
+def main(cfg: TrainConfig) -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
-
-
-@hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="train")
-def _hydra_main(cfg: DictConfig) -> None:
-    with command_line.job():
-        try:
-            train(resolve.resolve(cfg))
-        except TrainingError as error:
-            log.error("error: %s", error)
-            command_line.end_job(1)
-        except RuntimeError as error:
-            if not distributed.is_lost_peer(error):
-                raise
-            absent = ", ".join(map(str, distributed.absent_ranks())) or "unknown"
-            log.error("error: before training began, rank %s was lost (%s)", absent, distributed.reason_of(error))
-            command_line.end_job(1)
-        finally:
-            distributed.shut_down()
+    try:
+        train(cfg)
+    except TrainingError as error:
+        message = str(error)
+    except RuntimeError as error:
+        if not distributed.is_lost_peer(error):
+            raise
+        absent = ", ".join(map(str, distributed.absent_ranks())) or "unknown"
+        message = f"before training began, rank {absent} was lost ({distributed.reason_of(error)})"
+    else:
+        return
+    log.error("error: %s", message)
+    raise command_line.JobFailed(message)
 
 
 def train(cfg: TrainConfig) -> Mapping[str, float | None]:

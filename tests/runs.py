@@ -283,10 +283,17 @@ def trained(folder: Path, pairs: Path, *overrides: str, code: int = 0) -> Finish
     return finished
 
 
+def start_group(
+    folder: Path, world_size: int, *overrides: str, environment: Mapping[str, str] | None = None
+) -> list[Command]:
+    """The same as `start_train`, for each process of a group, which speak gloo; one process alone is in no group."""
+    ranks = [{}] if world_size == 1 else group(world_size)
+    return [start_train(folder, *overrides, environment={**(environment or {}), **rank}) for rank in ranks]
+
+
 def train_group(folder: Path, world_size: int, *overrides: str) -> list[Finished]:
-    """The same on several processes, which speak gloo."""
-    ranks = [start_train(folder, *overrides, environment=environment) for environment in group(world_size)]
-    return [rank.wait() for rank in ranks]
+    """`start_group`, to the end of all."""
+    return [rank.wait() for rank in start_group(folder, world_size, *overrides)]
 
 
 # ---------------------------------------------------------------------------------------------- what a run left
@@ -295,6 +302,12 @@ def train_group(folder: Path, world_size: int, *overrides: str) -> list[Finished
 def records(folder: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def num_records(folder: Path) -> int:
+    """How many whole lines a run's metrics.jsonl has, which may still be missing."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def results(folder: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mmpretrain.checkpoints import store
-from mmpretrain.config import instantiate, resolve
+from mmpretrain.config import config_yaml, instantiate
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
@@ -50,7 +50,7 @@ def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "Clip
         "objective": {"sigmoid": {}, "infonce": {}},
     }
     folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(resolve.to_yaml(plain))
+    (folder / "config.yaml").write_text(config_yaml.to_yaml(plain))
     optimizer = {"model.image_projection.weight/step": torch.ones(())}
     parts = {"model": task.state_dict(), "optimizer": optimizer}
     store.save(folder / "checkpoints", step, parts, {"samples": 640}, keep_last=0)

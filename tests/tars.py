@@ -1,6 +1,7 @@
-"""Tiny tars of real images, written with webdataset."""
+"""Tiny tars of real images, written with webdataset, and of any members, written with tarfile."""
 
 import io
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from PIL import Image
 
 Sample = dict[str, Any]
 """Extension -> bytes, text (`txt`), or an object (`json`), as webdataset's writer takes it."""
+
+Member = tuple[str, bytes]
+"""(name, content) of a member of a tar."""
 
 
 def encode(pixels: np.ndarray | Image.Image, format: str = "JPEG", **options: Any) -> bytes:
@@ -58,3 +62,18 @@ def write_tars(folder: Path, samples: Sequence[Mapping[str, Any]], counts: Seque
         start += count
     assert start == len(samples), f"{len(samples)} samples do not fit counts {counts}"
     return paths
+
+
+def write_members(path: Path, members: list[Member], format: int = tarfile.USTAR_FORMAT) -> Path:
+    """Write members in their order with tarfile; returns the path."""
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    return path
+
+
+def pairs(keys: list[str], image: bytes = b"image", caption: bytes = b"caption") -> list[Member]:
+    """Members `KEY.jpg` and `KEY.txt` of each key, with the same contents."""
+    return [member for key in keys for member in ((f"{key}.jpg", image), (f"{key}.txt", caption))]

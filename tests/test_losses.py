@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmpretrain.losses import (
     info_nce,
@@ -208,3 +210,29 @@ def test_token_cross_entropy_under_autocast_sums_in_float32() -> None:
     assert states.grad is not None and states.grad.dtype == torch.float32
     (expected,) = torch.autograd.grad(exact, states)
     assert float((states.grad - expected).norm() / expected.norm()) < 0.02
+
+
+class _Blocks(TorchDispatchMode):
+    """Keeps the memory of every float matrix of a shape, so that none is used for two of them."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.kept = shape, {}  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point() and out.shape == self.shape:
+            self.kept[out.untyped_storage().data_ptr()] = out
+        return out
+
+
+def test_groups_take_no_further_blocks_of_similarities() -> None:
+    image, text, logit_scale, _ = leaves(b=16)
+    groups = torch.arange(16) % 5
+    for loss in (
+        lambda: info_nce(image, text, logit_scale),
+        lambda: multi_positive_info_nce(image, text, logit_scale, groups),
+    ):
+        with _Blocks((16, 16)) as blocks:
+            loss()
+        assert len(blocks.kept) == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml
 from mmpretrain.config.command_line import hydra_arguments
 from tests import runs
 
@@ -199,7 +199,7 @@ def test_the_command_line_goes_before_schedules_and_sizes_of_yamls(pairs: Path, 
     )  # fmt: skip
     finished = runs.train(tmp_path, f"data.root={pairs}", *given)
     assert finished.code == 0, finished.stderr
-    objective = resolve.from_yaml((tmp_path / "run" / "config.yaml").read_text())["objective"]
+    objective = config_yaml.from_yaml((tmp_path / "run" / "config.yaml").read_text())["objective"]
     assert objective["infonce"]["mask_ratio"] == {"linear": {"0%": 0.25, "50%": 0}}
     assert [objective["mae"][key] for key in ("decoder_width", "decoder_depth", "decoder_heads")] == [64, 2, 2]
 
@@ -514,9 +514,17 @@ def test_a_sweep_over_data_has_a_run_for_each(pairs: Path, tmp_path: Path) -> No
     assert names(tmp_path) == ["data.root=._more", "data.root=more"]
 
 
-def test_a_job_that_is_refused_does_not_keep_a_sweep_from_the_others(pairs: Path, tmp_path: Path) -> None:
-    finished = train_experiment(tmp_path, pairs, "-m", "optimizer.lr=fast,1e-3")
-    assert finished.code == 2
-    assert finished.errors == ["error: optimizer.lr is 'fast'; expected float: optimizer.lr=..."]
-    assert "Traceback" not in finished.stderr
+@pytest.mark.parametrize(
+    "launcher", ["basic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("joblib", "submitit_local"))]
+)
+def test_a_job_that_is_refused_does_not_keep_a_sweep_from_the_others(
+    launcher: str, pairs: Path, tmp_path: Path
+) -> None:
+    """Its one line names the job, and stands on the stderr of the command wherever the launcher runs the job."""
+    finished = train_experiment(tmp_path, pairs, "-m", f"sweep={launcher}", "optimizer.lr=fast,1e-3")
+    assert finished.code == 2, finished.stderr
+    (line,) = finished.errors
+    assert line.startswith("error: optimizer.lr is 'fast'; expected float: optimizer.lr=... (job 0: ")
+    assert "optimizer.lr=fast" in line.partition("(job 0: ")[2]
+    assert "Error executing job" not in finished.stderr and "Traceback" not in finished.stderr
     assert runs.results(tmp_path / "runs" / "tiny" / "optimizer.lr=0.001")["steps"] == 2

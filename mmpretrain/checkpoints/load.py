@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.checkpoints import store, untrusted
-from mmpretrain.config import instantiate, resolve
+from mmpretrain.config import config_yaml, instantiate
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
@@ -189,7 +189,7 @@ def load_checkpoint(
     """
     folder, path = find(run_or_checkpoint)
     source = folder / "config.yaml"
-    saved = resolve.read(source)
+    saved = config_yaml.read(source)
     if lacking := sorted({"model", "objective", "data"} - saved.keys()):
         raise ValueError(f"{source} has no {lacking[0]!r}; expected the file as the run wrote it")
     if not isinstance(saved["objective"], dict) or not isinstance(saved["data"], dict):

@@ -4,14 +4,16 @@ import importlib.resources
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -22,6 +24,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from mmpretrain import distributed
+from mmpretrain.config.checks import check_known
 from mmpretrain.config.schema import register_schemas
 from mmpretrain.errors import UsageError, nearest, printable
 from mmpretrain.schedules import SCHEDULE_TEXT
@@ -30,6 +33,8 @@ USAGE_EXIT_CODE = 2
 _MULTIRUN = ("-m", "--multirun")
 _PATHS = ("checkpoint", "data.root", "init_from", "output", "run.dir")
 _ADDED = re.compile(r"(?P<sets>\+\+?data\.(train|val))\.(?P<inside>\w+(\.\w+)*)")
+
+Config = TypeVar("Config")
 
 
 def _group_options(search_path: str, group: str) -> list[str]:
@@ -77,17 +82,50 @@ def one_line(error: BaseException) -> str:
 
 
 class JobFailed(Exception):
-    """A job of a sweep failed and has printed its error. The argument is its exit code; later jobs still run."""
+    """A job failed and has logged its error."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-def end_job(code: int) -> NoReturn:
-    """End this process with an exit code, or only this job in a sweep.
+class FailedJob:
+    """Result of a failed job of a sweep, of which the other jobs still run.
 
-    Raises: JobFailed in a sweep, else SystemExit.
+    It counts, and prints its message, in the process of the command alone: there it is created by the basic launcher, and
+    unpickled by launchers that run jobs in other processes.
+
+    Args:
+        code: exit code of the job.
+        message: message with the job's overrides.
     """
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        raise JobFailed(code)
-    raise SystemExit(code)
+
+    def __init__(self, code: int, message: str) -> None:
+        self._arguments = code, message
+        if _failures is not None:
+            _failures.append(code)
+            print(f"error: {message}", file=sys.stderr)
+
+    def __reduce__(self) -> tuple[type["FailedJob"], tuple[int, str]]:
+        return FailedJob, self._arguments
+
+
+_failures: list[int] | None = None  # exit codes of this command's failed jobs; None in a launcher's process
+
+
+def _failed(error: Exception, code: int) -> FailedJob:
+    """Return the result of a failed job in a sweep; otherwise print its error and end this process.
+
+    Raises: SystemExit unless in a sweep; the error itself if `MMPRETRAIN_TRACEBACK` is set.
+    """
+    if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+        if not isinstance(error, JobFailed):
+            _say(error)
+        raise SystemExit(code)
+    if os.environ.get("MMPRETRAIN_TRACEBACK"):
+        raise error
+    job = HydraConfig.get()
+    return FailedJob(code, f"{_message(error)} (job {job.job.num}: {' '.join(job.overrides.task)})")
 
 
 def _say(error: Exception) -> None:
@@ -99,21 +137,12 @@ def _say(error: Exception) -> None:
         raise error
     if distributed.local_rank() != 0:
         return
-    message = str(error) if isinstance(error, UsageError) else one_line(error)
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error: {_message(error)}", file=sys.stderr)
 
 
-@contextmanager
-def job() -> Iterator[None]:
-    """End a job with a one-line message: usage errors with exit code 2, OSErrors with exit code 1."""
-    try:
-        yield
-    except (UsageError, OmegaConfBaseException) as error:
-        _say(error)
-        end_job(USAGE_EXIT_CODE)
-    except OSError as error:
-        _say(error)
-        end_job(1)
+def _message(error: Exception) -> str:
+    message = str(error) if isinstance(error, UsageError | JobFailed) else one_line(error)
+    return printable(" ".join(message.split()))
 
 
 def _parts(value: str) -> list[str]:
@@ -164,8 +193,51 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     return sorted(changed, key=lambda argument: argument not in _MULTIRUN)
 
 
-def entry(run: Callable[[], Any]) -> None:
-    """Run a Hydra entry. Usage errors print one line and exit with code 2; `MMPRETRAIN_TRACEBACK=1` raises them instead."""
+def typed(cfg: DictConfig) -> Any:
+    """Convert a composed configuration to its dataclass. Raises: UsageError for an unknown key; OmegaConfBaseException."""
+    settings = OmegaConf.to_object(cfg)
+    check_known(settings)
+    return settings
+
+
+def command(
+    config_name: str, read: Callable[[DictConfig], Config] = typed
+) -> Callable[[Callable[[Config], None]], Callable[[], None]]:
+    """Make a function of a typed configuration the `main` of a command, which composes it from `sys.argv` by Hydra.
+
+    A job ends with one line for usage errors and errors of the configuration (exit code 2), for OSError (exit code 1), and
+    for JobFailed, whose message the function has logged. `MMPRETRAIN_TRACEBACK=1` raises them instead.
+
+    Args:
+        config_name: name of the primary configuration in `conf/`.
+        read: function that converts the composed configuration.
+    """
+
+    def decorate(run: Callable[[Config], None]) -> Callable[[], None]:
+        @wraps(run)  # Hydra names the job after the function's module
+        def job(cfg: DictConfig) -> FailedJob | None:
+            try:
+                run(read(cfg))
+            except (UsageError, OmegaConfBaseException) as error:
+                return _failed(error, USAGE_EXIT_CODE)
+            except OSError as error:
+                return _failed(error, 1)
+            except JobFailed as failed:
+                return _failed(failed, failed.code)
+            finally:
+                distributed.shut_down()
+            return None
+
+        compose = hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name=config_name)
+        return partial(_enter, compose(job))
+
+    return decorate
+
+
+def _enter(run: Callable[[], None]) -> None:
+    """Run a Hydra entry. Errors of its use print one line and exit with code 2; failed jobs of a sweep set the exit code."""
+    global _failures
+    _failures = []
     # Hydra then raises errors instead of printing them and exiting with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
@@ -186,5 +258,5 @@ def entry(run: Callable[[], Any]) -> None:
         given = ", ".join(argument for argument in sys.argv[1:] if argument.endswith("=null"))
         _say(UsageError(f"{given}: a group cannot be null; leave it out, or choose none of a list with []"))
         raise SystemExit(USAGE_EXIT_CODE) from None
-    except JobFailed as failed:
-        raise SystemExit(failed.args[0]) from None
+    if _failures:
+        raise SystemExit(_failures[0])

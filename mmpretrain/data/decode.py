@@ -1,4 +1,4 @@
-"""Decoding of sample bytes to uint8 images, captions and labels, with limits and checks for damage.
+"""Decoding of image bytes to uint8 pixels, with limits and checks for damage.
 
 JPEGs are decoded by simplejpeg, at 1/2, 1/4 or 1/8 scale if the crop stays at least as large as the target; all other
 images are decoded by Pillow. A JPEG is refused if libjpeg reports missing or overwritten data. JPEG and WebP have no
@@ -7,14 +7,11 @@ blocks, and damage to a WebP of full length. Both paths share one uint8 resize (
 """
 
 import io
-import json
 import math
 import re
-import unicodedata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -397,88 +394,3 @@ def resized(pixels: np.ndarray, crop: Crop, size: int, out: Tensor | None = None
             box.permute(2, 0, 1)[None], (size, size), align_corners=False, out=out[None]
         )
     return out.copy_(out.flip(-1)) if crop.flip else out
-
-
-def read_json_field(data: bytes, path: str) -> Any:
-    """Return the value at a dotted path in a JSON member.
-
-    Raises: BadSample if the bytes are not a JSON object or it lacks the path.
-    """
-    try:
-        value = json.loads(data)
-    except RecursionError as error:
-        raise BadSample("its json member does not parse (nested too deeply)") from error
-    except ValueError as error:
-        raise BadSample(f"its json member does not parse ({error})") from error
-    for part in path.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise BadSample(f"its json has no field {path!r} (it has: {_fields(value)})")
-        value = value[part]
-    return value
-
-
-def _fields(value: Any) -> str:
-    """List up to ten fields of a parsed JSON object; return the type's name for any other value."""
-    if not isinstance(value, dict):
-        return type(value).__name__
-    names = [name if len(name) <= 40 and name.isprintable() else ascii(name[:40]) for name in sorted(value)[:10]]
-    return ", ".join(names) + (f" and {len(value) - 10} more" if len(value) > 10 else "")
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """Replace lone surrogates, which JSON escapes can produce and no encoding allows, by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
-
-
-_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"))  # Unicode's categories
-_BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a symbol with blank glyphs
-
-
-def _is_visible(text: str) -> bool:
-    return any(unicodedata.category(character) not in _INVISIBLE and character not in _BLANK for character in text)
-
-
-def read_label(data: bytes, field: str) -> str:
-    """Return a label as text: the content of a `cls` member, or the value at `json.<dotted path>`.
-
-    Raises: BadSample if the label is missing or empty.
-    """
-    value = data.decode(errors="replace")
-    if field.startswith("json."):
-        value = _without_lone_surrogates(str(read_json_field(data, field.removeprefix("json."))))
-    if not value.strip():
-        raise BadSample(f"its label {field!r} is empty")
-    return value.strip()
-
-
-def check_caption_field(field: str, key: str) -> None:
-    """Raise ValueError if a caption field is malformed, such as `json` alone, whose text would become the caption."""
-    if field == "json" or not re.fullmatch(r"\w+|json(\.[^.]+)+", field):
-        raise ValueError(f"{key} is {field!r}; expected a member such as txt, or a field of json: json.caption")
-
-
-def decode_captions(data: bytes, field: str) -> list[str]:
-    """Return the captions of a sample: the text of a member, or a string or list of strings in its `json` member.
-
-    Args:
-        data: bytes of the member.
-        field: name of a text member such as `txt`, or `json.<dotted path>`.
-
-    Raises: BadSample if the member cannot be parsed or has no caption with a visible character.
-    """
-    if field.startswith("json."):
-        value = read_json_field(data, field.removeprefix("json."))
-    else:
-        try:
-            value = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadSample(f"its {field} member is not UTF-8 ({error.reason} at byte {error.start})") from error
-    captions = value if isinstance(value, list) else [value]
-    captions = [caption.strip() for caption in captions if isinstance(caption, str) and _is_visible(caption)]
-    if not captions:
-        raise BadSample(f"its caption field {field!r} is empty (it has no visible character)")
-    return [_without_lone_surrogates(caption) for caption in captions]

@@ -1,7 +1,7 @@
 """Sample order: a pure function of the seed, the stream position and the shards' sample counts.
 
-Each epoch of a source permutes its blocks of consecutive samples, then the samples within each window of
-blocks; both permutations are seeded. Reads stay local, and no shuffle buffer is needed.
+Each epoch of a source permutes its blocks of `BLOCK_SIZE` consecutive samples, then the samples within each window of
+`WINDOW_BLOCKS` blocks; both permutations are seeded. Reads stay local, and no shuffle buffer is needed.
 A stream of several weighted sources assigns positions to sources by a fixed pattern, which holds each source's share
 exactly over a period, and to within one sample at every position if the period is kept as a table.
 """
@@ -28,27 +28,13 @@ class SourceOrder:
     Args:
         seed: seed of the order.
         num_samples: number of samples in the source.
-        block_sizes: number of consecutive samples in each block, int64 [num_blocks]; None uses blocks of
-            `BLOCK_SIZE` samples.
-        window_blocks: number of blocks whose samples are shuffled together.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        num_samples: int,
-        block_sizes: np.ndarray | None = None,
-        window_blocks: int = WINDOW_BLOCKS,
-    ) -> None:
-        if block_sizes is None:
-            num_blocks = -(-num_samples // BLOCK_SIZE)
-            block_sizes = np.full(num_blocks, BLOCK_SIZE, dtype=np.int64)
-            block_sizes[-1] = num_samples - BLOCK_SIZE * (num_blocks - 1)
+    def __init__(self, seed: int, num_samples: int) -> None:
         self.num_samples = num_samples
         self._seed = seed
-        self._sizes = block_sizes
-        self._starts = np.cumsum(block_sizes) - block_sizes
-        self._window_blocks = window_blocks
+        self._starts = np.arange(0, num_samples, BLOCK_SIZE)
+        self._sizes = np.minimum(BLOCK_SIZE, num_samples - self._starts)
         # Positions around an epoch boundary need the block order of two epochs, and few windows.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
@@ -57,12 +43,12 @@ class SourceOrder:
         """Return (block order, int64 [num_blocks]; window offsets from 0 to num_samples, int64 [num_windows + 1])."""
         blocks = permutation(hash64(self._seed, epoch), len(self._sizes))
         ends = np.cumsum(self._sizes[blocks])
-        last_blocks = np.arange(self._window_blocks, len(blocks), self._window_blocks) - 1
+        last_blocks = np.arange(WINDOW_BLOCKS, len(blocks), WINDOW_BLOCKS) - 1
         return blocks, np.concatenate([[0], ends[last_blocks], [self.num_samples]])
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         """Return the sample ids of one window in shuffled order, int64."""
-        blocks = self._epoch(epoch)[0][window * self._window_blocks : (window + 1) * self._window_blocks]
+        blocks = self._epoch(epoch)[0][window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
         samples = np.concatenate([np.arange(self._starts[b], self._starts[b] + self._sizes[b]) for b in blocks])
         return samples[permutation(hash64(self._seed, epoch, window), len(samples))]
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.storage import FileChanged, read_range
+from mmpretrain.data.stored_index import cached_index_path, index_path, load_index
 from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
-from mmpretrain.data.tar_index import IMAGE_EXTENSIONS, cached_index_path, index_path, load_index
+from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 
 _MAX_NAMED = 5
 _MAX_IMAGE_BYTES = 1 << 29  # encoded bytes; covers 100 million uncompressed pixels

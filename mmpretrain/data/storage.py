@@ -3,10 +3,13 @@
 import errno
 import os
 import stat
+import time
 from functools import lru_cache
 
 _OPEN_FILES = 32
-_RETRIES = 3
+RETRY_SECONDS = (0.1, 0.4)
+"""Pauses between attempts to read, in seconds, in which a network file system may recover."""
+_FINAL = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 
 class NotRegular(OSError):
@@ -51,7 +54,10 @@ class FileChanged(OSError):
 def read_range(path: str, offset: int, size: int, file_bytes: int, mtime_ns: int) -> bytes:
     """Read exactly `size` bytes at `offset` of a file, and check its size and modification time.
 
-    I/O errors are not the sample's fault: the read is retried, then the error is raised and ends the run.
+    I/O errors are not the sample's fault. A failed read is repeated at once on a newly opened file, since the open
+    descriptor may be of a file that was replaced. Transient errors, such as EIO, ESTALE or a short read, are then retried
+    after each pause of `RETRY_SECONDS`, before the error is raised and ends the run. Errors that no retry can change are
+    raised without a pause: FileChanged, NotRegular, a missing file or a lack of permission.
 
     Args:
         path: path of the file.
@@ -63,22 +69,27 @@ def read_range(path: str, offset: int, size: int, file_bytes: int, mtime_ns: int
     Raises: FileChanged if the file has another size or modification time; OSError if it cannot be opened or read, or
         ends before `offset + size`.
     """
-    for attempt in range(_RETRIES):
+    for attempt, pause in enumerate((0.0, *RETRY_SECONDS, None)):
         try:
-            descriptor = _opened(path).descriptor
-            data = os.pread(descriptor, size, offset)
-            now = os.fstat(descriptor)  # after the read, to catch an edit that happened during it
-            if (now.st_size, now.st_mtime_ns) != (file_bytes, mtime_ns):
-                raise FileChanged(
-                    f"{path} was changed or replaced while it was read: {now.st_size} bytes, modified at "
-                    f"{now.st_mtime_ns} ns, indexed with {file_bytes} at {mtime_ns}; restore it and go on, or start a "
-                    "new run on the changed file"
-                )
-            if len(data) == size:
-                return data
-            raise OSError(errno.EIO, f"expected {size} bytes at offset {offset}, got {len(data)}", path)
-        except OSError:
+            return _read_once(path, offset, size, file_bytes, mtime_ns)
+        except OSError as error:
             _opened.cache_clear()
-            if attempt == _RETRIES - 1:
+            is_final = isinstance(error, FileChanged | NotRegular) or error.errno in _FINAL
+            if pause is None or (is_final and attempt > 0):
                 raise
+        time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def _read_once(path: str, offset: int, size: int, file_bytes: int, mtime_ns: int) -> bytes:
+    descriptor = _opened(path).descriptor
+    data = os.pread(descriptor, size, offset)
+    now = os.fstat(descriptor)  # after the read, to catch an edit that happened during it
+    if (now.st_size, now.st_mtime_ns) != (file_bytes, mtime_ns):
+        raise FileChanged(
+            f"{path} was changed or replaced while it was read: {now.st_size} bytes, modified at {now.st_mtime_ns} ns, "
+            f"indexed with {file_bytes} at {mtime_ns}; restore it and go on, or start a new run on the changed file"
+        )
+    if len(data) != size:
+        raise OSError(errno.EIO, f"expected {size} bytes at offset {offset}, got {len(data)}", path)
+    return data

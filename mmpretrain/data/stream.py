@@ -12,15 +12,8 @@ from torch import Tensor
 
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation, augmented
-from mmpretrain.data.decode import (
-    MAX_IMAGE_BYTES,
-    BadSample,
-    check_caption_field,
-    decode_captions,
-    decode_image,
-    image_memory,
-    read_label,
-)
+from mmpretrain.data.decode import MAX_IMAGE_BYTES, BadSample, decode_image, image_memory
+from mmpretrain.data.fields import check_caption_field, decode_captions, read_label
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.data.shards import Fingerprint, Shards, concatenated

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import numpy.typing as npt
 
-from mmpretrain.data.decode import BadSample, read_json_field
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import read_json_field
 from mmpretrain.data.shards import Shards
 
 log = logging.getLogger(__name__)

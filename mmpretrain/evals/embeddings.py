@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
-from mmpretrain.data.decode import BadSample, read_label
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import read_label
 from mmpretrain.data.image_batches import ImageBatch, Read, image_batches, split
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess

@@ -296,7 +296,10 @@ def print_results(results: Mapping[str, float | None], folder: Path) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in results.items():
-        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        if value is None:
+            shown = "-"
+        else:
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
         table.add_row(printable(name), shown)
     console = Console(markup=False, emoji=False)  # names may contain rich's markup characters
     console.print(table)

@@ -72,7 +72,9 @@ def _table(values: Mapping[str, float | None]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else "-"
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
 
 
 def _embedded(data: bytes) -> str:

@@ -63,10 +63,9 @@ def diagnose(
         whole = min(measure(active)[0] for _ in range(2))
         alone = {name: measure([name]) for name in active}
         rest = {name: [other for other in active if other != name] for name in active}
-        without = {
-            name: 0.0 if not rest[name] else alone[rest[name][0]][0] if len(rest[name]) == 1 else measure(rest[name])[0]
-            for name in active
-        }
+        # Without another objective there is nothing to measure; a single other one has been measured already.
+        without = {name: sum(alone[other][0] for other in rest[name]) for name in active if len(rest[name]) < 2}
+        without |= {name: measure(rest[name])[0] for name in active if len(rest[name]) > 1}
     values = {f"objectives/{name}_loss": alone[name][1][name] for name in active}
     values |= {f"objectives/{name}_time_share": (whole - without[name]) / whole for name in active}
     for encoder in _ENCODERS:

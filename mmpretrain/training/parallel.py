@@ -4,8 +4,7 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,17 +19,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
-from mmpretrain.training.diagnose import unchanged_buffers
-from mmpretrain.training.randomness import RandomnessWatch, SampleRandomness, checkpoint_contexts
+from mmpretrain.training.randomness import checkpoint_contexts
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
 _ROUNDING = 0.02  # relative error of a step: some optimisers compute in bf16
-_SPLIT = 1e-4  # relative rounding error of a float32 loss when a micro-batch is split
-_SPLIT_GRADIENT, _NEGLIGIBLE = 1e-2, 1e-6  # relative to a parameter's gradient norm; to the whole gradient's norm
-_NAMED_LAYERS = 8
 
 # Later releases of torch renamed the parameter.
 _SYNC_BUFFERS = (
@@ -60,99 +55,6 @@ def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
         task.zero_grad()
     task.train()
     return reached
-
-
-def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> None:
-    """Detect random layers of the task, and set `task.randomness` so that they draw from the samples' seeds. A collective.
-
-    Random numbers that a layer does not draw by sample depend on the number of processes and micro-batches. A step on a
-    small example in training mode detects such layers.
-
-    Args:
-        task: task whose `randomness` is set; None if no layer draws random numbers.
-        example: two samples of each stream.
-        num_micro_batches: number of micro-batches of a step on one process.
-
-    Raises: ValueError that names layers that do not draw by sample, if there are several processes or micro-batches.
-        Otherwise such layers are named in a warning.
-    """
-    weights = dict.fromkeys(task.objectives, 1.0)
-    watch = RandomnessWatch(task)
-    task.randomness = lambda: watch
-    with unchanged_buffers(task):
-        forward_backward(task, task, [example], weights)
-        task.zero_grad()
-        strangers = list(watch.otherwise)
-        if not (watch.by_sample or strangers):
-            task.randomness = None
-        elif not strangers:
-            task.randomness = partial(SampleRandomness, strict=False)
-            if _depends_on_neighbours(task, example, weights):
-                strangers = _culprits(task, example, weights, list(watch.by_sample))
-    is_split = num_micro_batches > 1 or distributed.world_size() > 1
-    if strangers:
-        names = ", ".join(strangers[:_NAMED_LAYERS]) + (" and others" if len(strangers) > _NAMED_LAYERS else "")
-        message = f"{names} draw at random in ways that depend on a sample's neighbours"
-        if is_split:
-            raise ValueError(
-                f"{message}, so that training would depend on the number of processes ({distributed.world_size()}) and "
-                f"micro-batches ({num_micro_batches}); set their probabilities to 0, or use one of each"
-            )
-        log.warning("%s: training is reproducible, but on one process and with one micro-batch alone", message)
-    if task.randomness is not None:
-        task.randomness = partial(SampleRandomness, strict=is_split and not strangers)
-
-
-def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, float]) -> bool:
-    """Return True if a step on two samples differs from a step with each sample in its own micro-batch.
-
-    BatchNorm layers are set to evaluation mode, since they use other samples without drawing random numbers.
-    """
-    halves = [
-        replace(
-            example, streams={name: each.rows(torch.tensor([row])) for name, each in example.streams.items()}, counts={}
-        )
-        for row in range(2)
-    ]
-    found = []
-    norms = [each for each in task.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.training]
-    for norm in norms:
-        norm.eval()
-    for batches in ([example], halves):
-        losses = forward_backward(task, task, batches, weights).reduced()
-        gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
-        found.append((losses, gradients))
-        task.zero_grad()
-    for norm in norms:
-        norm.train()
-    (losses, gradients), (split_losses, split_gradients) = found
-    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    # Compare relative to each gradient's norm: layer scale makes some small at first. Skip gradients at rounding level.
-    return any(
-        bool((split_losses[name]["loss"] - each["loss"]).abs() > _SPLIT * (each["loss"].abs() + 0.01))
-        for name, each in losses.items()
-    ) or any(
-        bool(gradient.norm() > _NEGLIGIBLE * total)
-        and bool((split_gradients[name] - gradient).norm() > _SPLIT_GRADIENT * gradient.norm())
-        for name, gradient in gradients.items()
-    )
-
-
-def _culprits(task: Task, example: Batch, weights: Mapping[str, float], names: list[str]) -> list[str]:
-    """Return those of the modules `names` whose random numbers depend on the other samples; all if none is found alone."""
-    modules = {name: module for name, module in task.named_modules() if name in names}
-    for module in modules.values():
-        module.eval()
-    culprits = []
-    if _depends_on_neighbours(task, example, weights):
-        culprits.append("parts of the model, which have a generator of their own,")
-    for name, module in modules.items() if not culprits else ():
-        module.train()
-        if _depends_on_neighbours(task, example, weights):
-            culprits.append(name)
-        module.eval()
-    task.train()
-    return culprits or names
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

@@ -7,13 +7,12 @@ random call within its pass p (one encoder or objective), and the element's posi
     draw(... draw(draw(draw(s ^ hash(p, c), 0), i_1), i_2) ..., i_k)
 
 A sample therefore gets the same random numbers for any number of ranks and micro-batches, in padded and in packed texts,
-in both passes of gradient caching, and when activation checkpointing recomputes a block. `RandomnessWatch` finds the
+in both passes of gradient caching, and when activation checkpointing recomputes a block. `randomness_watch` finds the
 modules that use a generator instead.
 """
 
 import inspect
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,10 +20,9 @@ from functools import partial
 from types import FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmpretrain.batch import Samples
@@ -211,7 +209,9 @@ def _channel_dropout(
     """Drop whole channels of an input [b, c, ...]."""
     ones = input.new_ones(input.shape[:2] + (1,) * (input.ndim - 2))
     noise = _dropout(mode, ones, p, training)
-    return noise if noise is NotImplemented else input.mul_(noise) if inplace else input * noise
+    if noise is NotImplemented:
+        return noise
+    return input.mul_(noise) if inplace else input * noise
 
 
 def _attention(
@@ -333,75 +333,3 @@ _BY_SAMPLE: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.rand: partial(_new, _scaled),
     torch.randn: partial(_new, _normal),
 }
-
-
-# ---------------------------------------------------------------- detection of other random functions
-
-
-class RandomnessWatch(SampleRandomness):
-    """Draw by sample, and record which submodules do so and which use a random generator instead."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(strict=False)
-        self.by_sample: dict[str, None] = {}
-        """Names of the innermost modules that draw by sample; a dictionary keeps their order."""
-        self.otherwise: dict[str, None] = {}
-        """Names of the innermost modules that advance a generator of PyTorch, Python or NumPy."""
-        self._module = module
-        self._inside: list[tuple[str, object]] = []
-        self._device = next(module.parameters()).device
-
-    def _state(self) -> object:
-        """Return the states of the generators of PyTorch, Python and NumPy."""
-        torchs = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else torch.get_rng_state()
-        numpys: Any = np.random.get_state()  # noqa: NPY002, a layer may use this generator
-        return torchs.numpy().tobytes(), random.getstate(), numpys[1].tobytes(), numpys[2:]
-
-    def __enter__(self) -> "RandomnessWatch":
-        self._hooks = [
-            hook
-            for name, module in self._module.named_modules()
-            if name  # not the root, which seeds the generator itself
-            for hook in (
-                module.register_forward_pre_hook(lambda *_, name=name: self._begin(name), prepend=True),
-                module.register_forward_hook(lambda *_: self._end(), always_call=True),
-            )
-        ]
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for hook in self._hooks:
-            hook.remove()
-
-    @contextmanager
-    def of(self, samples: Samples, *key: object) -> Iterator[None]:
-        """Extend `SampleRandomness.of`: draws outside of any module are recorded under the pass's name."""
-        with super().of(samples, *key):
-            self._begin(".".join(str(part) for part in key if part is not None))
-            try:
-                yield
-            finally:
-                self._end()
-
-    def _begin(self, name: str) -> None:
-        self._note()
-        self._inside.append((name, self._state()))
-
-    def _end(self) -> None:
-        self._note()
-        self._inside.pop()
-        if self._inside:  # draws of the inner module are already recorded
-            self._inside[-1] = (self._inside[-1][0], self._state())
-
-    def _note(self) -> None:
-        if self._inside and self._inside[-1][1] != self._state():
-            self.otherwise[self._inside[-1][0]] = None
-            self._inside[-1] = (self._inside[-1][0], self._state())
-
-    def bits(self, shape: Sequence[int], per_draw: int = 1) -> Tensor | None:
-        bits = super().bits(shape, per_draw)
-        if bits is not None and self._inside:
-            self.by_sample[self._inside[-1][0]] = None
-        return bits

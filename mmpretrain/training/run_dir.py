@@ -17,7 +17,7 @@ from typing import TextIO
 from mmpretrain import distributed, errors, files
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER, huggingface_nodes
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml, identity
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
@@ -87,9 +87,9 @@ def _check_configuration(
     path = folder / "config.yaml"
     if not path.exists():
         return None
-    saved, now, values = resolve.read(path), resolve.to_plain(cfg), resolve.to_values(cfg)
-    changed = resolve.differences(saved, now, values=values)
-    kept = resolve.differences(saved, now, ("trainer.duration",), values)
+    saved, now, values = config_yaml.read(path), config_yaml.to_plain(cfg), config_yaml.to_values(cfg)
+    changed = identity.differences(saved, now, values=values)
+    kept = identity.differences(saved, now, ("trainer.duration",), values)
     if not changed:
         return None
     reason = ""
@@ -110,7 +110,7 @@ def _first_difference(cfg: TrainConfig, folder: Path, schedule: Schedule, before
     path = store.find_latest(folder / "checkpoints")
     num_steps = 0 if path is None else resume.read_state(path).step
     scheduled: dict[str, Callable[[TrainingProgress], object]] = {
-        value.name: value for value in scheduled_values(resolve.to_values(cfg)) if not value.is_constant
+        value.name: value for value in scheduled_values(config_yaml.to_values(cfg)) if not value.is_constant
     }
     scheduled["schedule"] = lambda progress: schedule(progress.samples, progress.clock)
     for part, until in (cfg.trainer.freeze or {}).items():
@@ -144,7 +144,7 @@ def write_configuration(cfg: TrainConfig, folder: Path) -> None:
 
     Raises: ValueError if the directory already has a copy of another one.
     """
-    files.write_text(folder / "config.yaml", resolve.to_yaml(resolve.to_plain(cfg)))
+    files.write_text(folder / "config.yaml", config_yaml.to_yaml(config_yaml.to_plain(cfg)))
     if (path := cfg.data.tokenizer.get("path")) is not None:
         _keep(
             f"data.tokenizer.path={path} is not the tokenizer", tokenizer_files(Path(path)), folder / TOKENIZER_FOLDER

@@ -19,7 +19,7 @@ from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.layers import layers_above
 from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
-from mmpretrain.training import parallel
+from mmpretrain.training import parallel, randomness_watch
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.task import Task
 
@@ -70,7 +70,7 @@ class Setup:
             )
         for name in streams:
             self._check_text_length(name)
-        parallel.settle_randomness(task, example, self.num_micro_batches)
+        randomness_watch.settle_randomness(task, example, self.num_micro_batches)
 
     def _check_text_length(self, stream: str) -> None:
         """Raises: ValueError for texts that would be longer than the tokenizer makes them."""

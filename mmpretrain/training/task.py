@@ -168,7 +168,7 @@ class Task(nn.Module):
         self.model = model
         self.objectives: Mapping[str, Objective] = nn.ModuleDict(objectives)  # type: ignore[assignment, arg-type]
         self.randomness: Callable[[], SampleRandomness] | None = partial(SampleRandomness, strict=False)
-        """Factory of a forward pass's random-number mode; None without random layers (see `parallel.settle_randomness`)."""
+        """Factory of a forward pass's random-number mode; None without random layers (see `settle_randomness`)."""
 
     @property
     def streams(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mmpretrain import distributed, files, optim
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoints import store
-from mmpretrain.config import resolve
+from mmpretrain.config import identity
 from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.errors import TrainingError
 from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite, is_better
@@ -442,7 +442,7 @@ class Trainer:
         if distributed.is_main():
             files.write_text(self.folder / "results.json", json.dumps(finite(self.results), indent=2) + "\n")
         if self.writer is not None:
-            self.writer.hparams(resolve.hparams(self.cfg), ["train/loss", *self.state.results])
+            self.writer.hparams(identity.hparams(self.cfg), ["train/loss", *self.state.results])
 
     def _close(self) -> None:
         if self.writer is not None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from analysis.__main__ import main as analysis
 from analysis.runs import read_run
 from mmpretrain.checkpoints.load import load_checkpoint
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml
 from mmpretrain.reporting import report
 from mmpretrain.reporting.metrics import MetricsWriter
 from mmpretrain.training import resume
@@ -86,7 +86,7 @@ def damage(data: st.DataObject, run: Path) -> None:
     if (kind == "value" and b"[[" in content) or b'{"a":{' in content:
         kind = "bytes"  # it is damaged already, beyond what this test itself can parse
     if kind == "value" and name == "config.yaml":
-        path.write_text(yaml.safe_dump(damage_value(data, resolve.from_yaml(content.decode()))))
+        path.write_text(yaml.safe_dump(damage_value(data, config_yaml.from_yaml(content.decode()))))
     elif kind == "value" and name.endswith(".json"):
         path.write_text(json.dumps(damage_value(data, json.loads(content))))
     elif kind == "value" and name.endswith(".jsonl"):

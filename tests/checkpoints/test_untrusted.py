@@ -17,7 +17,7 @@ from analysis.__main__ import main as analysis
 from mmpretrain import evaluate
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.load import load_checkpoint
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml
 from mmpretrain.config.schema import EvalDataConfig, EvaluateConfig
 from mmpretrain.reporting import report
 from mmpretrain.reporting.metrics import print_results, read_metrics
@@ -465,5 +465,5 @@ def test_a_report_shows_names_as_they_are(run: Path) -> None:
 
 
 def test_a_configuration_of_ones_own_is_still_read(run: Path) -> None:
-    assert resolve.read(run / "config.yaml")["model"] == SMALL
+    assert config_yaml.read(run / "config.yaml")["model"] == SMALL
     assert torch.is_tensor(store.load_tensors(run / "checkpoints" / "step_00000005", "model.safetensors").popitem()[1])

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from data_tools.__main__ import main as data_tools
-from mmpretrain.config import resolve
+from mmpretrain.config import config_yaml, resolve
 from mmpretrain.config.schema import register_schemas
 from tests import runs
 
@@ -23,7 +23,7 @@ def composed(*overrides: str) -> dict[str, Any]:
     """The checked configuration, as config.yaml has it."""
     register_schemas()
     with initialize_config_module("mmpretrain.conf", version_base="1.3"):
-        return resolve.to_plain(resolve.resolve(compose("train", list(overrides))))
+        return config_yaml.to_plain(resolve.resolve(compose("train", list(overrides))))
 
 
 def test_the_published_recipes_are_all_there() -> None:

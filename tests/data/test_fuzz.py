@@ -25,10 +25,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmpretrain.data.decode import BadSample, decode_captions, decode_image, read_json_field, read_label
+from mmpretrain.data.decode import BadSample, decode_image
+from mmpretrain.data.fields import decode_captions, read_json_field, read_label
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import FileChanged
-from mmpretrain.data.tar_index import TarIndex, index_path, index_tar, load_index, read_index, write_index
+from mmpretrain.data.stored_index import index_path, load_index, read_index, write_index
+from mmpretrain.data.tar_index import TarIndex, index_tar
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop
 from mmpretrain.seeds import hash64
@@ -43,7 +45,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow comments on damaged 
 
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR, "mmpretrain.data.tar_index")  # it warns of every damaged index
+    caplog.set_level(logging.ERROR, "mmpretrain.data.stored_index")  # it warns of every damaged index
 
 
 def fuzzed(

@@ -22,55 +22,45 @@ from mmpretrain.schedules import Clock, Scheduled, ScheduledValue, TrainingProgr
 from mmpretrain.seeds import draw, hash64
 
 
-def reference_epoch(seed: int, epoch: int, block_sizes: list[int], window_blocks: int) -> list[int]:
+def reference_epoch(seed: int, epoch: int, num_samples: int) -> list[int]:
     """One epoch's samples as the module's docstring describes them, in plain Python."""
-    starts = [sum(block_sizes[:block]) for block in range(len(block_sizes))]
+    blocks = [range(start, min(start + BLOCK_SIZE, num_samples)) for start in range(0, num_samples, BLOCK_SIZE)]
     key = hash64(seed, epoch)
-    blocks = sorted(range(len(block_sizes)), key=lambda block: draw(key, block))
+    order = sorted(range(len(blocks)), key=lambda block: draw(key, block))
     samples = []
-    for window, first in enumerate(range(0, len(blocks), window_blocks)):
-        content = [starts[b] + i for b in blocks[first : first + window_blocks] for i in range(block_sizes[b])]
+    for window, first in enumerate(range(0, len(order), WINDOW_BLOCKS)):
+        content = [sample for block in order[first : first + WINDOW_BLOCKS] for sample in blocks[block]]
         key = hash64(seed, epoch, window)
         samples += [content[i] for i in sorted(range(len(content)), key=lambda i: draw(key, i))]
     return samples
 
 
-SIZES = [1, 2, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 1500]
+WINDOW = WINDOW_BLOCKS * BLOCK_SIZE
+SIZES = [1, 2, 255, 256, 257, 511, 1500, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 257, 2 * WINDOW + 77]
 
 
 @pytest.mark.parametrize("num_samples", SIZES)
 def test_every_epoch_holds_every_sample_once(num_samples: int) -> None:
-    order = SourceOrder(3, num_samples, window_blocks=2)
+    order = SourceOrder(3, num_samples)
     epochs = order(np.arange(4 * num_samples)).reshape(4, num_samples)
     assert np.array_equal(np.sort(epochs, axis=1), np.tile(np.arange(num_samples), (4, 1)))
     if num_samples > 2:
         assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_every_epoch_holds_every_sample_once_in_blocks_of_a_shards_size(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    block_sizes = rng.integers(1, 40, size=int(rng.integers(1, 12)))
-    order = SourceOrder(seed, int(block_sizes.sum()), block_sizes, window_blocks=int(rng.integers(1, 5)))
-    epochs = order(np.arange(3 * order.num_samples)).reshape(3, -1)
-    assert np.array_equal(np.sort(epochs, axis=1), np.tile(np.arange(order.num_samples), (3, 1)))
-
-
-@pytest.mark.parametrize("window_blocks", [1, 3])
-def test_order_is_what_its_docstring_says(window_blocks: int) -> None:
-    block_sizes = [BLOCK_SIZE] * 4 + [77]
-    order = SourceOrder(2**64 - 1, sum(block_sizes), window_blocks=window_blocks)
-    expected = [s for epoch in range(2) for s in reference_epoch(2**64 - 1, epoch, block_sizes, window_blocks)]
-    assert order(np.arange(2 * order.num_samples)).tolist() == expected
-    given = SourceOrder(2**64 - 1, sum(block_sizes), np.array(block_sizes), window_blocks)
-    assert given(np.arange(2 * order.num_samples)).tolist() == expected
+@pytest.mark.parametrize("num_samples", [4 * BLOCK_SIZE + 77, 2 * WINDOW + 3 * BLOCK_SIZE + 77])
+def test_order_is_what_its_docstring_says(num_samples: int) -> None:
+    order = SourceOrder(2**64 - 1, num_samples)
+    expected = [sample for epoch in range(2) for sample in reference_epoch(2**64 - 1, epoch, num_samples)]
+    assert order(np.arange(2 * num_samples)).tolist() == expected
 
 
 def test_a_position_has_one_sample_whoever_asks_and_when() -> None:
-    whole = SourceOrder(0, 1000, window_blocks=2)(np.arange(5000))
-    order = SourceOrder(0, 1000, window_blocks=2)
-    positions = np.random.default_rng(0).permutation(5000)  # epochs and windows in no order
-    for part in np.array_split(positions, 60):
+    num = 2 * WINDOW + 1000
+    whole = SourceOrder(0, num)(np.arange(3 * num))
+    order = SourceOrder(0, num)
+    positions = np.random.default_rng(0).permutation(3 * num)  # epochs and windows in no order
+    for part in np.array_split(positions, 8):
         assert np.array_equal(order(part), whole[part])
 
 

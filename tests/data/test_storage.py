@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import resource
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +78,31 @@ def test_a_failed_read_is_tried_again_on_the_file_that_lies_there_now(tmp_path: 
     assert read(path, 4, 9) == b" and half"
     with pytest.raises(FileChanged, match=r"a\.tar was changed or replaced .* 13 bytes, .* indexed with 4 at 7"):
         read_range(str(path), 0, 4, 4, 7)
+
+
+def test_a_transient_error_is_waited_out(tmp_path: Path) -> None:
+    """No descriptor is free when the file is opened, and some are a moment later."""
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"half and half")
+    stat, limits = path.stat(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    restore = threading.Timer(0.02, resource.setrlimit, (resource.RLIMIT_NOFILE, limits))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    restore.start()
+    try:
+        assert read_range(str(path), 5, 3, stat.st_size, stat.st_mtime_ns) == b"and"
+    finally:
+        restore.join()
+
+
+@pytest.mark.parametrize("kind", ["missing", "changed"])
+def test_an_error_that_no_retry_can_change_is_raised_without_a_pause(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    if kind == "changed":
+        path.write_bytes(b"half")
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError if kind == "missing" else FileChanged):
+        read_range(str(path), 0, 4, 4, 7)
+    assert time.monotonic() - began < storage.RETRY_SECONDS[0]
 
 
 def test_few_files_stay_open_whatever_the_number_of_data_sets(tmp_path: Path) -> None:

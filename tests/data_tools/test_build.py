@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import webdataset
@@ -205,10 +205,10 @@ def test_files_that_change_between_check_and_writing_are_refused(
 ) -> None:
     pairs = make_pairs(7)
 
-    def change_then_open(output: Path, plan: str, files: Sequence[str]) -> None:
+    def change_then_open(*arguments: Any) -> Any:
         (pairs.parent / "1.png").unlink()
         (pairs.parent / "2.png").write_bytes(b"no picture")
-        open_output(output, plan, files)
+        return open_output(*arguments)
 
     monkeypatch.setattr("data_tools.build.open_output", change_then_open)
     assert build(pairs, tmp_path / "out", "--samples-per-shard", "1", "--label", "kind") == 0

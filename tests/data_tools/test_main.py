@@ -12,7 +12,8 @@ import pytest
 from webdataset import TarWriter
 
 from data_tools.__main__ import main
-from mmpretrain.data.tar_index import index_path, index_tar, read_index
+from mmpretrain.data.stored_index import index_path, read_index
+from mmpretrain.data.tar_index import index_tar
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

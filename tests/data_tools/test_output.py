@@ -154,7 +154,7 @@ def test_a_build_that_was_killed_while_it_cleared_the_folder_is_finished(
     with monkeypatch.context() as patch:
         patch.setattr("data_tools.output.delete_shard", kill)
         with pytest.raises(KeyboardInterrupt):
-            open_output(output, "other", ["000000.tar"])
+            open_output(output, "other", 1, 1)
     assert not (output / "manifest.json").exists() and len(list(output.glob("*.tar"))) == 4
     assert build(pairs, output, "--samples-per-shard", "8") == 0
     assert [path.name for path in output.glob("*.tar")] == ["000000.tar"]

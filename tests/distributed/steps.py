@@ -12,7 +12,7 @@ from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmpretrain import distributed
+from mmpretrain import distributed, losses
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.checkpoints import store
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Strategy
@@ -31,7 +31,7 @@ from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
 from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import hash64, torch_draws
-from mmpretrain.training import parallel
+from mmpretrain.training import parallel, randomness_watch
 from mmpretrain.training.diagnose import diagnose
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.freeze import Freeze
@@ -303,7 +303,7 @@ def task_with(layer: nn.Module) -> Task:
 def refused_randomness(layer: type[nn.Module]) -> str:
     """What is said on several processes of a layer that does not draw by sample."""
     try:
-        parallel.settle_randomness(task_with(layer()), example_batch(), 1)
+        randomness_watch.settle_randomness(task_with(layer()), example_batch(), 1)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -411,3 +411,23 @@ def ragged(rows_each: int) -> Tensor:
     rank = distributed.rank()
     rows = torch.full((rank * rows_each, 2), float(rank))
     return distributed.gather_ragged_rows(rows)
+
+
+def split_losses(num_rows: int) -> list[list[Tensor]]:
+    """Each split loss of the same rows on every rank, and its gradients; those of the images are summed over ranks."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [F.normalize(torch.randn(num_rows, 6, dtype=torch.float64, generator=generator), dim=-1) for _ in range(2)]
+    ids = torch.arange(num_rows) % 4
+    found = []
+    for loss_of in (
+        lambda x, y, s, b: losses.info_nce(x, y, s, ids, 100, split=True) + 0 * b,
+        lambda x, y, s, b: losses.multi_positive_info_nce(x, y, s, ids, 100, split=True) + 0 * b,
+        lambda x, y, s, b: losses.sigmoid_loss(x, y, s, b, ids, 100, split=True),
+    ):
+        scalars = [torch.tensor([value], dtype=torch.float64) for value in (13.0, -3.0)]
+        inputs = [tensor.clone().requires_grad_() for tensor in rows + scalars]
+        loss = loss_of(*inputs).sum()
+        gradients = list(torch.autograd.grad(loss, inputs))
+        distributed.all_reduce_sum(gradients[0])
+        found.append([loss.detach(), *gradients])
+    return found

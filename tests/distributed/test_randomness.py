@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from mmpretrain.training import parallel
+from mmpretrain.training import randomness_watch
 from mmpretrain.training.randomness import SampleRandomness
 from tests import runs
 from tests.distributed.pool import Pool
@@ -149,10 +149,10 @@ def test_layers_that_cannot_draw_by_sample_are_named(
 ) -> None:
     name = "model.image.trunk.blocks.0.mlp.drop2" if layer is not OwnNoise else "parts of the model"
     with pytest.raises(ValueError, match=rf"^{name}.* and micro-batches .3.; set"):
-        parallel.settle_randomness(task_with(layer()), example_batch(), 3)
+        randomness_watch.settle_randomness(task_with(layer()), example_batch(), 3)
     assert all(name in told for told in pool(2).run(refused_randomness, layer))
     task = task_with(layer())
-    parallel.settle_randomness(task, example_batch(), 1)
+    randomness_watch.settle_randomness(task, example_batch(), 1)
     assert name in caplog.text and len(caplog.records) == 1
     with task.randomness() as random:  # type: ignore[misc]
         assert not random.strict
@@ -161,8 +161,8 @@ def test_layers_that_cannot_draw_by_sample_are_named(
 
 def test_a_task_that_draws_nothing_is_run_without_the_mode() -> None:
     task = make_task(("infonce", "mae", "mlm"))
-    parallel.settle_randomness(task, example_batch(), 3)
+    randomness_watch.settle_randomness(task, example_batch(), 3)
     assert task.randomness is None
     task = make_task(("infonce", "mae"), 0.1, **RANDOM)
-    parallel.settle_randomness(task, example_batch(), 3)
+    randomness_watch.settle_randomness(task, example_batch(), 3)
     assert isinstance(task.randomness(), SampleRandomness) and task.randomness().strict  # type: ignore[misc]

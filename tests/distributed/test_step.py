@@ -21,6 +21,7 @@ from tests.distributed.steps import (
     our_step,
     ragged,
     refused_on_main,
+    split_losses,
     step,
     told_by_main,
 )
@@ -195,3 +196,11 @@ def test_ragged_rows_are_gathered_in_the_order_of_ranks(pool: Pools) -> None:
         assert gathered[:, 0].tolist() == [1.0, 2.0, 2.0, 3.0, 3.0, 3.0]
     for gathered in pool(2).run(ragged, 0):
         assert gathered.shape == (0, 2), "a data set without captions has no texts on any rank"
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 8])
+def test_a_split_loss_has_every_row_whatever_their_number(num_rows: int, pool: Pools) -> None:
+    expected = split_losses(num_rows)
+    for found in pool(2).run(split_losses, num_rows):
+        for ours, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, one, rtol=1e-12, atol=1e-14)

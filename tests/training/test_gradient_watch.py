@@ -2,11 +2,13 @@
 
 import logging
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from mmpretrain.training.gradient_watch import GradientWatch
+from tests import runs
 
 
 def watched(norms: list[float], every: int, caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -40,3 +42,13 @@ USUAL = {
 @pytest.mark.parametrize("norms", USUAL)
 def test_what_is_usual_is_not_said(norms: str, caplog: pytest.LogCaptureFixture) -> None:
     assert watched(USUAL[norms](), 50, caplog) == []
+
+
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+def test_a_run_says_a_gradient_of_millions_where_nothing_clips_it(clip: str, pairs: Path, tmp_path: Path) -> None:
+    weight = "objective.infonce.weight={piecewise: {0%: 0.001, 80%: 1.0e+6}}"
+    settings = ("trainer.duration=40steps", f"trainer.clip_grad_norm={clip}", "eval=[]", weight)
+    finished = runs.trained(tmp_path, pairs, *settings)
+    said = [line for line in finished.stderr.splitlines() if "had a gradient of norm" in line]
+    assert len(said) == (clip == "null")
+    assert not said or "step 33 had" in said[0]

@@ -20,13 +20,76 @@ from tests.runs import Command
 LONG = ("trainer.duration=100000steps", "checkpoint.every=100000steps", "schedule=constant")
 
 
+OWN_CODE = """
+import os
+import threading
+from pathlib import Path
+
+from mmpretrain.reporting.metrics import MetricsWriter
+from mmpretrain.models.vit import TimmEncoder
+from mmpretrain.objectives.infonce import InfoNCE
+
+
+class HangingEncoder(TimmEncoder):
+    def forward(self, *args, **kwargs):
+        encoding = super().forward(*args, **kwargs)
+        if Path("hang").exists():
+            threading.Event().wait()
+        return encoding
+
+
+class ForkingEncoder(TimmEncoder):
+    def forward(self, *args, **kwargs):
+        if not Path("forked").exists():
+            if (pid := os.fork()) == 0:
+                threading.Event().wait()
+            Path("forked").write_text(str(pid))
+        return super().forward(*args, **kwargs)
+
+
+class FailingWriter(HangingEncoder):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+        def close(self):
+            raise RuntimeError("no room")
+
+        MetricsWriter.close = close
+
+
+class DyingInfoNCE(InfoNCE):
+    def after_step(self, *args):
+        super().after_step(*args)
+        if Path("die").exists() and os.environ["RANK"] == "1":
+            os._exit(9)
+"""
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def has_steps(folder: Path, number: int) -> bool:
-    return (folder / "metrics.jsonl").exists() and len(runs.records(folder)) >= number
+def start(
+    folder: Path, pairs: Path, *overrides: str, world_size: int = 1, environment: Mapping[str, str] | None = None
+) -> list[Command]:
+    """A long run, one command for each process, that may use `OWN_CODE`."""
+    (folder / "own.py").write_text(OWN_CODE)
+    environment = {"PYTHONPATH": str(folder), **(environment or {})}
+    return runs.start_group(folder, world_size, *LONG, f"data.root={pairs}", *overrides, environment=environment)
+
+
+def train_some_steps(folder: Path, pairs: Path, *overrides: str, world_size: int = 1) -> list[Command]:
+    """The commands of a long run that has logged three steps."""
+    commands = start(folder, pairs, *overrides, world_size=world_size)
+    commands[0].wait_for(lambda: runs.num_records(folder / "run") >= 3, "some steps")
+    return commands
+
+
+def kill(command: Command) -> None:
+    """End a stopped process."""
+    command.send(signal.SIGKILL)
+    command.wait()
 
 
 def goes_on(folder: Path, pairs: Path, *stderr: str) -> None:
@@ -52,8 +115,7 @@ def goes_on(folder: Path, pairs: Path, *stderr: str) -> None:
 def test_a_worker_that_is_killed_or_stopped_is_named(
     number: signal.Signals, expected: str, pairs: Path, tmp_path: Path
 ) -> None:
-    command = runs.start_train(tmp_path, *LONG, f"data.root={pairs}", "data.workers=2", "data.timeout_seconds=2")
-    command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    (command,) = train_some_steps(tmp_path, pairs, "data.workers=2", "data.timeout_seconds=2")
     os.kill(children(command.pid)[0], number)
     finished = command.wait()
     assert finished.code == 1, finished.stderr
@@ -74,15 +136,10 @@ def test_a_worker_that_is_killed_or_stopped_is_named(
 def test_a_rank_that_is_killed_or_stopped_is_named(
     lost: int, number: signal.Signals, pairs: Path, tmp_path: Path
 ) -> None:
-    commands = [
-        runs.start_train(tmp_path, *LONG, f"data.root={pairs}", "parallel.timeout_seconds=4", environment=environment)
-        for environment in runs.group(2)
-    ]
-    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands = train_some_steps(tmp_path, pairs, "parallel.timeout_seconds=4", world_size=2)
     commands[lost].send(number)
     left = commands[1 - lost].wait()
-    commands[lost].send(signal.SIGKILL)
-    commands[lost].wait()
+    kill(commands[lost])
     assert left.code == 1, left.stderr
     assert "Traceback" not in left.stderr
     assert re.search(rf"error: step \d+: rank {lost} is lost", left.stderr), left.stderr
@@ -91,10 +148,7 @@ def test_a_rank_that_is_killed_or_stopped_is_named(
 
 
 def test_a_rank_that_is_lost_before_training_is_named(pairs: Path, tmp_path: Path) -> None:
-    environments = runs.group(2)
-    alone = runs.start_train(
-        tmp_path, *LONG, f"data.root={pairs}", "parallel.timeout_seconds=5", environment=environments[0]
-    )
+    (alone,) = start(tmp_path, pairs, "parallel.timeout_seconds=5", environment=runs.group(2)[0])
     finished = alone.wait()
     assert finished.code == 1, finished.stderr
     assert "Traceback" not in finished.stderr
@@ -146,7 +200,7 @@ def test_signals_at_any_moment_of_the_start_end_with_85(pairs: Path, tmp_path: P
     for number, name in enumerate(["run", "run/train.log", "run/config.yaml", "run/metrics.jsonl"]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        command = runs.start_train(folder, *LONG, f"data.root={pairs}")
+        (command,) = start(folder, pairs)
         command.wait_for((folder / name).exists, name)
         command.send(signal.SIGTERM)
         assert command.wait().code == 85, name
@@ -160,7 +214,7 @@ def is_listening(port: str) -> bool:
 
 def test_a_signal_while_other_ranks_are_waited_for_ends_with_85(pairs: Path, tmp_path: Path) -> None:
     environment = runs.group(2)[0]
-    alone = runs.start_train(tmp_path, *LONG, f"data.root={pairs}", environment=environment)
+    (alone,) = start(tmp_path, pairs, environment=environment)
     alone.wait_for(lambda: is_listening(environment["MASTER_PORT"]), "the group's store")
     sent = time.monotonic()
     alone.send(signal.SIGTERM)
@@ -170,25 +224,19 @@ def test_a_signal_while_other_ranks_are_waited_for_ends_with_85(pairs: Path, tmp
 
 
 def test_a_signal_while_another_rank_is_stopped_saves_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
-    commands = [
-        runs.start_train(tmp_path, *LONG, f"data.root={pairs}", environment=environment)
-        for environment in runs.group(2)
-    ]
-    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands = train_some_steps(tmp_path, pairs, world_size=2)
     commands[1].send(signal.SIGSTOP)
     sent = time.monotonic()
     commands[0].send(signal.SIGTERM)
     finished = commands[0].wait()
     assert time.monotonic() - sent < 60, "waited for the stopped rank"
-    commands[1].send(signal.SIGKILL)
-    commands[1].wait()
+    kill(commands[1])
     assert finished.code == 85, finished.stderr
     goes_on(tmp_path, pairs, finished.stderr)
 
 
 def test_a_signal_while_a_worker_is_stopped_saves_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
-    command = runs.start_train(tmp_path, *LONG, f"data.root={pairs}", "data.workers=2")
-    command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    (command,) = train_some_steps(tmp_path, pairs, "data.workers=2")
     workers = children(command.pid)
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
@@ -199,63 +247,10 @@ def test_a_signal_while_a_worker_is_stopped_saves_the_last_whole_step(pairs: Pat
     goes_on(tmp_path, pairs, finished.stderr)
 
 
-OWN_CODE = """
-import os
-import threading
-from pathlib import Path
-
-from mmpretrain.reporting.metrics import MetricsWriter
-from mmpretrain.models.vit import TimmEncoder
-from mmpretrain.objectives.infonce import InfoNCE
-
-
-class HangingEncoder(TimmEncoder):
-    def forward(self, *args, **kwargs):
-        encoding = super().forward(*args, **kwargs)
-        if Path("hang").exists():
-            threading.Event().wait()
-        return encoding
-
-
-class ForkingEncoder(TimmEncoder):
-    def forward(self, *args, **kwargs):
-        if not Path("forked").exists():
-            if (pid := os.fork()) == 0:
-                threading.Event().wait()
-            Path("forked").write_text(str(pid))
-        return super().forward(*args, **kwargs)
-
-
-class FailingWriter(HangingEncoder):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-
-        def close(self):
-            raise RuntimeError("no room")
-
-        MetricsWriter.close = close
-
-
-class DyingInfoNCE(InfoNCE):
-    def after_step(self, *args):
-        super().after_step(*args)
-        if Path("die").exists() and os.environ["RANK"] == "1":
-            os._exit(9)
-"""
-
-
-def start_with(folder: Path, pairs: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> Command:
-    """A run that may use `OWN_CODE`."""
-    (folder / "own.py").write_text(OWN_CODE)
-    environment = {"PYTHONPATH": str(folder), **(environment or {})}
-    return runs.start_train(folder, *LONG, f"data.root={pairs}", *overrides, environment=environment)
-
-
 @pytest.mark.slow
 def test_a_step_whose_forward_pass_moved_batch_norm_is_not_saved(pairs: Path, tmp_path: Path) -> None:
     encoder = ("model.image._target_=own.HangingEncoder", "model.image.name=test_resnet", "model.image.init=timm")
-    command = start_with(tmp_path, pairs, *encoder, "~model.image.args")
-    command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    (command,) = train_some_steps(tmp_path, pairs, *encoder, "~model.image.args")
     (tmp_path / "hang").touch()
     command.send(signal.SIGTERM)
     finished = command.wait()
@@ -265,8 +260,7 @@ def test_a_step_whose_forward_pass_moved_batch_norm_is_not_saved(pairs: Path, tm
 
 
 def test_an_error_while_a_signal_is_answered_does_not_keep_the_process(pairs: Path, tmp_path: Path) -> None:
-    command = start_with(tmp_path, pairs, "model.image._target_=own.FailingWriter")
-    command.wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    (command,) = train_some_steps(tmp_path, pairs, "model.image._target_=own.FailingWriter")
     (tmp_path / "hang").touch()
     command.send(signal.SIGTERM)
     finished = command.wait()
@@ -276,9 +270,7 @@ def test_an_error_while_a_signal_is_answered_does_not_keep_the_process(pairs: Pa
 
 
 def test_a_process_that_the_users_code_started_does_not_hold_up_the_end(pairs: Path, tmp_path: Path) -> None:
-    command = start_with(
-        tmp_path, pairs, "model.image._target_=own.ForkingEncoder", "trainer.duration=4steps", "eval=[]"
-    )
+    (command,) = start(tmp_path, pairs, "model.image._target_=own.ForkingEncoder", "trainer.duration=4steps", "eval=[]")
     finished = command.wait()
     os.kill(int((tmp_path / "forked").read_text()), signal.SIGKILL)
     assert finished.code == 0, finished.stderr
@@ -286,8 +278,7 @@ def test_a_process_that_the_users_code_started_does_not_hold_up_the_end(pairs: P
 
 def test_a_rank_that_is_lost_behind_the_optimizers_step_takes_nothing_with_it(pairs: Path, tmp_path: Path) -> None:
     objective = ("objective=[infonce]", "objective.infonce._target_=own.DyingInfoNCE")
-    commands = [start_with(tmp_path, pairs, *objective, environment=environment) for environment in runs.group(2)]
-    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands = train_some_steps(tmp_path, pairs, *objective, world_size=2)
     (tmp_path / "die").touch()
     left, lost = (command.wait() for command in commands)
     assert (left.code, lost.code) == (1, 9), left.stderr
@@ -297,14 +288,12 @@ def test_a_rank_that_is_lost_behind_the_optimizers_step_takes_nothing_with_it(pa
 
 
 def test_a_second_interrupt_ends_a_process_that_hangs_at_once(pairs: Path, tmp_path: Path) -> None:
-    commands = [start_with(tmp_path, pairs, environment=environment) for environment in runs.group(2)]
-    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands = train_some_steps(tmp_path, pairs, world_size=2)
     commands[1].send(signal.SIGSTOP)
     began = time.monotonic()
     commands[0].send_until_it_ends(signal.SIGINT)
     took, finished = time.monotonic() - began, commands[0].wait()
-    commands[1].send(signal.SIGKILL)
-    commands[1].wait()
+    kill(commands[1])
     assert (finished.code, finished.stderr.splitlines()[-1]) == (85, "stopped by a signal; the same command goes on")
     assert took < 8, "waited for the answer to the first"
 
@@ -312,13 +301,11 @@ def test_a_second_interrupt_ends_a_process_that_hangs_at_once(pairs: Path, tmp_p
 @pytest.mark.slow
 def test_a_signal_while_shards_of_a_checkpoint_are_waited_for_ends_with_85(pairs: Path, tmp_path: Path) -> None:
     sharded = ("parallel=fsdp", "checkpoint.every=1steps")
-    commands = [start_with(tmp_path, pairs, *sharded, environment=environment) for environment in runs.group(2)]
-    commands[0].wait_for(lambda: has_steps(tmp_path / "run", 3), "some steps")
+    commands = train_some_steps(tmp_path, pairs, *sharded, world_size=2)
     commands[1].send(signal.SIGSTOP)
     commands[0].send(signal.SIGTERM)
     finished = commands[0].wait()
-    commands[1].send(signal.SIGKILL)
-    commands[1].wait()
+    kill(commands[1])
     assert finished.code == 85, finished.stderr
     assert "goes on from" in finished.stderr
 
@@ -340,10 +327,7 @@ def test_a_signal_stops_an_evaluation_which_comes_again(world_size: int, pairs: 
     many = f"data.val.val.shards=[{','.join(['val'] * 100)}]"
     settings = (f"data.root={pairs}", "trainer.duration=4steps", "checkpoint.every=1000steps", "trainer.ema_decay=0.9")
     run = tmp_path / "run"
-    commands = [
-        runs.start_train(tmp_path, *settings, many, "data.val_batch_size=1", environment=environment)
-        for environment in ([{}] if world_size == 1 else runs.group(2))
-    ]
+    commands = runs.start_group(tmp_path, world_size, *settings, many, "data.val_batch_size=1")
     commands[0].wait_for(lambda: runs.checkpoints(run), "the last checkpoint")
     sent = time.monotonic()
     commands[-1].send(signal.SIGTERM)

@@ -33,7 +33,7 @@ def whole(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
         key = (world_size, *overrides)
         if key not in outcomes:
             folder = tmp_path_factory.mktemp("whole")
-            for command in start(folder, world_size, f"data.root={pairs}", *LENGTH, *overrides):
+            for command in runs.start_group(folder, world_size, f"data.root={pairs}", *LENGTH, *overrides):
                 finished = command.wait()
                 assert finished.code == 0, finished.stderr
             outcomes[key] = runs.exact_outcome(folder / "run")
@@ -42,24 +42,11 @@ def whole(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return outcome
 
 
-def start(folder: Path, world_size: int, *overrides: str) -> list[runs.Command]:
-    """A running command, or one for each process of a group."""
-    if world_size == 1:
-        return [runs.start_train(folder, *overrides)]
-    return [runs.start_train(folder, *overrides, environment=environment) for environment in runs.group(world_size)]
-
-
 def kill(commands: list[runs.Command]) -> None:
     """SIGKILL to all of them at once."""
     for command in commands:
         command.send(signal.SIGKILL)
     assert [command.wait().code for command in commands] == [-signal.SIGKILL] * len(commands)
-
-
-def num_records(run: Path) -> int:
-    """How many whole lines metrics.jsonl has."""
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 # Each of the steps 4, 6, 9, 10, 12 and 15 begins a stage; the checkpoint that is gone on from lies at step 5.
@@ -112,15 +99,15 @@ def test_killed_run_ends_as_if_nothing_had_happened(
     world_size: int, overrides: tuple[str, ...], whole: Whole, pairs: Path, tmp_path: Path
 ) -> None:
     run, settings = tmp_path / "run", (f"data.root={pairs}", *LENGTH, *overrides)
-    commands = start(tmp_path, world_size, *settings)
+    commands = runs.start_group(tmp_path, world_size, *settings)
     # Some steps beyond the checkpoint, so that there is something to forget.
     commands[0].wait_for(
-        lambda: runs.checkpoints(run) and num_records(run) >= CHECKPOINT_EVERY + 2, "steps beyond a checkpoint"
+        lambda: runs.checkpoints(run) and runs.num_records(run) >= CHECKPOINT_EVERY + 2, "steps beyond a checkpoint"
     )
     kill(commands)
     assert runs.checkpoints(run)[-1].name < f"step_{NUM_STEPS:08d}"
 
-    for command in start(tmp_path, world_size, *settings):
+    for command in runs.start_group(tmp_path, world_size, *settings):
         finished = command.wait()
         assert finished.code == 0, finished.stderr
     assert runs.exact_outcome(run) == whole(world_size, *overrides)
@@ -130,11 +117,11 @@ def kill_at_random_moments(folder: Path, settings: tuple[str, ...], times: int) 
     """Start a run over and over, and kill it after some more steps, or in the middle of a save."""
     run, moments, during_saves = folder / "run", random.Random(0), 0
     for number in range(times):
-        (command,) = start(folder, 1, *settings)
-        first, steps, in_save = num_records(run), moments.randrange(3), number % 2 == 1
+        (command,) = runs.start_group(folder, 1, *settings)
+        first, steps, in_save = runs.num_records(run), moments.randrange(3), number % 2 == 1
         command.wait_for(
             lambda first=first, steps=steps, in_save=in_save: (
-                num_records(run) > first + steps and (not in_save or list(run.glob("checkpoints/.partial-*")))
+                runs.num_records(run) > first + steps and (not in_save or list(run.glob("checkpoints/.partial-*")))
             ),
             "some steps",
         )
@@ -160,8 +147,8 @@ def test_kills_at_random_moments_always_leave_a_run_that_resumes(times: int, pai
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(whole: Whole, pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = (f"data.root={pairs}", *LENGTH)
-    commands = start(tmp_path, 2, *settings)
-    commands[0].wait_for(lambda: num_records(run) >= 3, "some steps")
+    commands = runs.start_group(tmp_path, 2, *settings)
+    commands[0].wait_for(lambda: runs.num_records(run) >= 3, "some steps")
     commands[1].send(signal.SIGTERM)
     stopped = [command.wait() for command in commands]
     assert [finished.code for finished in stopped] == [85, 85], stopped
@@ -171,7 +158,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(whole: Whol
     assert f"at step {step};" in stopped[1].stderr
     assert step < NUM_STEPS
 
-    for command in start(tmp_path, 2, *settings):
+    for command in runs.start_group(tmp_path, 2, *settings):
         finished = command.wait()
         assert finished.code == 0, finished.stderr
     assert runs.exact_outcome(run) == whole(2)
@@ -181,7 +168,7 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint_and_code_85(whole: Whole, pairs: 
     run = tmp_path / "run"
     settings = (f"data.root={pairs}", f"trainer.duration={NUM_STEPS}steps", "checkpoint.every=1000steps")
     command = runs.start_train(tmp_path, *settings)
-    command.wait_for(lambda: num_records(run) >= 3, "some steps")
+    command.wait_for(lambda: runs.num_records(run) >= 3, "some steps")
     command.send(signal.SIGINT)
     assert command.wait().code == 85
     assert len(runs.checkpoints(run)) == 1
@@ -193,7 +180,7 @@ def test_ctrl_c_ends_the_run_with_a_checkpoint_and_code_85(whole: Whole, pairs: 
 def test_signals_while_a_run_ends_leave_its_exit_code(pairs: Path, tmp_path: Path) -> None:
     settings = (f"data.root={pairs}", "trainer.duration=1000steps", "checkpoint.every=1000steps")
     command = runs.start_train(tmp_path, *settings)
-    command.wait_for(lambda: num_records(tmp_path / "run") >= 1, "a step")
+    command.wait_for(lambda: runs.num_records(tmp_path / "run") >= 1, "a step")
     command.send_until_it_ends(signal.SIGTERM)
     assert command.wait().code == 85
 
@@ -201,7 +188,7 @@ def test_signals_while_a_run_ends_leave_its_exit_code(pairs: Path, tmp_path: Pat
 def test_another_number_of_processes_goes_on_to_the_same_end(whole: Whole, pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = (f"data.root={pairs}", *LENGTH)
-    commands = start(tmp_path, 2, *settings, "trainer.micro_batch_size=4")
+    commands = runs.start_group(tmp_path, 2, *settings, "trainer.micro_batch_size=4")
     commands[0].wait_for(lambda: runs.checkpoints(run), "a checkpoint")
     kill(commands)
     finished = runs.train(tmp_path, *settings, "trainer.micro_batch_size=8", "data.workers=1")
@@ -219,7 +206,7 @@ def test_another_number_of_processes_goes_on_to_the_same_end(whole: Whole, pairs
 
 def test_a_run_sharded_over_two_processes_goes_on_on_one(whole: Whole, pairs: Path, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", (f"data.root={pairs}", *LENGTH, "trainer.ema_decay=0.9")
-    commands = start(tmp_path, 2, *settings, "parallel=fsdp")
+    commands = runs.start_group(tmp_path, 2, *settings, "parallel=fsdp")
     commands[0].wait_for(lambda: runs.checkpoints(run), "a checkpoint")
     kill(commands)
     finished = runs.train(tmp_path, *settings)
@@ -501,3 +488,27 @@ def test_the_results_of_a_finished_run_are_written_again(short_run: Path, pairs:
     again = runs.train(tmp_path, *settings)
     assert again.code == 0, again.stderr
     assert runs.exact_outcome(run) == expected
+
+
+@pytest.mark.slow
+def test_everything_at_once_is_resumed_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
+    settings = (
+        "trainer.duration=10steps", "trainer.ema_decay=0.9", "trainer.precision=fp16", "checkpoint.every=2steps",
+        "trainer.freeze={text: 5steps}", "optimizer=timm", "optimizer.name=lamb",
+        "checkpoint.best=eval-val/image_retrieval_recall@5",
+        "objective.infonce.positives=group", "data.train.pairs.group=json.label", "augmentation=color_jitter",
+        "data.train.pairs.caption={txt: 1, json.caption: 3}",
+    )  # fmt: skip
+    outcomes: list[dict[str, Any]] = []
+    for name, stop in (("whole", None), ("killed", 5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if stop is not None:
+            command = runs.start_train(folder, f"data.root={pairs}", *settings)
+            run = folder / "run"
+            command.wait_for(lambda run=run: len(runs.checkpoints(run)) >= 2, "two checkpoints")
+            command.send(signal.SIGKILL)
+            command.wait()
+        runs.trained(folder, pairs, *settings)
+        outcomes.append({**runs.exact_outcome(folder / "run"), "ema": runs.tensors(folder / "run", "ema.safetensors")})
+    assert outcomes[0] == outcomes[1]

@@ -61,15 +61,11 @@ def test_step_with_a_gradient_that_is_not_finite_changes_nothing(
     world_size: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:
     overrides, environment = fragile
-    groups = runs.group(2) if world_size == 2 else [{}]
-    commands = [
-        runs.start_train(
-            tmp_path, f"data.root={pairs}", *overrides, "trainer.duration=12steps", "trainer.micro_batch_size=4",
-            "checkpoint.every=1steps", "checkpoint.keep_last=0", "objective.fragile.first=7", "objective.fragile.last=7",
-            environment={**environment, **rank},
-        )
-        for rank in groups
-    ]  # fmt: skip
+    commands = runs.start_group(
+        tmp_path, world_size, f"data.root={pairs}", *overrides, "trainer.duration=12steps", "trainer.micro_batch_size=4",
+        "checkpoint.every=1steps", "checkpoint.keep_last=0", "objective.fragile.first=7", "objective.fragile.last=7",
+        environment=environment,
+    )  # fmt: skip
     finished = [command.wait() for command in commands]
     assert [each.code for each in finished] == [0] * world_size, finished[0].stderr
 
@@ -98,14 +94,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line(
     world_size: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:
     overrides, environment = fragile
-    groups = runs.group(2) if world_size == 2 else [{}]
-    commands = [
-        runs.start_train(
-            tmp_path, f"data.root={pairs}", *overrides, "trainer.duration=12steps", "trainer.max_bad_steps=3",
-            "objective.fragile.first=0", "objective.fragile.last=199", environment={**environment, **rank},
-        )
-        for rank in groups
-    ]  # fmt: skip
+    commands = runs.start_group(
+        tmp_path, world_size, f"data.root={pairs}", *overrides, "trainer.duration=12steps", "trainer.max_bad_steps=3",
+        "objective.fragile.first=0", "objective.fragile.last=199", environment=environment,
+    )  # fmt: skip
     for command in commands:
         finished = command.wait()
         assert finished.code == 1
@@ -126,7 +118,7 @@ def test_a_stopped_run_has_named_every_skipped_step(
         tmp_path, f"data.root={pairs}", *overrides, "trainer.duration=100ksteps", "trainer.max_bad_steps=100000",
         "objective.fragile.first=0", "objective.fragile.last=199", environment=environment,
     )  # fmt: skip
-    command.wait_for(lambda: (run / "metrics.jsonl").exists() and runs.records(run), "a step")
+    command.wait_for(lambda: runs.num_records(run) >= 1, "a step")
     command.send(signal.SIGTERM)
     assert command.wait().code == 85
     skipped = re.findall(r"step (\d+) skipped", (run / "train.log").read_text())
@@ -293,8 +285,12 @@ def test_wrong_use_of_evaluate_is_answered_in_one_line(
             lambda text: text.replace("embed_dim: 16", "embed_dim: 8"),
             ("does not hold the weights", "image_projection.weight is [16, 32], expected [8, 32]"),
         ),
+        (
+            lambda text: text.replace("mmpretrain.models.text.TextTransformer", "os.system"),
+            ("_target_ is 'os.system'",),
+        ),
     ],
-    ids=["another file", "no YAML", "another model"],
+    ids=["another file", "no YAML", "another model", "code of others"],
 )
 def test_evaluate_refuses_a_configuration_that_is_not_the_runs(
     change: Callable[[str], str], fragments: tuple[str, ...], finished_run: Path, tmp_path: Path
@@ -311,19 +307,6 @@ def test_evaluate_refuses_a_configuration_that_is_not_the_runs(
     assert all(fragment in line for fragment in fragments), line
 
 
-def test_evaluate_refuses_a_configuration_that_names_code_of_others(finished_run: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "checkpoints").symlink_to(finished_run / "checkpoints")
-    text = (finished_run / "config.yaml").read_text()
-    assert "mmpretrain.models.text.TextTransformer" in text
-    (run / "config.yaml").write_text(text.replace("mmpretrain.models.text.TextTransformer", "os.system"))
-    finished = runs.run("mmpretrain.evaluate", [f"checkpoint={run}", "device=cpu"], tmp_path)
-    assert finished.code == 2
-    (line,) = finished.stderr.splitlines()
-    assert "_target_ is 'os.system'" in line
-
-
 # ---------------------------------------------------------------------------------------------- after a kill
 
 
@@ -335,7 +318,7 @@ def test_no_step_appears_twice_after_a_kill(saved: bool, pairs: Path, tmp_path: 
         f"checkpoint.every={8 if saved else 1000}steps",
     )  # fmt: skip
     command = runs.start_train(tmp_path, *settings)
-    command.wait_for(lambda: (run / "metrics.jsonl").exists() and len(runs.records(run)) >= 13, "13 records")
+    command.wait_for(lambda: runs.num_records(run) >= 13, "13 records")
     command.send(signal.SIGKILL)
     assert command.wait().code == -signal.SIGKILL
     assert bool(runs.checkpoints(run)) == saved
