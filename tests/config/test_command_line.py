@@ -16,7 +16,7 @@ from mmpretrain.config.schema import register_schemas
             "there is no eval 'nope'; expected one of: contrastive_loss, gallery, patch_similarity, projector, "
             "retrieval, zero_shot",
         ),
-        (["schedule=nope"], "there is no schedule 'nope'; expected one of: constant, cosine"),
+        (["schedule=nope"], "there is no schedule 'nope'; expected one of: constant, cosine, rsqrt, wsd"),
     ],
 )
 def test_errors_of_composition_become_one_line(overrides: list[str], line: str) -> None:
