@@ -14,7 +14,7 @@ from mmpretrain.config import command_line, resolve
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, evaluate
-from mmpretrain.reporting.metrics import print_results
+from mmpretrain.reporting.progress import print_results
 from mmpretrain.training.precision import autocast
 
 

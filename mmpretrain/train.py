@@ -21,6 +21,7 @@ from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError, enough_space
 from mmpretrain.evals.base import Context, Evaluation, check_best, chosen_sets
 from mmpretrain.evals.embeddings import CheckStop, go_on
+from mmpretrain.reporting.writers import check_writers
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.training import run_dir
 from mmpretrain.training.dry_run import dry_run
@@ -64,6 +65,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
     Raises: UsageError for a usage error, before training; TrainingError if the run cannot continue.
     """
     with errors.usage_errors(), enough_space(Path(str(cfg.run.dir))):
+        check_writers(cfg.writer)
         device = build.device_of(cfg.trainer.device)
         distributed.setup(device, cfg.parallel.timeout_seconds)
         schedule: Schedule = instantiate.instantiate(cfg.schedule, cfg.run.seed, "schedule")

@@ -35,7 +35,7 @@ _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[
 # Keys that may change when a run is resumed. None of them affects the results beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)"
-    r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|parallel\..*"
+    r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|writer(\..*)?|parallel\..*"
     r"|data\.(workers|timeout_seconds|max_bad_fraction|val_batch_size|val(\..*)?)|" + _PLACES
 )
 
@@ -82,6 +82,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     check_targets(config.optimizer, "optimizer", ("parameters",))
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
+    _check_named("writer", "metric writer", config.writer, runtime=("folder", "step", "samples"))
     return config
 
 
@@ -239,10 +240,17 @@ def check_evaluate_ranges(config: EvaluateConfig) -> None:
 
 def check_evaluators(nodes: Mapping[str, Any]) -> None:
     """Check each evaluator's node. Raises: UsageError."""
+    _check_named("eval", "evaluator", nodes, beside=("every",))
+
+
+def _check_named(
+    group: str, noun: str, nodes: Mapping[str, Any], runtime: Sequence[str] = (), beside: Sequence[str] = ()
+) -> None:
+    """Check the nodes of a group of which several options are chosen (see `check_targets`). Raises: UsageError."""
     for name, node in nodes.items():
         if not isinstance(node, dict) or "_target_" not in node:
-            raise UsageError(f"unknown evaluator {name!r} below `eval`: it has no _target_; choose with eval=[...]")
-        check_targets(node, f"eval.{name}", beside=("every",))
+            raise UsageError(f"unknown {noun} {name!r} below `{group}`: it has no _target_; choose with {group}=[...]")
+        check_targets(node, f"{group}.{name}", runtime, beside)
 
 
 def _derived_name() -> str:

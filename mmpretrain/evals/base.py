@@ -13,7 +13,7 @@ from torch import Tensor
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
 from mmpretrain.models.image_text import ImageTextModel, NoImages
-from mmpretrain.reporting.metrics import MetricsWriter
+from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Clock, Duration
 from mmpretrain.training.task import Task
 
@@ -128,7 +128,7 @@ class Evaluation:
         return [name for name in self.evaluators if is_last or self.clock.is_due(self.every[name], before, after)]
 
     def run(
-        self, names: Sequence[str], task: Task, samples: int, writer: MetricsWriter | None, check_stop: CheckStop
+        self, names: Sequence[str], task: Task, samples: int, writer: RunWriter | None, check_stop: CheckStop
     ) -> Mapping[str, float]:
         """Run the evaluators `names`, write their pictures with `writer`, and return their scores. A collective.
 

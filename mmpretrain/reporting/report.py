@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmpretrain import files
 from mmpretrain.reporting import pictures
-from mmpretrain.reporting.metrics import read_metrics, read_refused, read_results
+from mmpretrain.reporting.records import read_metrics, read_refused, read_results
 
 FILE = "report.html"
 _PNG = b"\x89PNG\r\n"

@@ -2,7 +2,7 @@
 
 `open_run` locks the directory, `write_configuration` writes config.yaml, `finished` returns the scores of a finished run,
 and `conclude` writes the report. A run is finished once its last step is evaluated. `mmpretrain.checkpoints.store` writes
-checkpoints, and `mmpretrain.reporting.metrics` writes metrics.
+checkpoints, and `mmpretrain.reporting.writers` writes metrics.
 """
 
 import fcntl
@@ -21,7 +21,8 @@ from mmpretrain.config.schema import TrainConfig
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
 from mmpretrain.reporting import report
-from mmpretrain.reporting.metrics import print_results, read_results
+from mmpretrain.reporting.progress import print_results
+from mmpretrain.reporting.records import read_results
 from mmpretrain.schedules import Clock, Schedule, scheduled_values
 from mmpretrain.training import resume
 from mmpretrain.training.setup import fingerprint_of

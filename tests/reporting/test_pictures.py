@@ -232,3 +232,14 @@ def test_grey_and_transparent_images_can_be_drawn() -> None:
     images = [torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(4, 8, 8, dtype=torch.uint8)]
     answers = [pictures.Answers("query", None, images, (), (True, False))]
     assert pictures.gallery(answers).shape == (132, 280 + 2 * 132, 3)
+
+
+def test_grid_shows_every_pair_as_the_model_sees_it() -> None:
+    images = torch.stack([torch.full((3, 16, 16), 40 * number, dtype=torch.uint8) for number in range(6)])
+    grid = pictures.pair_grid(images, [f"caption {number} {'word ' * 40}" for number in range(6)], columns=4, cell=32)
+    assert grid.dtype == np.uint8
+    assert grid.shape == (2 * (32 + 80), 4 * 32, 3)
+    for number in range(6):
+        top, left = (number // 4) * 112, (number % 4) * 32
+        assert (grid[top + 10 : top + 20, left + 10 : left + 20] == 40 * number).all()
+        assert (grid[top + 32 : top + 112, left : left + 32] < 128).any(), "its caption stands below it"

@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -12,20 +11,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.objectives.base import Example
-from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, pair_grid, print_results, read_records
+from mmpretrain.reporting.records import read_records
+from mmpretrain.reporting.writers import RunWriter
+from tests import runs
 
 
 def events(folder: Path) -> EventAccumulator:
     return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
-def log_steps(writer: MetricsWriter, steps: range, value: float) -> None:
+def open_at(folder: Path, step: int = 0, samples: int = 0) -> RunWriter:
+    return RunWriter(folder, step, samples, runs.TENSORBOARD)
+
+
+def log_steps(writer: RunWriter, steps: range, value: float) -> None:
     for step in steps:
         writer.scalars(step, 16 * step, {"train/loss": value + step})
 
 
 def test_values_stand_in_both_places_on_the_axis_of_samples(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_at(tmp_path)
     log_steps(writer, range(1, 4), 0.5)
     writer.close()
     assert read_records(tmp_path / "metrics.jsonl") == [
@@ -39,7 +44,7 @@ def test_values_stand_in_both_places_on_the_axis_of_samples(tmp_path: Path) -> N
 
 
 def test_value_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_at(tmp_path)
     writer.scalars(1, 16, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 0.1})
     writer.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -54,11 +59,11 @@ def test_value_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resumed_at", [0, 3])
 def test_what_was_logged_beyond_the_checkpoint_is_taken_back(resumed_at: int, tmp_path: Path) -> None:
-    killed = MetricsWriter(tmp_path)
+    killed = open_at(tmp_path)
     log_steps(killed, range(1, 6), 100.0)
     killed.image("train/pairs", 0, np.zeros((8, 8, 3), np.uint8))
     # No close: a kill does not close.
-    resumed = MetricsWriter(tmp_path, resumed_at, 16 * resumed_at)
+    resumed = open_at(tmp_path, resumed_at, 16 * resumed_at)
     log_steps(resumed, range(resumed_at + 1, 8), 200.0)
     if resumed_at == 0:
         resumed.image("train/pairs", 0, np.zeros((8, 8, 3), np.uint8))
@@ -72,56 +77,16 @@ def test_what_was_logged_beyond_the_checkpoint_is_taken_back(resumed_at: int, tm
     assert [event.step for event in shown.Images("train/pairs")] == [0]
 
 
-def test_everything_is_on_the_disk_at_once(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
-    log_steps(writer, range(1, 4), 0.0)
-    assert len(read_records(tmp_path / "metrics.jsonl")) == 3
-    assert len(events(tmp_path).Scalars("train/loss")) == 3
-    writer.close()
-
-
-def test_no_point_is_lost_when_the_clock_was_set_back(tmp_path: Path) -> None:
-    first = MetricsWriter(tmp_path)
-    log_steps(first, range(1, 6), 100.0)
-    first.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    ahead = int(file.name.split(".")[3]) + 3600
-    file.rename(file.with_name(f"events.out.tfevents.{ahead}.host.1.0"))
-    second = MetricsWriter(tmp_path, 3, 48)
-    log_steps(second, range(4, 8), 200.0)
-    second.close()
-    expected = [(step, (100.0 if step <= 3 else 200.0) + step) for step in range(1, 8)]
-    assert [(event.step // 16, event.value) for event in events(tmp_path).Scalars("train/loss")] == expected
-
-
 def test_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "samples": 16}\n{"step": 2, "samp')
     assert read_records(path) == [{"step": 1, "samples": 16}]
-    MetricsWriter(tmp_path, 1, 16).close()
+    open_at(tmp_path, 1, 16).close()
     assert path.read_text() == '{"step": 1, "samples": 16}\n'
 
 
-def test_damage_in_the_middle_of_the_metrics_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "samp\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
-        read_records(path)
-
-
-def test_grid_shows_every_pair_as_the_model_sees_it() -> None:
-    images = torch.stack([torch.full((3, 16, 16), 40 * number, dtype=torch.uint8) for number in range(6)])
-    grid = pair_grid(images, [f"caption {number} {'word ' * 40}" for number in range(6)], columns=4, cell=32)
-    assert grid.dtype == np.uint8
-    assert grid.shape == (2 * (32 + 80), 4 * 32, 3)
-    for number in range(6):
-        top, left = (number // 4) * 112, (number % 4) * 32
-        assert (grid[top + 10 : top + 20, left + 10 : left + 20] == 40 * number).all()
-        assert (grid[top + 32 : top + 112, left : left + 32] < 128).any(), "its caption stands below it"
-
-
 def test_texts_and_pictures_of_objectives_are_logged_at_their_moment(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path)
+    writer = open_at(tmp_path)
     picture = torch.full((3, 8, 8), 77, dtype=torch.uint8)
     writer.examples("objectives/both", 64, [Example([picture, picture], "a text\n(another)")] * 2)
     writer.examples("objectives/text", 64, [Example([], "only words")])
@@ -142,21 +107,23 @@ def test_texts_and_pictures_of_objectives_are_logged_at_their_moment(tmp_path: P
     assert not (tmp_path / "pictures" / "objectives.text.png").exists()
 
 
-def test_progress_without_a_terminal_is_a_line_a_logged_step(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), ProgressBar(100, 0, enabled=True) as progress:
-        progress.advance(10)
-        progress.show(10, loss=1.25, speed=320.4, seconds_left=61.0)
-    assert caplog.messages == ["step 10/100  loss 1.2500  320 pairs/s  1:01 left"]
+def test_everything_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    writer = open_at(tmp_path)
+    log_steps(writer, range(1, 4), 0.0)
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 3
+    assert len(events(tmp_path).Scalars("train/loss")) == 3
+    writer.close()
 
 
-def test_other_processes_show_no_progress(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), ProgressBar(100, 0, enabled=False) as progress:
-        progress.show(10, loss=1.25, speed=320.4, seconds_left=61.0)
-    assert caplog.messages == []
-
-
-def test_table_has_every_result_and_says_where_things_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_results({"eval-val/acc1": 0.51239, "samples": 1234567}, tmp_path)
-    shown = capsys.readouterr().out
-    for fragment in ("eval-val/acc1", "0.5124", "1,234,567", f"{tmp_path}/checkpoints", f"--logdir {tmp_path}"):
-        assert fragment in shown
+def test_no_point_is_lost_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    first = open_at(tmp_path)
+    log_steps(first, range(1, 6), 100.0)
+    first.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    ahead = int(file.name.split(".")[3]) + 3600
+    file.rename(file.with_name(f"events.out.tfevents.{ahead}.host.1.0"))
+    second = open_at(tmp_path, 3, 48)
+    log_steps(second, range(4, 8), 200.0)
+    second.close()
+    expected = [(step, (100.0 if step <= 3 else 200.0) + step) for step in range(1, 8)]
+    assert [(event.step // 16, event.value) for event in events(tmp_path).Scalars("train/loss")] == expected
