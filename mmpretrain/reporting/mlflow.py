@@ -23,12 +23,12 @@ class MLflow:
 
     Args:
         folder: the run's directory; the name of the run is its name.
-        tracking_uri: address of the server, such as http://localhost:5000; None: the environment variable MLFLOW_TRACKING_URI,
-            else MLflow's default.
+        tracking_uri: address of the server, such as http://localhost:5000; None: the environment variable
+            MLFLOW_TRACKING_URI, else MLflow's default.
         experiment: MLflow's experiment, which is made if it does not exist.
 
-    Raises: ValueError if MLflow refuses the arguments, or for a password in `tracking_uri`; MlflowException if the server cannot
-        be reached.
+    Raises: ValueError if MLflow refuses the arguments, or for a password in `tracking_uri`; MlflowException if the server
+        cannot be reached.
     """
 
     def __init__(self, folder: Path, tracking_uri: str | None = None, experiment: str = "mmpretrain") -> None:

@@ -23,9 +23,10 @@ _FIRST_SETTINGS = ("batch_size", "lr", "model", "objective", "seed")
 
 
 class TensorBoard:
-    """Write event files to `tensorboard/` in the run's directory. A resumed run hides the later records of an earlier process.
+    """Write event files to `tensorboard/` in the run's directory.
 
-    Each value is on the disk when the call that writes it returns.
+    Each value is on the disk when the call that writes it returns. TensorBoard hides what an earlier process wrote beyond
+    the position that the run resumes from.
 
     Args:
         folder: the run's directory.

@@ -16,9 +16,9 @@ _FINISH_SECONDS = 120.0
 class WandB:
     """Write to a run of Weights & Biases, whose id is kept in `wandb.json` in the run's directory.
 
-    A resumed run continues the same run of W&B from the last record that it holds. Without a network each process writes a
-    complete copy of the run to a folder `wandb/offline-run-*` of its own; upload the newest with `wandb sync`. The API key comes from
-    `wandb login` or the environment variable WANDB_API_KEY, never from the configuration.
+    A resumed run continues the same run of W&B after the last record that it holds. With mode `offline` each process begins a
+    new folder `wandb/offline-run-*` with all records of the run: upload the newest one with `wandb sync`. The API key comes
+    from `wandb login` or the environment variable WANDB_API_KEY, never from the configuration.
 
     Args:
         folder: the run's directory; the name of the run is its name.

@@ -52,7 +52,7 @@ class MetricWriter:
     """Methods and attributes of a metric writer. All but `scalars` are optional and have the defaults below."""
 
     scalars: Callable[[int, int, Mapping[str, float]], None]
-    """`scalars(step, samples, values)` writes the values of a step. A value may be NaN or infinite. A step is written once."""
+    """`scalars(step, samples, values)` writes the values of a step, each step once. Values may be NaN or infinite."""
     logged: int | None = None
     """Number of samples at the last record that the writer already holds when it is built. Earlier steps are not written
     again, and later records of the run are written at once; 0: all of them. None: it holds those up to `samples`."""
@@ -66,7 +66,7 @@ class MetricWriter:
     """`embeddings(name, samples, rows, labels, images)` writes rows [n, e], each with a label and a thumbnail, uint8
     [n, 3, h, w]."""
     hparams: Callable[[Mapping[str, Setting], Sequence[str]], None] = _nothing
-    """`hparams(settings, metrics)` writes the run's main settings with the last values of `metrics`. Called once, at the end."""
+    """`hparams(settings, metrics)` writes the run's main settings with the last values of `metrics`. Called at the end."""
     close: Callable[[], None] = _nothing
     """`close()` is called when the process ends, except when it is killed."""
 

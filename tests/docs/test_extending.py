@@ -1,5 +1,6 @@
 """The pages of docs/extending/: a reader's files, by configuration alone, with the page's own commands."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -55,3 +56,18 @@ def test_a_schedule(pairs: Path, tmp_path: Path) -> None:
     run = run_page("schedule", tmp_path, pairs)
     rates = [record["train/lr"] for record in runs.records(run) if "train/lr" in record]
     assert rates[0] == max(rates) > rates[-1]
+
+
+def test_a_metric_writer(pairs: Path, tmp_path: Path) -> None:
+    run = run_page("metric_writer", tmp_path, pairs)
+    with (run / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    written = {(int(row["step"]), row["name"]): float(row["value"]) for row in rows}
+    expected = {
+        (record["step"], name): value
+        for record in runs.records(run)
+        for name, value in record.items()
+        if name not in ("step", "samples")
+    }
+    assert len(written) == len(rows) and written == expected
+    assert (run / "tensorboard").is_dir()

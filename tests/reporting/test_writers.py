@@ -1,6 +1,9 @@
+import errno
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -10,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.tokenizer import ClipTokenizer
+from mmpretrain.errors import UsageError
 from mmpretrain.objectives.base import Example
 from mmpretrain.reporting.records import read_records
-from mmpretrain.reporting.writers import RunWriter
+from mmpretrain.reporting.writers import RunWriter, check_writers
 from tests import runs
 
 
@@ -127,3 +131,120 @@ def test_no_point_is_lost_when_the_clock_was_set_back(tmp_path: Path) -> None:
     second.close()
     expected = [(step, (100.0 if step <= 3 else 200.0) + step) for step in range(1, 8)]
     assert [(event.step // 16, event.value) for event in events(tmp_path).Scalars("train/loss")] == expected
+
+
+class Recorder:
+    """Writer of which a test reads what it got; `arguments` are those that it was built with."""
+
+    opened: ClassVar[list["Recorder"]] = []
+
+    def __init__(self, folder: Path, samples: int, logged: int | None = None, fails: str = "") -> None:
+        self.logged, self.fails, self.samples = logged, fails, samples
+        self.got: list[tuple[int, int, dict[str, float]]] = []
+        self.settled: dict[str, Any] = {}
+        Recorder.opened.append(self)
+        if fails == "argument":
+            raise ValueError("fails is 'argument'; expected another")
+        if fails == "package":
+            raise ModuleNotFoundError("No module named 'absent'", name="absent")
+        if fails == "start":
+            raise ConnectionError("no route to host")
+
+    def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+        self.got.append((step, samples, dict(values)))
+        if self.fails == "service":
+            raise ConnectionError("no route\nto host")
+        if self.fails == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        self.settled.update(values)
+
+
+def recorder(**arguments: Any) -> dict[str, Any]:
+    return {"recorder": {"_target_": f"{__name__}.Recorder", **arguments}}
+
+
+@pytest.fixture(autouse=True)
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    monkeypatch.setattr(Recorder, "opened", [])
+    return Recorder.opened
+
+
+@pytest.mark.parametrize(("logged", "expected"), [(None, [4, 5]), (0, [1, 2, 3, 4, 5]), (32, [3, 4, 5]), (64, [5])])
+def test_resumed_writer_gets_every_record_that_it_lacks_once(
+    logged: int | None, expected: list[int], tmp_path: Path, opened: list[Recorder]
+) -> None:
+    killed = RunWriter(tmp_path, 0, 0, {})
+    log_steps(killed, range(1, 5), 0.0)
+    resumed = RunWriter(tmp_path, 3, 48, recorder(logged=logged))
+    log_steps(resumed, range(4, 6), 0.0)
+    resumed.close()
+    (writer,) = opened
+    assert writer.samples == 48
+    assert writer.got == [(step, 16 * step, {"train/loss": step}) for step in expected]
+
+
+@pytest.mark.parametrize("fails", ["service", "start"])
+def test_service_that_fails_is_left_out_with_one_warning(
+    fails: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, opened: list[Recorder]
+) -> None:
+    writer = RunWriter(tmp_path, 0, 0, recorder(fails=fails) | runs.TENSORBOARD)
+    log_steps(writer, range(1, 4), 0.0)
+    writer.close()
+    (warning,) = caplog.messages
+    assert warning.startswith("writer.recorder failed (ConnectionError: no route to host) and is left out")
+    assert len(opened[0].got) == (fails == "service")
+    assert len(read_records(tmp_path / "metrics.jsonl")) == len(events(tmp_path).Scalars("train/loss")) == 3
+
+
+def test_full_disk_of_a_writer_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        log_steps(RunWriter(tmp_path, 0, 0, recorder(fails="disk")), range(1, 2), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        ("argument", r"^writer\.recorder: fails is 'argument'; expected another$"),
+        (
+            "package",
+            r"^writer\.recorder needs the package 'absent', which is not installed; pip install absent, or leave",
+        ),
+    ],
+)
+def test_bad_argument_and_missing_package_are_one_line(fails: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        RunWriter(tmp_path, 0, 0, recorder(fails=fails))
+
+
+class Misspelt:
+    def __init__(self) -> None: ...
+    def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None: ...
+    def imges(self, name: str, samples: int, pixels: np.ndarray) -> None: ...
+
+
+class Mute:
+    def __init__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("Misspelt", r"^writer\.own: Misspelt\.imges is no method of a metric writer .* did you mean image\?$"),
+        ("Mute", r"^writer\.own: Mute has no method scalars\(step, samples, values\)"),
+    ],
+)
+def test_methods_are_checked_before_the_run(kind: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_writers({"own": {"_target_": f"{__name__}.{kind}"}})
+
+
+def test_tensorboard_that_is_chosen_later_has_the_earlier_records(tmp_path: Path) -> None:
+    first = RunWriter(tmp_path, 0, 0, {})
+    log_steps(first, range(1, 4), 0.0)
+    first.close()
+    second = open_at(tmp_path, 2, 32)
+    log_steps(second, range(3, 5), 0.0)
+    second.close()
+    assert [event.step for event in events(tmp_path).Scalars("train/loss")] == [16, 32, 48, 64]
