@@ -107,6 +107,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         if distributed.is_main():
             # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.
             run_dir.write_configuration(cfg, folder)
+            run_dir.write_facts(trainer.setup, folder)
     with enough_space(folder):
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
             results = trainer.run()

@@ -183,6 +183,7 @@ def changed(**changes: Any) -> dict[str, Any]:
         {"run__name": "b", "run__dir": "elsewhere"},
         {"trainer__micro_batch_size": 4, "trainer__log_every": "5steps", "checkpoint__keep_last": 0},
         {"data__root": "moved", "data__workers": 0, "data__train__pairs__shards": ["a.tar", "b.tar"]},
+        {"writer": {"wandb": {"_target_": "mmpretrain.reporting.wandb.WandB"}}},
         {"eval": {}, "data__val": {"val": {"shards": "val"}}},
         {"data__max_image_bytes": 1 << 29},  # as a run was that did not know this key
     ],
