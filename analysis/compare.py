@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 
 from analysis.runs import Run, repetitions
-from mmpretrain.reporting.metrics import is_lower_better
+from mmpretrain.reporting.records import is_lower_better
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # after choosing a backend that needs no display

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmpretrain.config import config_yaml, identity
-from mmpretrain.reporting.metrics import read_metrics, read_results
+from mmpretrain.reporting.records import read_metrics, read_results
 
 log = logging.getLogger(__name__)
 

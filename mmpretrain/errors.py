@@ -3,7 +3,7 @@
 import difflib
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +29,27 @@ def nearest(name: str, known: Sequence[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"expected one of: {', '.join(sorted(known))}" if known else "nothing is expected there"
+
+
+def misspelt(
+    kind: type, known: Collection[str], others: Collection[str] = (), renamed: Mapping[str, str] | None = None
+) -> tuple[str, str] | None:
+    """Search a class for a public name that resembles a known optional one. Names of torch's classes are left out.
+
+    Args:
+        kind: the class.
+        known: optional names that a caller looks up.
+        others: further names that are right.
+        renamed: present name of each former one.
+
+    Returns: (name, the known name that was probably meant), or None.
+    """
+    own = {name for base in kind.__mro__ if base.__module__.partition(".")[0] != "torch" for name in vars(base)}
+    for name in sorted(own - {*known, *others}):
+        meant = (renamed or {}).get(name) or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), None)
+        if meant is not None and not name.startswith("_"):
+            return name, meant
+    return None
 
 
 def check_number(

@@ -11,7 +11,7 @@ from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, evaluate
-from mmpretrain.reporting.metrics import print_results
+from mmpretrain.reporting.progress import print_results
 from mmpretrain.training.precision import autocast
 
 

@@ -17,6 +17,7 @@ from mmpretrain import build, distributed, errors
 from mmpretrain.config import command_line, instantiate, resolve
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError, enough_space
+from mmpretrain.reporting.writers import check_writers
 from mmpretrain.schedules import Duration, Schedule
 from mmpretrain.training import run_dir
 from mmpretrain.training.dry_run import dry_run
@@ -52,6 +53,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
     Raises: UsageError for a usage error, before training; TrainingError if the run cannot continue.
     """
     with errors.usage_errors(), enough_space(Path(str(cfg.run.dir))):
+        check_writers(cfg.writer)
         device = build.device_of(cfg.trainer.device, "trainer.device")
         distributed.setup(device, cfg.parallel.timeout_seconds)
         schedule: Schedule = instantiate.instantiate(cfg.schedule, cfg.run.seed, "schedule")
@@ -74,6 +76,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         if distributed.is_main():
             # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.
             run_dir.write_configuration(cfg, folder)
+            run_dir.write_facts(trainer.setup, folder)
     with enough_space(folder):
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
             results = trainer.run()

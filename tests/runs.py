@@ -299,6 +299,10 @@ def train_group(folder: Path, world_size: int, *overrides: str) -> list[Finished
 # ---------------------------------------------------------------------------------------------- what a run left
 
 
+TENSORBOARD = {"tensorboard": {"_target_": "mmpretrain.reporting.tensorboard.TensorBoard"}}
+"""The node `writer` as it is by default."""
+
+
 def records(folder: Path) -> list[dict[str, Any]]:
     """The objects of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

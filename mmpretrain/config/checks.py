@@ -1,6 +1,6 @@
 """Checks of a composed configuration: unknown keys, numbers out of range, durations and evaluators."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -117,11 +117,19 @@ def check_parts(config: TrainConfig) -> None:
     check_targets(config.optimizer, "optimizer", ("parameters", "layers"))
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
+    _check_named("writer", "metric writer", config.writer, runtime=("folder", "step", "samples"))
 
 
 def check_evaluators(nodes: Mapping[str, Any]) -> None:
     """Check each evaluator's node. Raises: UsageError."""
+    _check_named("eval", "evaluator", nodes, beside=("every",))
+
+
+def _check_named(
+    group: str, noun: str, nodes: Mapping[str, Any], runtime: Sequence[str] = (), beside: Sequence[str] = ()
+) -> None:
+    """Check the nodes of a group of which several options are chosen (see `check_targets`). Raises: UsageError."""
     for name, node in nodes.items():
         if not isinstance(node, dict) or "_target_" not in node:
-            raise UsageError(f"unknown evaluator {name!r} below `eval`: it has no _target_; choose with eval=[...]")
-        check_targets(node, f"eval.{name}", beside=("every",))
+            raise UsageError(f"unknown {noun} {name!r} below `{group}`: it has no _target_; choose with {group}=[...]")
+        check_targets(node, f"{group}.{name}", runtime, beside)

@@ -51,7 +51,7 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
     *parents, name = str(error.full_key).split(".")
     siblings = [str(key) for key in (error.parent_node or {}) if key != "_target_"]
     hint = nearest(name, siblings)
-    if parents in (["objective"], ["eval"]):
+    if parents in (["objective"], ["eval"], ["writer"]):
         hint += f" (choose others with {parents[0]}=[{','.join([*siblings, '...'])}])"
     if parents in (["data", "train"], ["data", "val"]):
         hint += f" (add one with +data.{parents[1]}.{name}.shards=...)"

@@ -19,7 +19,7 @@ _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[
 # Keys that may change when a run is resumed. None of them affects the results beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)"
-    r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|parallel\..*"
+    r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|writer(\..*)?|parallel\..*"
     r"|data\.(workers|timeout_seconds|max_bad_fraction|val_batch_size|val(\..*)?)|" + _PLACES
 )
 

@@ -179,6 +179,8 @@ class TrainConfig:
     """The learning rate's schedule; see the list of schedules."""
     eval: dict[str, Any] = field(default_factory=dict)
     """The evaluators by name; see the list of evaluators."""
+    writer: dict[str, Any] = field(default_factory=dict)
+    """The metric writers by name, besides metrics.jsonl; see the list of metric writers."""
     init_from: str | None = None
     if_present: dict[str, Any] = field(default_factory=dict)
     """Values for parts that an experiment may lack: they apply where the part is there; used by size and debug presets."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.reporting.metrics import MetricsWriter
+from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Clock, Duration
 from mmpretrain.training.task import Task
 
@@ -173,7 +173,7 @@ class Evaluation:
         return bool(self._due(samples))
 
     def run(
-        self, task: Task, samples: int, writer: MetricsWriter | None, check_stop: CheckStop = go_on
+        self, task: Task, samples: int, writer: RunWriter | None, check_stop: CheckStop = go_on
     ) -> dict[str, float]:
         """Run the evaluators that are due after the step that ends at `samples` samples. A collective.
 

@@ -9,12 +9,12 @@ receives its own key in the configuration, such as `objective.mae`, for error me
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from mmpretrain.batch import Batch, Samples
+from mmpretrain.errors import misspelt
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.masking import MaskSpec, PatchMask, TokenMask, TokenMaskSpec
@@ -151,16 +151,11 @@ def check_hooks(objective: Objective, config_path: str) -> None:
 
     Raises: ValueError for a public name that resembles a hook, or is a hook's former name.
     """
-    own = {
-        name for kind in type(objective).__mro__ if kind.__module__.partition(".")[0] != "torch" for name in vars(kind)
-    }
-    for name in sorted(own - {*_HOOKS, "count", "loss", "embed", "streams"}):
-        meant = _RENAMED.get(name) or next(iter(get_close_matches(name, _HOOKS, n=1, cutoff=0.8)), None)
-        if meant is not None and not name.startswith("_"):
-            raise ValueError(
-                f"{config_path}: {type(objective).__name__}.{name} is no hook of an objective and would never be called; "
-                f"did you mean {meant}?"
-            )
+    if (wrong := misspelt(type(objective), _HOOKS, ("count", "loss", "embed", "streams"), _RENAMED)) is not None:
+        raise ValueError(
+            f"{config_path}: {type(objective).__name__}.{wrong[0]} is no hook of an objective and would never be called; "
+            f"did you mean {wrong[1]}?"
+        )
 
 
 Couple = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from mmpretrain.objectives.base import Example
 
 _RIGHT, _WRONG = (26, 140, 60), (200, 40, 40)
 _LINES = (224, 224, 224)
+_UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _MOST_NAMED, _MOST_PIXELS, _LONGEST_NAME = 120, 1000, 40
 
 
@@ -235,6 +237,23 @@ def _heat(values: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(_INFERNO[np.rint(np.asarray(smooth) * (len(_INFERNO) - 1)).astype(np.uint8)])
 
 
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Return short labels of an axis, such as `2.5k`, `10M` and `5e-4`.
+
+    They have 3 digits, or as many as tell the values apart, but at most 6.
+    """
+    largest = max(map(abs, values), default=0.0)
+    unit, letter = next(((unit, letter) for unit, letter in _UNITS if largest >= unit), (1.0, ""))
+    for digits in range(3, 7):
+        if 0 < largest < 0.01:
+            labels = [re.sub(r"\.?0*e-0*", "e-", f"{value:.{digits - 1}e}") if value else "0" for value in values]
+        else:
+            labels = [f"{value / unit:.{digits}g}" for value in values]
+        if len(set(labels)) == len(values):
+            break
+    return [label if label == "0" else label + letter for label in labels]
+
+
 def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], columns: int = 3) -> np.ndarray:
     """Draw one small plot for each (name, samples seen, values)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here since it takes half a second
@@ -254,8 +273,10 @@ def curves(lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], column
         place.set_xlabel("samples seen", fontsize=8)
         place.grid(alpha=0.3)
         place.locator_params(nbins=5)
-        place.ticklabel_format(scilimits=(-2, 4))  # longer numbers would overlap the next plot
         place.tick_params(labelsize=8)
+        for axis, (low, high) in ((place.xaxis, place.get_xlim()), (place.yaxis, place.get_ylim())):
+            ticks = [float(tick) for tick in axis.get_ticklocs() if low <= tick <= high]
+            axis.set_ticks(ticks, labels=tick_labels(ticks))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

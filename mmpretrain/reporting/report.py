@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image
 
 from mmpretrain import files
+from mmpretrain.config import config_yaml
 from mmpretrain.reporting import pictures
-from mmpretrain.reporting.metrics import read_metrics, read_refused, read_results
+from mmpretrain.reporting.overview import overview
+from mmpretrain.reporting.records import read_metrics, read_refused, read_results
 
 FILE = "report.html"
 _PNG = b"\x89PNG\r\n"
@@ -33,7 +35,7 @@ def write(folder: Path) -> Path:
     """Write FOLDER/report.html from the run's files.
 
     Args:
-        folder: the run's directory, with config.yaml, metrics.jsonl, results.json, pictures/ and quarantine.jsonl.
+        folder: the run's directory, with config.yaml, run.json, metrics.jsonl, results.json, pictures/ and quarantine.jsonl.
 
     Returns: path of the report.
     Raises: ValueError if a file is not as a run writes it; OSError if the report cannot be written.
@@ -41,9 +43,14 @@ def write(folder: Path) -> Path:
     records = read_metrics(folder / "metrics.jsonl")
     results = read_results(folder / "results.json")
     configuration = files.read_text(folder / "config.yaml", _MAX_CONFIG_BYTES)
+    facts = files.read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    scores = {name: value for name, value in results.items() if "/" in name}
     parts = [
         f"<h1>{html.escape(str(folder))}</h1>",
-        _section("Scores", _table(results)),
+        _section(
+            "Run", _table(overview(config_yaml.from_yaml(configuration, str(folder / "config.yaml")), facts, results))
+        ),
+        _section("Scores", _table({name: _number(value) for name, value in scores.items()}, "number")),
         _section("Curves", "".join(_curves(records))),
         _section("Throughput", _picture(_throughput(records), "pairs per second, and the part of time spent waiting")),
         _section("Pictures", "".join(_saved_pictures(folder / "pictures"))),
@@ -63,9 +70,9 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{title}</h2>{content or '<p>none</p>'}"
 
 
-def _table(values: Mapping[str, float | None]) -> str:
+def _table(values: Mapping[str, str], kind: str = "text") -> str:
     rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="number">{_number(value)}</td></tr>'
+        f'<tr><td>{html.escape(name)}</td><td class="{kind}">{html.escape(value)}</td></tr>'
         for name, value in values.items()
     )
     return f"<table>{rows}</table>"
@@ -107,9 +114,23 @@ def _curves(records: Sequence[Mapping[str, float | None]]) -> list[str]:
     for section in sections:
         if section == "system":
             continue
-        metrics = [name for name in names if name.startswith(f"{section}/")]
-        figures.append(_picture(pictures.curves([(name, *_points(records, name)) for name in metrics]), section))
+        lines = [(name, *_points(records, name)) for name in names if name.startswith(f"{section}/")]
+        figures.append(_picture(pictures.curves(_joined(lines)), section))
     return figures
+
+
+Line = tuple[str, list[float], list[float]]
+"""Name of a curve, its samples seen and its values."""
+
+
+def _joined(lines: Sequence[Line]) -> list[Line]:
+    """Draw the loss once: if `train/loss` is the loss of the only objective, leave out the latter and name both."""
+    total = next((line for line in lines if line[0] == "train/loss"), None)
+    if total is None:
+        return list(lines)
+    terms = [line for line in lines if line[0].endswith("_loss") and line[1:] == total[1:]]
+    title = " = ".join([total[0], *(name for name, *_ in terms)])
+    return [(title, *line[1:]) if line is total else line for line in lines if line not in terms]
 
 
 def _throughput(records: Sequence[Mapping[str, float | None]]) -> np.ndarray | None:

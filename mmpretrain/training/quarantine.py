@@ -9,7 +9,7 @@ from pathlib import Path
 from mmpretrain import distributed, files
 from mmpretrain.batch import Refused
 from mmpretrain.errors import TrainingError
-from mmpretrain.reporting.metrics import read_refused
+from mmpretrain.reporting.records import read_refused
 
 log = logging.getLogger(__name__)
 

@@ -1,20 +1,24 @@
 """A run's directory, locked by one run and written by rank 0.
 
-`open_run` locks the directory, `write_configuration` writes config.yaml, `finished` returns the scores of a finished run,
-and `conclude` writes the report. A run is finished once its last step is evaluated. `mmpretrain.checkpoints.store` writes
-checkpoints, and `mmpretrain.reporting.metrics` writes metrics.
+`open_run` locks the directory, `write_configuration` writes config.yaml, `write_facts` writes run.json, `finished` returns
+the scores of a finished run, and `conclude` writes the report. A run is finished once its last step is evaluated.
+`mmpretrain.checkpoints.store` writes checkpoints, and `mmpretrain.reporting.writers` writes metrics.
 """
 
 import fcntl
+import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from mmpretrain import distributed, errors, files
+import torch
+
+from mmpretrain import distributed, errors, files, optim
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER, huggingface_nodes
 from mmpretrain.config import config_yaml, identity
@@ -23,10 +27,11 @@ from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
 from mmpretrain.models.huggingface import CONFIG_FILE
 from mmpretrain.reporting import report
-from mmpretrain.reporting.metrics import print_results, read_results
+from mmpretrain.reporting.progress import print_results
+from mmpretrain.reporting.records import read_results
 from mmpretrain.schedules import Clock, Duration, Schedule, TrainingProgress, first_difference, scheduled_values
 from mmpretrain.training import resume
-from mmpretrain.training.setup import clock_of, fingerprint_of
+from mmpretrain.training.setup import Setup, clock_of, fingerprint_of
 
 
 def open_run(
@@ -161,6 +166,28 @@ def _keep(refusal: str, sources: Mapping[str, Path], kept: Path) -> None:
             raise ValueError(f"{refusal} that the run was made with, which is {kept}")
         kept.mkdir(parents=True, exist_ok=True)
         files.write_bytes(kept / name, file.read_bytes())
+
+
+def write_facts(setup: Setup, folder: Path) -> None:
+    """Write run.json, which the report reads: sizes of model and data, and the hardware that the run was last started on."""
+    parameters: Counter[str] = Counter()
+    for name, parameter in setup.task.named_parameters():
+        parameters[optim.tower_of(name)] += parameter.numel()
+    data = {
+        name: {
+            "samples": stream.order.num_samples,
+            "shards": sum(len(source.shards.paths) for source in getattr(stream, "sources", ())),
+        }
+        for name, stream in setup.streams.items()
+    }
+    is_gpu = setup.device.type == "cuda"
+    facts = {
+        "parameters": parameters,
+        "data": data,
+        "device": torch.cuda.get_device_name(setup.device) if is_gpu else str(setup.device),
+        "processes": distributed.world_size(),
+    }
+    files.write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def log_to(folder: Path) -> None:

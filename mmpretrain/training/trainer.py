@@ -21,8 +21,10 @@ from mmpretrain.checkpoints import store
 from mmpretrain.config import identity
 from mmpretrain.data.loader import LoaderError, build_loader, received
 from mmpretrain.errors import TrainingError
-from mmpretrain.reporting.metrics import MetricsWriter, ProgressBar, finite, is_better
 from mmpretrain.reporting.profiling import profiled
+from mmpretrain.reporting.progress import ProgressBar
+from mmpretrain.reporting.records import finite, is_better
+from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Duration, Schedule, TrainingProgress
 from mmpretrain.training import parallel, resume
 from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buffers
@@ -61,7 +63,7 @@ class Evaluation(Protocol):
         ...
 
     def run(
-        self, task: Task, samples: int, writer: MetricsWriter | None, check_stop: Callable[[], None]
+        self, task: Task, samples: int, writer: RunWriter | None, check_stop: Callable[[], None]
     ) -> dict[str, float]:
         """Run the evaluators that are due, and return their scores."""
         ...
@@ -129,12 +131,17 @@ class Trainer:
             cfg, fingerprint, self.state, task, self.optimizer, self.average, self.loss_scale, self.bad_steps,
             self.quarantine, started,
         )  # fmt: skip
-        self.writer: MetricsWriter | None = None
-        if distributed.is_main():
-            # If the last step's evaluation was interrupted, it is repeated and logs the step's values, so drop that record.
-            logged = self.state.step - 1, self.state.samples - self.batch_size
-            is_pending = self.state.pending is not None
-            self.writer = MetricsWriter(self.folder, *(logged if is_pending else (self.state.step, self.state.samples)))
+        self.writer: RunWriter | None = None
+        distributed.from_main(self._open_writer)
+
+    def _open_writer(self) -> None:
+        """Open the metrics for writing where the run starts or resumes. Raises: ValueError (see `RunWriter`)."""
+        step, samples = self.state.step, self.state.samples
+        if self.state.pending is not None:
+            # The last step's evaluation was interrupted. It is repeated and logs the step's values, so drop that record.
+            step, samples = step - 1, samples - self.batch_size
+        self.writer = RunWriter(self.folder, step, samples, self.cfg.writer)
+        self.writer.settings(identity.hparams(self.cfg))
 
     def run(self) -> dict[str, float]:
         """Train to the end.

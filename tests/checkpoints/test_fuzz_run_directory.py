@@ -22,8 +22,9 @@ from analysis.runs import read_run
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.config import config_yaml
 from mmpretrain.reporting import report
-from mmpretrain.reporting.metrics import MetricsWriter
+from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.training import resume
+from tests import runs
 from tests.checkpoints.test_untrusted import sign
 from tests.saved_runs import save_whole_run
 
@@ -127,7 +128,7 @@ READERS: tuple[Callable[[Path], Any], ...] = (
     compare,
     lambda run: read_run(run).curve("train/loss", "samples"),
     lambda run: resume.read_state(run / STEP),
-    lambda run: MetricsWriter(run, 1, 16).close(),
+    lambda run: RunWriter(run, 1, 16, runs.TENSORBOARD).close(),
 )
 
 

@@ -20,7 +20,8 @@ from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.config import config_yaml
 from mmpretrain.config.schema import EvalDataConfig, EvaluateConfig
 from mmpretrain.reporting import report
-from mmpretrain.reporting.metrics import print_results, read_metrics
+from mmpretrain.reporting.progress import print_results
+from mmpretrain.reporting.records import read_metrics
 from mmpretrain.training import resume
 from tests import runs
 from tests.saved_runs import SMALL, save_run, save_whole_run

@@ -1,5 +1,6 @@
 """The pages of docs/extending/: a reader's files, by configuration alone, with the page's own commands."""
 
+import csv
 import math
 import re
 import shlex
@@ -112,3 +113,18 @@ def test_optimizers(pairs: Path, tmp_path: Path) -> None:
     of_muon = {name.removesuffix("/momentum_buffer") for name in runs.weights(tmp_path / "run1", 6, "optimizer")}
     assert "model.text.transformer.resblocks.0.mlp.c_fc.weight" in of_muon
     assert not {"model.text.token_embedding.weight", "model.image_projection.weight"} & of_muon
+
+
+def test_a_metric_writer(pairs: Path, tmp_path: Path) -> None:
+    run = run_page("metric_writer", tmp_path, pairs)
+    with (run / "curves.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    written = {(int(row["step"]), row["name"]): float(row["value"]) for row in rows}
+    expected = {
+        (record["step"], name): value
+        for record in runs.records(run)
+        for name, value in record.items()
+        if name not in ("step", "samples")
+    }
+    assert len(written) == len(rows) and written == expected
+    assert (run / "tensorboard").is_dir()

@@ -238,3 +238,30 @@ def test_grey_and_transparent_images_can_be_drawn() -> None:
     images = [torch.zeros(1, 8, 8, dtype=torch.uint8), torch.zeros(4, 8, 8, dtype=torch.uint8)]
     answers = [pictures.Answers("query", None, images, (), (True, False))]
     assert pictures.gallery(answers).shape == (132, 280 + 2 * 132, 3)
+
+
+def test_grid_shows_every_pair_as_the_model_sees_it() -> None:
+    images = torch.stack([torch.full((3, 16, 16), 40 * number, dtype=torch.uint8) for number in range(6)])
+    grid = pictures.pair_grid(images, [f"caption {number} {'word ' * 40}" for number in range(6)], columns=4, cell=32)
+    assert grid.dtype == np.uint8
+    assert grid.shape == (2 * (32 + 80), 4 * 32, 3)
+    for number in range(6):
+        top, left = (number // 4) * 112, (number % 4) * 32
+        assert (grid[top + 10 : top + 20, left + 10 : left + 20] == 40 * number).all()
+        assert (grid[top + 32 : top + 112, left : left + 32] < 128).any(), "its caption stands below it"
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0.0, 2500.0, 5000.0, 10000.0], ["0", "2.5k", "5k", "10k"]),
+        ([0.0, 4e6, 1.2e7], ["0", "4M", "12M"]),
+        ([0.0, 0.00025, 0.001], ["0", "2.5e-4", "1e-3"]),
+        ([0.0, 0.025, 0.1], ["0", "0.025", "0.1"]),
+        ([14.281, 14.282], ["14.281", "14.282"]),
+        ([-200.0, 0.1 + 0.2], ["-200", "0.3"]),
+        ([], []),
+    ],
+)
+def test_ticks_are_short_and_tell_values_apart(values: list[float], labels: list[str]) -> None:
+    assert pictures.tick_labels(values) == labels

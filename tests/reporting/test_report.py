@@ -2,10 +2,14 @@
 
 import html.parser
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from mmpretrain.optim import tower_of
+from mmpretrain.reporting.overview import overview
+from mmpretrain.reporting.report import _joined
 from tests import runs
 
 
@@ -51,7 +55,7 @@ def test_report_holds_everything_and_asks_for_nothing(run: Path) -> None:
     page = Page()
     source = (run / "report.html").read_text()
     page.feed(source)
-    assert page.headings == ["Scores", "Curves", "Throughput", "Pictures", "Refused samples", "Configuration"]
+    assert page.headings == ["Run", "Scores", "Curves", "Throughput", "Pictures", "Refused samples", "Configuration"]
     assert all(address.startswith("data:") for address in page.addresses)
     assert not re.search(r"https?://", re.sub(r"<pre>.*?</pre>", "", source, flags=re.DOTALL))
     assert len(page.images) == 2 + 1 + 4  # train and eval-val curves, throughput, pictures
@@ -66,3 +70,41 @@ def test_pictures_stand_as_files_beside_tensorboards(run: Path) -> None:
     }  # fmt: skip
     projector = (run / "tensorboard" / "projector_config.pbtxt").read_text()
     assert projector.count("embeddings {") >= 2
+
+
+def test_report_begins_with_what_was_trained_on_what(run: Path) -> None:
+    source = (run / "report.html").read_text()
+    (table,) = re.findall(r"<h2>Run</h2><table>(.*?)</table>", source)
+    rows = dict(re.findall(r"<td>(.*?)</td><td class=\"text\">(.*?)</td>", table))
+    assert list(rows) == ["model", "objectives", "data, pairs", "length", "optimizer", "hardware"]
+    sizes: Counter[str] = Counter()
+    for name, tensor in runs.weights(run, 13).items():
+        sizes[tower_of(name)] += tensor.numel()
+    assert rows["model"].startswith(
+        "ImageTextModel, image vit_base_patch16_clip_224, text TextTransformer; parameters: "
+    )
+    assert all(f"{tower} {size:,}" in rows["model"] for tower, size in sizes.items())
+    assert rows["objectives"] == "1 × infonce"
+    assert rows["data, pairs"].startswith("200 samples in 2 shards of train in ")
+    assert re.fullmatch(
+        r"1epochs, batches of 16, 13 steps, 208 samples, 0:\d\d:\d\d h of wall time, [\d,.]+ pairs/s", rows["length"]
+    )
+    assert rows["optimizer"].startswith("adamw, lr 0.001, weight decay 0.2, schedule ")
+    assert rows["hardware"] == "1 × cpu, fp32"
+    assert "pairs_per_second" not in re.findall(r"<h2>Scores</h2><table>(.*?)</table>", source)[0]
+
+
+def test_report_of_a_run_without_run_json_leaves_out_what_it_does_not_know() -> None:
+    assert overview({}, {}, {}) == {}
+    config = {"objective": {"mae": {"weight": {"linear": {"0%": 0, "20%": 0.1}}}}, "trainer": {"precision": "bf16"}}
+    assert overview(config, {}, {"steps": 1234}) == {
+        "objectives": "{linear: {0%: 0, 20%: 0.1}} × mae", "length": "1,234 steps", "hardware": "bf16",
+    }  # fmt: skip
+
+
+def test_loss_of_the_only_objective_is_drawn_once() -> None:
+    axis, loss = [16.0, 32.0], [3.0, 2.0]
+    only = [("train/loss", axis, loss), ("train/lr", axis, loss), ("train/infonce_loss", axis, loss)]
+    assert _joined(only) == [("train/loss = train/infonce_loss", axis, loss), ("train/lr", axis, loss)]
+    weighted = [("train/loss", axis, loss), ("train/infonce_loss", axis, [6.0, 4.0])]
+    assert _joined(weighted) == weighted

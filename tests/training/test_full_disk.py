@@ -15,7 +15,7 @@ from mmpretrain.checkpoints import store
 from mmpretrain.errors import TrainingError, enough_space
 from mmpretrain.objectives.base import Example
 from mmpretrain.reporting import report
-from mmpretrain.reporting.metrics import MetricsWriter
+from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.training.quarantine import Quarantine
 from mmpretrain.training.run_dir import LogFile
 from tests import runs
@@ -25,21 +25,19 @@ LIMIT = 20_000
 
 
 def _metrics(folder: Path) -> None:
-    writer = MetricsWriter(folder)
-    writer._tensorboard.add_scalar = lambda *_: None  # type: ignore[method-assign]
+    writer = RunWriter(folder, 0, 0, {})
     for step in range(1000):
         writer.scalars(step, 16 * step, {"train/loss": 1.0})
 
 
 def _events(folder: Path) -> None:
-    writer = MetricsWriter(folder)
+    writer = RunWriter(folder, 0, 0, runs.TENSORBOARD)
     for step in range(1000):
         writer.examples("objectives/text", step, [Example([], "words " * 20)])
 
 
 def _picture(folder: Path) -> None:
-    writer = MetricsWriter(folder)
-    writer._tensorboard.add_image = lambda *_, **__: None  # type: ignore[method-assign]
+    writer = RunWriter(folder, 0, 0, {})
     writer.image("train/pairs", 0, np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
 
 

@@ -25,9 +25,9 @@ import os
 import threading
 from pathlib import Path
 
-from mmpretrain.reporting.metrics import MetricsWriter
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.reporting.writers import RunWriter
 
 
 class HangingEncoder(TimmEncoder):
@@ -54,7 +54,7 @@ class FailingWriter(HangingEncoder):
         def close(self):
             raise RuntimeError("no room")
 
-        MetricsWriter.close = close
+        RunWriter.close = close
 
 
 class DyingInfoNCE(InfoNCE):

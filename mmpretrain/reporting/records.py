@@ -1,0 +1,91 @@
+"""Readers of the files that a run leaves: metrics.jsonl, results.json and quarantine.jsonl."""
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmpretrain import files
+
+_MAX_RECORDS_BYTES = 2 << 30  # about ten million refused samples
+_LARGEST = sys.float_info.max
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one per line. An invalid last line is ignored, since a kill may have cut it short.
+
+    Returns: the objects; an empty list if the file does not exist.
+    Raises: ValueError if another line is not a JSON object, or if the path is not a regular file or is too large.
+    """
+    if not path.exists():
+        return []
+    lines = files.read_bytes(path, _MAX_RECORDS_BYTES).splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            record = files.parse_json(line, where)
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{where}: not JSON; expected one object a line, remove it") from None
+            continue
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: {type(record).__name__}; expected one object a line, remove it")
+        records.append(record)
+    return records
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """Read a metrics.jsonl. Raises: ValueError for an invalid file (see `read_records`) or value."""
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        where = f"{path}, line {number}"
+        _check_numbers(record, where)
+        for key in ("step", "samples"):
+            if not isinstance(record.get(key), int):
+                raise ValueError(f"{where}: {key} is {record.get(key)!r}; expected an integer, remove the line")
+    return records
+
+
+def read_results(path: Path) -> dict[str, float | None]:
+    """Read a results.json. Raises: ValueError if a value is not a number or null."""
+    results = files.read_json(path)
+    _check_numbers(results, str(path))
+    return results
+
+
+def read_refused(path: Path) -> list[dict[str, str]]:
+    """Read a quarantine.jsonl. Raises: ValueError if a record lacks its shard, key or reason."""
+    records = read_records(path)
+    for number, record in enumerate(records, start=1):
+        for key in ("shard", "key", "reason"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(
+                    f"{path}, line {number}: {key} is {record.get(key)!r}; expected a text, remove the line"
+                )
+    return records
+
+
+def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+    for name, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        if not (is_number or value is None):
+            shown = str(value)[:40] if isinstance(value, float | str) else type(value).__name__
+            raise ValueError(f"{where}: {name!r} is {shown}; expected a number or null, as the run wrote it")
+
+
+def is_lower_better(metric: str) -> bool:
+    """Return True for metrics that improve when they fall: names that end with `loss`, `perplexity` or `seconds`."""
+    return metric.endswith(("loss", "perplexity", "seconds"))
+
+
+def is_better(metric: str, score: float, best: float | None) -> bool:
+    """Return True if `score` improves on `best` (see `is_lower_better`); NaN and infinity never do."""
+    sign = -1 if is_lower_better(metric) else 1
+    return math.isfinite(score) and (best is None or sign * score > sign * best)
+
+
+def finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Replace non-finite values by None, since JSON cannot represent them."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
