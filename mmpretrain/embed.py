@@ -115,7 +115,7 @@ class _Images:
         else:
             self._shards = Shards(expand_shards(source))
             self.keys = [self._shards.key(sample) for sample in range(self._shards.num_samples)]
-            self.fingerprint = self._shards.fingerprint
+            self.fingerprint = self._shards.fingerprint.hash
 
     def __call__(self, i: int, out: Tensor) -> None:
         """Write image `i` to `out`, uint8 [c, h, w]. Raises: BadSample."""

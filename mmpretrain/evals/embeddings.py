@@ -15,7 +15,7 @@ from mmpretrain.data.decode import BadSample, read_label
 from mmpretrain.data.image_batches import image_batches
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
-from mmpretrain.data.shards import Shards
+from mmpretrain.data.source import SampleSource
 from mmpretrain.data.stream import read_captions
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class EvalSet:
     """
 
     name: str
-    shards: Shards
+    shards: SampleSource
     preprocess: Preprocess
     caption: str | None = None
     label: str | None = None
@@ -190,8 +190,7 @@ def embed(
             if (batch := next(batches, None)) is None:
                 continue
             for sample, reason in batch.refused:
-                shard = data.shards.path(int(data.shards.locate(np.array([sample]))[0][0]))
-                refused.append(Refused(data.name, shard, data.shards.key(sample), reason))
+                refused.append(Refused(data.name, data.shards.location(sample), data.shards.key(sample), reason))
             if batch.samples:
                 images.append(model.project_image(model.encode_image(batch.images.to(device)).pooled).float())
                 captions += [texts for texts, _ in batch.values]
