@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from mmpretrain import build, distributed, errors, files
+from mmpretrain.checkpoints import untrusted
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
 from mmpretrain.config import command_line, resolve
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
@@ -30,6 +31,8 @@ def _hydra_main(cfg: DictConfig) -> None:
             settings: EvaluateConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
             resolve.check_known(settings)
             resolve.check_evaluators(settings.eval)
+            for name, data in settings.data.val.items():
+                resolve.check_source(data.source, f"data.val.{name}.source")
             run(settings)
         finally:
             distributed.shut_down()
@@ -44,6 +47,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     resolve.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     sets = cfg.data.val or _sets_of_run(loaded)
+    lookup = None if cfg.data.val else untrusted.lookup(untrusted.SOURCES, cfg.trust, untrusted.SOURCE_MEMBERS)
     root = cfg.data.root or loaded.setting("data.root", str)
     precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
@@ -52,7 +56,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes),
+        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes, lookup),
         logit_scale=loaded.scalars.get("logit_scale"),
         batch_size=batch_size,
         workers=cfg.data.workers,
@@ -74,7 +78,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
 
 
 def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:
-    """Return the data sets of the run's `data.val`. Paths of shards and classes are not restricted to any folder."""
+    """Return the data sets of the run's `data.val`. Paths of shards, sources and classes are not restricted."""
     annotations, sets = typing.get_type_hints(EvalSetConfig), {}
     for name, fields in loaded.setting("data.val", Mapping[str, Mapping]).items():
         for key, value in fields.items():

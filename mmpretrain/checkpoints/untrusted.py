@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mmpretrain.config import instantiate
+from mmpretrain.data.source import SampleSource
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 
-MODELS, TOKENIZERS = "mmpretrain.models", "mmpretrain.data.tokenizer"
+MODELS, TOKENIZERS, SOURCES = "mmpretrain.models", "mmpretrain.data.tokenizer", "mmpretrain.data"
+SOURCE_MEMBERS = ("num_samples", "fingerprint", "key", "location", "read")
 TOKENIZER_FOLDER = "tokenizer"
 """Folder in a run's directory with a copy of the local tokenizer that it was trained with."""
 _TIMM_WEIGHTS = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
@@ -27,11 +29,13 @@ _ELSEWHERE = re.compile(r"[/\\:~]")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
+def lookup(home: str, trust: Sequence[str], members: Sequence[str] = ()) -> instantiate.Lookup:
     """Return a lookup of the `_target_`s that a checkpoint's configuration may name: parts of `home` and trusted modules.
 
-    A part is a class defined in the module, or a function defined there whose return annotation is `ImageTextModel` or
-    `Tokenizer`. Names that the module only imports (such as `os.system`) and other functions are refused.
+    Parts of `home` must have the attributes `members`.
+
+    A part is a class defined in the module, or a function defined there whose return annotation is `ImageTextModel`,
+    `Tokenizer` or `SampleSource`. Names that the module only imports (such as `os.system`) and other functions are refused.
     """
 
     def find(target: Any, path: str) -> Any:
@@ -41,7 +45,8 @@ def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
             module == known or module.startswith(f"{known}.") for known in (home, *trust)
         ):
             part = _part(module, name)
-        if part is None:
+        is_trusted = any(module == known or module.startswith(f"{known}.") for known in trust)
+        if part is None or not (is_trusted or all(hasattr(part, member) for member in members)):
             raise ValueError(
                 f"config.yaml: {path}._target_ is {target!r}, which came with the checkpoint and is no part of "
                 f"mmpretrain that belongs there; if you know that code, name its module: trust=[{module}]"
@@ -59,7 +64,7 @@ def _part(module: str, name: str) -> Any:
     if getattr(part, "__module__", None) != module:
         return None
     made = typing.get_type_hints(part).get("return") if inspect.isfunction(part) else part
-    return part if made in (ImageTextModel, Tokenizer) or (made is part and isinstance(part, type)) else None
+    return part if made in (ImageTextModel, Tokenizer, SampleSource) or (made is part and isinstance(part, type)) else None
 
 
 def without_weights(node: Any) -> Any:

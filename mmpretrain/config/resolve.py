@@ -31,7 +31,8 @@ _MAX_YAML_DEPTH = 50
 
 # Locations of the data may change when a run is resumed, since the checkpoint has a fingerprint of the data. Locations
 # given on the command line are still part of the run's name, so that a sweep over data.root makes separate runs.
-_PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[.*)?"
+# `source` itself is a key where it is null, which leaves the data to `shards`; its other arguments may not change.
+_PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset|source|source\.path)(\[.*)?"
 # Keys that may change when a run is resumed. None of them affects the results beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)"
@@ -71,6 +72,11 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     for name, stream in config.data.train.items():
         check_targets(stream.transform, f"data.train.{name}.transform")
         check_targets(stream.augment, f"data.train.{name}.augment")
+        check_source(stream.source, f"data.train.{name}.source")
+        for source_name, source in stream.sources.items():
+            check_source(source.source, f"data.train.{name}.sources.{source_name}.source")
+    for name, data in config.data.val.items():
+        check_source(data.source, f"data.val.{name}.source")
     for name, node in config.objective.items():
         if not isinstance(node, dict) or "_target_" not in node:
             raise UsageError(
@@ -235,6 +241,15 @@ def check_evaluate_ranges(config: EvaluateConfig) -> None:
     check_number("data.workers", config.data.workers, at_least=0)
     if config.data.val_batch_size is not None:
         check_number("data.val_batch_size", config.data.val_batch_size, at_least=1)
+
+
+def check_source(node: Mapping[str, Any] | None, path: str) -> None:
+    """Check the node of a `SampleSource`. Raises: UsageError."""
+    if node is None:
+        return
+    if "_target_" not in node:
+        raise UsageError(f"{path} has no _target_; expected the full name of a class or function that makes a source")
+    check_targets(node, path, runtime=("root",))
 
 
 def check_evaluators(nodes: Mapping[str, Any]) -> None:
