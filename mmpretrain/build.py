@@ -174,9 +174,7 @@ def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
     return [
         Source(
             source_name,
-            _samples(
-                f"data.train.{name}.sources.{source_name}", source.shards, source.source, root, source.subset
-            ),
+            _samples(f"data.train.{name}.sources.{source_name}", source.shards, source.source, root, source.subset),
             source.weight,
         )
         for source_name, source in stream.sources.items()
@@ -197,7 +195,7 @@ def build_source(
     Raises: ValueError if `lookup` refuses the node, an argument is wrong, or what is built is no `SampleSource`.
     """
     resolved = instantiate.resolve(node, key, lookup or (lambda name, _: instantiate.find(name)))
-    if lookup is not None:
+    if lookup is not None:  # only now may the module of a `_target_` be imported
         resolve.check_source(node, key)
     target = instantiate.find(node["_target_"])
     runtime = {"root": root} if "root" in inspect.signature(target).parameters else {}

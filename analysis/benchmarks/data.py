@@ -46,7 +46,7 @@ from mmpretrain.batch import Batch
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
-from mmpretrain.data.stream import Source, SampleStream
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop
 from mmpretrain.schedules import Clock

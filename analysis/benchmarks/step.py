@@ -48,7 +48,7 @@ from mmpretrain.config import instantiate
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.stream import Source, SampleStream
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import RandomResizedCrop
 from mmpretrain.models.image_text import ImageTextModel

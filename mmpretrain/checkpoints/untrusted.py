@@ -64,7 +64,9 @@ def _part(module: str, name: str) -> Any:
     if getattr(part, "__module__", None) != module:
         return None
     made = typing.get_type_hints(part).get("return") if inspect.isfunction(part) else part
-    return part if made in (ImageTextModel, Tokenizer, SampleSource) or (made is part and isinstance(part, type)) else None
+    return (
+        part if made in (ImageTextModel, Tokenizer, SampleSource) or (made is part and isinstance(part, type)) else None
+    )
 
 
 def without_weights(node: Any) -> Any:

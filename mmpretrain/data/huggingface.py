@@ -77,7 +77,9 @@ class DatasetSource:
         """Return the value of the column of keys, or the row's number. Raises: IndexError."""
         if self._columns.key is not None:
             with suppress(BadSample, UnicodeDecodeError):  # a row without a key has its number
-                return self._columns.encode("key", {self._columns.key: self._value(sample_id, self._columns.key)}).decode()
+                return self._columns.encode(
+                    "key", {self._columns.key: self._value(sample_id, self._columns.key)}
+                ).decode()
         return str(sample_id)
 
     def read(self, sample_id: int, fields: Sequence[str]) -> bytes:

@@ -120,7 +120,9 @@ class ParquetSource:
         file = self._groups[group][0]
         if self._columns.key is not None:
             with suppress(BadSample, UnicodeDecodeError):  # a row without a key has its number
-                return self._columns.encode("key", {self._columns.key: self._value(sample_id, self._columns.key)}).decode()
+                return self._columns.encode(
+                    "key", {self._columns.key: self._value(sample_id, self._columns.key)}
+                ).decode()
         first_group = self._first_groups[file]
         first = self._ends[first_group - 1] if first_group else 0
         return f"{os.path.basename(self.paths[file]).removesuffix('.parquet')}:{sample_id - first}"

@@ -233,9 +233,7 @@ class SampleStream:
             for fix, read in wanted:
                 self._check_readable(i, source.samples, read, fix)
 
-    def _check_readable(
-        self, i: int, samples: SampleSource, read: Callable[[int, int], object], fix: str
-    ) -> None:
+    def _check_readable(self, i: int, samples: SampleSource, read: Callable[[int, int], object], fix: str) -> None:
         reasons: list[str] = []
         for sample in range(min(_MAX_REPLACEMENTS, samples.num_samples)):
             try:

@@ -22,7 +22,7 @@ from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader, received
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.shorten import Shorten
-from mmpretrain.data.stream import Source, SampleStream, read_captions, with_text
+from mmpretrain.data.stream import SampleStream, Source, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.schedules import Clock, TrainingProgress

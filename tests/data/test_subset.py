@@ -9,7 +9,7 @@ import pytest
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.source import concatenated, selected
-from mmpretrain.data.stream import Source, SampleStream
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.subset import select
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop

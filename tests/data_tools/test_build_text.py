@@ -16,7 +16,7 @@ from data_tools.__main__ import main
 from data_tools.tokenizers import train_tokenizer
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.stream import Source, SampleStream, read_captions
+from mmpretrain.data.stream import SampleStream, Source, read_captions
 from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer, tokenizer_of
 from mmpretrain.schedules import Clock
 

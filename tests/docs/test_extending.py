@@ -2,9 +2,12 @@
 
 import re
 import shlex
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from tests import runs
+from tests.parquets import rows_of
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "extending"
 TRAIN = "PYTHONPATH=. python -m mmpretrain.train "
@@ -25,9 +28,10 @@ def run_page(page: str, folder: Path, pairs: Path, *overrides: str, model: tuple
     """Run the training commands of a page on small data, with `overrides`, and return the folder of the last run."""
     commands = follow(page, folder)
     assert commands
-    held_out = ("data.val.val.classes=null", "data.val.val.label=null", "~data.val.composition")
     settings = [setting for setting in runs.TINY_RUN if setting not in runs.TINY_MODEL and "eval=" not in setting]
     for arguments in commands:
+        held_out = ("data.val.val.classes=null", "data.val.val.label=null", "~data.val.composition")
+        held_out = held_out if "experiment=quickstart" in arguments else ()
         small = [*arguments, f"data.root={pairs}", "trainer.duration=6steps", "trainer.eval_every=6steps"]
         finished = runs.run(
             "mmpretrain.train", [*small, *held_out, *settings, *model, *overrides], folder, {"PYTHONPATH": "."}
@@ -49,6 +53,38 @@ def test_an_evaluator(pairs: Path, tmp_path: Path) -> None:
 def test_an_image_encoder(pairs: Path, tmp_path: Path) -> None:
     run = run_page("image_encoder", tmp_path, pairs, model=())
     assert any("image.layers.0.weight" in name for name in runs.weights(run, 6))
+
+
+def test_a_sample_source(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train", "val"):
+        rows = rows_of(sorted((pairs / name).glob("*.tar")))
+        with closing(sqlite3.connect(tmp_path / "data" / f"{name}.db")) as database, database:
+            database.execute("CREATE TABLE pairs (id INTEGER PRIMARY KEY, image BLOB, caption TEXT)")
+            values = [(i, row["image"]["bytes"], row["caption"]) for i, row in enumerate(rows, start=1)]
+            database.executemany("INSERT INTO pairs VALUES (?, ?, ?)", values)
+    settings = ("schedule=constant", "checkpoint.every=2steps", "data.workers=2", "eval=[retrieval]")
+    run = run_page("sample_source", tmp_path, tmp_path / "data", *settings)
+    # A run on tars has the same samples under the same stream's name.
+    (tmp_path / "tars").mkdir()
+    length = ("trainer.duration=6steps", "trainer.eval_every=6steps")
+    runs.trained(tmp_path / "tars", pairs, *settings, *length)
+    assert runs.exact_outcome(run) == runs.exact_outcome(tmp_path / "tars" / "run")
+    evaluated = [f"checkpoint={run}", "eval=[retrieval]", "data.workers=0"]
+    refused = runs.run("mmpretrain.evaluate", evaluated, tmp_path, {"PYTHONPATH": "."})
+    assert refused.code == 2 and "trust=[mine.sqlite]" in refused.errors[0]
+    trusted = runs.run("mmpretrain.evaluate", [*evaluated, "trust=[mine.sqlite]"], tmp_path, {"PYTHONPATH": "."})
+    assert trusted.code == 0, trusted.stderr
+    # Goes on from a copy of the data in another place, and not after a change.
+    (tmp_path / "data").rename(tmp_path / "moved")
+    longer = [*follow("sample_source", tmp_path)[0], *runs.TINY_RUN, *settings, "trainer.duration=8steps"]
+    resumed = runs.run("mmpretrain.train", [*longer, f"data.root={tmp_path / 'moved'}"], tmp_path, {"PYTHONPATH": "."})
+    assert resumed.code == 0 and "resumed from" in resumed.stderr, resumed.stderr
+    with closing(sqlite3.connect(tmp_path / "moved" / "train.db")) as database, database:
+        database.execute("UPDATE pairs SET caption = 'another' WHERE id = 7")
+    longer[-1] = "trainer.duration=9steps"
+    changed = runs.run("mmpretrain.train", [*longer, f"data.root={tmp_path / 'moved'}"], tmp_path, {"PYTHONPATH": "."})
+    assert changed.code == 2 and "data.train.pairs has other shards or samples" in changed.errors[0]
 
 
 def test_a_schedule(pairs: Path, tmp_path: Path) -> None:
