@@ -46,7 +46,7 @@ def build(
     caption: Annotated[
         str,
         typer.Option(
-            help="Caption column, or several, whose texts are joined by ', ': caption,tags. Of lists in one column, the first."
+            help="Caption column, or several, whose texts are joined by ', ': caption,tags. Of a list, the first."
         ),
     ] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,

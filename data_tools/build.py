@@ -167,7 +167,7 @@ def _require_paths(table: Table, column: str, pairs: Path) -> None:
     value = next((row[column] for row in table.rows if row.get(column) is not None), None)
     if isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes)):
         raise ValueError(
-            f"--image {column!r}: expected a column of paths, but it holds the bytes of images, which need no build: train on "
+            f"--image {column!r}: expected a column of paths, but it holds the bytes of images: train on "
             f"the file itself, data=parquet data.train.pairs.source.path={pairs.absolute()} "
             f"data.train.pairs.source.image={column}"
         )
