@@ -44,7 +44,10 @@ def build(
         bool, typer.Option("--allow-outside", help="Allow paths that leave the image root.")
     ] = False,
     caption: Annotated[
-        str, typer.Option(help="Caption column, or several, whose texts are joined by ', ': caption,tags.")
+        str,
+        typer.Option(
+            help="Caption column, or several, whose texts are joined by ', ': caption,tags. Of a list, the first."
+        ),
     ] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
     classes: Annotated[Path | None, typer.Option(help="Class list that sets the order of the labels.")] = None,
@@ -100,6 +103,12 @@ def build(
     seconds = time.monotonic() - started
     if result.key_problem is not None:
         print(f"note: keys are row numbers, since {result.key_problem}", file=sys.stderr)
+    if result.list_column is not None:
+        print(
+            f"note: column {result.list_column!r} has lists of texts; txt holds the first of each, and json has them all: "
+            f"train with data.train.pairs.caption=json.{result.list_column}",
+            file=sys.stderr,
+        )
     named = f", {result.num_classes} classes" if result.num_classes is not None else ""
     print(f"{output}: {result.num_samples} samples in {len(result.shards)} shards{named}, {seconds:.1f} s")
     if result.num_refused:

@@ -13,7 +13,7 @@ from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, op
 from data_tools.pool import run_tasks
 from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
 from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard
-from data_tools.tables import Table, read_pairs
+from data_tools.tables import Table, caption_texts, read_pairs
 from mmpretrain.data.decode import BadSample
 from mmpretrain.seeds import hash64, permutation
 
@@ -43,12 +43,17 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Result of a build; `key_problem` is the reason why a `key` column was not used, or None."""
+    """Result of a build.
+
+    `key_problem` is the reason why a `key` column was not used, or None. `list_column` is the caption column if it has
+    lists of several texts, of which `txt` holds the first.
+    """
 
     shards: list[WrittenShard]
     num_refused: int
     num_classes: int | None
     key_problem: str | None
+    list_column: str | None
 
     @property
     def num_samples(self) -> int:
@@ -69,6 +74,7 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
             raise ValueError(f"--image-root {str(options.image_root)!r}: no such folder")
     table = read_pairs(pairs)
     table.require(options.image_column, "--image")
+    _require_paths(table, options.image_column, pairs)
     for column in options.caption_columns:
         table.require(column, "--caption")
     classes = None
@@ -137,6 +143,7 @@ def _build(
         num_refused=len(refused),
         num_classes=len(classes.labels) if classes else None,
         key_problem=key_problem(table),
+        list_column=_list_column(table, options.caption_columns),
     )
     close_output(
         output,
@@ -150,6 +157,23 @@ def _build(
         texts,
     )
     return result
+
+
+def _require_paths(table: Table, column: str, pairs: Path) -> None:
+    """Raise ValueError if the image column holds the images themselves."""
+    value = next((row[column] for row in table.rows if row.get(column) is not None), None)
+    if isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes)):
+        raise ValueError(
+            f"--image {column!r}: expected a column of paths, but it holds the bytes of images: train on "
+            f"the file itself, data=parquet data.train.pairs.source.path={pairs.absolute()} "
+            f"data.train.pairs.source.image={column}"
+        )
+
+
+def _list_column(table: Table, columns: Sequence[str]) -> str | None:
+    """Return the caption column if it is the only one and a row of it has several texts."""
+    has_lists = len(columns) == 1 and any(len(caption_texts(row, columns)) > 1 for row in table.rows)
+    return columns[0] if has_lists else None
 
 
 def _without_unknown(samples: Sequence[Sample], classes: Classes, refused: list[Refusal]) -> list[Sample]:

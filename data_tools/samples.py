@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.classes import Classes, one_line
-from data_tools.tables import SURROGATE, Table, caption_text, row_json
+from data_tools.tables import SURROGATE, Table, caption_texts, row_json
 from mmpretrain.data.decode import BadSample
 
 
@@ -93,10 +93,11 @@ def accept_rows(
 
 
 def _caption(row: dict[str, Any], columns: Sequence[str]) -> str:
-    """Return the row's caption. Raises: BadSample if it is empty or not valid Unicode."""
-    caption = caption_text(row, columns)
-    if not caption:
+    """Return the row's caption, the first one of a list. Raises: BadSample if it is empty or not valid Unicode."""
+    captions = caption_texts(row, columns)
+    if not captions:
         raise BadSample(f"no caption: {', '.join(columns)} empty")
+    caption = captions[0]
     if SURROGATE.search(caption):
         raise BadSample("the caption is no valid Unicode: it has half a surrogate pair")
     return caption

@@ -336,9 +336,14 @@ _READERS = {
 }
 
 
-def caption_text(row: dict[str, Any], columns: Sequence[str]) -> str:
-    """Join the row's caption columns by ", ". Empty values are left out; a list contributes its items."""
-    return ", ".join(part for column in columns for part in _parts(row.get(column)))
+def caption_texts(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
+    """Return the row's captions: the items of one column of lists, or one text of all columns, joined by ", ".
+
+    Empty values are left out. Of several columns, a list contributes its items to the text, as for tags.
+    """
+    parts = [part for column in columns for part in _parts(row.get(column))]
+    is_list = len(columns) == 1 and isinstance(row.get(columns[0]), list)
+    return parts if is_list or not parts else [", ".join(parts)]
 
 
 def _parts(value: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_tools.documents import MAX_TEXT_BYTES, decode_line, read_lines
-from data_tools.tables import SURROGATE, Table, caption_text, read_pairs
+from data_tools.tables import SURROGATE, Table, caption_texts, read_pairs
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import decode_captions
 from mmpretrain.data.shards import Shards, expand_shards
@@ -48,7 +48,7 @@ def _lines(path: Path) -> Iterator[str | BadSample]:
 def _table_captions(table: Table, columns: Sequence[str]) -> Iterator[str | BadSample]:
     for column in columns:
         table.require(column, "--caption")
-    yield from (text for row in table.rows if (text := caption_text(row, columns)))
+    yield from (text for row in table.rows for text in caption_texts(row, columns))
     yield from (BadSample(f"row {number}: {reason}") for number, reason in table.refused)
 
 

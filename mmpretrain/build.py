@@ -11,12 +11,13 @@ import torch
 
 from mmpretrain import distributed
 from mmpretrain.checkpoints.load import fit_tokenizer, preprocess_of
-from mmpretrain.config import instantiate
-from mmpretrain.config.instantiate import accepts
+from mmpretrain.config import checks, instantiate
+from mmpretrain.config.instantiate import accepts, expected_type
 from mmpretrain.config.schema import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.stream import Source, Stream, TarStream
+from mmpretrain.data.source import SampleSource, selected
+from mmpretrain.data.stream import SampleStream, Source, Stream
 from mmpretrain.data.subset import select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
@@ -117,7 +118,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 name, batch_size, cfg.run.seed, model_size, model.num_channels, **stream.synthetic
             )
             continue
-        streams[name] = TarStream(
+        streams[name] = SampleStream(
             name=name,
             sources=_sources(name, stream, cfg.data.root),
             batch_size=batch_size,
@@ -160,36 +161,88 @@ def _check_image_sizes(model: ImageTextModel, sizes: ScheduledValue) -> None:
 
 
 def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
-    if (stream.shards is None) == (not stream.sources):
-        raise ValueError(f"data.train.{name} needs either shards or sources; give one of them")
+    given = [key for key in ("shards", "source", "sources") if getattr(stream, key)]
+    if len(given) != 1:
+        raise ValueError(
+            f"data.train.{name} has {' and '.join(given) or 'none of them'}; expected one of shards, source and sources: "
+            + (f"data.train.{name}.{given[0]}=null" if given else f"data.train.{name}.shards=...")
+        )
     for key in ("subset", "max_samples"):
         if stream.sources and getattr(stream, key) is not None:
             raise ValueError(
-                f"data.train.{name}.{key} is {getattr(stream, key)!r} beside sources; expected it where the shards are"
+                f"data.train.{name}.{key} is {getattr(stream, key)!r} beside sources; expected it where the samples are"
                 + (f": data.train.{name}.sources.<source>.subset" if key == "subset" else "")
             )
     if not stream.sources:
-        shards = _shards(f"data.train.{name}", stream.shards, root, stream.subset)
+        samples = _samples(f"data.train.{name}", stream.shards, stream.source, root, stream.subset)
         if stream.max_samples is not None:
-            kept = np.arange(shards.num_stored) if shards.kept is None else shards.kept
-            shards = Shards(shards.paths, kept[: stream.max_samples])
-        return [Source(name, shards)]
+            samples = selected(samples, np.arange(min(stream.max_samples, samples.num_samples)))
+        return [Source(name, samples)]
     return [
         Source(
             source_name,
-            _shards(f"data.train.{name}.sources.{source_name}", source.shards, root, source.subset),
+            _samples(f"data.train.{name}.sources.{source_name}", source.shards, source.source, root, source.subset),
             source.weight,
         )
         for source_name, source in stream.sources.items()
     ]
 
 
-def _shards(key: str, shards: str | list[str], root: str | None, subset: str | None = None) -> Shards:
+def build_source(
+    node: instantiate.Node, key: str, root: str | None, lookup: instantiate.Lookup | None = None
+) -> SampleSource:
+    """Build the source of a `_target_` node; its argument `root`, if it has one, is the folder of relative paths.
+
+    Args:
+        node: the node, checked unless `lookup` is given.
+        key: full name of the node.
+        root: the configuration's data.root.
+        lookup: lookup of an untrusted node; the node is checked after it.
+
+    Raises: ValueError if `lookup` refuses the node, an argument is wrong, or what is built is no `SampleSource`.
+    """
+    resolved = instantiate.resolve(node, key, lookup or (lambda name, _: instantiate.find(name)))
+    if lookup is not None:  # only now may the module of a `_target_` be imported
+        checks.check_source(node, key)
+    target = instantiate.find(node["_target_"])
+    runtime = {"root": root} if "root" in inspect.signature(target).parameters else {}
+    source = instantiate.call(resolved, 0, **runtime)
+    if not isinstance(source, SampleSource):
+        raise ValueError(
+            f"{key} is a {type(source).__name__}; expected num_samples, fingerprint, key, location and read, as "
+            f"{expected_type(SampleSource)} has them"
+        )
+    if source.num_samples < 1:
+        raise ValueError(f"{key} has {source.num_samples} samples; expected at least one")
+    return source
+
+
+def _samples(
+    key: str,
+    shards: Any,
+    source: instantiate.Node | None,
+    root: str | None,
+    subset: str | None = None,
+    lookup: instantiate.Lookup | None = None,
+) -> SampleSource:
+    if (shards is None) == (source is None):
+        has = "neither" if shards is None else "both"
+        raise ValueError(f"{key} has {has} of shards and source; expected one of them: {key}.shards=... or .source=...")
+    if source is not None:
+        built = build_source(source, f"{key}.source", root, lookup)
+        try:
+            return built if subset is None else selected(built, select(built, subset))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return _shards(key, shards, root, subset)
+
+
+def _shards(key: str, shards: str | list[str], root: str | None, subset: str | None = None) -> SampleSource:
     if not accepts(shards, str | Sequence[str]):
         raise ValueError(f"{key}.shards is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
     try:
         opened = Shards(expand_shards(shards, root))
-        kept = opened if subset is None else Shards(opened.paths, select(opened, subset))
+        kept: SampleSource = opened if subset is None else selected(opened, select(opened, subset))
     except ValueError as error:
         made = (
             f"; mmpretrain-data shapes --output {root} makes it"
@@ -214,16 +267,30 @@ def build_tokenizer(node: instantiate.Node, task: Task) -> Tokenizer:
 
 
 def build_eval_sets(
-    sets: Mapping[str, EvalSetConfig], root: str | None, model: ImageTextModel, max_image_bytes: int
+    sets: Mapping[str, EvalSetConfig],
+    root: str | None,
+    model: ImageTextModel,
+    max_image_bytes: int,
+    lookup: instantiate.Lookup | None = None,
 ) -> dict[str, EvalSet]:
-    """Build the held-out data sets with a model's preprocessing. Raises: ValueError for missing shards, classes or fields."""
+    """Build the held-out data sets with a model's preprocessing.
+
+    Args:
+        sets: configuration of each data set.
+        root: folder of relative paths.
+        model: model to evaluate.
+        max_image_bytes: memory limit for decoding one image, in bytes.
+        lookup: lookup of the sources' `_target_`s in a configuration that is not trusted; None for a checked one.
+
+    Raises: ValueError for missing shards, classes or fields, and for a source that `lookup` refuses.
+    """
     for name, data in sets.items():
         if data.caption is not None:
             check_caption_field(data.caption, f"data.val.{name}.caption")
     eval_sets = {
         name: EvalSet(
             name=name,
-            shards=_shards(f"data.val.{name}", data.shards, root),
+            shards=_samples(f"data.val.{name}", data.shards, data.source, root, lookup=lookup),
             preprocess=preprocess_of(model, max_image_bytes),
             caption=data.caption,
             label=data.label,

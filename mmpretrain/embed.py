@@ -19,11 +19,12 @@ from torch import Tensor
 
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import Loaded, load_checkpoint
-from mmpretrain.config import command_line
+from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EmbedConfig, Precision
 from mmpretrain.data.image_batches import split
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.source import Fingerprint, SampleSource
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.evals.embeddings import embed_batches
 from mmpretrain.training.precision import autocast
@@ -101,11 +102,14 @@ def _texts(path: Path) -> list[str]:
 
 
 class _Images:
-    """Images of a folder or of tar files, with keys and a fingerprint. Raises: ValueError for a folder without images."""
+    """Images of a folder, of tar files or of a `SampleSource`, with keys and a fingerprint.
 
-    def __init__(self, source: str | Sequence[str], preprocess: Preprocess) -> None:
+    Raises: ValueError for a folder without images, and for an unsuitable source.
+    """
+
+    def __init__(self, source: str | Sequence[str] | dict[str, Any], preprocess: Preprocess) -> None:
         self._preprocess = preprocess
-        self._shards: Shards | None = None
+        self._source: SampleSource | None = None
         self._files: list[Path] = []
         if isinstance(source, str) and Path(source).is_dir() and not any(Path(source).glob("*.tar")):
             kinds = {f".{extension}" for extension in IMAGE_EXTENSIONS}
@@ -117,14 +121,19 @@ class _Images:
             lines = "".join(f"{stat.st_size} {stat.st_mtime_ns}\n" for stat in stats)
             described = f"{Path(source).resolve()}\n{lines}".encode("utf-8", "surrogateescape")
             self.fingerprint = hashlib.sha256(described).hexdigest()
+            return
+        if isinstance(source, dict):
+            checks.check_source(source, "images")
+            self._source = build.build_source(source, "images", None)
         else:
-            self._shards = Shards(expand_shards(source))
-            self.keys = [self._shards.key(sample) for sample in range(self._shards.num_samples)]
-            self.fingerprint = self._shards.fingerprint
+            self._source = Shards(expand_shards(source))
+        self.keys = [self._source.key(sample) for sample in range(self._source.num_samples)]
+        fingerprint = self._source.fingerprint
+        self.fingerprint = fingerprint.hash if isinstance(fingerprint, Fingerprint) else fingerprint
 
     def __call__(self, i: int, out: Tensor) -> None:
         """Write image `i` to `out`, uint8 [c, h, w]. Raises: BadSample."""
-        self._preprocess(self._files[i] if self._shards is None else self._shards.read(i, IMAGE_EXTENSIONS), out)
+        self._preprocess(self._files[i] if self._source is None else self._source.read(i, IMAGE_EXTENSIONS), out)
 
 
 def _of_images(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmpretrain import build, distributed, errors, files
+from mmpretrain.checkpoints import untrusted
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
 from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
@@ -20,6 +21,8 @@ def main(cfg: EvaluateConfig) -> None:
     """Run the command."""
     with errors.usage_errors():
         checks.check_evaluators(cfg.eval)
+        for name, data in cfg.data.val.items():
+            checks.check_source(data.source, f"data.val.{name}.source")
         run(cfg)
 
 
@@ -32,6 +35,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     checks.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
     sets = cfg.data.val or _sets_of_run(loaded)
+    lookup = None if cfg.data.val else untrusted.lookup(untrusted.SOURCES, cfg.trust, untrusted.SOURCE_MEMBERS)
     root = cfg.data.root or loaded.setting("data.root", str)
     precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
@@ -40,7 +44,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes),
+        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes, lookup),
         logit_scale=loaded.scalars.get("logit_scale"),
         batch_size=batch_size,
         workers=cfg.data.workers,
@@ -62,7 +66,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
 
 
 def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:
-    """Return the data sets of the run's `data.val`. Paths of shards and classes are not restricted to any folder."""
+    """Return the data sets of the run's `data.val`. Paths of shards, sources and classes are not restricted."""
     annotations, sets = typing.get_type_hints(EvalSetConfig), {}
     for name, fields in loaded.setting("data.val", Mapping[str, Mapping]).items():
         for key, value in fields.items():

@@ -8,7 +8,7 @@ of .9 to 1 of the area, bicubic) with the tokens of a caption:
 - `open_clip`: its stages in its order (tar stream, shuffle, Pillow, torchvision's crop and resize, tensor,
   normalisation, tokenizer to 77 tokens, batching; the shuffle of one tar and the filter of samples aside) with its own
   transform and tokenizer, on this environment's webdataset;
-- `mmpretrain`: `TarStream` and `build_loader`, uint8 batches: normalisation is the device's work;
+- `mmpretrain`: `SampleStream` and `build_loader`, uint8 batches: normalisation is the device's work;
 - `normalised`: the same, with the normalisation done on this core, too;
 - `bare`: a loop over bytes in memory with the libraries of mmpretrain: scaled JPEG decoding, the same crops,
   the same resize, stacking; no tar, no order, no text. An upper bound.
@@ -46,7 +46,7 @@ from mmpretrain.batch import Batch
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards
-from mmpretrain.data.stream import Source, TarStream
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop
 from mmpretrain.schedules import Clock
@@ -78,10 +78,10 @@ def open_clip_pipeline(tar: Path) -> webdataset.DataPipeline:
     )
 
 
-def mmpretrain_stream(tar: Path) -> TarStream:
+def mmpretrain_stream(tar: Path) -> SampleStream:
     """Return a training stream of mmpretrain over the tar."""
     sources = [Source("benchmark", Shards([str(tar)]))]
-    return TarStream("pairs", sources, BATCH_SIZE, 0, "txt", RandomResizedCrop(SCALE), IMAGE_SIZE)
+    return SampleStream("pairs", sources, BATCH_SIZE, 0, "txt", RandomResizedCrop(SCALE), IMAGE_SIZE)
 
 
 def normalised(batches: Iterable[Batch]) -> Iterator[object]:

@@ -48,7 +48,7 @@ from mmpretrain.config import instantiate
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.stream import Source, TarStream
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import RandomResizedCrop
 from mmpretrain.models.image_text import ImageTextModel
@@ -112,7 +112,7 @@ def synthetic_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch
 def real_batches(work: Work, model: ImageTextModel, num: int) -> list[Batch]:
     """Return the first batches of a folder of tars."""
     shards = Shards(expand_shards("*.tar", work.captions))
-    stream = TarStream(
+    stream = SampleStream(
         "pairs", [Source("pairs", shards)], work.batch_size, 0, "txt", RandomResizedCrop((0.8, 1.0)),
         model.image_encoder.image_size,
     )  # fmt: skip

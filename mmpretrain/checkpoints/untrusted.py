@@ -16,10 +16,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mmpretrain.config import instantiate
+from mmpretrain.data.source import SampleSource
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.huggingface import CONFIG_FILE, read_config
 
-MODELS, TOKENIZERS = "mmpretrain.models", "mmpretrain.data.tokenizer"
+MODELS, TOKENIZERS, SOURCES = "mmpretrain.models", "mmpretrain.data.tokenizer", "mmpretrain.data"
+SOURCE_MEMBERS = ("num_samples", "fingerprint", "key", "location", "read")
 TOKENIZER_FOLDER = "tokenizer"
 """Folder in a run's directory with a copy of the local tokenizer that it was trained with."""
 HUGGINGFACE_FOLDER = "huggingface"
@@ -38,11 +40,12 @@ _ELSEWHERE = re.compile(r"[/\\:~]")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
+def lookup(home: str, trust: Sequence[str], members: Sequence[str] = ()) -> instantiate.Lookup:
     """Return a lookup of the `_target_`s that a checkpoint's configuration may name: parts of `home` and trusted modules.
 
-    A part is a class, or a function whose return annotation is `Tokenizer` or a subclass of `torch.nn.Module`, defined in
-    the module or in a trusted one. Names that the module only imports (such as `os.system`) and other functions are refused.
+    A part is a class, or a function whose return annotation is `Tokenizer`, `SampleSource` or a subclass of
+    `torch.nn.Module`, defined in the module or in a trusted one. Names that the module only imports (such as `os.system`)
+    and other functions are refused. Parts of `home` must have the attributes `members`.
     """
 
     def find(target: Any, path: str) -> Any:
@@ -50,7 +53,7 @@ def lookup(home: str, trust: Sequence[str]) -> instantiate.Lookup:
         part = None
         if all(word.isidentifier() for word in [*module.split("."), name]) and _is_below(module, (home, *trust)):
             part = _part(module, name, trust)
-        if part is None:
+        if part is None or not (_is_below(module, trust) or all(hasattr(part, member) for member in members)):
             raise ValueError(
                 f"config.yaml: {path}._target_ is {target!r}, which came with the checkpoint and is no part of "
                 f"mmpretrain that belongs there; if you know that code, name its module: trust=[{module}]"
@@ -76,7 +79,8 @@ def _part(module: str, name: str, trust: Sequence[str]) -> Any:
     if isinstance(part, type):
         return part
     made = typing.get_type_hints(part).get("return") if inspect.isfunction(part) else None
-    return part if made is Tokenizer or (isinstance(made, type) and issubclass(made, nn.Module)) else None
+    is_module = isinstance(made, type) and issubclass(made, nn.Module)
+    return part if is_module or made in (Tokenizer, SampleSource) else None
 
 
 def without_weights(node: Any) -> Any:

@@ -106,6 +106,11 @@ def check_parts(config: TrainConfig) -> None:
     for name, stream in config.data.train.items():
         check_targets(stream.transform, f"data.train.{name}.transform")
         check_targets(stream.augment, f"data.train.{name}.augment")
+        check_source(stream.source, f"data.train.{name}.source")
+        for source_name, source in stream.sources.items():
+            check_source(source.source, f"data.train.{name}.sources.{source_name}.source")
+    for name, data in config.data.val.items():
+        check_source(data.source, f"data.val.{name}.source")
     for name, node in config.objective.items():
         if not isinstance(node, dict) or "_target_" not in node:
             raise UsageError(
@@ -118,6 +123,15 @@ def check_parts(config: TrainConfig) -> None:
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
     _check_named("writer", "metric writer", config.writer, runtime=("folder", "step", "samples"))
+
+
+def check_source(node: Mapping[str, Any] | None, path: str) -> None:
+    """Check the node of a `SampleSource`. Raises: UsageError."""
+    if node is None:
+        return
+    if "_target_" not in node:
+        raise UsageError(f"{path} has no _target_; expected the full name of a class or function that makes a source")
+    check_targets(node, path, runtime=("root",))
 
 
 def check_evaluators(nodes: Mapping[str, Any]) -> None:

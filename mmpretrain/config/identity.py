@@ -15,7 +15,8 @@ _MAX_NAME_LENGTH = 80
 
 # Locations of the data may change when a run is resumed, since the checkpoint has a fingerprint of the data. Locations
 # given on the command line are still part of the run's name, so that a sweep over data.root makes separate runs.
-_PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset)(\[.*)?"
+# `source` itself is a key where it is null, which leaves the data to `shards`; its other arguments may not change.
+_PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset|source|source\.path)(\[.*)?"
 # Keys that may change when a run is resumed. None of them affects the results beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir)"

@@ -91,10 +91,12 @@ class CheckpointConfig:
 
 @dataclass
 class SourceConfig:
-    """One source of a stream: a set of tar files with a sampling weight."""
+    """One source of a stream, with a sampling weight: either `shards` or `source`."""
 
-    shards: Any = MISSING
+    shards: Any = None
     """Tars: a file, a folder, a glob or brace pattern, or a list of them."""
+    source: dict[str, Any] | None = None
+    """Samples that are stored otherwise, instead of `shards`; see `data.train.<stream>.source`."""
     subset: str | None = None
     """A .npy of keys, or of uids as DataComp publishes them, of the samples to train on; null: all."""
     weight: float | None = None
@@ -106,11 +108,14 @@ class StreamConfig:
     """One stream of training samples."""
 
     shards: Any = None
+    source: dict[str, Any] | None = None
+    """Samples that are stored otherwise, instead of `shards`: a `_target_` that makes a `SampleSource`, with its arguments,
+    such as mmpretrain.data.parquet.ParquetSource. Its `path` may change when a run is resumed, if the data are the same."""
     subset: str | None = None
     max_samples: int | None = None
     repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Several sets of tars by name, each with a share of its own, instead of `shards`."""
+    """Several sets of samples by name, each with a share of its own, instead of `shards` or `source`."""
     batch_size: Any = None
     image_size: Any = None
     text_length: Any = None
@@ -127,10 +132,12 @@ class StreamConfig:
 
 @dataclass
 class EvalSetConfig:
-    """One held-out data set."""
+    """One held-out data set: either `shards` or `source`."""
 
-    shards: Any = MISSING
+    shards: Any = None
     """Tars: a file, a folder, a glob or brace pattern, or a list of them."""
+    source: dict[str, Any] | None = None
+    """Samples that are stored otherwise, instead of `shards`; see `data.train.<stream>.source`."""
     caption: str | None = None
     """Member that holds the captions: txt or json.<field>; null: no retrieval."""
     label: str | None = None

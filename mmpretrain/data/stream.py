@@ -16,8 +16,8 @@ from mmpretrain.data.decode import MAX_IMAGE_BYTES, BadSample, decode_image, ima
 from mmpretrain.data.fields import check_caption_field, decode_captions, read_label
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
-from mmpretrain.data.shards import Fingerprint, Shards, concatenated
 from mmpretrain.data.shorten import Shorten, shortened
+from mmpretrain.data.source import SampleSource, concatenated
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
@@ -32,10 +32,10 @@ StreamItem = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Source:
-    """Set of tars in a stream, with its sampling weight. Sources without weights are merged into one data set."""
+    """Samples of a stream, with their sampling weight. Sources without weights are merged into one data set."""
 
     name: str
-    shards: Shards
+    samples: SampleSource
     weight: float | None = None
 
 
@@ -70,9 +70,9 @@ def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
     return [fields] if isinstance(fields, str) else fields
 
 
-def read_captions(shards: Shards, sample_id: int, field: str) -> list[str]:
+def read_captions(source: SampleSource, sample_id: int, field: str) -> list[str]:
     """Return the captions in `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
-    return decode_captions(shards.read(sample_id, (field.split(".")[0],)), field)
+    return decode_captions(source.read(sample_id, (field.split(".")[0],)), field)
 
 
 class Stream(Protocol):
@@ -117,12 +117,12 @@ def _check_tokenizes(tokenizer: Tokenizer, caption: str) -> None:
         raise BadSample(f"its caption cannot be tokenized ({reason})") from error
 
 
-class TarStream:
-    """Stream of samples that are stored in tars.
+class SampleStream:
+    """Stream of samples from one or several sources.
 
     Args:
         name: name of the stream; part of every seed.
-        sources: sets of tars to draw samples from.
+        sources: sources to draw samples from.
         batch_size: samples per step, over all ranks; may change in stages, as may image_size and text_length.
         seed: seed of the run.
         caption: caption field (`txt` or `json.<path>`), a list of fields, or a mapping from field to weight; None
@@ -174,14 +174,14 @@ class TarStream:
         if None in weights and len(sources) > 1:
             # Sources without weights form one data set: each sample is seen once per epoch.
             self.sources = [
-                Source("+".join(source.name for source in sources), concatenated([s.shards for s in sources]))
+                Source("+".join(source.name for source in sources), concatenated([s.samples for s in sources]))
             ]
         self.order = Order(
-            [SourceOrder(hash64(seed, name, source.name), source.shards.num_samples) for source in self.sources],
+            [SourceOrder(hash64(seed, name, source.name), source.samples.num_samples) for source in self.sources],
             [1.0 if source.weight is None else source.weight for source in self.sources],
             None if repeat_batches is None else repeat_batches * int(self.batch_size.values[0]),
         )
-        self.fingerprints: dict[str, str] = {source.name: Fingerprint.of(source.shards) for source in self.sources}
+        self.fingerprints: dict[str, str] = {source.name: source.samples.fingerprint for source in self.sources}
         self._seed = hash64(seed, name)
         self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
         self._transform = transform
@@ -197,7 +197,7 @@ class TarStream:
         self._augment = augment
         self._group = group
         self._views = views
-        sizes = [source.shards.num_samples for source in self.sources]
+        sizes = [source.samples.num_samples for source in self.sources]
         self._first_id = np.cumsum([0, *sizes[:-1]])
 
     def check_first_sample(self) -> None:
@@ -210,7 +210,7 @@ class TarStream:
         if self._captions is not None:
             wanted += [
                 (
-                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or fix the shards",
+                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or fix the data",
                     partial(self._read_captions, field=field),
                 )
                 for field in self._captions.names
@@ -221,36 +221,36 @@ class TarStream:
         if self._transform is not None:
             size = int(self._image_size.values[0])
             out = [*image_memory(1 + len(self._views), self._channels, size)]
-            wanted.append(("fix the shards", partial(self._read_images, seed=0, out=out)))
+            wanted.append(("fix the data", partial(self._read_images, seed=0, out=out)))
         for i, source in enumerate(self.sources):
             for fix, read in wanted:
-                self._check_readable(i, source.shards, read, fix)
+                self._check_readable(i, source.samples, read, fix)
 
-    def _check_readable(self, i: int, shards: Shards, read: Callable[[int, int], object], fix: str) -> None:
+    def _check_readable(self, i: int, samples: SampleSource, read: Callable[[int, int], object], fix: str) -> None:
         reasons: list[str] = []
-        for sample in range(min(_MAX_REPLACEMENTS, shards.num_samples)):
+        for sample in range(min(_MAX_REPLACEMENTS, samples.num_samples)):
             try:
                 read(i, sample)
                 return
             except BadSample as error:
                 reasons.append(str(error))
         raise ValueError(
-            f"data.train.{self.name}: none of the first {len(reasons)} samples of {shards.path(0)} can be used; "
-            f"of the first (key {shards.key(0)!r}): {reasons[0]}; {fix}"
+            f"data.train.{self.name}: none of the first {len(reasons)} samples of {samples.location(0)} can be used; "
+            f"of the first (key {samples.key(0)!r}): {reasons[0]}; {fix}"
         )
 
     def sample_key(self, position: int) -> str:
-        """Return the shard and key of the sample at `position`."""
-        sources, samples = self.order(np.array([position]))
-        shards = self.sources[int(sources[0])].shards
-        return f"{shards.path(int(shards.locate(samples)[0][0]))}:{shards.key(int(samples[0]))}"
+        """Return the location and key of the sample at `position`."""
+        sources, ids = self.order(np.array([position]))
+        samples, sample = self.sources[int(sources[0])].samples, int(ids[0])
+        return f"{samples.location(sample)}:{samples.key(sample)}"
 
     def _read_captions(self, source: int, sample: int, field: str) -> list[str]:
-        return read_captions(self.sources[source].shards, sample, field)
+        return read_captions(self.sources[source].samples, sample, field)
 
     def _read_images(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> None:
         """Write the sample's image and its further views to `out`."""
-        data = self.sources[source].shards.read(sample, IMAGE_EXTENSIONS)
+        data = self.sources[source].samples.read(sample, IMAGE_EXTENSIONS)
         assert self._transform is not None
         seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
         views = [(self._transform, self._augment), *self._views]
@@ -266,7 +266,7 @@ class TarStream:
             return int(self._first_id[source]) + sample
         if self._group == "caption":
             return hash64(caption or "")
-        member = self.sources[source].shards.read(sample, (self._group.split(".")[0],))
+        member = self.sources[source].samples.read(sample, (self._group.split(".")[0],))
         return hash64(read_label(member, self._group))
 
     def _memory(self, n: int, size: int) -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ class TarStream:
 
         Raises: ValueError if twenty samples in a row are unusable.
         """
-        shards = self.sources[source].shards
+        samples = self.sources[source].samples
         refused: list[Refused] = []
         for attempt in range(_MAX_REPLACEMENTS):
             try:
@@ -301,9 +301,8 @@ class TarStream:
                     _check_tokenizes(tokenizer, caption or "")
                 return _Row(int(self._first_id[source]) + sample, caption or "", group, refused)
             except BadSample as error:
-                shard = shards.path(int(shards.locate(np.array([sample]))[0][0]))
-                refused.append(Refused(self.name, shard, shards.key(sample), str(error)))
-                sample = draw(hash64(seed, "replacement"), attempt) % shards.num_samples
+                refused.append(Refused(self.name, samples.location(sample), samples.key(sample), str(error)))
+                sample = draw(hash64(seed, "replacement"), attempt) % samples.num_samples
         raise ValueError(
             f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "
             f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; fix the data"

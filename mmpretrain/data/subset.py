@@ -1,4 +1,4 @@
-"""Selection of the samples that a file names, without rewriting the tars."""
+"""Selection of the samples that a file names, without rewriting the data."""
 
 import logging
 
@@ -7,18 +7,18 @@ import numpy.typing as npt
 
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import read_json_field
-from mmpretrain.data.shards import Shards
+from mmpretrain.data.source import SampleSource
 
 log = logging.getLogger(__name__)
 
 
-def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
+def select(source: SampleSource, path: str) -> npt.NDArray[np.int64]:
     """Return the ids of the samples that a `.npy` file names, ascending, int64 [m].
 
     Names without a sample are counted in a warning, since a crawled data set always lacks some samples.
 
     Args:
-        shards: all samples.
+        source: all samples.
         path: `.npy` file with an array of keys (text), or of uids in DataComp's format (two uint64 each, for the 32
             hexadecimal digits of `uid` in a sample's json).
 
@@ -35,11 +35,11 @@ def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
         raise ValueError(f"subset is {path!r}, several arrays; expected one .npy of keys or uids")
     if wanted.dtype.kind in "US":
         names = [str(name, "utf-8") if isinstance(name, bytes) else str(name) for name in wanted.ravel().tolist()]
-        have = [key for index in shards.indexes for key in index.keys]
+        have = [source.key(sample) for sample in range(source.num_samples)]
     elif wanted.dtype == np.uint64 or (wanted.dtype.names is not None and wanted.dtype.itemsize == 16):
         pairs = wanted.view(np.uint64).reshape(-1, 2).tolist()
         names = [f"{high:016x}{low:016x}" for high, low in pairs]
-        have = _uids(shards)
+        have = _uids(source)
     else:
         raise ValueError(f"subset is {path!r} of {wanted.dtype}; expected keys (text) or uids (two uint64 each)")
     number = {name: i for i, name in enumerate(have)}
@@ -50,18 +50,18 @@ def select(shards: Shards, path: str) -> npt.NDArray[np.int64]:
         )
     kept = sorted({number[name] for name in names if name in number})
     if not kept:
-        raise ValueError(f"subset={path}: none of its {len(names)} names is in {shards.paths[0]} and the others")
+        raise ValueError(f"subset={path}: none of its {len(names)} names is in {source.location(0)} and the others")
     if len(kept) < len(set(names)):
-        log.warning("subset=%s: %d of its %d names are in no tar", path, len(set(names)) - len(kept), len(set(names)))
+        log.warning("subset=%s: no sample has %d of its %d names", path, len(set(names)) - len(kept), len(set(names)))
     return np.array(kept, np.int64)
 
 
-def _uids(shards: Shards) -> list[str]:
+def _uids(source: SampleSource) -> list[str]:
     """Return the `uid` in each sample's json, or a unique placeholder if it has none."""
     uids = []
-    for sample in range(shards.num_samples):
+    for sample in range(source.num_samples):
         try:
-            uids.append(str(read_json_field(shards.read(sample, ("json",)), "uid")))
+            uids.append(str(read_json_field(source.read(sample, ("json",)), "uid")))
         except BadSample:
             uids.append(f"none {sample}")
     return uids

@@ -21,7 +21,7 @@ class SyntheticStream:
     """Stream of images and token ids drawn from each sample's seed; see `mmpretrain.data.stream.Stream`.
 
     Args:
-        name, batch_size, seed, image_size, channels: as in `mmpretrain.data.stream.TarStream`.
+        name, batch_size, seed, image_size, channels: as in `mmpretrain.data.stream.SampleStream`.
         num_samples: number of samples per epoch.
         text_length: smallest and largest number of tokens per text; lengths are uniform in between.
     """

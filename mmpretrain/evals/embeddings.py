@@ -6,7 +6,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from mmpretrain.data.fields import read_label
 from mmpretrain.data.image_batches import ImageBatch, Read, image_batches, split
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
-from mmpretrain.data.shards import Shards
+from mmpretrain.data.source import SampleSource
 from mmpretrain.data.stream import read_captions
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
@@ -54,7 +53,7 @@ class EvalSet:
     """
 
     name: str
-    shards: Shards
+    shards: SampleSource
     preprocess: Preprocess | None
     caption: str | None = None
     label: str | None = None
@@ -225,8 +224,7 @@ def embed(
                 continue
             batch, rows = embedded
             for sample, reason in batch.refused:
-                shard = data.shards.path(int(data.shards.locate(np.array([sample]))[0][0]))
-                refused.append(Refused(data.name, shard, data.shards.key(sample), reason))
+                refused.append(Refused(data.name, data.shards.location(sample), data.shards.key(sample), reason))
             images.append(rows)
             captions += [texts for texts, _ in batch.values]
             labels += [label for _, label in batch.values]

@@ -11,7 +11,7 @@ import torch
 from mmpretrain import distributed, files, optim
 from mmpretrain.checkpoints import store
 from mmpretrain.config.instantiate import accepts
-from mmpretrain.data.shards import Fingerprint
+from mmpretrain.data.source import Fingerprint
 from mmpretrain.training.ema import Average
 from mmpretrain.training.task import Task
 

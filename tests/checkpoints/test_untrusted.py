@@ -177,6 +177,22 @@ def test_a_tokenizer_of_the_run_runs_no_code_and_stays_small(run: Path) -> None:
         ("data.val", {"a": {"shard": "x"}}, "data.val.a has 'shard'; did you mean 'shards'?"),
         ("data.val", {"a": {"shards": "x", "caption": 1}}, "data.val.a.caption is 1; expected str | None"),
         ("data.val", {"a": {"shards": ["${oc.env:HOME}"]}}, "data.val.a.shards[0] is '${oc.env:HOME}'"),
+        (
+            "data.val",
+            {"a": {"source": {"_target_": "os.system", "command": "true"}}},
+            "data.val.a.source._target_ is 'os.system', which came with the checkpoint",
+        ),
+        (
+            "data.val",
+            {"a": {"source": {"_target_": f"{TOKENIZERS}.HuggingFaceTokenizer", "name": "owner/model"}}},
+            f"trust=[{TOKENIZERS}]",
+        ),
+        (
+            "data.val",
+            {"a": {"source": {"_target_": "mmpretrain.data.parquet.ParquetSource", "path": "x", "colour": 1}}},
+            "unknown configuration key 'data.val.a.source.colour'",
+        ),
+        ("data.val", {"a": {"source": {"path": "x"}}}, "data.val.a.source has no _target_"),
         ("data.root", 5, "data.root is 5; expected str"),
         ("trainer.precision", "fp64", "trainer.precision is 'fp64'; expected one of bf16, fp16, fp32"),
         ("data.val_batch_size", -1, "data.val_batch_size is -1; expected a number at least 1"),

@@ -20,9 +20,9 @@ from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
 from mmpretrain.data.loader import build_loader, received
-from mmpretrain.data.shards import Fingerprint, Shards
+from mmpretrain.data.shards import Shards
 from mmpretrain.data.shorten import Shorten
-from mmpretrain.data.stream import Source, TarStream, read_captions, with_text
+from mmpretrain.data.stream import SampleStream, Source, read_captions, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.schedules import Clock, TrainingProgress
@@ -57,12 +57,12 @@ def make_stream(
     transform: Transform | None = None,
     images: bool = True,
     image_size: int = 16,
-) -> TarStream:
+) -> SampleStream:
     """A stream of one source, or of named ones with weights."""
     named = paths if isinstance(paths, Mapping) else {name: (paths, None)}
     sources = [Source(source, Shards(list(tars)), weight) for source, (tars, weight) in named.items()]
     transform = (transform or RandomResizedCrop((0.5, 1.0), horizontal_flip=0.5)) if images else None
-    return TarStream(name, sources, batch_size, seed, caption, transform, image_size)  # type: ignore[arg-type]
+    return SampleStream(name, sources, batch_size, seed, caption, transform, image_size)  # type: ignore[arg-type]
 
 
 def rows_of(samples: Samples) -> dict[int, Row]:
@@ -83,7 +83,7 @@ def tokens_of(tokenizer: ClipTokenizer, shards: Shards, sample: int) -> tuple[in
 
 
 def read_steps(
-    streams: Mapping[str, TarStream],
+    streams: Mapping[str, SampleStream],
     tokenizer: ClipTokenizer,
     layout: tuple[int, int, int],
     first_step: int,
@@ -111,7 +111,7 @@ def read_steps(
         assert [next(loader, None) for loader in loaders] == [None] * world
 
 
-def read_batches(stream: TarStream, tokenizer: ClipTokenizer, num_steps: int, workers: int = 0) -> list[Batch]:
+def read_batches(stream: SampleStream, tokenizer: ClipTokenizer, num_steps: int, workers: int = 0) -> list[Batch]:
     batches = iter(build_loader({stream.name: stream}, tokenizer, Clock(1, 1), 0, num_steps, workers=workers))
     try:
         return list(batches)
@@ -182,9 +182,9 @@ def test_further_views_are_crops_of_their_own_and_change_nothing_else(
 ) -> None:
     crop = RandomResizedCrop((0.2, 0.6))
 
-    def stream(batch_size: int, num_views: int) -> TarStream:
+    def stream(batch_size: int, num_views: int) -> SampleStream:
         source, views = Source("pairs", Shards(tars)), [(crop, ())] * num_views
-        return TarStream("pairs", [source], batch_size, 0, "txt", RandomResizedCrop(), 16, views=views)
+        return SampleStream("pairs", [source], batch_size, 0, "txt", RandomResizedCrop(), 16, views=views)
 
     (batch,) = read_batches(stream(24, 2), tokenizer, 1)
     (without,) = read_batches(stream(24, 0), tokenizer, 1)
@@ -206,7 +206,7 @@ def test_a_stage_has_its_own_image_size_and_text_length(tars: list[str], tokeniz
     """What the samples are stays the same: ids, seeds, and of the texts what is kept."""
     source, stages = Source("pairs", Shards(tars)), {"piecewise": {"0%": 16, "20samples": 24}}
     lengths = {"piecewise": {"0%": 4, "20samples": 77}}
-    staged = TarStream("pairs", [source], 10, 0, "txt", RandomResizedCrop(), stages, text_length=lengths)
+    staged = SampleStream("pairs", [source], 10, 0, "txt", RandomResizedCrop(), stages, text_length=lengths)
     clock = Clock(10, 700, 100)
     batches = list(build_loader({"pairs": staged}, tokenizer, clock, 0, 4, workers=2))
     plain = list(build_loader({"pairs": make_stream(tars, batch_size=10)}, tokenizer, clock, 0, 4))
@@ -269,7 +269,7 @@ def test_sources_without_weights_are_one_data_set(tmp_path: Path, tokenizer: Cli
     ids = torch.cat([batch.streams["pairs"].ids for batch in batches])
     assert ids.sort().values.tolist() == list(range(60))
     assert all(0 < (batch.streams["pairs"].ids < 20).sum() < 20 for batch in batches)  # both in every batch
-    assert stream.order.num_samples == 60 and stream.fingerprints == {"a+b": Fingerprint.of(Shards(paths))}
+    assert stream.order.num_samples == 60 and stream.fingerprints == {"a+b": Shards(paths).fingerprint}
 
 
 def test_weighted_sources_hold_their_quotas_in_every_batch(tmp_path: Path, tokenizer: ClipTokenizer) -> None:
@@ -282,7 +282,7 @@ def test_weighted_sources_hold_their_quotas_in_every_batch(tmp_path: Path, token
         assert int((pairs.ids < 20).sum()) == 15
         for sample, row in zip(pairs.ids.tolist(), rows_of(pairs).values(), strict=True):  # ids number all sources
             assert row[-1] == tokens_of(tokenizer, shards, sample)
-    assert stream.fingerprints == {"a": Fingerprint.of(Shards(paths[:1])), "b": Fingerprint.of(Shards(paths[1:]))}
+    assert stream.fingerprints == {"a": Shards(paths[:1]).fingerprint, "b": Shards(paths[1:]).fingerprint}
 
 
 def test_some_weights_and_some_none_are_refused(tars: list[str]) -> None:
@@ -304,7 +304,7 @@ def test_a_batch_of_several_streams(tmp_path: Path, tokenizer: ClipTokenizer, la
     images_only = write_tar(tmp_path / "images.tar", [{"jpg": sample["jpg"]} for sample in samples[:30]])
     texts_only = write_tar(tmp_path / "texts.tar", [{"txt": sample["txt"]} for sample in samples[:21]])
 
-    def streams() -> dict[str, TarStream]:
+    def streams() -> dict[str, SampleStream]:
         return {
             "pairs": make_stream([pairs_only], "pairs", 16),
             "images": make_stream([images_only], "images", 8, caption=None, image_size=24),
@@ -668,7 +668,7 @@ def test_what_shortens_nothing_is_refused(tars: list[str]) -> None:
     with pytest.raises(
         ValueError, match=r"pairs\.shorten is block, but no length .* set data\.train\.pairs\.text_length$"
     ):
-        TarStream("pairs", [Source("a", Shards(tars))], 8, 0, "txt", CenterCrop(), 16, shorten=Shorten.block)
+        SampleStream("pairs", [Source("a", Shards(tars))], 8, 0, "txt", CenterCrop(), 16, shorten=Shorten.block)
 
 
 def test_an_augmentation_may_give_its_input_back_turned(tars: list[str], tokenizer: ClipTokenizer) -> None:
@@ -676,7 +676,7 @@ def test_an_augmentation_may_give_its_input_back_turned(tars: list[str], tokeniz
 
     def read(augment: list[Augmentation]) -> Tensor:
         source = Source("a", Shards(tars))
-        stream = TarStream("pairs", [source], 8, 0, "txt", CenterCrop(), 16, augment=augment)
+        stream = SampleStream("pairs", [source], 8, 0, "txt", CenterCrop(), 16, augment=augment)
         images = read_batches(stream, tokenizer, 1)[0].streams["pairs"].images
         assert images is not None
         return images
@@ -708,7 +708,7 @@ def test_samples_of_one_group_share_a_number(
     for number, sample in enumerate(samples):
         sample |= {"json": {"label": f"class {number % 3}"}, "cls": str(number % 2), "txt": f"text {number % 4}"}
     sources = [Source("a", Shards(write_tars(tmp_path, samples, [12])))]
-    stream = TarStream("pairs", sources, 12, 0, "txt", RandomResizedCrop(), 16, group=group)
+    stream = SampleStream("pairs", sources, 12, 0, "txt", RandomResizedCrop(), 16, group=group)
     (batch,) = read_batches(stream, tokenizer, 1)
     part = batch.streams["pairs"]
     assert part.groups is not None
@@ -725,7 +725,7 @@ def test_images_have_the_models_channels(channels: int, tokenizer: ClipTokenizer
         {"jpg": encode(smooth_pixels(16, 16)), "txt": "opaque"},
     ]
     sources = [Source("a", Shards(write_tars(tmp_path, samples, [2])))]
-    stream = TarStream("pairs", sources, 2, 0, "txt", CenterCrop(), 16, channels=channels)
+    stream = SampleStream("pairs", sources, 2, 0, "txt", CenterCrop(), 16, channels=channels)
     (batch,) = read_batches(stream, tokenizer, 1)
     part = batch.streams["pairs"]
     assert part.images is not None
@@ -760,7 +760,7 @@ def test_workers_write_images_to_the_memory_that_the_trainer_reads(
     augment = [v2.ColorJitter(0.4)]
     views = [(RandomResizedCrop(), augment), (CenterCrop(), [])]
     sources = [Source("pairs", Shards(list(tars)))]
-    stream = TarStream("pairs", sources, 8, 0, "txt", RandomResizedCrop(), 16, augment=augment, views=views)
+    stream = SampleStream("pairs", sources, 8, 0, "txt", RandomResizedCrop(), 16, augment=augment, views=views)
     loader = build_loader({"pairs": stream}, tokenizer, Clock(1, 1), 0, 2, num_micro_batches=2)
     reader = DataLoader(
         WhereImagesLie(loader.dataset),

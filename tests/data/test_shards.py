@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.shards import Fingerprint, Shards, expand_shards
+from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.source import Fingerprint
 from mmpretrain.data.storage import FileChanged
 from tests.tars import pairs, write_members
 
@@ -19,13 +20,11 @@ def test_shards_locate_every_sample(tmp_path: Path) -> None:
     paths = [str(write_members(tmp_path / f"{i}.tar", pairs(keys))) for i, keys in enumerate(groups)]
     shards = Shards(paths)
     assert shards.num_samples == 6 and shards.counts.tolist() == [2, 1, 3] and shards.problems == []
-    shard_ids, rows = shards.locate(np.arange(6))
-    assert shard_ids.tolist() == [0, 0, 1, 2, 2, 2] and rows.tolist() == [0, 1, 0, 0, 1, 2]
     assert [shards.key(i) for i in range(6)] == ["a", "b", "c", "d", "e", "f"]
-    assert [shards.path(shard) for shard in range(3)] == paths
+    assert [shards.location(i) for i in range(6)] == [paths[shard] for shard in (0, 0, 1, 2, 2, 2)]
     for outside in (-1, 6):
         with pytest.raises(IndexError, match=r"expected 0 to 5"):
-            shards.locate(np.array([0, outside]))
+            shards.location(outside)
         with pytest.raises(IndexError, match=r"expected 0 to 5"):
             shards.member(outside, ["jpg"])
 
@@ -88,7 +87,7 @@ def test_the_fingerprint_says_which_shards_changed(tmp_path: Path) -> None:
     saved = str(fingerprint("a", "b", "c"))
     assert fingerprint("a", "b", "c").is_of(saved) and len(saved) == 33 + 3 * 4
     hash_alone = saved.partition(":")[0]  # as older checkpoints have it
-    assert hash_alone == Shards([str(tmp_path / f"{i}.tar") for i in range(3)]).fingerprint
+    assert hash_alone == Shards([str(tmp_path / f"{i}.tar") for i in range(3)]).fingerprint.hash
     assert fingerprint("a", "b", "c").is_of(hash_alone)
     for changed, told in (
         (fingerprint("a", "x", "c"), f"changed: {tmp_path}/1.tar"),

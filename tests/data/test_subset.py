@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mmpretrain.data.loader import build_loader
-from mmpretrain.data.shards import Shards, concatenated
-from mmpretrain.data.stream import Source, TarStream
+from mmpretrain.data.shards import Shards
+from mmpretrain.data.source import concatenated, selected
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.subset import select
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop
@@ -43,20 +44,22 @@ def test_keys_and_uids_name_the_same_samples(shards: Shards, tmp_path: Path) -> 
 
 def test_kept_samples_are_the_only_ones_there(shards: Shards) -> None:
     wanted = np.array([3, 24, 25, 44, 59])
-    kept = Shards(shards.paths, wanted)
+    kept = selected(shards, wanted)
     assert kept.num_samples == 5
     assert [kept.key(i) for i in range(5)] == [shards.key(sample) for sample in wanted.tolist()]
-    assert [kept.member(i, ("txt",)) for i in range(5)] == [shards.member(s, ("txt",)) for s in wanted.tolist()]
-    for ours, theirs in zip(kept.locate(np.arange(5)), shards.locate(wanted), strict=True):
-        assert ours.tolist() == theirs.tolist()
+    assert [kept.read(i, ("txt",)) for i in range(5)] == [shards.read(s, ("txt",)) for s in wanted.tolist()]
+    assert [kept.location(i) for i in range(5)] == [shards.location(s) for s in wanted.tolist()]
     for beyond in (5, 59, -1):
         with pytest.raises(IndexError):
             kept.key(beyond)
-    assert len({shards.fingerprint, kept.fingerprint, Shards(shards.paths, wanted[:4]).fingerprint}) == 3
+    assert len({shards.fingerprint, kept.fingerprint, selected(shards, wanted[:4]).fingerprint}) == 3
+    again = selected(kept, np.array([0, 4]))
+    assert [again.key(i) for i in range(2)] == [shards.key(sample) for sample in (3, 59)]
+    assert again.fingerprint == selected(shards, wanted[[0, 4]]).fingerprint
 
 
 def test_sets_that_keep_some_are_joined(shards: Shards) -> None:
-    first, second = Shards(shards.paths[:1], np.array([2, 4])), Shards(shards.paths[1:])
+    first, second = selected(Shards(shards.paths[:1]), np.array([2, 4])), Shards(shards.paths[1:])
     joined = concatenated([first, second])
     assert [joined.key(i) for i in range(joined.num_samples)] == [
         *(first.key(i) for i in range(2)),
@@ -66,14 +69,14 @@ def test_sets_that_keep_some_are_joined(shards: Shards) -> None:
 
 def epoch(shards: Shards, first_step: int, num_steps: int) -> list[list[int]]:
     """The sample ids of each step."""
-    stream = TarStream("pairs", [Source("pairs", shards)], 4, 0, "txt", CenterCrop(), 16)
+    stream = SampleStream("pairs", [Source("pairs", shards)], 4, 0, "txt", CenterCrop(), 16)
     loader = build_loader({"pairs": stream}, ClipTokenizer(), Clock(1, 1), first_step, num_steps)
     return [sorted(batch.streams["pairs"].ids.tolist()) for batch in loader]
 
 
 def test_training_sees_exactly_those_in_an_order_that_resumes(shards: Shards) -> None:
     wanted = np.arange(1, NUM_SAMPLES, 3)
-    kept = Shards(shards.paths, wanted)
+    kept = selected(shards, wanted)
     steps = epoch(kept, 0, 15)
     for start in (0, 5, 10):  # 20 samples: five steps an epoch
         assert sorted(sample for step in steps[start : start + 5] for sample in step) == list(range(20))
@@ -84,7 +87,7 @@ def test_training_sees_exactly_those_in_an_order_that_resumes(shards: Shards) ->
 def test_names_that_no_sample_has_are_counted(shards: Shards, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = save(tmp_path / "keys.npy", np.array([shards.key(7), "gone", "gone too"]))
     assert select(shards, keys).tolist() == [7]
-    assert "2 of its 3 names are in no tar" in caplog.text
+    assert "no sample has 2 of its 3 names" in caplog.text
 
 
 @pytest.mark.parametrize(

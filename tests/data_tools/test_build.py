@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import webdataset
 from PIL import Image
@@ -50,6 +52,35 @@ def test_samples_hold_image_caption_and_all_columns(make_pairs, tmp_path: Path, 
     row = {"path": "4.png", "caption": "caption 4", "kind": "dog", "tags": "é"}
     assert json.loads(found["00000005"]["json"]) == row
     assert "cls" not in found["00000005"]
+
+
+def test_of_a_column_of_lists_txt_has_the_first_text_and_json_all(make_pairs, tmp_path: Path, capsys) -> None:
+    pairs = make_pairs(2)
+    rows = [{"path": f"{i}.png", "texts": [f"first {i}", f"second {i}"]} for i in range(2)]
+    table = pairs.with_name("pairs.jsonl")
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert build(table, tmp_path / "out", "--caption", "texts") == 0
+    found = {sample["__key__"]: sample for sample in samples(tmp_path / "out")}
+    assert found["00000002"]["txt"] == b"first 1"
+    assert json.loads(found["00000002"]["json"])["texts"] == ["first 1", "second 1"]
+    note = capsys.readouterr().err
+    assert "note: column 'texts' has lists of texts" in note and "data.train.pairs.caption=json.texts" in note
+
+
+@pytest.mark.parametrize("is_struct", [True, False])
+def test_a_column_of_image_bytes_is_refused_with_the_way_to_train_on_it(
+    make_pairs, tmp_path: Path, capsys, is_struct: bool
+) -> None:
+    data = (make_pairs(1).parent / "0.png").read_bytes()
+    rows = [{"path": {"bytes": data, "path": None} if is_struct else data, "caption": "a"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    assert build(tmp_path / "pairs.parquet", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--image 'path': expected a column of paths, but it holds the bytes of images" in line
+    assert (
+        f"data=parquet data.train.pairs.source.path={tmp_path / 'pairs.parquet'} data.train.pairs.source.image=path"
+        in line
+    )
 
 
 def test_the_same_bytes_whatever_the_workers_and_another_order_for_another_seed(make_pairs, tmp_path: Path) -> None:

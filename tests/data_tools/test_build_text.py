@@ -16,7 +16,7 @@ from data_tools.__main__ import main
 from data_tools.tokenizers import train_tokenizer
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.stream import Source, TarStream, read_captions
+from mmpretrain.data.stream import SampleStream, Source, read_captions
 from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer, tokenizer_of
 from mmpretrain.schedules import Clock
 
@@ -70,7 +70,7 @@ def test_a_stream_of_texts_gives_every_word_back_and_cuts_none(context_length: i
     indexes = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npz")}
     shards = shards_of(tmp_path / "out")
     assert shards.problems == [] and len(shards.paths) == len(indexes) > 1
-    stream = TarStream("texts", [Source("texts", shards)], shards.num_samples, 0, "txt", None, 16)
+    stream = SampleStream("texts", [Source("texts", shards)], shards.num_samples, 0, "txt", None, 16)
     tokenizer = ClipTokenizer(context_length)
     (batch,) = build_loader({"texts": stream}, tokenizer, Clock(1, 1), 0, 1)
     texts = batch.streams["texts"]

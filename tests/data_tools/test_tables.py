@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_tools.tables import caption_text, is_quoted_tsv, read_pairs, row_json
+from data_tools.tables import caption_texts, is_quoted_tsv, read_pairs, row_json
 
 ROWS = [
     {"path": "a.png", "caption": 'a "quoted" word'},
@@ -212,7 +212,7 @@ def test_values_of_parquet_that_python_does_not_hold(tmp_path: Path) -> None:
     read = read_pairs(tmp_path / "pairs.parquet")
     assert read.row_numbers == [1, 3]
     assert [row["caption"] for row in read.rows] == ["a", "c"]
-    assert read.rows[1]["stamp"] == "1970-01-01 00:00:00.000000002"
+    assert str(read.rows[1]["stamp"]) == "1970-01-01 00:00:00.000000002"
     ((number, reason),) = read.refused
     assert number == 2 and reason.startswith("a value cannot be read ('utf-8' codec")
 
@@ -236,8 +236,9 @@ def test_texts_beside_images_that_cannot_be_read_are_refused(tmp_path: Path) -> 
 
 def test_captions_are_joined_without_empty_ones() -> None:
     row = {"a": " one ", "b": "", "c": None, "d": ["two", "", "three"], "e": 4, "f": float("nan")}
-    assert caption_text(row, list("abcdef")) == "one, two, three, 4"
-    assert caption_text(row, ["b", "c", "f"]) == ""
+    assert caption_texts(row, list("abcdef")) == ["one, two, three, 4"]
+    assert caption_texts(row, ["b", "c", "f"]) == []
+    assert caption_texts({"texts": ["one", " ", "two"]}, ["texts"]) == ["one", "two"]
 
 
 def test_json_holds_what_json_can(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ import math
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import mmpretrain
 from mmpretrain.config.instantiate import instantiate
 from mmpretrain.data.augment import augmented
 from tests import runs
+from tests.parquets import rows_of
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "extending"
 TRAIN = "PYTHONPATH=. python -m mmpretrain.train "
@@ -40,11 +43,12 @@ def run_page(page: str, folder: Path, pairs: Path, *overrides: str, model: tuple
     """
     commands = follow(page, folder)
     assert commands
-    held_out = ("data.val.val.classes=null", "data.val.val.label=null", "~data.val.composition")
     own = ("eval=", "run.dir=")
     settings = [each for each in runs.TINY_RUN if each not in runs.TINY_MODEL and not each.startswith(own)]
     for number, arguments in enumerate(commands):
         name = f"run{number or ''}"
+        held_out = ("data.val.val.classes=null", "data.val.val.label=null", "~data.val.composition")
+        held_out = held_out if "experiment=quickstart" in arguments else ()
         small = [*arguments, f"data.root={pairs}", "trainer.duration=6steps", "trainer.eval_every=6steps"]
         finished = runs.run(
             "mmpretrain.train",
@@ -98,6 +102,38 @@ def test_augmentations(pairs: Path, tmp_path: Path) -> None:
     assert torch.equal(augmented(image, augment, 7), augmented(image, augment, 7))
     assert not torch.equal(augmented(image, augment, 7), augmented(image, augment, 8))
     assert crop(20, 30, 7) == crop(20, 30, 7) != crop(20, 30, 8)
+
+
+def test_a_sample_source(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train", "val"):
+        rows = rows_of(sorted((pairs / name).glob("*.tar")))
+        with closing(sqlite3.connect(tmp_path / "data" / f"{name}.db")) as database, database:
+            database.execute("CREATE TABLE pairs (id INTEGER PRIMARY KEY, image BLOB, caption TEXT)")
+            values = [(i, row["image"]["bytes"], row["caption"]) for i, row in enumerate(rows, start=1)]
+            database.executemany("INSERT INTO pairs VALUES (?, ?, ?)", values)
+    settings = ("schedule=constant", "checkpoint.every=2steps", "data.workers=2", "eval=[retrieval]")
+    run = run_page("sample_source", tmp_path, tmp_path / "data", *settings)
+    # A run on tars has the same samples under the same stream's name.
+    (tmp_path / "tars").mkdir()
+    length = ("trainer.duration=6steps", "trainer.eval_every=6steps")
+    runs.trained(tmp_path / "tars", pairs, *settings, *length)
+    assert runs.exact_outcome(run) == runs.exact_outcome(tmp_path / "tars" / "run")
+    evaluated = [f"checkpoint={run}", "eval=[retrieval]", "data.workers=0"]
+    refused = runs.run("mmpretrain.evaluate", evaluated, tmp_path, {"PYTHONPATH": "."})
+    assert refused.code == 2 and "trust=[mine.sqlite]" in refused.errors[0]
+    trusted = runs.run("mmpretrain.evaluate", [*evaluated, "trust=[mine.sqlite]"], tmp_path, {"PYTHONPATH": "."})
+    assert trusted.code == 0, trusted.stderr
+    # Goes on from a copy of the data in another place, and not after a change.
+    (tmp_path / "data").rename(tmp_path / "moved")
+    longer = [*follow("sample_source", tmp_path)[0], *runs.TINY_RUN, *settings, "trainer.duration=8steps"]
+    resumed = runs.run("mmpretrain.train", [*longer, f"data.root={tmp_path / 'moved'}"], tmp_path, {"PYTHONPATH": "."})
+    assert resumed.code == 0 and "resumed from" in resumed.stderr, resumed.stderr
+    with closing(sqlite3.connect(tmp_path / "moved" / "train.db")) as database, database:
+        database.execute("UPDATE pairs SET caption = 'another' WHERE id = 7")
+    longer[-1] = "trainer.duration=9steps"
+    changed = runs.run("mmpretrain.train", [*longer, f"data.root={tmp_path / 'moved'}"], tmp_path, {"PYTHONPATH": "."})
+    assert changed.code == 2 and "data.train.pairs has other shards or samples" in changed.errors[0]
 
 
 def test_a_schedule(pairs: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_samples_that_cannot_be_used_are_left_out_and_named(tmp_path: Path, capl
 
 def test_nothing_is_said_about_a_set_without_bad_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = make_set(tmp_path)
-    good = replace(data, shards=type(data.shards)([data.shards.path(2)]))
+    good = replace(data, shards=type(data.shards)([data.shards.location(NUM_SAMPLES - 1)]))
     assert not embed(make_model(), TOKENIZER, good, 4, 0).refused
     assert not caplog.records
 

@@ -17,6 +17,7 @@ from mmpretrain.evals.retrieval import Retrieval
 from mmpretrain.evals.zero_shot import ZeroShot
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Clock, Duration
 from mmpretrain.training.task import Task
 from tests import tiny
@@ -200,7 +201,9 @@ def test_each_run_sees_the_weights_and_the_temperature_of_its_moment(tmp_path: P
 
 def test_pictures_go_to_the_writer(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    writer = RunWriter(tmp_path / "run", 0, 0, {})
+    writer = RunWriter(
+        tmp_path / "run", 0, 0, {"tensorboard": {"_target_": "mmpretrain.reporting.tensorboard.TensorBoard"}}
+    )
     evaluation(tmp_path).run(make_task(), 30, writer)
     writer.close()
     assert list((tmp_path / "run" / "tensorboard").rglob("tensors.tsv"))
