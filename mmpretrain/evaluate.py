@@ -20,7 +20,7 @@ from mmpretrain.training.precision import autocast
 
 def main() -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
+    command_line.entry("evaluate", _hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="evaluate")

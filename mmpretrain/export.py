@@ -17,7 +17,7 @@ _FORMATS = {"open_clip": open_clip.export}
 
 def main() -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
+    command_line.entry("export", _hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="export")

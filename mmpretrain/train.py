@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Run the command."""
-    command_line.entry(_hydra_main)
+    command_line.entry("train", _hydra_main)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name="train")
