@@ -78,15 +78,15 @@ class _Composed:
         ]
         self.groups: dict[str, list[str]] = {}
         """Config groups with their options."""
-        for path in (path for folder in self._folders for path in sorted(folder.glob("*/*.yaml"))):
-            if path.parent.name in {*map(str, cfg.hydra.runtime.choices), *map(str, cfg)}:
-                self.groups.setdefault(path.parent.name, []).append(path.stem)
+        for option in (file for folder in self._folders for file in sorted(folder.glob("*/*.yaml"))):
+            if option.parent.name in {*map(str, cfg.hydra.runtime.choices), *map(str, cfg)}:
+                self.groups.setdefault(option.parent.name, []).append(option.stem)
         self.chosen: dict[str, list[str]] = {}
         """Config groups with the options that are chosen, without those that these include."""
         for each in chosen:
-            group, _, option = str(each.config_path).partition("/")
+            group, _, name = str(each.config_path).partition("/")
             if not str(each.parent).startswith(f"{group}/"):
-                self.chosen.setdefault(group, []).append(option)
+                self.chosen.setdefault(group, []).append(name)
         self.command_line = [override.lstrip("+~").partition("=")[0] for override in overrides]
         self.files = [
             _File(self._shown(path), str(each.package or ""), explain.read_yaml(path))
