@@ -32,6 +32,27 @@ def test_other_commands_have_help(command: str, tmp_path: Path) -> None:
     assert "checkpoint" in finished.stdout
 
 
+def test_help_explains_a_key_with_the_overrides_that_are_given(tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.train", ["--help", "trainer.batch_size", "experiment=quickstart"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    assert finished.stdout.startswith("trainer.batch_size = 64\n"), finished.stdout
+    assert "Samples of a step" in finished.stdout
+    assert not list(tmp_path.glob("runs"))
+
+
+def test_help_of_an_evaluation_explains_its_keys(tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.evaluate", ["eval=[zero_shot]", "-h", "eval.zero_shot.every"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    assert finished.stdout.startswith("eval.zero_shot.every = null\n"), finished.stdout
+
+
+def test_help_for_a_key_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.train", ["--help", "trainer.batchsize"], tmp_path)
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: --help trainer.batchsize: there is no such key; did you mean trainer.batch_size")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "expected"),

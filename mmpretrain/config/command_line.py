@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,13 +26,17 @@ from yaml import YAMLError
 
 from mmpretrain import distributed
 from mmpretrain.config.checks import check_known
+from mmpretrain.config.key_help import KeyHelp
 from mmpretrain.config.schema import register_schemas
 from mmpretrain.errors import UsageError, nearest, printable
 from mmpretrain.schedules import SCHEDULE_TEXT
 
 USAGE_EXIT_CODE = 2
 _MULTIRUN = ("-m", "--multirun")
-_PATHS = ("checkpoint", "data.root", "init_from", "output", "run.dir")
+_HELP = ("-h", "--help")
+_PATHS = re.compile(
+    r"\+?(checkpoint|data\.root|images|init_from|output|run\.dir|texts|data\.(train|val)\.(\w+\.)+(shards|subset|classes))"
+)
 _ADDED = re.compile(r"(?P<sets>\+\+?data\.(train|val))\.(?P<inside>\w+(\.\w+)*)")
 
 Config = TypeVar("Config")
@@ -158,12 +163,18 @@ def _parts(value: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
+def _quoted_path(path: str) -> str:
+    """Quote a path that Hydra could not parse, unless it is a list, a call such as choice(a,b), or quoted already."""
+    is_path = path and path[0] not in "'\"[{" and not re.match(r"\w+\(", path)
+    return f"'{path}'" if is_path and re.search(r"[=,\[\](){}]", path) else path
+
+
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """Convert command-line arguments to the form that Hydra accepts.
 
     - `-m` may be given at any position and is moved to the front.
     - `debug=nan` names a preset, so `nan` is quoted; Hydra would read a number.
-    - A path may contain `=` and `,`, as names of runs do, and brackets. Such a path is quoted.
+    - A path may contain `=` and `,`, as names of runs do, and braces, as patterns of tars do. Such a path is quoted.
     - `+data.train.NAME.KEY=` and `+data.val.NAME.KEY=` add a stream or a held-out data set. They are rewritten to add a
       whole dictionary, since Hydra cannot add part of one to a typed dictionary.
     - A schedule is quoted, and `config.resolve` parses it.
@@ -171,23 +182,21 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     is_sweep = any(argument in _MULTIRUN for argument in arguments)
     changed = []
     for argument in arguments:
-        key, _, value = argument.partition("=")
+        key, is_given, value = argument.partition("=")
         parts = _parts(value)
-        is_plain = bool(value) and value[0] not in "'\"[{"
         if argument == "debug=nan":
-            argument = "debug='nan'"
+            value = "'nan'"
         elif any(SCHEDULE_TEXT.match(part) for part in parts):
             # Hydra would merge a mapping with the breakpoints of the YAML; `config.resolve` parses a string.
-            texts = [f"'{part}'" if SCHEDULE_TEXT.match(part) else part for part in parts]
-            argument = f"{key}={','.join(texts)}"
-        elif is_plain and "," in value and is_sweep:
-            pass  # several values of a sweep, one job each
-        elif is_plain and key.lstrip("+") in _PATHS and re.search(r"[=,\[\](){}]", value):
-            argument = f"{key}='{value}'"
-        elif value and (added := _ADDED.fullmatch(key)):
+            value = ",".join(f"'{part}'" if SCHEDULE_TEXT.match(part) else part for part in parts)
+        elif _PATHS.fullmatch(key):
+            # Commas outside of brackets separate the values of a sweep; elsewhere they belong to the path.
+            value = ",".join(map(_quoted_path, parts)) if is_sweep else _quoted_path(value)
+        if is_given and (added := _ADDED.fullmatch(key)):
+            key = added["sets"]
             for name in reversed(added["inside"].split(".")):
                 value = f"{{{name}: {value}}}"
-            argument = f"{added['sets']}={value}"
+        argument = f"{key}={value}" if is_given else argument
         changed.append(argument)
     # Other options keep their position, since some are followed by their value.
     return sorted(changed, key=lambda argument: argument not in _MULTIRUN)
@@ -229,13 +238,29 @@ def command(
             return None
 
         compose = hydra.main(version_base="1.3", config_path="pkg://mmpretrain.conf", config_name=config_name)
-        return partial(_enter, compose(job))
+        return partial(_enter, config_name, compose(job))
 
     return decorate
 
 
-def _enter(run: Callable[[], None]) -> None:
-    """Run a Hydra entry. Errors of its use print one line and exit with code 2; failed jobs of a sweep set the exit code."""
+def _key_help(command: str, arguments: Sequence[str]) -> str | None:
+    """Return the help for the key that follows `--help`, or None if none does."""
+    for i, (option, key) in enumerate(pairwise(arguments)):
+        if option in _HELP and "=" not in key and not key.startswith("-"):
+            overrides = [*arguments[:i], *arguments[i + 2 :]]
+            if others := [other for other in overrides if "=" not in other and not other.startswith("~")]:
+                raise UsageError(
+                    f"--help {key} was given with {others[0]}; expected overrides only, such as experiment=NAME"
+                )
+            return KeyHelp(command, overrides).text(key)
+    return None
+
+
+def _enter(name: str, run: Callable[[], None]) -> None:
+    """Run the Hydra entry of a command, or print the help for one key.
+
+    Usage errors print one line and exit with code 2. Failed jobs of a sweep set the exit code.
+    """
     global _failures
     _failures = []
     # Hydra then raises errors instead of printing them and exiting with code 1.
@@ -243,6 +268,9 @@ def _enter(run: Callable[[], None]) -> None:
     register_schemas()
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
     try:
+        if (text := _key_help(name, sys.argv[1:])) is not None:
+            print(text)
+            return
         if "WORLD_SIZE" in os.environ and any(argument in _MULTIRUN for argument in sys.argv):
             raise UsageError(
                 "-m (multirun) was given under torchrun, where every process would start every job; "

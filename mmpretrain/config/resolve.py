@@ -20,7 +20,7 @@ from mmpretrain.schedules import SCHEDULE_TEXT
 def resolve(cfg: DictConfig) -> TrainConfig:
     """Convert the composed configuration to plain objects and check it, including every `_target_`. Raises: UsageError."""
     _read_schedules(cfg)
-    _take_what_is_present(cfg)
+    take_what_is_present(cfg)
     config: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     check_known(config)
     config.from_environment = _from_environment(cfg)
@@ -82,7 +82,7 @@ def _read_schedules(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, path, schedule, merge=False)
 
 
-def _take_what_is_present(cfg: DictConfig) -> None:
+def take_what_is_present(cfg: DictConfig) -> None:
     """Apply each value of `if_present` whose parent key exists in the configuration.
 
     `size=tiny` and presets have values for parts that an experiment may lack, and a defaults list cannot express this

@@ -119,11 +119,13 @@ class HuggingFaceText(nn.Module):
     The encoder is causal if the states of tokens do not change with the tokens after them, which is tried once.
 
     Args:
-        path, pretrained, args: see `huggingface_model`.
+        path: local folder with config.json, tokenizer.json and, for `pretrained`, model.safetensors (or shards of it).
+        pretrained: load the folder's weights; False: random ones.
         context_length: length of the longest text in tokens, start and end included.
         pool: `mean` averages the states of all tokens, `cls` takes that of the first token, `last` that of the end token.
         causal: what the model has to be, as objectives ask for it; None: either.
         vocab_size: not used, since the folder's model has one. `objective=mlm` sets it for CLIP's tokenizer.
+        args: fields of the configuration to replace, such as `{num_hidden_layers: 6}`.
 
     Raises: ValueError if the model cannot be built, is no text encoder, has fewer positions than `context_length`, is not
         what `causal` says, or is causal and pools its first token.

@@ -42,7 +42,7 @@ class SimCLR(nn.Module):
 
     Args:
         model: its image encoder is trained.
-        temperature: tau.
+        temperature: tau, the temperature of the softmax.
         hidden_width, embed_dim: hidden and output width of the projection head, an MLP of three layers
             (SLIP: 4096-4096-256).
         norm: normalisation between the layers of the head: `batch` or `layer`.

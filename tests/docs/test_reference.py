@@ -2,11 +2,12 @@
 
 import importlib.util
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from mmpretrain.config.explain import Default, Entry
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -32,39 +33,16 @@ def test_pages_are_what_the_code_says(generate: ModuleType) -> None:
     assert {path.name for path in (DOCS / "reference").glob("*.md")} == set(pages)
 
 
-@dataclass
-class Explained:
-    batch_size: int = 8
-    """Samples of a step."""
-    name: str = "???"
-
-
 def test_a_key_without_explanation_is_named(generate: ModuleType) -> None:
     problems: list[str] = []
-    rows = generate.config_rows(Explained, "trainer", {"": {"batch_size": 64}}, {}, problems)
-    assert rows == [
+    explained = Entry("trainer.batch_size", "int", {"": 64}, "Samples of a step.", "TrainerConfig")
+    bare = Entry("trainer.name", "str | null", {"": Default.required}, "", "TrainerConfig")
+    assert [generate.row(entry, problems) for entry in (explained, bare)] == [
         "| `trainer.batch_size` | `int` | `64` | Samples of a step. |",
-        "| `trainer.name` | `str` | required |  |",
+        "| `trainer.name` | `str \\| null` | required |  |",
     ]
     (problem,) = problems
-    assert problem.startswith("trainer.name (Explained) has no explanation")
-
-
-def test_comments_are_read_with_the_lines_that_continue_them(generate: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "group.yaml"
-    path.write_text(
-        "# What it is.\n"
-        "first:            # of several parts\n"
-        "  size: '# 1'     # a number,\n"
-        "                  # or two\n"
-        "  # not beside a key\n"
-        "  list: [1, 2]\n",
-        encoding="utf-8",
-    )
-    found = generate.read_yaml(path)
-    assert found.values == {"first": {"size": "# 1", "list": [1, 2]}}
-    assert found.comments == {"first": "of several parts", "first.size": "a number, or two"}
-    assert found.header == ["What it is."]
+    assert problem.startswith("trainer.name (TrainerConfig) has no explanation")
 
 
 def test_a_value_that_differs_is_shown_with_its_options(generate: ModuleType) -> None:
