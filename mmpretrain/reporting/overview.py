@@ -65,13 +65,16 @@ def _model(config: Any, facts: Any) -> str:
 
 
 def _stream(config: Any, name: Any, stream: Any) -> str:
-    shards, samples = _value(stream, "shards"), _value(stream, "samples")
+    num_files, samples = _value(stream, "files"), _value(stream, "samples")
     own = _mapping(config, "data", "train", str(name))
     sources = _mapping(own, "sources")
-    places = [_value(source, "shards") for source in sources.values()] if sources else [_value(own, "shards")]
+    nodes = [_mapping(node) for node in sources.values()] if sources else [own]
+    places = [_value(node, "shards") or _value(_mapping(node, "source"), "path") for node in nodes]
     where = ", ".join(str(place) for place in places if place)
-    within = f" of {where} in {_value(config, 'data', 'root')}" if shards and where else ""
-    return f"{_count(samples)} samples" + (f" in {_count(shards)} shards{within}" if shards else " of noise")
+    within = f" of {where} in {_value(config, 'data', 'root')}" if where else ""
+    if _value(own, "synthetic"):
+        return f"{_count(samples)} samples of noise"
+    return f"{_count(samples)} samples" + (f" in {_count(num_files)} files" if num_files else "") + within
 
 
 def _length(config: Any, results: Mapping[str, float | None]) -> str:

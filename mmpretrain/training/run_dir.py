@@ -23,6 +23,7 @@ from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER, huggingface_nodes
 from mmpretrain.config import config_yaml, identity
 from mmpretrain.config.schema import TrainConfig
+from mmpretrain.data.source import Fingerprint
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
 from mmpretrain.models.huggingface import CONFIG_FILE
@@ -176,7 +177,7 @@ def write_facts(setup: Setup, folder: Path) -> None:
     data = {
         name: {
             "samples": stream.order.num_samples,
-            "shards": sum(len(source.shards.paths) for source in getattr(stream, "sources", ())),
+            "files": sum(len(each.paths) for each in stream.fingerprints.values() if isinstance(each, Fingerprint)),
         }
         for name, stream in setup.streams.items()
     }

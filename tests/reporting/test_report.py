@@ -85,7 +85,7 @@ def test_report_begins_with_what_was_trained_on_what(run: Path) -> None:
     )
     assert all(f"{tower} {size:,}" in rows["model"] for tower, size in sizes.items())
     assert rows["objectives"] == "1 × infonce"
-    assert rows["data, pairs"].startswith("200 samples in 2 shards of train in ")
+    assert rows["data, pairs"].startswith("200 samples in 2 files of train in ")
     assert re.fullmatch(
         r"1epochs, batches of 16, 13 steps, 208 samples, 0:\d\d:\d\d h of wall time, [\d,.]+ pairs/s", rows["length"]
     )
