@@ -14,7 +14,7 @@ RUN       := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment train test test-all lint format types imports docs check bench clean
+.PHONY: help environment train test test-slow test-all lint format types imports docs check bench clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -24,10 +24,13 @@ environment: $(INSTALLED)  ## Create the environment, or bring it up to date
 train: data/shapes  ## Pre-train on the embedded data set and evaluate (ARGS="overrides")
 	$(RUN) -m mmpretrain.train experiment=quickstart $(ARGS)
 
-test: $(INSTALLED)  ## Run the test suite (ARGS="pytest's arguments")
+test: $(INSTALLED)  ## Run the fast tests (ARGS="pytest's arguments")
 	@$(PYTEST) $(ARGS)
 
-test-all: $(INSTALLED)  ## Run the test suite with what takes minutes
+test-slow: $(INSTALLED)  ## Run the tests that take longer, which make test leaves out
+	@$(PYTEST) -m slow $(ARGS)
+
+test-all: $(INSTALLED)  ## Run all tests at once
 	@$(PYTEST) -m "" $(ARGS)
 
 lint: $(INSTALLED)  ## Check style and layout
@@ -49,7 +52,7 @@ docs: $(INSTALLED)  ## Build the documentation in docs/_build/html; a broken lin
 	$(RUN) docs/generate.py --check
 	$(RUN) -m sphinx -E -a -W --keep-going -n -q docs docs/_build/html
 
-check: lint types imports docs test-all  ## Everything above that checks
+check: lint types imports docs test test-slow  ## Everything above that checks, each test once
 
 bench: $(INSTALLED)  ## Run the benchmarks that fit two cores in a quarter of an hour (ARGS="arguments")
 	$(RUN) -m analysis.benchmarks $(ARGS)
