@@ -40,5 +40,7 @@ def test_it_is_independent_and_logs_its_perplexity() -> None:
 
 def test_a_text_encoder_that_is_missing_or_bidirectional_is_refused() -> None:
     for model in (ImageTextModel(tiny.vit(), None), ImageTextModel(tiny.vit(), tiny.text(causal=False), embed_dim=12)):
-        with pytest.raises(ValueError, match=r"^objective\.lm2 needs a causal text encoder; set model\.text\.causal=true"):
+        with pytest.raises(
+            ValueError, match=r"^objective\.lm2 needs a causal text encoder; set model\.text\.causal=true"
+        ):
             CausalLM(model, config_path="objective.lm2")

@@ -72,7 +72,9 @@ def test_all_texts_of_a_group_are_positives_where_groups_are_asked_for() -> None
     expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(loss, multi_positive_info_nce(image, text, infonce.logit_scale.exp(), groups))
-    with pytest.raises(ValueError, match=r"^objective\.infonce\.positives is 'group', but data\.train\.pairs\.group is null"):
+    with pytest.raises(
+        ValueError, match=r"^objective\.infonce\.positives is 'group', but data\.train\.pairs\.group is null"
+    ):
         infonce.embed(Encodings(model, batch))
 
 
@@ -90,10 +92,14 @@ def test_arguments_out_of_range_are_refused_in_one_line() -> None:
     model = tiny.image_text()
     with pytest.raises(ValueError, match=r"^objective\.infonce\.max_logit_scale is 1; expected a number above 1"):
         InfoNCE(model, max_logit_scale=1)
-    with pytest.raises(ValueError, match=r"^objective\.infonce\.init_logit_scale is 200; .* at least 1 and at most 100"):
+    with pytest.raises(
+        ValueError, match=r"^objective\.infonce\.init_logit_scale is 200; .* at least 1 and at most 100"
+    ):
         InfoNCE(model, init_logit_scale=200)
     with pytest.raises(ValueError, match=r"^objective\.infonce\.mask_ratio is 1\.0; expected a number .* below 1"):
         InfoNCE(model, mask_ratio=1.0)
     convolutional = ImageTextModel(TimmEncoder("test_resnet", 32), tiny.text(), embed_dim=12)
-    with pytest.raises(ValueError, match=r"^objective\.infonce\.mask_ratio is 0\.5, but model\.image cannot drop patches"):
+    with pytest.raises(
+        ValueError, match=r"^objective\.infonce\.mask_ratio is 0\.5, but model\.image cannot drop patches"
+    ):
         InfoNCE(convolutional, mask_ratio=0.5)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,9 +130,7 @@ def test_start_end_and_padding_are_never_chosen_and_what_is_not_chosen_is_unchan
     assert torch.equal(mask.ids[~mask.chosen], ids[~mask.chosen])
 
 
-@pytest.mark.parametrize(
-    ("replaced", "randomised"), [(0.8, 0.1), (0.5, 0.5), (0.0, 0.3), (1.0, 0.0), (0.0, 0.0)]
-)
+@pytest.mark.parametrize(("replaced", "randomised"), [(0.8, 0.1), (0.5, 0.5), (0.0, 0.3), (1.0, 0.0), (0.0, 0.0)])
 def test_chosen_tokens_become_the_mask_token_another_one_or_stay(replaced: float, randomised: float) -> None:
     ids, lengths, _, mask = masked(TokenMaskSpec("mlm", 0.3, 50, 40, replaced, randomised))
     num_inside, num_chosen = int((lengths - 2).sum()), int(mask.chosen.sum())
@@ -151,7 +150,7 @@ def test_chosen_tokens_become_the_mask_token_another_one_or_stay(replaced: float
 
 
 def test_tokens_of_a_word_are_chosen_and_hidden_together_and_words_independently() -> None:
-    ids, lengths, starts, mask = masked(TokenMaskSpec("mlm", 0.3, 50, 40, 0.5, 0.5, whole_words=True))
+    _, lengths, starts, mask = masked(TokenMaskSpec("mlm", 0.3, 50, 40, 0.5, 0.5, whole_words=True))
     chosen_words = []
     for row, length in enumerate(lengths.tolist()):
         starts_here, chosen, hidden = starts[row].tolist(), mask.chosen[row].tolist(), mask.ids[row].tolist()
@@ -166,14 +165,16 @@ def test_tokens_of_a_word_are_chosen_and_hidden_together_and_words_independently
     share = sum(chosen_words) / len(chosen_words)
     assert abs(share - 0.3) < 4 * (0.3 * 0.7 / len(chosen_words)) ** 0.5
     # Of one word after another both are chosen as often as independent draws have it; the pairs overlap by one.
-    both = sum(one and other for one, other in zip(chosen_words, chosen_words[1:])) / (len(chosen_words) - 1)
+    both = sum(one and other for one, other in pairwise(chosen_words)) / (len(chosen_words) - 1)
     assert abs(both - 0.09) < 6 * (0.09 * 0.91 / len(chosen_words)) ** 0.5
 
 
 def test_whole_words_need_to_know_where_words_begin() -> None:
     model = model_with()
     mlm = MLM(model, whole_words=True)
-    with pytest.raises(ValueError, match="whole words are to be hidden, but the tokenizer does not say where they begin"):
+    with pytest.raises(
+        ValueError, match="whole words are to be hidden, but the tokenizer does not say where they begin"
+    ):
         mlm.count(tiny.batch([4, 5]))
 
 
@@ -183,7 +184,10 @@ def test_a_mask_does_not_depend_on_the_batch_and_is_another_at_each_visit() -> N
     whole = mask_tokens(ids, lengths, seeds, spec, None)
     alone = mask_tokens(ids[7:8, :16], lengths[7:8], seeds[7:8], spec, None)
     assert torch.equal(alone.ids[0], whole.ids[7, :16]) and torch.equal(alone.chosen[0], whole.chosen[7, :16])
-    for other in (mask_tokens(ids, lengths, seeds + 1, spec, None), mask_tokens(ids, lengths, seeds, replace(spec, name="b"), None)):
+    for other in (
+        mask_tokens(ids, lengths, seeds + 1, spec, None),
+        mask_tokens(ids, lengths, seeds, replace(spec, name="b"), None),
+    ):
         assert not torch.equal(other.chosen, whole.chosen)
 
 
@@ -220,7 +224,11 @@ def test_the_mask_token_is_the_tokenizers_or_a_row_that_no_word_has(
     [
         (None, Vocabulary(60), r"^objective\.mlm has id 59 as its mask token, .* model\.text\.vocab_size=61$"),
         (3, Vocabulary(60, 7), r"^objective\.mlm has id 3 as its mask token, but the tokenizer uses it"),
-        (60, Vocabulary(50), r"^objective\.mlm\.mask_id is 60; expected one of the 60 rows of model\.text\.vocab_size$"),
+        (
+            60,
+            Vocabulary(50),
+            r"^objective\.mlm\.mask_id is 60; expected one of the 60 rows of model\.text\.vocab_size$",
+        ),
         (-1, Vocabulary(50), r"^objective\.mlm\.mask_id is -1; expected one of the 60 rows"),
         (None, Vocabulary(99, 98), r"^objective\.mlm\.mask_id is 98; expected one of the 60 rows"),
     ],
@@ -265,7 +273,9 @@ def test_it_is_independent_logs_its_perplexity_and_starts_as_bert() -> None:
 
 def test_a_text_encoder_that_is_missing_or_causal_is_refused() -> None:
     for model in (ImageTextModel(tiny.vit(), None), model_with(causal=True)):
-        with pytest.raises(ValueError, match=r"^objective\.mine needs a bidirectional text encoder; .* leave out causal_lm"):
+        with pytest.raises(
+            ValueError, match=r"^objective\.mine needs a bidirectional text encoder; .* leave out causal_lm"
+        ):
             MLM(model, config_path="objective.mine")
 
 
