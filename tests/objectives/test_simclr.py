@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from mmpretrain.losses import nt_xent
 from mmpretrain.objectives.base import IndependentObjective, hooks_of
 from mmpretrain.objectives.simclr import BatchStandardization, SimCLR
 from mmpretrain.training.task import Encodings
-from tests import tiny
+from tests import runs, tiny
 
 HEAD: dict[str, Any] = {"hidden_width": 20, "embed_dim": 6}
 
@@ -137,3 +138,13 @@ def test_normalisation_of_the_head_is_batch_norm() -> None:
 def test_arguments_out_of_range_are_refused_in_one_line(argument: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=rf"^objective\.slip\.{message}"):
         SimCLR(tiny.image_text(), **{**HEAD, **argument}, config_path="objective.slip")
+
+
+@pytest.mark.parametrize(
+    "given", [(), ("data.train.images.views=${data.train.pairs.views}",)], ids=["own", "the pairs'"]
+)
+def test_a_stream_of_images_has_views_of_its_own(given: tuple[str, ...], pairs: Path, tmp_path: Path) -> None:
+    mix = ("objective=[infonce,simclr]", "objective.simclr.stream=images", "data.train.images.shards=train")
+    small = ("objective.simclr.hidden_width=8", "objective.simclr.embed_dim=4")
+    runs.trained(tmp_path, pairs, "trainer.duration=2steps", *mix, *small, *given)
+    assert runs.records(tmp_path / "run")[-1]["train/simclr_loss"] > 0
