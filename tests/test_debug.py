@@ -105,13 +105,3 @@ def test_dry_run_says_what_a_run_costs_and_leaves_nothing(pairs: Path, tmp_path:
     assert "100 steps" in finished.stdout
     assert number(finished.stdout, "parameters, text") > 1e6  # the vocabulary's
     assert not (tmp_path / "run").exists()
-
-
-def test_synthetic_data_needs_no_files(tmp_path: Path) -> None:
-    finished = runs.train(tmp_path, "data=synthetic", "trainer.duration=3steps", "eval=[]", "data.root=/nowhere")
-    assert finished.code == 0, finished.stderr
-    assert runs.results(tmp_path / "run")["steps"] == 3
-    again = tmp_path / "again"
-    again.mkdir()
-    assert runs.train(again, "data=synthetic", "trainer.duration=3steps", "eval=[]", "data.workers=2").code == 0
-    assert runs.tensors(tmp_path / "run", "model.safetensors") == runs.tensors(again / "run", "model.safetensors")

@@ -65,6 +65,7 @@ class MAE(nn.Module):
                 f"{config_path}.mask_ratio is {mask_ratio}, which hides none of {encoder.num_patches} patches; "
                 f"expected at least {1 / encoder.num_patches:.3g}"
             )
+        check_number(f"{config_path}.decoder_width", decoder_width, at_least=1)
         check_number(f"{config_path}.decoder_heads", decoder_heads, at_least=1)
         check_number(f"{config_path}.decoder_depth", decoder_depth, at_least=0)
         if decoder_width % decoder_heads or decoder_width % 4:

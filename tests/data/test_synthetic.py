@@ -1,5 +1,7 @@
 """Data of noise: each sample its own, whoever computes it."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from mmpretrain.data.order import step_positions
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.schedules import TrainingProgress
+from tests import runs
 
 
 def test_a_sample_is_the_same_in_any_micro_batch() -> None:
@@ -33,3 +36,13 @@ def test_a_sample_is_the_same_in_any_micro_batch() -> None:
     assert abs(float(pixels.mean()) - 127.5) < 4 and float(pixels.std()) > 70
     assert len({tuple(text) for _, text in whole.values()}) == 12
     assert {len(text) for _, text in whole.values()} <= set(np.arange(4, 21).tolist())
+
+
+def test_synthetic_data_needs_no_files(tmp_path: Path) -> None:
+    finished = runs.train(tmp_path, "data=synthetic", "trainer.duration=3steps", "eval=[]", "data.root=/nowhere")
+    assert finished.code == 0, finished.stderr
+    assert runs.results(tmp_path / "run")["steps"] == 3
+    again = tmp_path / "again"
+    again.mkdir()
+    assert runs.train(again, "data=synthetic", "trainer.duration=3steps", "eval=[]", "data.workers=2").code == 0
+    assert runs.tensors(tmp_path / "run", "model.safetensors") == runs.tensors(again / "run", "model.safetensors")

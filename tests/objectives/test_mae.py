@@ -160,6 +160,12 @@ def test_decoder_widths_that_do_not_divide_are_refused_in_one_line(width: int, h
         MAE(tiny.image_text(), decoder_width=width, decoder_heads=heads)
 
 
+@pytest.mark.parametrize("name", ["decoder_width", "decoder_heads"])
+def test_a_decoder_of_nothing_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^objective\.mae\.{name} is 0; expected a number at least 1"):
+        MAE(tiny.image_text(), **{**DECODER, name: 0})
+
+
 def test_an_encoder_that_cannot_drop_patches_is_refused_in_one_line() -> None:
     model = ImageTextModel(TimmEncoder("test_resnet", 32), None)
     with pytest.raises(ValueError, match=r"^objective.mae needs a plain ViT of timm"):
