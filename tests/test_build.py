@@ -13,7 +13,7 @@ from mmpretrain.batch import Samples
 from mmpretrain.config import resolve
 from mmpretrain.config.schema import EvalSetConfig, TrainConfig, register_schemas
 from mmpretrain.data.order import step_positions
-from mmpretrain.data.stream import TarStream
+from mmpretrain.data.stream import SampleStream
 from mmpretrain.errors import UsageError
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
@@ -70,9 +70,9 @@ def test_the_device_is_the_one_named_or_what_there_is(monkeypatch: pytest.Monkey
         with pytest.raises(
             ValueError, match=r"^trainer\.device is 'cuda', but torch sees no GPU; .* trainer\.device=cpu$"
         ):
-            build.device_of("cuda")
+            build.device_of("cuda", "trainer.device")
     with pytest.raises(ValueError, match=r"^trainer\.device is 'tpu'; expected auto, cpu or cuda$"):
-        build.device_of("tpu")
+        build.device_of("tpu", "trainer.device")
     # A machine with GPUs, as torch would report it.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -214,16 +214,16 @@ SOURCES = ("data.train.pairs.shards=null", "+data.train.pairs.sources={a: {shard
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train.pairs.shards=null"], "data.train.pairs needs either shards or sources; give one of them"),
-        (["+data.train.pairs.sources={a: {shards: train}}"], "data.train.pairs needs either shards or sources"),
+        (["data.train.pairs.shards=null"], "data.train.pairs has none of them; expected one of shards, source and sources: "),
+        (["+data.train.pairs.sources={a: {shards: train}}"], "data.train.pairs has shards and sources; expected one"),
         (
             [*SOURCES, "data.train.pairs.subset=x.npy"],
-            "data.train.pairs.subset is 'x.npy' beside sources; expected it where the shards are: "
+            "data.train.pairs.subset is 'x.npy' beside sources; expected it where the samples are: "
             "data.train.pairs.sources.<source>.subset",
         ),
         (
             [*SOURCES, "data.train.pairs.max_samples=9"],
-            "data.train.pairs.max_samples is 9 beside sources; expected it where the shards are",
+            "data.train.pairs.max_samples is 9 beside sources; expected it where the samples are",
         ),
         (["data.train.pairs.shards=[train,5]"], "data.train.pairs.shards is ['train', 5]; expected a tar, a folder"),
         (
@@ -269,7 +269,7 @@ def test_noise_has_the_size_of_the_model_and_the_seed_of_the_run(pairs: Path) ->
 def test_the_first_samples_may_be_all(pairs: Path) -> None:
     cfg = configuration(pairs, "data.train.pairs.max_samples=48")
     stream = build.build_streams(cfg, build.build_task(cfg)[0])["pairs"]
-    assert isinstance(stream, TarStream)
+    assert isinstance(stream, SampleStream)
     assert stream.order.num_samples == 48
 
 
