@@ -16,7 +16,7 @@ def test_help_of_train_names_groups_values_and_examples(tmp_path: Path) -> None:
     for expected in (
         "python -m mmpretrain.train experiment=quickstart",
         "objective: captioning, causal_lm, coca, flip, infonce, mae, mlm, sigmoid, simclr",
-        "model: clip_b16, clip_b32, clip_mini, clip_tiny, open_clip",
+        "model: clip_b16, clip_b32, clip_mini, clip_tiny, huggingface, open_clip",
         "debug: dry_run, nan, overfit, profile, smoke",
         "batch_size: 64",  # the experiment's
         'eval "$(mmpretrain-train -sc install=bash)"',

@@ -298,7 +298,7 @@ def test_a_configuration_that_no_run_wrote_is_refused(run: Path, text: str, mess
         ("model.text.mlp_ratio", 1e9, "the model has more weights than the checkpoint"),
         ("model.text.mlp_ratio", 1e300, "model cannot be built (TypeError"),
         ("model.image.image_size", 60_000, "the model has more weights than the checkpoint"),
-        ("model.text", 5, "model cannot be built (AttributeError"),
+        ("model.text", 5, "model.text is a int; expected a torch.nn.Module"),
         ("model.image.args", [1], "cannot be built"),
         ("model", [1], "model is a list; expected a model of images and texts"),
         (

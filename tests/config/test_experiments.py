@@ -16,7 +16,8 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # grocery_clip evaluates on labels that only its data have.
 ON_SHAPES = [name for name in EXPERIMENTS if name != "grocery_clip"]
 # On two processes in every run of the suite; the rest with -m slow.
-ON_TWO = ("clip_mae_mlm",)
+FAST = ("coca_b32", "mlm_base", "quickstart")
+"""Two towers with captioning, text alone, and the first run; the others take minutes together."""
 
 
 def composed(*overrides: str) -> dict[str, Any]:
@@ -75,8 +76,11 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("world_size", "name"),
-    [(1, name) for name in ON_SHAPES]
-    + [(2, name) if name in ON_TWO else pytest.param(2, name, marks=pytest.mark.slow) for name in ON_SHAPES],
+    [
+        (1, name) if world_size == 1 and name in FAST else pytest.param(world_size, name, marks=pytest.mark.slow)
+        for world_size in (1, 2)
+        for name in ON_SHAPES
+    ],
 )
 def test_an_experiment_runs_at_its_tiny_size(world_size: int, name: str, shapes: Path, tmp_path: Path) -> None:
     overrides = (f"experiment={name}", "size=tiny", "debug=smoke", f"run.dir={tmp_path}/run", "trainer.device=cpu")

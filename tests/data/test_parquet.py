@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mmpretrain.batch import Batch
-from mmpretrain.data.decode import BadSample, read_label
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import read_label
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.parquet import ParquetSource
 from mmpretrain.data.shards import Shards

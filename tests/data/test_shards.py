@@ -10,7 +10,7 @@ import pytest
 
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.source import Fingerprint
+from mmpretrain.data.source import Fingerprint, selected
 from mmpretrain.data.storage import FileChanged
 from tests.tars import pairs, write_members
 
@@ -82,7 +82,9 @@ def test_a_shard_that_changes_while_it_is_read_ends_the_reading(tmp_path: Path, 
 def test_the_fingerprint_says_which_shards_changed(tmp_path: Path) -> None:
     def fingerprint(*keys: str, kept: list[int] | None = None) -> Fingerprint:
         paths = [str(write_members(tmp_path / f"{i}.tar", pairs([key]))) for i, key in enumerate(keys)]
-        return Fingerprint.of(Shards(paths, None if kept is None else np.array(kept)))
+        source = Shards(paths) if kept is None else selected(Shards(paths), np.array(kept))
+        assert isinstance(source.fingerprint, Fingerprint)
+        return source.fingerprint
 
     saved = str(fingerprint("a", "b", "c"))
     assert fingerprint("a", "b", "c").is_of(saved) and len(saved) == 33 + 3 * 4

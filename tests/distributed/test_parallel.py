@@ -132,6 +132,7 @@ def test_compiled_blocks_of_two_processes_give_the_same_losses(pool: Callable[[i
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_captions_of_other_lengths_are_not_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once every size has been seen to vary; what the graphs are made into does not matter here."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

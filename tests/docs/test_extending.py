@@ -71,6 +71,7 @@ def test_an_evaluator(pairs: Path, tmp_path: Path) -> None:
     assert any(b"eval-val/least_similar" in file.read_bytes() for file in (run / "tensorboard").rglob("events.*"))
 
 
+@pytest.mark.slow
 def test_image_encoders(pairs: Path, tmp_path: Path) -> None:
     run = run_page("image_encoder", tmp_path, pairs, model=())
     assert any("image.layers.0.weight" in name for name in runs.weights(run, 6))
@@ -80,6 +81,7 @@ def test_image_encoders(pairs: Path, tmp_path: Path) -> None:
     assert model.image.width == 512 and model.image.has_batch_norm
 
 
+@pytest.mark.slow
 def test_text_encoders(pairs: Path, tmp_path: Path) -> None:
     follow("text_encoder", tmp_path)
     assert "python mine/tiny_bert.py models/tiny_bert\n" in (PAGES / "text_encoder.md").read_text(encoding="utf-8")
@@ -104,6 +106,7 @@ def test_augmentations(pairs: Path, tmp_path: Path) -> None:
     assert crop(20, 30, 7) == crop(20, 30, 7) != crop(20, 30, 8)
 
 
+@pytest.mark.slow
 def test_a_sample_source(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in ("train", "val"):
@@ -142,6 +145,7 @@ def test_a_schedule(pairs: Path, tmp_path: Path) -> None:
     assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
+@pytest.mark.slow
 def test_optimizers(pairs: Path, tmp_path: Path) -> None:
     run = run_page("optimizer", tmp_path, pairs)
     assert all(name.endswith("/average") for name in runs.weights(run, 6, "optimizer"))

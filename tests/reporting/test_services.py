@@ -131,6 +131,7 @@ def test_mlflow_server_that_is_down_costs_one_warning(tmp_path: Path, caplog: py
     assert len(runs.records(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_each_step_once_in_its_newest_folder(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     kill_and_resume(tmp_path, WANDB)

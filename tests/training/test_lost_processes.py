@@ -351,6 +351,7 @@ def test_a_signal_stops_an_evaluation_which_comes_again(world_size: int, pairs: 
 # ---------------------------------------------------------------- descriptors
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_with_few_descriptors(pairs: Path, tmp_path: Path) -> None:
     settings = (
         *runs.TINY_RUN, f"data.root={pairs}", "trainer.duration=4steps", "trainer.eval_every=2steps", "data.workers=4",
