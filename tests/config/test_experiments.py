@@ -15,7 +15,6 @@ CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # grocery_clip evaluates on labels that only its data have.
 ON_SHAPES = [name for name in EXPERIMENTS if name != "grocery_clip"]
-# On two processes in every run of the suite; the rest with -m slow.
 FAST = ("coca_b32", "mlm_base", "quickstart")
 """Two towers with captioning, text alone, and the first run; the others take minutes together."""
 
