@@ -50,7 +50,9 @@ def multi_positive_info_nce(
     chunk_bytes: int = CHUNK_BYTES,
     split: bool = False,
 ) -> Tensor:
-    """Compute the contrastive loss in which all pairs of a group are positives (UniCL, Yang et al. 2022, equations 3 to 5).
+    """Compute the contrastive loss in which all pairs of a group are positives.
+
+    The bidirectional loss of UniCL (Yang et al. 2022, arXiv:2204.03610) as a mean:
 
     L = -1/2B sum_i 1/|P(i)| sum_{k in P(i)} [log softmax_j(s <x_i, y_j>)_k + log softmax_j(s <x_j, y_i>)_k]
 
