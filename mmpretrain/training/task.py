@@ -249,7 +249,7 @@ class Task(nn.Module):
                     with drawing:
                         rows, shared = objective.embed(encodings)
                     d_rows, d_shared = couple(name, rows, shared)
-                    share = _inner(rows, d_rows) + _inner(shared, d_shared)
+                    share = _inner((rows, d_rows), (shared, d_shared))
                 total = total + weights[name] * share
         return total, sums
 
@@ -269,5 +269,7 @@ class Task(nn.Module):
             hooks_of(objective).after_step(self.model, progress, skipped)
 
 
-def _inner(values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([(values[name] * gradient).sum() for name, gradient in gradients.items()]).sum()
+def _inner(*pairs: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> Tensor:
+    """Sum the products of values and gradients of the same names; an objective may have no shared tensors."""
+    products = [(values[name] * gradient).sum() for values, gradients in pairs for name, gradient in gradients.items()]
+    return torch.stack(products).sum()

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from mmpretrain.batch import Samples
+from mmpretrain.objectives.base import Encodings
+
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = sorted(path.stem for path in (ROOT / "conf" / "objective").glob("*.yaml"))
 
@@ -20,6 +23,19 @@ def test_functions_of_a_batchs_way_exist() -> None:
             each = importlib.import_module(module.replace("/", "."))
             for part in name.split("."):
                 each = getattr(each, part)
+
+
+def test_what_an_objective_can_read_is_listed() -> None:
+    page = (ROOT / "docs" / "extending" / "objective.md").read_text(encoding="utf-8")
+    encodings, samples = page.partition("## What an objective can read")[2].split("| member of `samples(stream)`")
+    for table, owner, internal in (
+        (encodings, Encodings, {"num_terms"}),
+        (samples, Samples, {"positions", "packing", "rows", "to", "map", "pin_memory", "record_stream"}),
+    ):
+        cells = re.findall(r"^\| (?!member)(.+?) \|", table, flags=re.MULTILINE)
+        listed = set(re.findall(r"`(\w+)", " ".join(cells))) - {"len"}
+        members = {*vars(owner), *getattr(owner, "__annotations__", {})}
+        assert listed == {name for name in members if not name.startswith("_")} - internal
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
