@@ -25,7 +25,7 @@ from mmpretrain.evals.base import Context, Evaluation, Evaluator
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.models.image_text import ImageTextModel
-from mmpretrain.objectives.base import check_hooks, hooks_of
+from mmpretrain.objectives.base import check_objective, hooks_of
 from mmpretrain.schedules import Clock, Duration, ScheduledValue
 from mmpretrain.training.precision import autocast
 from mmpretrain.training.task import Task
@@ -77,7 +77,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
         takes_path = "config_path" in inspect.signature(instantiate.find(node["_target_"])).parameters
         runtime = {"model": model, **({"config_path": path} if takes_path else {})}
         objectives[name] = instantiate.instantiate(node, cfg.run.seed, path, **runtime)
-        check_hooks(objectives[name], path)
+        check_objective(objectives[name], path)
     return Task(model, objectives), weights
 
 

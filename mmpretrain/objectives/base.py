@@ -9,9 +9,9 @@ receives its own key in the configuration, such as `objective.mae`, for error me
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.errors import misspelt
@@ -146,16 +146,81 @@ def hooks_of(objective: Objective) -> Hooks:
     return Hooks(**{name: getattr(objective, name) for name in _HOOKS if hasattr(objective, name)})
 
 
-def check_hooks(objective: Objective, config_path: str) -> None:
-    """Check the objective's attributes for misspelt hooks.
+def check_objective(objective: object, config_path: str) -> None:
+    """Check that an objective is a module with `streams`, `loss` and `count` or `embed`, and that no hook is misspelt.
 
-    Raises: ValueError for a public name that resembles a hook, or is a hook's former name.
+    Raises: ValueError for the first fault, such as a public name that resembles a hook or is a hook's former name.
     """
+    kind = type(objective).__name__
+    if not isinstance(objective, nn.Module):
+        raise ValueError(
+            f"{config_path}: {kind} is no torch.nn.Module; expected one, so that checkpoints hold its state"
+        )
     if (wrong := misspelt(type(objective), _HOOKS, ("count", "loss", "embed", "streams"), _RENAMED)) is not None:
         raise ValueError(
-            f"{config_path}: {type(objective).__name__}.{wrong[0]} is no hook of an objective and would never be called; "
+            f"{config_path}: {kind}.{wrong[0]} is no hook of an objective and would never be called; "
             f"did you mean {wrong[1]}?"
         )
+    streams = getattr(objective, "streams", None)
+    if not (isinstance(streams, tuple | list) and streams and all(isinstance(name, str) for name in streams)):
+        raise ValueError(
+            f'{config_path}: {kind}.streams is {streams!r}; expected the streams that it reads, such as ("pairs",)'
+        )
+    has_count, has_embed = (callable(getattr(objective, name, None)) for name in ("count", "embed"))
+    if not callable(getattr(objective, "loss", None)) or not (has_count or has_embed):
+        raise ValueError(
+            f"{config_path}: {kind} lacks methods; expected loss, and count (independent samples) or embed (coupled ones)"
+        )
+
+
+def check_outputs(objective: Objective, encodings: Encodings, config_path: str) -> None:
+    """Check what an objective's methods return for a small micro-batch; a coupled loss is checked where it is computed.
+
+    Raises: ValueError for an output of another type or shape than the protocols state.
+    """
+    if isinstance(objective, IndependentObjective):
+        if not _is_scalar(count := objective.count(encodings.batch)):
+            raise ValueError(f"{config_path}: count returned {_shape_of(count)}; expected a tensor with one number")
+        terms = objective.loss(encodings)
+        total, others = terms if isinstance(terms, tuple) and len(terms) == 2 else (terms, {})
+        check_loss(total, config_path)
+        for name, value in others.items():
+            if not _is_scalar(value):
+                raise ValueError(
+                    f"{config_path}: loss returned {name!r} as {_shape_of(value)}; expected a sum, one number"
+                )
+        return
+    embedded = objective.embed(encodings)
+    if not (isinstance(embedded, tuple) and len(embedded) == 2 and all(isinstance(part, Mapping) for part in embedded)):
+        raise ValueError(
+            f"{config_path}: embed returned {_shape_of(embedded)}; expected two dictionaries: rows, and tensors of its own "
+            "parameters or {}"
+        )
+    size = len(encodings.samples(objective.streams[0]))
+    if not embedded[0]:
+        raise ValueError(f"{config_path}: embed returned no rows; expected tensors with one row for each sample")
+    for name, rows in embedded[0].items():
+        if not (isinstance(rows, Tensor) and rows.dim() and len(rows) == size):
+            raise ValueError(
+                f"{config_path}: embed returned {name!r} as {_shape_of(rows)}; expected a tensor with one row for each of "
+                f"the {size} samples"
+            )
+
+
+def check_loss(loss: object, config_path: str) -> None:
+    """Raises: ValueError if a loss is not one number with a gradient."""
+    if not _is_scalar(loss):
+        raise ValueError(f"{config_path}: loss returned {_shape_of(loss)}; expected one number: a sum over the samples")
+    if not loss.requires_grad:
+        raise ValueError(f"{config_path}: loss returned a number without a gradient; expected one of parameters")
+
+
+def _is_scalar(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _shape_of(value: object) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 Couple = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
+from mmpretrain.objectives.base import check_outputs
 from mmpretrain.training.randomness import checkpoint_contexts
 from mmpretrain.training.step import forward_backward
-from mmpretrain.training.task import Task
+from mmpretrain.training.task import Encodings, Task
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +45,13 @@ def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
     Args:
         task: the model and its objectives; its gradients are cleared.
         example: small batch of each stream.
+
+    Raises: ValueError if an objective returns what its protocol does not allow.
     """
     task.eval()
     reached = {}
     for objective in task.objectives:
+        check_outputs(task.objectives[objective], Encodings(task.model, example), f"objective.{objective}")
         forward_backward(task, task, [example], {name: float(name == objective) for name in task.objectives})
         reached[objective] = frozenset(
             name for name, parameter in task.named_parameters() if parameter.grad is not None

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch
+from mmpretrain.objectives.base import check_loss
 from mmpretrain.seeds import hash64
 from mmpretrain.training.task import Task
 
@@ -92,6 +93,7 @@ class _Coupling:
                 leaves[key].requires_grad_()
             torch.manual_seed(self._seed)  # each rank computes the loss of the whole batch with the same random numbers
             loss = self._task.coupled(name).loss(leaves, scalars)
+            check_loss(loss, f"objective.{name}")
             inputs = [leaves[key] for key in differentiable] + list(scalars.values())
             gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         self.losses[name] = loss.detach()

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from mmpretrain.checkpoints import store
-from mmpretrain.objectives.base import Hooks, check_hooks, hooks_of
+from mmpretrain.objectives.base import Hooks, check_objective, hooks_of
 from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.training.parallel import reached_parameters
+from mmpretrain.training.task import Task
 from tests import runs, tiny
 
 TEACHER = '''
@@ -111,8 +113,80 @@ def test_a_misspelt_hook_is_refused(name: str, meant: str) -> None:
     kind = type("Mine", (nn.Module,), {name: lambda self: None, "helper": lambda self: None})
     message = rf"^objective.mine: Mine.{name} is no hook .* did you mean {re.escape(meant)}"
     with pytest.raises(ValueError, match=message):
-        check_hooks(kind(), "objective.mine")
-    check_hooks(type("Mine", (nn.Module,), {"helper": lambda self: None, "_after_stp": None})(), "objective.mine")
+        check_objective(kind(), "objective.mine")
+    others = {"helper": lambda self: None, "_after_stp": None}
+    check_objective(type("Mine", (nn.Module,), {**INDEPENDENT, **others})(), "objective.mine")
+
+
+INDEPENDENT = {
+    "streams": ("pairs",),
+    "count": lambda self, batch: torch.tensor(len(batch.streams["pairs"])),
+    "loss": lambda self, encodings: encodings.image_embedding("pairs").sum(),
+}
+COUPLED = {
+    "streams": ("pairs",),
+    "embed": lambda self, encodings: ({"image": encodings.image_embedding("pairs")}, {}),
+    "loss": lambda self, rows, shared: rows["image"].sum(),
+}
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"streams": "pairs"}, r"Mine.streams is 'pairs'; expected the streams"),
+        ({"streams": None}, r"Mine.streams is None; expected the streams"),
+        ({"streams": ()}, r"Mine.streams is \(\); expected the streams"),
+        ({"loss": None}, r"Mine lacks methods; expected loss, and count .* or embed"),
+        ({"count": None}, r"Mine lacks methods"),
+    ],
+)
+def test_an_objective_without_what_it_needs_is_refused(members: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^objective.mine: {message}"):
+        check_objective(type("Mine", (nn.Module,), {**INDEPENDENT, **members})(), "objective.mine")
+
+
+def test_an_objective_that_is_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^objective.mine: Mine is no torch.nn.Module"):
+        check_objective(type("Mine", (), INDEPENDENT)(), "objective.mine")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({**INDEPENDENT, "count": lambda self, batch: 2}, r"count returned a int; expected a tensor with one number"),
+        (
+            {**INDEPENDENT, "loss": lambda self, encodings: encodings.image_embedding("pairs").sum(dim=1)},
+            r"loss returned a tensor \[2\]; expected one number",
+        ),
+        (
+            {**INDEPENDENT, "loss": lambda self, encodings: encodings.image_embedding("pairs").detach().sum()},
+            r"loss returned a number without a gradient",
+        ),
+        (
+            {**INDEPENDENT, "loss": lambda self, encodings: (encodings.image_embedding("pairs").sum(), {"hits": 1})},
+            r"loss returned 'hits' as a int; expected a sum",
+        ),
+        (
+            {**COUPLED, "embed": lambda self, encodings: {"image": encodings.image_embedding("pairs")}},
+            r"embed returned a dict; expected two dictionaries",
+        ),
+        ({**COUPLED, "embed": lambda self, encodings: ({}, {})}, r"embed returned no rows"),
+        (
+            {**COUPLED, "embed": lambda self, encodings: ({"image": encodings.image_embedding("pairs").sum()}, {})},
+            r"embed returned 'image' as a tensor \[\]; expected a tensor with one row for each of the 2 samples",
+        ),
+        ({**COUPLED, "loss": lambda self, rows, shared: rows["image"].sum(dim=1)}, r"loss returned a tensor \[2\]"),
+    ],
+)
+def test_wrong_outputs_of_an_objective_are_refused(members: dict[str, object], message: str) -> None:
+    task = Task(tiny.image_text(), {"mine": type("Mine", (nn.Module,), members)()})
+    with pytest.raises(ValueError, match=f"^objective.mine: {message}"):
+        reached_parameters(task, tiny.batch([5, 7]))
+
+
+def test_a_coupled_objective_needs_no_shared_tensors() -> None:
+    task = Task(tiny.image_text(), {"mine": type("Mine", (nn.Module,), COUPLED)()})
+    assert any(name.startswith("model.image") for name in reached_parameters(task, tiny.batch([5, 7]))["mine"])
 
 
 def test_an_objective_under_another_name_says_that_name(pairs: Path, tmp_path: Path) -> None:
