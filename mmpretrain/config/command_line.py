@@ -5,14 +5,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -37,9 +37,19 @@ _HELP = ("-h", "--help")
 _PATHS = re.compile(
     r"\+?(checkpoint|data\.root|images|init_from|output|run\.dir|texts|data\.(train|val)\.(\w+\.)+(shards|subset|classes))"
 )
+# Words that Hydra reads as a number, a Boolean or null; an option of a group may have such a name.
+_NO_NAME = re.compile(
+    r"(?<![^\s,\[])(null|true|false|[+-]?(inf|nan|\d[\d_]*\.?\d*(e[+-]?\d+)?))(?![^\s,\]])", re.IGNORECASE
+)
 _ADDED = re.compile(r"(?P<sets>\+\+?data\.(train|val))\.(?P<inside>\w+(\.\w+)*)")
 
 Config = TypeVar("Config")
+
+
+@cache
+def _groups() -> frozenset[str]:
+    """Return the names of the config groups."""
+    return frozenset(each.name for each in importlib.resources.files("mmpretrain.conf").iterdir() if each.is_dir())
 
 
 def _group_options(search_path: str, group: str) -> list[str]:
@@ -66,6 +76,12 @@ def _unknown_key(error: OmegaConfBaseException) -> str:
 def one_line(error: BaseException) -> str:
     """Format an error of Hydra, OmegaConf or YAML in one line: the problem, its key and the nearest valid name."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        problem = text.splitlines()[0].removesuffix(error.override)
+        return (
+            f"{error.override!r} cannot be parsed ({problem.strip(' :')}); expected KEY=VALUE: one override for each "
+            "argument, and quotes around special characters, as in 'KEY=\"VALUE\"'"
+        )
     if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, name = missing.group(1).rpartition("/")
         options = re.findall(r"^\t(\S+)$", text.split("Available options")[-1], flags=re.MULTILINE)
@@ -173,7 +189,7 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     """Convert command-line arguments to the form that Hydra accepts.
 
     - `-m` may be given at any position and is moved to the front.
-    - `debug=nan` names a preset, so `nan` is quoted; Hydra would read a number.
+    - Options of groups are names: `debug=nan` names a preset, so `nan` is quoted; Hydra would read a number.
     - A path may contain `=` and `,`, as names of runs do, and braces, as patterns of tars do. Such a path is quoted.
     - `+data.train.NAME.KEY=` and `+data.val.NAME.KEY=` add a stream or a held-out data set. They are rewritten to add a
       whole dictionary, since Hydra cannot add part of one to a typed dictionary.
@@ -184,8 +200,8 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, is_given, value = argument.partition("=")
         parts = _parts(value)
-        if argument == "debug=nan":
-            value = "'nan'"
+        if key in _groups() and value != "null":  # of null there is a message of its own
+            value = _NO_NAME.sub(r"'\g<0>'", value)
         elif any(SCHEDULE_TEXT.match(part) for part in parts):
             # Hydra would merge a mapping with the breakpoints of the YAML; `config.resolve` parses a string.
             value = ",".join(f"'{part}'" if SCHEDULE_TEXT.match(part) else part for part in parts)

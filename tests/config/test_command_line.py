@@ -55,6 +55,24 @@ def test_paths_need_no_quotes(given: str, value: object) -> None:
     assert override.value() == value
 
 
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("debug=nan", "nan"),
+        ("model=1", "1"),
+        ("eval=[1e3,retrieval, true]", ["1e3", "retrieval", "true"]),
+        ("objective=[Null,inf]", ["Null", "inf"]),
+        ("objective=[infonce2,1a,'2']", ["infonce2", "1a", "2"]),
+        ("eval=[]", []),
+        ("trainer.ema_decay=null", None),
+        ("run.seed=1", 1),
+    ],
+)
+def test_options_of_groups_are_names(given: str, value: object) -> None:
+    (override,) = OverridesParser.create().parse_overrides(hydra_arguments([given]))
+    assert override.value() == value
+
+
 def test_paths_may_be_swept_over() -> None:
     given = "data.train.pairs.shards=a/{0..9}.tar,b/{x,y}.tar"
     parsed = OverridesParser.create().parse_overrides(hydra_arguments([given, "-m"])[1:])
