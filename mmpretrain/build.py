@@ -21,7 +21,7 @@ from mmpretrain.data.stream import SampleStream, Source, Stream
 from mmpretrain.data.subset import select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.evals.base import Context, Evaluation, Evaluator
+from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluator
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.models.image_text import ImageTextModel
@@ -306,11 +306,12 @@ def build_eval_sets(
 
 
 def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict[str, Evaluator], dict[str, Duration]]:
-    """Build the evaluators, and return them with the interval of each."""
+    """Build the evaluators, and return them with the interval of each. Raises: ValueError if one lacks a method."""
     evaluators, every = {}, {}
     for name, node in nodes.items():
         every[name] = Duration.parse(node.get("every") or default_every, f"eval.{name}.every")
         evaluators[name] = instantiate.instantiate({k: v for k, v in node.items() if k != "every"}, 0, f"eval.{name}")
+        check_evaluator(evaluators[name], name)
     return evaluators, every
 
 

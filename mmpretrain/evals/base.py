@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.errors import UsageError, misspelt
 from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.reporting.writers import RunWriter
@@ -99,7 +100,7 @@ class Evaluator(Protocol):
     `("text",)`. A model without one of them is refused.
     """
 
-    data: Sequence[str] | None
+    data: Sequence[str] | None = None
     """Names of the data sets in `data.val` to use; None uses all applicable ones."""
 
     def applicable_datasets(self, context: Context) -> list[str]:
@@ -116,7 +117,7 @@ def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str,
     """Run evaluators on their data sets. A collective.
 
     Returns: values by `eval-<data set>/<metric>`.
-    Raises: ValueError if an evaluator names a data set that is not applicable.
+    Raises: ValueError if an evaluator names a data set that is not applicable; UsageError if its scores are no numbers.
     """
     scores: dict[str, float] = {}
     was_training = context.model.training
@@ -125,10 +126,21 @@ def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str,
         for name, evaluator in evaluators.items():
             for data in chosen_sets(name, evaluator, context):
                 context.check_stop()
-                scores |= {f"eval-{data}/{metric}": value for metric, value in evaluator(data, context).items()}
+                numbers = _numbers(evaluator(data, context), name)
+                scores |= {f"eval-{data}/{metric}": value for metric, value in numbers.items()}
     finally:
         context.model.train(was_training)
     return scores
+
+
+def _numbers(scores: object, name: str) -> dict[str, float]:
+    """Convert an evaluator's scores to floats: numbers, or arrays and tensors of one number each."""
+    if isinstance(scores, Mapping):
+        try:
+            return {str(metric): float(value) for metric, value in scores.items()}
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise UsageError(f"eval.{name} returned {str(scores)[:200]}; expected a dictionary with a number for each metric")
 
 
 class Evaluation:
@@ -211,6 +223,17 @@ def evenly_spread(count: int, total: int) -> list[int]:
     return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
 
 
+def check_evaluator(evaluator: object, name: str) -> None:
+    """Raises: ValueError if the evaluator `name` lacks a method, or has a public name that resembles one of the protocol."""
+    kind = type(evaluator).__name__
+    members = ("applicable_datasets", "data", "towers")
+    if (wrong := misspelt(type(evaluator), members)) is not None:
+        raise ValueError(f"eval.{name}: {kind}.{wrong[0]} is no member of an evaluator; did you mean {wrong[1]}?")
+    for method, call in (("__call__", "(name, context)"), ("applicable_datasets", "(context)")):
+        if not callable(getattr(evaluator, method, None)):
+            raise ValueError(f"eval.{name}: {kind} has no method {method}{call}; expected one")
+
+
 def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
     """Return the data sets of the evaluator `name`.
 
@@ -224,13 +247,17 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
             needed = " and ".join(f"{each}s" for each in towers)
             raise ValueError(f"eval.{name} embeds {needed}, but model.{tower} is null; leave it out: eval=[]")
     possible = evaluator.applicable_datasets(context)
-    if evaluator.data is None:
+    if unknown := [data for data in possible if data not in context.sets]:
+        known = ", ".join(context.sets) or "none"
+        raise ValueError(f"eval.{name}: applicable_datasets returned {unknown}; expected some of data.val: {known}")
+    named = getattr(evaluator, "data", None)
+    if named is None:
         if not possible:
             log.warning("eval.%s finds no data set in data.val that has what it needs; it gives no score", name)
         return possible
-    for data in evaluator.data:
+    for data in named:
         if data not in possible:
             known = ", ".join(possible) or "there is none"
             lack = "lacks what it needs" if data in context.sets else "is not in data.val"
             raise ValueError(f"eval.{name}.data has {data!r}, which {lack}; expected one of: {known}")
-    return list(evaluator.data)
+    return list(named)

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from mmpretrain.evals.base import Context, Evaluation, Evaluator, evaluate
+from mmpretrain.errors import UsageError
+from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluator, chosen_sets, evaluate
 from mmpretrain.evals.contrastive_loss import ContrastiveLoss
 from mmpretrain.evals.gallery import Gallery
 from mmpretrain.evals.patch_similarity import PatchSimilarity
@@ -172,6 +174,45 @@ def evaluation(folder: Path, best: str | None = None) -> Evaluation:
     every = {"retrieval": "100samples", "loss": "30samples", "projector": "30samples"}
     durations = {name: Duration.parse(value, name) for name, value in every.items()}
     return Evaluation(evaluators, durations, Clock(10, 250, 250), make_context(data=make_set(folder)), best)
+
+
+@pytest.mark.parametrize("score", [0.5, 1, np.float32(0.5), np.ones(()), torch.tensor(0.5), torch.ones(1)])
+def test_scores_become_floats(tmp_path: Path, score: Any) -> None:
+    evaluator = type("Mine", (Precision,), {"__call__": lambda self, name, context: {"x": score}})()
+    (value,) = evaluate({"mine": evaluator}, make_context(data=make_set(tmp_path))).values()
+    assert type(value) is float and value == float(score)
+
+
+@pytest.mark.parametrize("scores", [3.0, None, {"x": "abc"}, {"x": None}, {"x": torch.ones(2)}, {"x": [1.0]}])
+def test_scores_that_are_no_numbers_are_refused(tmp_path: Path, scores: Any) -> None:
+    evaluator = type("Mine", (Precision,), {"__call__": lambda self, name, context: scores})()
+    with pytest.raises(
+        UsageError, match=r"^eval\.mine returned .*; expected a dictionary with a number for each metric$"
+    ):
+        evaluate({"mine": evaluator}, make_context(data=make_set(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"__call__": None}, r"Mine has no method __call__\(name, context\)"),
+        ({"applicable_datasets": None}, r"Mine has no method applicable_datasets\(context\)"),
+        ({"tower": ("image",)}, r"Mine.tower is no member of an evaluator; did you mean towers"),
+        ({"applicable_dataset": None}, r"Mine.applicable_dataset is no member .* did you mean applicable_datasets"),
+    ],
+)
+def test_an_evaluator_without_what_it_needs_is_refused(members: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^eval\.mine: {message}"):
+        check_evaluator(type("Mine", (Precision,), members)(), "mine")
+
+
+def test_an_evaluator_may_leave_out_data_and_names_sets_that_there_are(tmp_path: Path) -> None:
+    context = make_context(data=make_set(tmp_path))
+    members = {"applicable_datasets": lambda self, context: ["val"], "__call__": lambda self, name, context: {}}
+    assert chosen_sets("mine", type("Mine", (), members)(), context) == ["val"]
+    other = type("Mine", (), {**members, "applicable_datasets": lambda self, context: ["val", "test"]})()
+    with pytest.raises(ValueError, match=r"^eval.mine: applicable_datasets returned \['test'\]; .* of data.val: val$"):
+        chosen_sets("mine", other, context)
 
 
 def test_evaluators_are_run_at_their_intervals_and_all_at_the_end(tmp_path: Path) -> None:
