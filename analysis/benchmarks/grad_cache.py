@@ -38,7 +38,7 @@ from mmpretrain.batch import Batch
 from mmpretrain.config import instantiate
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.training import parallel
+from mmpretrain.training import parallel, probe
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
@@ -90,7 +90,7 @@ def gradients(batch_size: int, micro_batch_size: int) -> dict[str, Tensor]:
     """Return the gradients of the narrow model."""
     task = make_task(narrow=True)
     batches = make_batches(task, batch_size, micro_batch_size)
-    Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
+    Freeze(task, {}, probe.reached_parameters(task, batches[0]))
     forward_backward(parallel.wrap(task, torch.device("cpu")), task, batches, WEIGHTS)
     return {name: parameter.grad for name, parameter in task.named_parameters() if parameter.grad is not None}
 

@@ -25,7 +25,7 @@ from mmpretrain import optim
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.reporting.profiling import synchronize
-from mmpretrain.training import parallel
+from mmpretrain.training import parallel, probe
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.precision import autocast
 from mmpretrain.training.step import forward_backward
@@ -45,7 +45,7 @@ def measure(
     task = Task(built, {"infonce": InfoNCE(built)}).to(device)
     parts = (noise(built, batch_size, SHORTEST, LONGEST, seed) for seed in range(NUM_BATCHES))
     batches = [batch.to(device) for samples in parts for batch in my_batches(samples)]
-    Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
+    Freeze(task, {}, probe.reached_parameters(task, batches[0]))
     options = ParallelConfig(Strategy(strategy), ActivationCheckpointing.none, compile=False)
     parallel.prepare(task, device, precision, options)
     optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})

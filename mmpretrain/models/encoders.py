@@ -1,6 +1,7 @@
 """Interfaces of image and text encoders, and the defaults of the attributes that an encoder may leave out."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Protocol
 
@@ -92,15 +93,14 @@ def complete_image_encoder(encoder: Any) -> None:
     Raises: ValueError if it is no module, a required attribute is missing, or a public name resembles an attribute that is
         left out.
     """
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"model.image is a {type(encoder).__name__}; expected a torch.nn.Module")
+    _check_module(encoder, "model.image")
     required = {
         "image_size": f"the side of its images in pixels{_WRAP}",
         "width": f"the width of its pooled states{_WRAP}",
         **(_OF_VIT if getattr(encoder, "is_vit", False) else {}),
     }
     norms = {} if hasattr(encoder, "has_batch_norm") else {"has_batch_norm": has_batch_norm(encoder)}
-    _complete(encoder, "model.image", required, {"projects": False, "is_vit": False, **norms})
+    _complete(encoder, "model.image", ("images", "mask"), required, {"projects": False, "is_vit": False, **norms})
 
 
 def complete_text_encoder(encoder: Any) -> None:
@@ -109,8 +109,7 @@ def complete_text_encoder(encoder: Any) -> None:
     Raises: ValueError if it is no module, a required attribute is missing, or a public name resembles an attribute that is
         left out.
     """
-    if not isinstance(encoder, nn.Module):
-        raise ValueError(f"model.text is a {type(encoder).__name__}; expected a torch.nn.Module")
+    _check_module(encoder, "model.text")
     required = {
         "vocab_size": "the number of its token ids",
         "context_length": "the largest number of tokens of a text",
@@ -118,9 +117,8 @@ def complete_text_encoder(encoder: Any) -> None:
         "causal": "whether a token's state depends only on tokens up to it",
         "token_embeddings": "its token embedding matrix, [vocabulary, d]",
     }
-    _complete(
-        encoder, "model.text", required, {"projects": False, "pad_id": None, "adopts_padding": False, "end_id": None}
-    )
+    defaults = {"projects": False, "pad_id": None, "adopts_padding": False, "end_id": None}
+    _complete(encoder, "model.text", ("ids", "lengths", "packing"), required, defaults)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -128,7 +126,14 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules())
 
 
-def _complete(encoder: Any, key: str, required: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
+def _check_module(encoder: object, key: str) -> None:
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"{key} is a {type(encoder).__name__}; expected a torch.nn.Module")
+
+
+def _complete(
+    encoder: Any, key: str, inputs: Sequence[str], required: Mapping[str, str], defaults: Mapping[str, Any]
+) -> None:
     kind = type(encoder).__name__
     if not hasattr(encoder, "projects") and hasattr(type(encoder), "project"):
         raise ValueError(f"{key}: {kind} has a method project, which is never called; set {kind}.projects = True")
@@ -141,3 +146,29 @@ def _complete(encoder: Any, key: str, required: Mapping[str, str], defaults: Map
         if name in required:
             raise ValueError(f"{key}: {kind} has no attribute {name}; expected {required[name]}")
         setattr(encoder, name, defaults[name])
+    for name in [name for name in ("image_size", "width", "vocab_size", "context_length") if name in required]:
+        if not isinstance(getattr(encoder, name), int):
+            raise ValueError(f"{key}: {kind}.{name} is {getattr(encoder, name)!r}; expected a whole number")
+    try:
+        inspect.signature(encoder.forward).bind(*inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"{key}: {kind}.forward{inspect.signature(encoder.forward)} cannot be called with {', '.join(inputs)} ({error}); "
+            f"expected forward({', '.join([*inputs[:-1], f'{inputs[-1]}=None'])})"
+        ) from error
+
+
+def check_encoding(encoding: object, encoder: Any, key: str, count: int) -> None:
+    """Check what an encoder returned for `count` samples.
+
+    Raises: ValueError unless it is an `Encoding` whose pooled states are [count, width]; encoders that project their states
+        themselves may have another width.
+    """
+    if not isinstance(encoding, Encoding):
+        raise ValueError(
+            f"{key}: forward returned a {type(encoding).__name__}; expected an mmpretrain.models.encoding.Encoding"
+            + (_WRAP if key == "model.image" else "")
+        )
+    shape, expected = list(encoding.pooled.shape), [count, encoder.width]
+    if shape != expected and not (encoder.projects and shape[:1] == [count]):
+        raise ValueError(f"{key}: pooled states of {count} samples are {shape}; expected {expected}, as width says")

@@ -18,7 +18,7 @@ class Freeze:
         task: module whose parameters are frozen.
         until: duration for which each part stays frozen, by the part's name inside the model (`image`,
             `text.transformer.resblocks.0`); None freezes it permanently.
-        reached: names of the parameters that each objective's gradient reaches (see `parallel.reached_parameters`).
+        reached: names of the parameters that each objective's gradient reaches (see `probe.reached_parameters`).
 
     Raises: ValueError if the model has no such part.
     """

@@ -17,12 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmpretrain import distributed, optim
-from mmpretrain.batch import Batch
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
-from mmpretrain.objectives.base import check_outputs
 from mmpretrain.training.randomness import checkpoint_contexts
-from mmpretrain.training.step import forward_backward
-from mmpretrain.training.task import Encodings, Task
+from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -34,31 +31,6 @@ _SYNC_BUFFERS = (
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     else "broadcast_buffers"
 )
-
-
-def reached_parameters(task: Task, example: Batch) -> dict[str, frozenset[str]]:
-    """Return the names of the parameters that each objective's gradient reaches.
-
-    They are determined by a backward pass of each objective on a small example. Without this, the optimiser would apply
-    weight decay to an unused tower or pooling head, and DDP would wait for their gradients.
-
-    Args:
-        task: the model and its objectives; its gradients are cleared.
-        example: small batch of each stream.
-
-    Raises: ValueError if an objective returns what its protocol does not allow.
-    """
-    task.eval()
-    reached = {}
-    for objective in task.objectives:
-        check_outputs(task.objectives[objective], Encodings(task.model, example), f"objective.{objective}")
-        forward_backward(task, task, [example], {name: float(name == objective) for name in task.objectives})
-        reached[objective] = frozenset(
-            name for name, parameter in task.named_parameters() if parameter.grad is not None
-        )
-        task.zero_grad()
-    task.train()
-    return reached
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

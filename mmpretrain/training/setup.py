@@ -19,7 +19,7 @@ from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.layers import layers_above
 from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
-from mmpretrain.training import parallel, randomness_watch
+from mmpretrain.training import probe, randomness_watch
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.task import Task
 
@@ -60,7 +60,7 @@ class Setup:
             part: None if until is None else Duration.parse(until, f"trainer.freeze.{part}")
             for part, until in (cfg.trainer.freeze or {}).items()
         }
-        self.freeze = Freeze(task, until, parallel.reached_parameters(task, example))
+        self.freeze = Freeze(task, until, probe.reached_parameters(task, example))
         self.freeze.check_trains(weights, clock)
         trained = [name for name, parameter in task.named_parameters() if parameter.requires_grad]
         if distributed.is_main() and not any(name.startswith("model.") for name in trained):

@@ -31,7 +31,7 @@ from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
 from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import hash64, torch_draws
-from mmpretrain.training import parallel, randomness_watch
+from mmpretrain.training import parallel, probe, randomness_watch
 from mmpretrain.training.diagnose import diagnose
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.freeze import Freeze
@@ -140,7 +140,7 @@ def step(
     """One step's losses and gradients; on several ranks through DDP. `random`: with dropout and drop path."""
     task = make_task(objectives, 0.1, **RANDOM) if random else make_task(objectives)
     batches = make_batches(num_micro_batches, batch_size=batch_size)
-    freeze = Freeze(task, {}, parallel.reached_parameters(task, batches[0]))
+    freeze = Freeze(task, {}, probe.reached_parameters(task, batches[0]))
     if not random:
         task.randomness = None
     if options is not None:
@@ -172,7 +172,7 @@ def train(
     until: dict[str, Duration | None] = (
         {"image": Duration.parse(f"{frozen_steps}steps", "until")} if frozen_steps else {}
     )
-    freeze = Freeze(task, until, parallel.reached_parameters(task, make_batches(num_micro_batches)[0]))
+    freeze = Freeze(task, until, probe.reached_parameters(task, make_batches(num_micro_batches)[0]))
     if load is not None:
         task.load_state_dict(store.load_tensors(load, "model.safetensors"))
     if not random:
@@ -226,7 +226,7 @@ def held() -> tuple[int, int, int]:
 def bf16_losses(options: ParallelConfig) -> list[float]:
     """The losses of three steps in bf16."""
     task = make_task(("infonce", "mae")).float()
-    Freeze(task, {}, parallel.reached_parameters(task, make_batches(1)[0]))
+    Freeze(task, {}, probe.reached_parameters(task, make_batches(1)[0]))
     parallel.prepare(task, torch.device("cpu"), "bf16", options)
     optimizer = adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {})
     wrapped = parallel.wrap(task, torch.device("cpu"))
@@ -321,7 +321,7 @@ def refused_strategy() -> str:
 def refused_optimizer(name: str) -> str:
     """What is said of an optimiser of timm where weights are sharded."""
     task = make_task(("infonce",)).float()
-    Freeze(task, {}, parallel.reached_parameters(task, make_batches(1)[0]))
+    Freeze(task, {}, probe.reached_parameters(task, make_batches(1)[0]))
     parallel.prepare(task, torch.device("cpu"), "fp32", spread("fsdp"))
     try:
         parallel.check_optimizer(timm_optimizer(task.named_parameters(), name, 1e-2, 0.1, {}))

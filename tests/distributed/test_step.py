@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain.training.freeze import Freeze
-from mmpretrain.training.parallel import reached_parameters
+from mmpretrain.training.probe import reached_parameters
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Encodings
 from tests.distributed.pool import Pool

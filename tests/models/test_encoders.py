@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from mmpretrain.models.encoding import Encoding
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.infonce import InfoNCE
+from mmpretrain.training.probe import reached_parameters
+from mmpretrain.training.task import Task
 from tests import tiny
 
 
@@ -27,6 +30,16 @@ class Image(nn.Module):
 class Projects(Image):
     def project(self, pooled: Tensor) -> Tensor:
         return pooled
+
+
+class NoMask(Image):
+    def forward(self, images: Tensor) -> Encoding:  # type: ignore[override]
+        return super().forward(images)
+
+
+class Plain(Image):
+    def forward(self, images: Tensor, mask: Any = None) -> Any:
+        return super().forward(images).pooled
 
 
 class Text(nn.Module):
@@ -61,6 +74,8 @@ def test_what_an_encoder_leaves_out_has_defaults() -> None:
         (Image(is_vit=True), None, r"Image has no attribute num_prefix_tokens; expected the number of class and register"),
         (Projects(), None, r"Projects has a method project, which is never called; set Projects\.projects = True"),
         (nn.Linear(2, 2), None, r"^model\.image: Linear has no attribute image_size"),
+        (Image(image_size="8"), None, r"^model\.image: Image\.image_size is '8'; expected a whole number"),
+        (NoMask(), None, r"^model\.image: NoMask\.forward\(images: .* expected forward\(images, mask=None\)"),
         (dict, None, r"^model\.image is a type; expected a torch\.nn\.Module"),
         (tiny.vit(), Text(causal=None, is_causal=True), r"^model\.text: Text\.is_causal .* did you mean causal\?"),
         (tiny.vit(), Text(token_embeddings=None), r"^model\.text: Text has no attribute token_embeddings"),
@@ -69,3 +84,22 @@ def test_what_an_encoder_leaves_out_has_defaults() -> None:
 def test_what_is_missing_or_misspelt_is_told(image: Any, text: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageTextModel(image, text, embed_dim=4)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (
+            Plain(image_size=tiny.IMAGE_SIZE),
+            r"^model\.image: forward returned a Tensor; expected .*Encoding, or a module that",
+        ),
+        (
+            Image(image_size=tiny.IMAGE_SIZE, width=7),
+            r"^model\.image: pooled states of 2 samples are \[2, 6\]; expected \[2, 7\], as width says$",
+        ),
+    ],
+)
+def test_outputs_that_are_no_encoding_are_refused(image: nn.Module, message: str) -> None:
+    model = ImageTextModel(image, tiny.text(), embed_dim=4)
+    with pytest.raises(ValueError, match=message):
+        reached_parameters(Task(model, {"infonce": InfoNCE(model)}), tiny.batch([5, 7]))

@@ -10,7 +10,7 @@ from torch import nn
 from mmpretrain.checkpoints import store
 from mmpretrain.objectives.base import Hooks, check_objective, hooks_of
 from mmpretrain.objectives.infonce import InfoNCE
-from mmpretrain.training.parallel import reached_parameters
+from mmpretrain.training.probe import reached_parameters
 from mmpretrain.training.task import Task
 from tests import runs, tiny
 
