@@ -3,6 +3,9 @@
 import difflib
 import errno
 import shutil
+import site
+import sysconfig
+import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +78,19 @@ def check_number(
         raise UsageError(f"{key} is {value}; expected a number {given}: {key}=...")
 
 
+def _place_outside(error: BaseException) -> str:
+    """Name the last line of a user's own code in an error's traceback: no file of this package or of an installed one."""
+    installed = [
+        Path(__file__).resolve().parent,
+        *map(Path, {*sysconfig.get_paths().values(), *site.getsitepackages()}),
+    ]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if file.is_file() and not any(file.is_relative_to(folder) for folder in installed):
+            return f" (in {file}, line {frame.lineno}; MMPRETRAIN_TRACEBACK=1 shows the traceback)"
+    return ""
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Convert a ValueError, a missing file or a full disk inside the block to a UsageError."""
@@ -83,7 +99,7 @@ def usage_errors() -> Iterator[None]:
     except UsageError:
         raise
     except (ValueError, FileNotFoundError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"{error}{_place_outside(error)}") from error
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise

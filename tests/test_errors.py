@@ -1,17 +1,19 @@
 """Numbers out of range are told with their key, the value and the bounds."""
 
+import importlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmpretrain.errors import UsageError, check_number
+from mmpretrain.errors import UsageError, check_number, usage_errors
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.optim import adamw
-from mmpretrain.schedules import WarmupConstant, WarmupCosine
+from mmpretrain.schedules import Duration, WarmupConstant, WarmupCosine
 from tests import tiny
 
 
@@ -62,3 +64,22 @@ def test_bounds_themselves_are_inside_or_outside_as_said() -> None:
     for bounds in ({"above": 1}, {"below": 1}):
         with pytest.raises(UsageError, match=r"^x is 1; expected a number (above|below) 1: x=\.\.\.$"):
             check_number("x", 1, **bounds)
+
+
+def test_an_error_of_a_users_own_code_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import numpy\n\n\ndef add():\n    return numpy.ones(2) + numpy.ones(3)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        mine = importlib.import_module("mine")
+    with (
+        pytest.raises(
+            UsageError, match=rf"shapes \(2,\) \(3,\)  \(in {tmp_path}/mine.py, line 5; MMPRETRAIN_TRACEBACK"
+        ),
+        usage_errors(),
+    ):
+        mine.add()
+
+
+def test_an_error_of_this_package_names_no_line() -> None:
+    with pytest.raises(UsageError, match=r"such as 20epochs, 10Msamples or 2000steps$"), usage_errors():
+        Duration.parse("often", "trainer.duration")
