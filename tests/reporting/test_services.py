@@ -3,7 +3,7 @@
 import os
 import signal
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +57,37 @@ def mlflow_run(folder: Path, store: Path) -> tuple[Any, Any]:
     return client, run
 
 
-def logged_by_wandb(folder: Path) -> list[dict[str, str]]:
-    """The records of an offline run's file, which is a log of LevelDB with a header of 7 bytes: values as JSON by name."""
+def records_of_wandb(folder: Path) -> list[Any]:
+    """The whole records of an offline run's file, which is a log of LevelDB with a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    def records() -> Iterator[bytes]:
-        (path,) = folder.glob("run-*.wandb")
-        content, place, begun = path.read_bytes(), 7, b""
-        while place < len(content):
-            if (left := 32768 - place % 32768) < 7:
-                place += left
-                continue
-            _, length, kind = struct.unpack_from("<IHB", content, place)  # 1: whole, 2: first, 3: middle, 4: last
-            begun += content[place + 7 : place + 7 + length]
-            place += 7 + length
-            if kind in (1, 4):
-                yield begun
-                begun = b""
+    (path,) = folder.glob("run-*.wandb")
+    content, place, begun, records = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)  # 1: whole, 2: first, 3: middle, 4: last
+        begun += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4) and place <= len(content):
+            records.append(Record.FromString(begun))
+            begun = b""
+    return records
 
-    history = []
-    for content in records():
-        record = Record.FromString(content)
-        if record.WhichOneof("record_type") == "history":
-            history.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
-    return history
+
+def logged_by_wandb(folder: Path) -> list[dict[str, str]]:
+    """The history of an offline run: values as JSON by name. W&B's own process writes it once `finish` has returned."""
+    runs.poll(
+        lambda: any(record.WhichOneof("record_type") == "exit" for record in records_of_wandb(folder)),
+        "the record of the run's end",
+        lambda: True,
+    )
+    return [
+        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        for record in records_of_wandb(folder)
+        if record.WhichOneof("record_type") == "history"
+    ]
 
 
 def test_mlflow_holds_each_step_once_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
