@@ -77,7 +77,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
         takes_path = "config_path" in inspect.signature(instantiate.find(node["_target_"])).parameters
         runtime = {"model": model, **({"config_path": path} if takes_path else {})}
         objectives[name] = instantiate.instantiate(node, cfg.run.seed, path, **runtime)
-        check_objective(objectives[name], path)
+        check_objective(objectives[name], path, model)
     return Task(model, objectives), weights
 
 

@@ -1,16 +1,18 @@
 """Start and end of a command: Hydra entry, one-line messages for usage errors, exit codes, and jobs of a sweep."""
 
 import importlib.resources
+import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -26,6 +28,7 @@ from yaml import YAMLError
 
 from mmpretrain import distributed
 from mmpretrain.config.checks import check_known
+from mmpretrain.config.instantiate import find
 from mmpretrain.config.key_help import KeyHelp
 from mmpretrain.config.schema import register_schemas
 from mmpretrain.errors import UsageError, nearest, printable
@@ -34,6 +37,7 @@ from mmpretrain.schedules import SCHEDULE_TEXT
 USAGE_EXIT_CODE = 2
 _MULTIRUN = ("-m", "--multirun")
 _HELP = ("-h", "--help")
+_OPTIONS = {option for action in get_args_parser()._actions for option in action.option_strings}
 _PATHS = re.compile(
     r"\+?(checkpoint|data\.root|images|init_from|output|run\.dir|texts|data\.(train|val)\.(\w+\.)+(shards|subset|classes))"
 )
@@ -62,9 +66,20 @@ def _group_options(search_path: str, group: str) -> list[str]:
     return sorted({name.removesuffix(".yaml") for name in files if name.endswith(".yaml")})
 
 
+def _parameters(target: str) -> Collection[str]:
+    """Return the names of the parameters of a `_target_`, if it can be imported."""
+    try:
+        return inspect.signature(find(target)).parameters
+    except Exception:  # a user's module may raise any exception during import; composing it reports that
+        return ()
+
+
 def _unknown_key(error: OmegaConfBaseException) -> str:
     *parents, name = str(error.full_key).split(".")
     siblings = [str(key) for key in (error.parent_node or {}) if key != "_target_"]
+    target = (error.parent_node or {}).get("_target_")
+    if target is not None and name in _parameters(target):
+        return f"{error.full_key} is an argument that no YAML gives a value; add it: +{error.full_key}=..."
     hint = nearest(name, siblings)
     if parents in (["objective"], ["eval"], ["writer"]):
         hint += f" (choose others with {parents[0]}=[{','.join([*siblings, '...'])}])"
@@ -196,6 +211,12 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
     - A schedule is quoted, and `config.resolve` parses it.
     """
     is_sweep = any(argument in _MULTIRUN for argument in arguments)
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in _OPTIONS:
+            raise UsageError(
+                f"there is no option {option}; expected KEY=VALUE without dashes, such as {option[2:]}=..."
+            )
     changed = []
     for argument in arguments:
         key, is_given, value = argument.partition("=")
@@ -282,8 +303,8 @@ def _enter(name: str, run: Callable[[], None]) -> None:
     # Hydra then raises errors instead of printing them and exiting with code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
-    sys.argv[1:] = hydra_arguments(sys.argv[1:])
     try:
+        sys.argv[1:] = hydra_arguments(sys.argv[1:])
         if (text := _key_help(name, sys.argv[1:])) is not None:
             print(text)
             return

@@ -1,6 +1,5 @@
 """Evaluations of a run: their schedule and data sets. Each data set is embedded once."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,6 @@ from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Clock, Duration
 from mmpretrain.training.task import Task
-
-log = logging.getLogger(__name__)
 
 _TOWERS = ("image", "text")
 
@@ -167,7 +164,10 @@ class Evaluation:
     ) -> None:
         self._evaluators, self._every, self._clock, self._context = evaluators, every, clock, context
         self._untried = set(evaluators)
-        evaluated = {data for name, evaluator in evaluators.items() for data in chosen_sets(name, evaluator, context)}
+        chosen = {name: chosen_sets(name, evaluator, context) for name, evaluator in evaluators.items()}
+        evaluated = {data for sets in chosen.values() for data in sets}
+        self.without_data = [name for name, sets in chosen.items() if not sets]
+        """Names of the evaluators that find no data set with what they need, and give no score."""
         possible = {f"eval-{name}{average}" for name in evaluated for average in ("", "-ema")}
         if best is not None and best.partition("/")[0] not in possible:
             raise ValueError(
@@ -252,8 +252,6 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
         raise ValueError(f"eval.{name}: applicable_datasets returned {unknown}; expected some of data.val: {known}")
     named = getattr(evaluator, "data", None)
     if named is None:
-        if not possible:
-            log.warning("eval.%s finds no data set in data.val that has what it needs; it gives no score", name)
         return possible
     for data in named:
         if data not in possible:

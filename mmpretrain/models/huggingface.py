@@ -14,6 +14,7 @@ from mmpretrain.batch import Packing
 from mmpretrain.errors import check_number
 from mmpretrain.models.blocks import of_picks
 from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.layers import layers_above_by_name
 
 CONFIG_FILE = "config.json"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -171,6 +172,10 @@ class HuggingFaceText(nn.Module):
     def token_embeddings(self) -> Tensor:
         """Token embedding matrix, [vocabulary, d]."""
         return cast(Tensor, self.transformer.get_input_embeddings().weight)
+
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter (see `layers.layers_above`). Raises: ValueError without blocks."""
+        return {f"transformer.{name}": number for name, number in layers_above_by_name(self.transformer).items()}
 
     def _num_positions(self) -> int | None:
         """Return the number of positions that the model has; None if it has no limit."""

@@ -1,11 +1,15 @@
 """Layers of the towers, for layer-wise learning rates and for optimisers that treat hidden matrices in their own way."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
+_STEM = r"(?:embeddings|wte|wpe|embed_tokens|patch_embed|cls_token|pos_embed|embed_positions)\b"
+_BLOCKS = r"(?:encoder\.|decoder\.)?(?:layers|layer|blocks|h)\.(\d+)\."
+_NORM = r"(?:ln_f|norm|layernorm|final_layer_norm|post_layernorm)\."
 _LAST_BLOCK = (99999,)  # timm's sign that a group belongs to the block before it
 
 
@@ -57,3 +61,16 @@ def layers_above_blocks(module: nn.Module, stem: str, blocks: str, norm: str | N
     """
     of_blocks = [(blocks, None), *([(norm, _LAST_BLOCK)] if norm else [])]
     return count_layers_above(module, {"stem": stem, "blocks": of_blocks})
+
+
+def layers_above_by_name(module: nn.Module) -> dict[str, int]:
+    """Return the number of layers above each parameter of a transformer that names its parts as Hugging Face's do.
+
+    Raises: ValueError if no parameter has the name of one in a block, such as `encoder.layer.0.`, `h.0.` or `layers.0.`.
+    """
+    if not any(re.match(_BLOCKS, name) for name, _ in module.named_parameters()):
+        raise ValueError(
+            f"{type(module).__name__} has no blocks named layers, layer, blocks or h (for layer_decay or muon); expected a "
+            "method layers_above that returns the number of layers above each of its parameters, by name"
+        )
+    return layers_above_blocks(module, stem=_STEM, blocks=_BLOCKS, norm=_NORM)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mmpretrain.errors import check_number
 from mmpretrain.models.encoders import has_batch_norm
 from mmpretrain.models.encoding import Encoding
+from mmpretrain.models.layers import layers_above_by_name
 from mmpretrain.models.masking import PatchMask
 
 _LARGEST = 4096
@@ -100,6 +101,15 @@ class ModuleEncoder(nn.Module):
         if mask is not None:
             raise ValueError(f"{type(self.module).__name__} cannot drop patches; expected a plain ViT of timm (vit_*)")
         return self._encoding(self.module(images))
+
+    def layers_above(self) -> dict[str, int]:
+        """Return the number of layers above each parameter: as the module's `layers_above` says, or by its blocks' names.
+
+        Raises: ValueError if it has neither (see `layers.layers_above`).
+        """
+        own = getattr(self.module, "layers_above", None)
+        above = layers_above_by_name(self.module) if own is None else own()
+        return {f"module.{name}": number for name, number in above.items()}
 
     def _encoding(self, output: Any) -> Encoding:
         pooled, states = None, output

@@ -91,6 +91,10 @@ class TimmEncoder(nn.Module):
                 raise ValueError(
                     f"model.image.image_size is {image_size}; expected at least a patch of {self.patch_size[0]} pixels"
                 )
+            if any(image_size % side for side in self.patch_size) and not self.trunk.patch_embed.dynamic_img_pad:
+                raise ValueError(
+                    f"model.image.image_size is {image_size}; expected a multiple of a patch's {self.patch_size[0]} pixels"
+                )
 
     def _init_like_clip(self) -> None:
         """Apply the initialisation of open_clip's image tower.

@@ -53,7 +53,7 @@ class Encodings(Protocol):
 
     def samples(self, stream: str) -> Samples: ...
     def num_terms(self, objective: "IndependentObjective") -> int | None: ...
-    def pixels(self, stream: str) -> Tensor: ...
+    def pixels(self, stream: str, view: int | None = None) -> Tensor: ...
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask: ...
     def image(self, stream: str, mask: MaskSpec | None = None) -> Encoding: ...
     def view(self, stream: str, number: int) -> Encoding: ...
@@ -146,8 +146,10 @@ def hooks_of(objective: Objective) -> Hooks:
     return Hooks(**{name: getattr(objective, name) for name in _HOOKS if hasattr(objective, name)})
 
 
-def check_objective(objective: object, config_path: str) -> None:
+def check_objective(objective: object, config_path: str, model: ImageTextModel | None = None) -> None:
     """Check that an objective is a module with `streams`, `loss` and `count` or `embed`, and that no hook is misspelt.
+
+    With `model`, check also that the objective keeps no part of it, which checkpoints would hold twice.
 
     Raises: ValueError for the first fault, such as a public name that resembles a hook or is a hook's former name.
     """
@@ -161,6 +163,13 @@ def check_objective(objective: object, config_path: str) -> None:
             f"{config_path}: {kind}.{wrong[0]} is no hook of an objective and would never be called; "
             f"did you mean {wrong[1]}?"
         )
+    shared = set() if model is None else {id(each) for each in (*model.parameters(), *model.buffers())}
+    for name, tensor in [*objective.named_parameters(), *objective.named_buffers()]:
+        if id(tensor) in shared:
+            raise ValueError(
+                f"{config_path}: {kind} keeps a part of the model, {name}; expected a copy, such as "
+                "copy.deepcopy(model.image).requires_grad_(False), or nothing: hooks and encodings give the model's outputs"
+            )
     streams = getattr(objective, "streams", None)
     if not (isinstance(streams, tuple | list) and streams and all(isinstance(name, str) for name in streams)):
         raise ValueError(

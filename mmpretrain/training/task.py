@@ -38,7 +38,7 @@ class Encodings:
         self._model = model
         self._num_terms = num_terms or {}
         self._random = random
-        self._pixels: dict[str, Tensor] = {}
+        self._pixels: dict[tuple[str, int | None], Tensor] = {}
         self._masks: dict[tuple[str, MaskSpec], PatchMask] = {}
         self._images: dict[tuple[str, MaskSpec | None], Encoding] = {}
         self._views: dict[tuple[str, int], Encoding] = {}
@@ -53,11 +53,15 @@ class Encodings:
         """Return the number of the micro-batch's terms of an objective, or None if it was not counted on the host."""
         return self._num_terms.get(objective)
 
-    def pixels(self, stream: str) -> Tensor:
-        """Return the normalised images [b, 3, h, w]."""
-        if stream not in self._pixels:
-            self._pixels[stream] = self._model.normalize(self.batch.images(stream))
-        return self._pixels[stream]
+    def pixels(self, stream: str, view: int | None = None) -> Tensor:
+        """Return the normalised images [b, 3, h, w], or those of one of the stream's own views.
+
+        Raises: ValueError if the stream has too few views.
+        """
+        if (stream, view) not in self._pixels:
+            images = self.batch.images(stream) if view is None else self._view(stream, view)
+            self._pixels[stream, view] = self._model.normalize(images)
+        return self._pixels[stream, view]
 
     def patch_mask(self, stream: str, spec: MaskSpec) -> PatchMask:
         """Return the patch mask that `spec` draws for each sample of the stream."""
@@ -80,15 +84,18 @@ class Encodings:
         Raises: ValueError if the stream has too few views.
         """
         if (stream, number) not in self._views:
-            views = self.samples(stream).views
-            if views is None or number >= views.shape[1]:
-                raise ValueError(
-                    f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; expected as "
-                    "many {transform: ...} as its num_views, such as those that conf/objective/simclr.yaml gives to pairs"
-                )
-            encode = partial(self._model.image_encoder, self._model.normalize(views[:, number]))
+            encode = partial(self._model.image_encoder, self.pixels(stream, number))
             self._views[stream, number] = _encoded(encode, self._drawing(stream, "view", number))
         return self._views[stream, number]
+
+    def _view(self, stream: str, number: int) -> Tensor:
+        views = self.samples(stream).views
+        if views is None or number >= views.shape[1]:
+            raise ValueError(
+                f"data.train.{stream}.views has too few for an objective that reads number {number + 1}; expected as "
+                "many {transform: ...} as its num_views, such as those that conf/objective/simclr.yaml gives to pairs"
+            )
+        return views[:, number]
 
     def token_mask(self, stream: str, spec: TokenMaskSpec) -> TokenMask:
         """Return the token mask that `spec` draws for each text of the stream."""

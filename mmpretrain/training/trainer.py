@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -54,6 +54,11 @@ class Evaluation(Protocol):
     """Protocol of a run's evaluations (see `mmpretrain.evals.base`)."""
 
     @property
+    def without_data(self) -> Sequence[str]:
+        """Names of the evaluators that find no data set, and give no score."""
+        ...
+
+    @property
     def has_run_all(self) -> bool:
         """True once every evaluator has run in this process."""
         ...
@@ -98,6 +103,11 @@ class Trainer:
         fingerprint = fingerprint_of(setup.streams)
         if setup.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(setup.freeze.unreached))
+        if evaluation.without_data and distributed.is_main():
+            log.warning(
+                "eval: %s find no data set in data.val with what they need, such as a caption, or a label and classes; "
+                "they give no score", ", ".join(evaluation.without_data),
+            )  # fmt: skip
         saved = resume.find_checkpoint(self.folder, self.num_steps, fingerprint)
         if distributed.is_main():
             store.prune(self.folder / "checkpoints", cfg.checkpoint.keep_last)

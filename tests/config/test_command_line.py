@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmpretrain.config.command_line import hydra_arguments, one_line
 from mmpretrain.config.schema import register_schemas
+from mmpretrain.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,11 @@ from mmpretrain.config.schema import register_schemas
             ["eval=[nope]"],
             "there is no eval 'nope'; expected one of: contrastive_loss, gallery, patch_similarity, projector, "
             "retrieval, zero_shot",
+        ),
+        (
+            ["objective.infonce.config_path=x"],
+            "objective.infonce.config_path is an argument that no YAML gives a value; add it: "
+            "+objective.infonce.config_path=...",
         ),
         (["schedule=nope"], "there is no schedule 'nope'; expected one of: constant, cosine, rsqrt, wsd"),
     ],
@@ -79,3 +85,14 @@ def test_paths_may_be_swept_over() -> None:
     assert list(parsed[0].sweep_string_iterator()) == ["'a/{0..9}.tar'", "'b/{x,y}.tar'"]
     (call,) = hydra_arguments(["data.train.pairs.shards=choice(a,b)"])
     assert call == "data.train.pairs.shards=choice(a,b)"
+
+
+@pytest.mark.parametrize("given", ["--experiment", "--experiment=quickstart", "--lr", "--trainer.batch_size=8"])
+def test_options_of_other_programs_are_refused(given: str) -> None:
+    with pytest.raises(UsageError, match=rf"^there is no option {given.partition('=')[0]}; expected KEY=VALUE"):
+        hydra_arguments([given, "quickstart"])
+
+
+@pytest.mark.parametrize("given", [["--multirun"], ["--cfg", "job"], ["--info=all"], ["--help"]])
+def test_options_of_hydra_are_kept(given: list[str]) -> None:
+    assert hydra_arguments(given) == given

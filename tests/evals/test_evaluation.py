@@ -272,3 +272,13 @@ def test_the_first_caption_of_an_image_is_one_place(tmp_path: Path) -> None:
         next(text for i, text in pairs if i == image) for image in range(len(embedded.images))
     ]
     assert make_context(data=make_set(tmp_path, caption=None)).embedded("val").first_texts == [-1] * (NUM_SAMPLES - 1)
+
+
+def test_evaluators_without_data_are_named(tmp_path: Path) -> None:
+    evaluation = Evaluation(
+        {"retrieval": Retrieval(), "zero_shot": ZeroShot()},
+        {name: Duration.parse("1steps", name) for name in ("retrieval", "zero_shot")},
+        Clock(16, 100, 160),
+        make_context(data=make_set(tmp_path)),
+    )
+    assert evaluation.without_data == ["zero_shot"]

@@ -268,3 +268,22 @@ def test_fields_that_name_code_kernels_or_files_are_left_out(tmp_path: Path) -> 
     model = HuggingFaceText(str(tmp_path), context_length=20)
     assert model.transformer.config._attn_implementation in ("sdpa", "eager")
     assert not hasattr(model.transformer.config, "auto_map")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama"])
+def test_layers_follow_from_the_names_of_the_parameters(kind: str, tmp_path: Path) -> None:
+    saved(tmp_path, kind)
+    above = HuggingFaceText(str(tmp_path), context_length=20).layers_above()
+    blocks = {name: number for name, number in above.items() if ".0." in name or ".1." in name}
+    assert {number for name, number in blocks.items() if ".0." in name} == {2}
+    assert {number for name, number in blocks.items() if ".1." in name} == {1}
+    others = {name: number for name, number in above.items() if name not in blocks}
+    norms = {name for name in others if name.startswith(("transformer.ln_f", "transformer.norm"))}
+    assert {number for name, number in others.items() if name not in norms} == {3}
+    assert all(others[name] == 1 for name in norms) and bool(norms) == (kind in CAUSAL)
+
+
+def test_layers_without_blocks_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "albert")
+    with pytest.raises(ValueError, match=r"AlbertModel has no blocks named layers, layer, blocks or h"):
+        HuggingFaceText(str(tmp_path), context_length=20).layers_above()

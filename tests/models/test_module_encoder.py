@@ -1,7 +1,7 @@
 """Any module as an image encoder: outputs of every form, and what is refused."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -107,3 +107,28 @@ def test_a_mask_is_refused() -> None:
         encoder(torch.zeros(1, 3, 32, 32), mask)
     with pytest.raises(ValueError, match=r"model\.image\.module is a function; expected a torch\.nn\.Module"):
         ModuleEncoder(tokens_of)
+
+
+def test_layers_are_the_modules_own_or_follow_from_its_blocks_names() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed, self.norm = nn.Conv2d(3, 4, 4), nn.LayerNorm(4)
+            self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, images: Tensor) -> Tensor:
+            states = self.patch_embed(images).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                states = block(states)
+            return cast(Tensor, self.norm(states))
+
+    class Own(Blocks):
+        def layers_above(self) -> dict[str, int]:
+            return {name: 7 for name, _ in self.named_parameters()}
+
+    above = ModuleEncoder(Blocks(), 8).layers_above()
+    assert above["module.patch_embed.weight"] == 3 and above["module.norm.weight"] == 1
+    assert (above["module.blocks.0.weight"], above["module.blocks.1.bias"]) == (2, 1)
+    assert set(ModuleEncoder(Own(), 8).layers_above().values()) == {7}
+    with pytest.raises(ValueError, match="Conv2d has no blocks named layers, layer, blocks or h"):
+        ModuleEncoder(nn.Conv2d(3, 4, 4), 8).layers_above()

@@ -265,3 +265,8 @@ def test_mae_initialisation_has_fixed_sine_cosine_positions_and_xavier_weights()
     assert encoder.trunk.cls_token.std() < 0.03
     with pytest.raises(ValueError, match="init is 'mae' for 'test_resnet'; expected a plain ViT"):
         TimmEncoder("test_resnet", 32, init="mae")
+
+
+def test_an_image_size_that_patches_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.image.image_size is 30; expected a multiple of a patch's 8 pixels"):
+        tiny.vit(image_size=30)

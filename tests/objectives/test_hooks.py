@@ -1,7 +1,10 @@
 """Hooks of an objective: a teacher that starts from the first weights and follows them, and misspelt hooks."""
 
+import copy
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from mmpretrain.checkpoints import store
 from mmpretrain.objectives.base import Hooks, check_objective, hooks_of
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.training.probe import reached_parameters
-from mmpretrain.training.task import Task
+from mmpretrain.training.task import Encodings, Task
 from tests import runs, tiny
 
 TEACHER = '''
@@ -194,3 +197,36 @@ def test_an_objective_under_another_name_says_that_name(pairs: Path, tmp_path: P
     finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=1steps", second)
     assert finished.code == 2
     assert "objective.mae2.mask_ratio is 0.001" in finished.errors[0]
+
+
+@pytest.mark.parametrize("part", ["model", "image", "a buffer"])
+def test_an_objective_that_keeps_a_part_of_the_model_is_refused(part: str) -> None:
+    model = tiny.image_text()
+    objective: Any = type("Mine", (nn.Module,), INDEPENDENT)()
+    if part == "a buffer":
+        objective.register_buffer("mean", model.pixel_mean)
+    else:
+        objective.kept = model if part == "model" else model.image
+    with pytest.raises(
+        ValueError, match=r"^objective.mine: Mine keeps a part of the model, (kept|mean).*; expected a copy"
+    ):
+        check_objective(objective, "objective.mine", model)
+
+
+def test_an_objective_may_keep_a_copy_of_the_model() -> None:
+    model = tiny.image_text()
+    objective: Any = type("Mine", (nn.Module,), INDEPENDENT)()
+    objective.teacher = copy.deepcopy(model.image).requires_grad_(False)
+    check_objective(objective, "objective.mine", model)
+
+
+def test_pixels_of_a_view_are_normalised_as_those_of_the_image() -> None:
+    model, batch = tiny.image_text(), tiny.batch([5, 7])
+    views = torch.randint(0, 256, (2, 2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE), dtype=torch.uint8)
+    samples = replace(batch.streams["pairs"], views=views)
+    encodings = Encodings(model, replace(batch, streams={"pairs": samples}))
+    assert torch.equal(encodings.pixels("pairs", 1), model.normalize(views[:, 1]))
+    assert torch.equal(encodings.view("pairs", 1).pooled, model.image(encodings.pixels("pairs", 1)).pooled)
+    assert torch.equal(encodings.pixels("pairs"), model.normalize(batch.images("pairs")))
+    with pytest.raises(ValueError, match=r"^data.train.pairs.views has too few for an objective that reads number 3"):
+        encodings.pixels("pairs", 2)
