@@ -67,13 +67,15 @@ def test_bounds_themselves_are_inside_or_outside_as_said() -> None:
 
 
 def test_an_error_of_a_users_own_code_names_its_line(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import numpy\n\n\ndef add():\n    return numpy.ones(2) + numpy.ones(3)\n")
+    (tmp_path / "own_addition.py").write_text(
+        "import numpy\n\n\ndef add():\n    return numpy.ones(2) + numpy.ones(3)\n"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(tmp_path))
-        mine = importlib.import_module("mine")
+        mine = importlib.import_module("own_addition")
     with (
         pytest.raises(
-            UsageError, match=rf"shapes \(2,\) \(3,\)  \(in {tmp_path}/mine.py, line 5; MMPRETRAIN_TRACEBACK"
+            UsageError, match=rf"shapes \(2,\) \(3,\)  \(in {tmp_path}/own_addition.py, line 5; MMPRETRAIN_TRACEBACK"
         ),
         usage_errors(),
     ):

@@ -22,6 +22,11 @@ def check_known(node: Any, path: str = "") -> None:
             check_known(value, f"{path}{name}.")
 
 
+def _check_interval(text: str | None, name: str, wall_time: bool = False) -> None:
+    if text is not None and not Duration.parse(text, name, wall_time).value > 0:
+        raise UsageError(f"{name} is {text!r}; expected an interval above 0, such as 100steps, or a long one for never")
+
+
 def _check_durations(config: TrainConfig) -> None:
     trainer = config.trainer
     duration = Duration.parse(trainer.duration, "trainer.duration")
@@ -31,10 +36,11 @@ def _check_durations(config: TrainConfig) -> None:
         )
     if not duration.value > 0:
         raise UsageError(f"trainer.duration is {trainer.duration!r}; expected a length above 0, such as 20epochs")
-    Duration.parse(trainer.log_every, "trainer.log_every")
-    if trainer.diagnose_every is not None:
-        Duration.parse(trainer.diagnose_every, "trainer.diagnose_every")
-    Duration.parse(config.checkpoint.every, "checkpoint.every", wall_time=True)
+    for name in ("log_every", "eval_every", "diagnose_every"):
+        _check_interval(getattr(trainer, name), f"trainer.{name}")
+    _check_interval(config.checkpoint.every, "checkpoint.every", wall_time=True)
+    for name, evaluator in config.eval.items():
+        _check_interval(evaluator.get("every"), f"eval.{name}.every")
     for part, until in (trainer.freeze or {}).items():
         if until is not None:
             Duration.parse(until, f"trainer.freeze.{part}")

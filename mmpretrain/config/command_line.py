@@ -92,7 +92,8 @@ def one_line(error: BaseException) -> str:
     """Format an error of Hydra, OmegaConf or YAML in one line: the problem, its key and the nearest valid name."""
     text = str(error)
     if isinstance(error, OverrideParseException):
-        problem = text.splitlines()[0].removesuffix(error.override)
+        lines = [line for line in text.splitlines() if not line.startswith("Error parsing override")]
+        problem = lines[0].removesuffix(error.override)
         return (
             f"{error.override!r} cannot be parsed ({problem.strip(' :')}); expected KEY=VALUE: one override for each "
             "argument, and quotes around special characters, as in 'KEY=\"VALUE\"'"

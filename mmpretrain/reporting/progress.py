@@ -68,7 +68,7 @@ class ProgressBar:
 
 
 def print_results(results: Mapping[str, float | None], folder: Path) -> None:
-    """Print the table of results and the locations of checkpoints and curves."""
+    """Print the table of results and the locations of checkpoints, report and curves."""
     table = Table(title=printable(str(folder)), title_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -78,5 +78,7 @@ def print_results(results: Mapping[str, float | None], folder: Path) -> None:
     console = Console(markup=False, emoji=False)  # names may contain rich's markup characters
     console.print(table)
     console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)
+    if (folder / "report.html").is_file():
+        console.print(f"report:      {folder / 'report.html'}", soft_wrap=True)
     if (folder / "tensorboard").is_dir():
         console.print(f"curves:      tensorboard --logdir {folder}", soft_wrap=True)
