@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 # Distinguishes the repetitions of one setting.
 _SEED = "run.seed"
+_CUT = re.compile(r"-[0-9a-f]{8}$")  # see `identity.derived_name`
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 def repetitions(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs that differ only in their seed, by the name of their directories without the seed.
 
+    Long names of directories are cut and end in a hash. Such a group is named by the settings that differ between groups.
+
     Of several runs with the same seed only the last finished one counts, since the others are not independent draws.
     """
     groups: dict[str, dict[Any, Run]] = {}
@@ -79,9 +82,14 @@ def repetitions(runs: Sequence[Run]) -> dict[str, list[Run]]:
             log.warning("%s and %s have the same seed; only the latter counts", group[seed].folder, run.folder)
         group[seed] = run
     named: dict[str, list[Run]] = {}
+    first = [next(iter(of_seed.values())).settings for of_seed in groups.values()]
+    keys = sorted({key for settings in first for key in settings if key != _SEED})
+    differing = [key for key in keys if len({repr(settings.get(key)) for settings in first}) > 1]
     for of_seed in groups.values():
         alike = [*of_seed.values()]
         name = re.sub(rf",?{re.escape(_SEED)}=\d+", "", alike[0].folder.name).strip(",") or "default"
+        if _CUT.search(name) and differing:
+            name = ",".join(f"{key}={alike[0].settings.get(key)}" for key in differing)
         if name in named:
             name = f"{alike[0].folder.parent.name}/{name}"
         while name in named:

@@ -116,3 +116,11 @@ def test_wrong_use_is_told_in_one_line(
     assert main([argument.replace("RUNS", str(runs)) for argument in arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+def test_runs_whose_names_are_cut_are_named_by_what_differs(tmp_path: Path) -> None:
+    for number, (lr, seed) in enumerate([(1e-3, 0), (1e-3, 1), (3e-3, 0)]):
+        settings = {"optimizer": {"lr": lr}, "data": {"workers": 0, "root": "far/away"}}
+        write_run(tmp_path / f"data.root=far_away,data.train-{number:08x}", seed, settings, {METRIC: 0.5 - lr})
+    _, _, rows = table(find_runs([tmp_path]), None)
+    assert [(row.name, row.num_seeds) for row in rows] == [("optimizer.lr=0.001", 2), ("optimizer.lr=0.003", 1)]
