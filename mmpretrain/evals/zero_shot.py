@@ -37,9 +37,7 @@ def read_classes(
     Raises: ValueError for a missing file, column or value, an empty file, or unknown templates.
     """
     if not path.is_file():
-        raise ValueError(
-            f"classes is {str(path)!r}, which is no file; expected a TSV or one name a line; relative to data.root"
-        )
+        raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
     lines = path.read_text(encoding="utf-8").splitlines()
     own_texts: list[str] = []
     if lines and "\t" in lines[0]:
