@@ -202,8 +202,8 @@ def first_difference(
 ) -> int | None:
     """Return the first step at which a value depends on the length of the run, or None.
 
-    A run can be given another length if this returns None for the steps that it has taken: they are then those of a run
-    that had the other length from its start. The values are compared themselves, so that this holds for every schedule.
+    If it returns None for the steps that a run has taken, a run of the other length would have used the same values, so that
+    training can continue with that length. The values themselves are compared, so that this holds for every schedule.
 
     Args:
         value: function of the progress before a step.

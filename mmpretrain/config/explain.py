@@ -58,7 +58,7 @@ class Entry:
     owner: str
     """Class or function that defines the key."""
     is_argument: bool = False
-    """Whether it is an argument of a `_target_`. The first default is then that of the option of the same name."""
+    """True for an argument of a `_target_`. The first default is then that of the option of the same name."""
 
     def matches(self, key: str) -> bool:
         """Return True for a key with names in place of those in angle brackets."""

@@ -82,7 +82,7 @@ class _Composed:
             if option.parent.name in {*map(str, cfg.hydra.runtime.choices), *map(str, cfg)}:
                 self.groups.setdefault(option.parent.name, []).append(option.stem)
         self.chosen: dict[str, list[str]] = {}
-        """Config groups with the options that are chosen, without those that these include."""
+        """Chosen options of each config group, without options that they include."""
         for each in chosen:
             group, _, name = str(each.config_path).partition("/")
             if not str(each.parent).startswith(f"{group}/"):

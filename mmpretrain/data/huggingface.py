@@ -95,7 +95,12 @@ class DatasetSource:
     def _value(self, sample_id: int, column: str) -> pa.Scalar:
         if not 0 <= sample_id < self._num_samples:
             raise IndexError(f"sample id {sample_id}, expected 0 to {self._num_samples - 1}")
-        return self._views[column][sample_id].column(0)[0]
+        values = self._views[column][sample_id].column(0)
+        try:
+            values.validate(full=True)  # reading a damaged value could end the process
+        except pa.ArrowInvalid as error:
+            raise BadSample(f"its column {column!r} is damaged ({str(error).splitlines()[0]})") from error
+        return values[0]
 
 
 def _load(path: str, split: str | None) -> Any:

@@ -2,8 +2,8 @@
 
 Each epoch of a source permutes its blocks of `BLOCK_SIZE` consecutive samples, then the samples within each window of
 `WINDOW_BLOCKS` blocks; both permutations are seeded. Reads stay local, and no shuffle buffer is needed.
-A stream of several weighted sources assigns positions to sources by a fixed pattern, which holds each source's share
-exactly over a period, and to within one sample at every position if the period is kept as a table.
+A stream of several weighted sources assigns positions to sources by a fixed pattern. Shares are exact over a period. Periods
+of up to `MAX_TABLE` positions are tabulated, and within one sample of the share at every position.
 """
 
 from collections.abc import Sequence

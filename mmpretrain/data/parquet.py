@@ -31,7 +31,7 @@ _SLOW_ROWS = 16 * BLOCK_SIZE
 _SMALL_CHUNK = 1 << 22
 """Bytes of a column in a row group up to which it is kept in one piece, such as the column of captions."""
 _MAX_PIECE = 1 << 30
-"""The same of a source that is kept whole: an Arrow array of bytes holds less than 2 GiB."""
+"""Largest such piece of a source that is kept whole; an Arrow array of bytes holds less than 2 GiB."""
 
 Block = tuple[int, int, str]
 """Row group, number of the block among all blocks of `BLOCK_SIZE` samples (-1: the whole row group), column."""
@@ -42,9 +42,9 @@ class ParquetSource:
 
     Parquet is read and decoded by row groups. Training visits blocks of 256 consecutive samples in a random order, 64
     blocks at a time (see `order.py`), so the blocks that were read last are kept in memory, column by column: about 16,384
-    samples for each worker. A source that takes at most a quarter of `cache_bytes` is kept whole, with row groups of more
-    than 4,096 rows one that takes at most `cache_bytes`. Beyond that, each block costs the decoding of a part of its row
-    group: write large data with `row_group_size=256`.
+    samples for each worker. Sources of up to a quarter of `cache_bytes` are kept whole; if row groups exceed 4,096 rows,
+    sources of up to `cache_bytes`. Beyond that, each block costs the decoding of a part of its row group: write large data
+    with `row_group_size=256`.
 
     Args:
         path: a file, a folder, a glob or brace pattern of .parquet files, or a list of them.
@@ -172,7 +172,7 @@ class ParquetSource:
             # Batches are decoded one after another, so that rows behind the block cost nothing.
             for batch in file.iter_batches(size, row_groups=[own_group], columns=[column], use_threads=False):
                 if at + len(batch) > first:
-                    parts.append(batch.column(0).slice(max(0, first - at), end - max(first, at)))
+                    parts.append(_without_views(batch.column(0).slice(max(0, first - at), end - max(first, at))))
                 at += len(batch)
                 if at >= end:
                     break
@@ -226,6 +226,13 @@ class _Cache:
                 self._num_bytes -= self._blocks.popitem(last=False)[1].nbytes
 
 
+def _without_views(values: pa.Array) -> pa.Array:
+    """Convert views of strings or bytes, which Arrow cannot copy row by row, to plain ones."""
+    if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
+        return values.cast(pa.large_string() if pa.types.is_string_view(values.type) else pa.large_binary())
+    return values
+
+
 def _state(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -276,7 +283,8 @@ def _warn_if_slow(path: str, sample_bytes: float, num_samples: int, most_rows: i
     if window_bytes > cache_bytes:
         log.warning(
             "%s and the others: the samples that are shuffled together take about %d MiB, more than cache_bytes (%d MiB), so "
-            "that they are decoded again and again; raise cache_bytes, as far as each worker has the memory",
+            "that they are decoded again and again; raise it, as far as each worker has the memory: "
+            "+data.train.<stream>.source.cache_bytes=...",
             path, window_bytes >> 20, cache_bytes >> 20,
         )  # fmt: skip
     if most_rows > _SLOW_ROWS:

@@ -88,8 +88,10 @@ def _bytes(value: pa.Scalar, column: str) -> bytes:
         if value.is_valid and not value["bytes"].is_valid and "path" in value and value["path"].is_valid:
             raise BadSample(f"its column {column!r} holds a path ({value['path'].as_py()!r}) and no bytes")
         value = value["bytes"] if value.is_valid else value
-    if isinstance(value, pa.DictionaryScalar | pa.ExtensionScalar):
-        value = value.value if isinstance(value, pa.ExtensionScalar) else value.dictionary[value.index.as_py() or 0]
+    if isinstance(value, pa.DictionaryScalar) and value.is_valid:
+        value = value.dictionary[value.index.as_py()]
+    if isinstance(value, pa.ExtensionScalar):
+        value = value.value
     if not value.is_valid:
         raise BadSample(f"its column {column!r} is null")
     if isinstance(value, pa.BinaryScalar):  # strings, too

@@ -71,7 +71,7 @@ def huggingface_model(path: str, pretrained: bool = False, args: Mapping[str, An
                 path, config=config, local_files_only=True, trust_remote_code=False, use_safetensors=True,
                 output_loading_info=True,
             )  # fmt: skip
-        except (ImportError, OSError, ValueError, TypeError, AssertionError, KeyError, RuntimeError) as error:
+        except Exception as error:  # the libraries below raise errors of their own for damaged files
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"transformers cannot build the {kind} in {path!r} ({reason})") from error
     # A pooler that the weights lack is random. `HuggingFaceText` leaves it out.
@@ -117,14 +117,14 @@ def run_on_texts(transformer: nn.Module, ids: Tensor, lengths: Tensor) -> tuple[
 class HuggingFaceText(nn.Module):
     """Text encoder of Hugging Face: BERT, RoBERTa, GPT-2, Llama and others that `AutoModel` builds.
 
-    The encoder is causal if the states of tokens do not change with the tokens after them, which is tried once.
+    Causality is measured at construction: changing the last token must leave the states before it unchanged.
 
     Args:
         path: local folder with config.json, tokenizer.json and, for `pretrained`, model.safetensors (or shards of it).
         pretrained: load the folder's weights; False: random ones.
         context_length: length of the longest text in tokens, start and end included.
         pool: `mean` averages the states of all tokens, `cls` takes that of the first token, `last` that of the end token.
-        causal: what the model has to be, as objectives ask for it; None: either.
+        causal: direction of attention that objectives require, as their presets set it; None accepts both.
         vocab_size: not used, since the folder's model has one. `objective=mlm` sets it for CLIP's tokenizer.
         args: fields of the configuration to replace, such as `{num_hidden_layers: 6}`.
 
@@ -182,7 +182,8 @@ class HuggingFaceText(nn.Module):
         table = getattr(getattr(self.transformer, "embeddings", None), "position_embeddings", None)
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
             return table.num_embeddings - table.padding_idx - 1  # RoBERTa numbers them from its padding id on
-        return getattr(self.transformer.config, "max_position_embeddings", None)
+        limit = getattr(self.transformer.config, "max_position_embeddings", None)
+        return limit if limit is not None and limit > 0 else None  # XLNet has -1
 
     @torch.no_grad()
     def _is_causal(self) -> bool | None:

@@ -16,7 +16,7 @@ _LAST_BLOCK = (99999,)  # timm's sign that a group belongs to the block before i
 def layers_above(model: nn.Module, tower: str) -> dict[str, int]:
     """Return the number of layers above each parameter of a tower, by its name in the task.
 
-    It is 0 behind the last block, 1 in the last of L blocks and for its final norm, and L + 1 in the stem (patch or token
+    It is 0 after the last block, 1 in the last of L blocks and the final norm, and L + 1 in the stem (patch or token
     embedding, positions).
 
     Args:

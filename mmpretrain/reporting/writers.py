@@ -55,7 +55,8 @@ class MetricWriter:
     """`scalars(step, samples, values)` writes the values of a step, each step once. Values may be NaN or infinite."""
     logged: int | None = None
     """Number of samples at the last record that the writer already holds when it is built. Earlier steps are not written
-    again, and later records of the run are written at once; 0: all of them. None: it holds those up to `samples`."""
+    again, and later records of the run are written at once; 0: all of them. None: all records up to `samples` count as
+    written."""
     settings: Callable[[Mapping[str, Setting]], None] = _nothing
     """`settings(values)` writes the run's main settings. Called whenever the run is started."""
     image: Callable[[str, int, np.ndarray], None] = _nothing

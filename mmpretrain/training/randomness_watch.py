@@ -106,8 +106,8 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
         example: two samples of each stream.
         num_micro_batches: number of micro-batches of a step on one process.
 
-    Raises: ValueError that names layers that do not draw by sample, if there are several processes or micro-batches.
-        Otherwise such layers are named in a warning.
+    Raises: ValueError if there are several processes or micro-batches, and layers do not draw by sample or a sample's loss
+        depends on the others of its micro-batch. On one process with one micro-batch such layers are named in a warning.
     """
     weights = dict.fromkeys(task.objectives, 1.0)
     watch = RandomnessWatch(task)
@@ -122,10 +122,16 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
             task.randomness = partial(SampleRandomness, strict=False)
             if _depends_on_neighbours(task, example, weights):
                 strangers = _culprits(task, example, weights, list(watch.by_sample))
-    is_split = num_micro_batches > 1 or distributed.world_size() > 1
+        is_split = num_micro_batches > 1 or distributed.world_size() > 1
+        if task.randomness is None and is_split and _depends_on_neighbours(task, example, weights):
+            raise ValueError(
+                "the loss of a sample depends on the others of its micro-batch, by statistics over the batch or the like, so "
+                f"that training would depend on the number of processes ({distributed.world_size()}) and micro-batches "
+                f"({num_micro_batches}); change the encoder or objective, or use one of each"
+            )
     if strangers:
         names = ", ".join(strangers[:_NAMED_LAYERS]) + (" and others" if len(strangers) > _NAMED_LAYERS else "")
-        message = f"{names} draw at random in ways that depend on a sample's neighbours"
+        message = f"{names} draw random numbers that depend on the other samples of the micro-batch"
         if is_split:
             raise ValueError(
                 f"{message}, so that training would depend on the number of processes ({distributed.world_size()}) and "

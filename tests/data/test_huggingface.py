@@ -1,9 +1,11 @@
 """Data sets of Hugging Face's `datasets` on disk as samples."""
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from mmpretrain.data.decode import BadSample
@@ -76,6 +78,23 @@ def test_bad_values_and_wrong_arguments_are_told(tars: list[str], tmp_path: Path
     ):
         with pytest.raises(ValueError, match=told):
             DatasetSource(**{"path": path, **options})
+
+
+@pytest.mark.parametrize("offset", [0x7FFFFF00, -5])
+def test_a_damaged_value_is_a_bad_sample_and_does_not_end_the_process(
+    offset: int, tars: list[str], tmp_path: Path
+) -> None:
+    path = save(rows_of(tars), tmp_path / "data")
+    file = path / "data-00000-of-00002.arrow"
+    content = bytearray(file.read_bytes())
+    captions = pa.ipc.open_stream(content).read_all()["caption"].chunk(0)
+    struct.pack_into("<i", content, content.find(captions.buffers()[1].to_pybytes()[:40]) + 16, offset)
+    file.write_bytes(content)
+    source = DatasetSource(str(path))
+    for row in (3, 4):  # the offset ends one value and begins the next
+        with pytest.raises(BadSample, match="its column 'caption' is damaged"):
+            source.read(row, ("txt",))
+    assert source.read(6, ("txt",))
 
 
 def test_the_fingerprint_follows_the_rows_and_not_the_place(tars: list[str], tmp_path: Path) -> None:

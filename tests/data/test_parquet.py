@@ -185,6 +185,26 @@ def test_types_of_other_writers_are_read(tmp_path: Path) -> None:
     assert json.loads(source.read(1, ("json",)))["time"].startswith("1970-01-01 00:00:00.000000002")
 
 
+def test_a_null_of_a_dictionary_column_is_no_category(tmp_path: Path) -> None:
+    captions = pa.array(["a", None, "b", "a"]).dictionary_encode()
+    pq.write_table(pa.table({"image": [b"x"] * 4, "caption": captions}), tmp_path / "a.parquet")
+    source = ParquetSource(str(tmp_path / "a.parquet"))
+    assert [source.read(row, ("txt",)) for row in (0, 2, 3)] == [b"a", b"b", b"a"]
+    with pytest.raises(BadSample, match="its column 'caption' is null"):
+        source.read(1, ("txt",))
+
+
+def test_views_of_strings_and_bytes_are_read(tmp_path: Path) -> None:
+    columns = {
+        "image": pa.array([b"x", b"yy"], pa.binary_view()),
+        "caption": pa.array(["a", "b" * 40], pa.string_view()),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = ParquetSource(str(tmp_path / "a.parquet"))
+    assert [source.read(i, ("png",)) for i in range(2)] == [b"x", b"yy"]
+    assert [source.read(i, ("txt",)) for i in range(2)] == [b"a", b"b" * 40]
+
+
 def test_a_damaged_row_group_is_its_samples_fault_and_the_others_are_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"image": rng.bytes(500), "caption": "a" * 50} for _ in range(20)]
@@ -269,5 +289,5 @@ def test_slow_layouts_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     ParquetSource(path, cache_bytes=1 << 24)
     assert not caplog.records
     ParquetSource(path, cache_bytes=1 << 8)
-    assert "raise cache_bytes" in caplog.records[0].getMessage()
+    assert "source.cache_bytes=..." in caplog.records[0].getMessage()
     assert "write the files again with row_group_size=256" in caplog.records[1].getMessage()

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from mmpretrain.training import randomness_watch
@@ -157,6 +158,24 @@ def test_layers_that_cannot_draw_by_sample_are_named(
     with task.randomness() as random:  # type: ignore[misc]
         assert not random.strict
     assert all(p.grad is None for p in task.parameters())
+
+
+class BatchMean(nn.Module):
+    """Statistics over the batch, and no random numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=0)
+
+
+def test_a_layer_that_mixes_samples_is_refused_with_several_micro_batches() -> None:
+    task = make_task(("infonce", "mae"))
+    task.model.image.trunk.blocks[0].mlp.add_module("drop2", BatchMean())  # type: ignore[attr-defined]
+    with pytest.raises(
+        ValueError, match=r"^the loss of a sample depends on the others of its micro-batch.*batches \(3\)"
+    ):
+        randomness_watch.settle_randomness(task, example_batch(), 3)
+    randomness_watch.settle_randomness(task, example_batch(), 1)
+    assert task.randomness is None and all(p.grad is None for p in task.parameters())
 
 
 def test_a_task_that_draws_nothing_is_run_without_the_mode() -> None:
