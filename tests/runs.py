@@ -109,13 +109,10 @@ _PRELOADED = (
     "mmpretrain.training.trainer",
     "torch.nn.parallel",
     "torch.utils.data",
-    "torch.utils.tensorboard",
-    "tensorboard.compat.tensorflow_stub",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "hydra._internal.hydra",
     "hydra.core.plugins",
-    "tests.frozen",
 )
 
 

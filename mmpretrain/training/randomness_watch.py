@@ -123,7 +123,7 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
             if _depends_on_neighbours(task, example, weights):
                 strangers = _culprits(task, example, weights, list(watch.by_sample))
         is_split = num_micro_batches > 1 or distributed.world_size() > 1
-        if task.randomness is None and is_split and _depends_on_neighbours(task, example, weights):
+        if task.randomness is None and is_split and _depends_on_neighbours(task, example, weights, by_loss=True):
             raise ValueError(
                 "the loss of a sample depends on the others of its micro-batch, by statistics over the batch or the like, so "
                 f"that training would depend on the number of processes ({distributed.world_size()}) and micro-batches "
@@ -142,9 +142,10 @@ def settle_randomness(task: Task, example: Batch, num_micro_batches: int) -> Non
         task.randomness = partial(SampleRandomness, strict=is_split and not strangers)
 
 
-def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, float]) -> bool:
+def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, float], by_loss: bool = False) -> bool:
     """Return True if a step on two samples differs from a step with each sample in its own micro-batch.
 
+    With `by_loss` the losses alone are compared: gradients of a coupled loss of two samples may be rounding errors.
     BatchNorm layers are set to evaluation mode, since they use other samples without drawing random numbers.
     """
     halves = [
@@ -167,10 +168,13 @@ def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, flo
     (losses, gradients), (split_losses, split_gradients) = found
     total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     # Compare relative to each gradient's norm: layer scale makes some small at first. Skip gradients at rounding level.
-    return any(
+    other_losses = any(
         bool((split_losses[name]["loss"] - each["loss"]).abs() > _SPLIT * (each["loss"].abs() + 0.01))
         for name, each in losses.items()
-    ) or any(
+    )
+    if other_losses or by_loss:
+        return other_losses
+    return any(
         bool(gradient.norm() > _NEGLIGIBLE * total)
         and bool((split_gradients[name] - gradient).norm() > _SPLIT_GRADIENT * gradient.norm())
         for name, gradient in gradients.items()
