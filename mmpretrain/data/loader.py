@@ -26,6 +26,7 @@ from mmpretrain.schedules import Clock, TrainingProgress
 Item = TypeVar("Item")
 
 _POLL_SECONDS = 1.0
+_DEATH_SECONDS = 10.0  # the kernel may close a killed worker's sockets some time before it reports its end
 
 MicroBatchItem = tuple[int, Mapping[str, StreamItem]]
 """Samples seen before the step, and the item of each stream by name."""
@@ -173,7 +174,7 @@ def _received(
                 return
             if isinstance(item, BaseException):
                 if isinstance(item, ConnectionError | EOFError):  # a worker ended while it sent a tensor
-                    wait([worker.sentinel for worker in workers], timeout=_POLL_SECONDS)
+                    wait([worker.sentinel for worker in workers], timeout=_DEATH_SECONDS)
                 _check_alive(workers)
                 raise item
             yield item
