@@ -72,7 +72,7 @@ def test_samples_that_cannot_be_used_are_left_out_and_named(tmp_path: Path, capl
     ]
     assert "no readable image" in refused[0].reason
     assert "'json.captions' is empty" in refused[1].reason
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("mmpretrain.")]
     assert message.startswith(f"2 of the {NUM_SAMPLES} samples of data.val.val cannot be used and are left out: ")
     for each in refused:
         assert f"{each.key} of {each.shard}: {each.reason}" in message
