@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: python -m mmpretrain.evaluate checkpoint=RUN_DIR eval=[retrieval,zero_shot] [overrides]."""
 
 import json
+import logging
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,11 @@ from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
 from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
-from mmpretrain.evals.base import Context, evaluate
+from mmpretrain.evals.base import Context, chosen_sets, evaluate
 from mmpretrain.reporting.progress import print_results
 from mmpretrain.training.precision import autocast
+
+log = logging.getLogger(__name__)
 
 
 @command_line.command("evaluate")
@@ -51,6 +54,13 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
         autocast=autocast(device, precision),
     )
     evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
+    idle = [name for name, evaluator in evaluators.items() if not chosen_sets(name, evaluator, context)]
+    if idle and distributed.is_main():
+        log.warning(
+            "eval: %s find no data set with what they need, such as a caption, or a label and classes; they "
+            "give no score",
+            ", ".join(idle),
+        )
     scores = evaluate(evaluators, context)
     if not (scores or context.shown.pictures or context.shown.projections):
         raise ValueError(
