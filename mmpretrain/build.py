@@ -333,4 +333,4 @@ def build_evaluation(
         timeout_seconds=cfg.data.timeout_seconds,
         autocast=autocast(device, cfg.trainer.precision),
     )
-    return Evaluation(evaluators, every, clock, context, cfg.checkpoint.best)
+    return Evaluation(evaluators, every, clock, context)

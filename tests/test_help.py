@@ -29,7 +29,7 @@ def test_help_of_train_names_groups_values_and_examples(tmp_path: Path) -> None:
 def test_other_commands_have_help(command: str, tmp_path: Path) -> None:
     finished = runs.run(f"mmpretrain.{command}", ["--help"], tmp_path)
     assert finished.code == 0, finished.stderr
-    assert "checkpoint" in finished.stdout
+    assert f"python -m mmpretrain.{command} checkpoint=" in finished.stdout
 
 
 def test_help_explains_a_key_with_the_overrides_that_are_given(tmp_path: Path) -> None:
@@ -44,6 +44,13 @@ def test_help_of_an_evaluation_explains_its_keys(tmp_path: Path) -> None:
     finished = runs.run("mmpretrain.evaluate", ["eval=[zero_shot]", "-h", "eval.zero_shot.every"], tmp_path)
     assert finished.code == 0, finished.stderr
     assert finished.stdout.startswith("eval.zero_shot.every = null\n"), finished.stdout
+
+
+def test_the_key_may_follow_an_equals_sign(tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.train", ["--help=trainer.ema_decay"], tmp_path)
+    assert finished.code == 0, finished.stderr
+    assert finished.stdout.startswith("trainer.ema_decay = null\n"), finished.stdout
+    assert "such as {linear:" in finished.stdout
 
 
 def test_help_for_a_key_that_does_not_exist_is_one_line(tmp_path: Path) -> None:

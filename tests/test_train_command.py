@@ -519,3 +519,18 @@ def test_a_job_that_is_refused_does_not_keep_a_sweep_from_the_others(
     assert "optimizer.lr=fast" in line.partition("(job 0: ")[2]
     assert "Error executing job" not in finished.stderr and "Traceback" not in finished.stderr
     assert runs.results(tmp_path / "runs" / "tiny" / "optimizer.lr=0.001")["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("data.train.pairs.source={path: a}", "AttributeError"),
+        ("eval=[{_target_: a.B}]", "TypeError"),
+        ("optimizer.groups.foo=1", "ValueError"),
+    ],
+)
+def test_overrides_that_hydra_fails_on_are_one_line(override: str, reason: str, tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.train", [override], tmp_path)
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith(f"error: {override}: these overrides cannot be composed ({reason}: "), line

@@ -148,6 +148,7 @@ class FailedJob:
 
 
 _failures: list[int] | None = None  # exit codes of this command's failed jobs; None in a launcher's process
+_is_composed = False  # True once a job of this command has its configuration
 
 
 def _failed(error: Exception, code: int) -> FailedJob:
@@ -220,6 +221,9 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
             )
     changed = []
     for argument in arguments:
+        if argument.startswith("--help="):
+            changed += argument.split("=", 1)
+            continue
         key, is_given, value = argument.partition("=")
         parts = _parts(value)
         if key in _groups() and value != "null":  # of null there is a message of its own
@@ -263,6 +267,8 @@ def command(
     def decorate(run: Callable[[Config], None]) -> Callable[[], None]:
         @wraps(run)  # Hydra names the job after the function's module
         def job(cfg: DictConfig) -> FailedJob | None:
+            global _is_composed
+            _is_composed = True
             try:
                 run(read(cfg))
             except (UsageError, OmegaConfBaseException) as error:
@@ -294,6 +300,18 @@ def _key_help(command: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
+def _uncomposed(error: Exception, arguments: Sequence[str]) -> str:
+    """Return the message for an error of Hydra or OmegaConf that is not meant for users."""
+    if str(error).startswith("Config group override"):
+        given = ", ".join(argument for argument in arguments if argument.endswith("=null"))
+        return f"{given}: a group cannot be null; leave it out, or choose none of a list with []"
+    reason = next(iter(str(error).splitlines()), "")
+    return (
+        f"{' '.join(arguments)}: these overrides cannot be composed ({type(error).__name__}: {reason}); expected names in "
+        "the lists of groups, a list for a list, and + before a mapping that replaces null: '+KEY={...}'"
+    )
+
+
 def _enter(name: str, run: Callable[[], None]) -> None:
     """Run the Hydra entry of a command, or print the help for one key.
 
@@ -318,11 +336,10 @@ def _enter(name: str, run: Callable[[], None]) -> None:
     except (UsageError, HydraException, OmegaConfBaseException, YAMLError) as error:
         _say(error)
         raise SystemExit(USAGE_EXIT_CODE) from None
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # the only ValueError that Hydra raises for usage errors
+    except Exception as error:  # Hydra and OmegaConf raise various exceptions for some overrides
+        if _is_composed:
             raise
-        given = ", ".join(argument for argument in sys.argv[1:] if argument.endswith("=null"))
-        _say(UsageError(f"{given}: a group cannot be null; leave it out, or choose none of a list with []"))
+        _say(UsageError(_uncomposed(error, sys.argv[1:])))
         raise SystemExit(USAGE_EXIT_CODE) from None
     if _failures:
         raise SystemExit(_failures[0])

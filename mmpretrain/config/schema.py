@@ -13,6 +13,9 @@ from omegaconf import MISSING
 
 from mmpretrain.data.shorten import Shorten
 
+Scheduled = Any
+"""A number, or a schedule of it as a mapping (see `mmpretrain.schedules`). OmegaConf's types cannot express it."""
+
 
 class Precision(str, Enum):
     """Arithmetic of the forward and backward passes. Losses and parameters are always float32."""
@@ -42,7 +45,7 @@ class TrainerConfig:
     micro_batch_size: int | None = MISSING
     precision: Precision = MISSING
     clip_grad_norm: float | None = MISSING
-    ema_decay: Any = MISSING
+    ema_decay: Scheduled = MISSING
     freeze: Any = None
     log_every: str = MISSING
     diagnose_every: str | None = MISSING

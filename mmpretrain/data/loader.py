@@ -28,6 +28,14 @@ Item = TypeVar("Item")
 _POLL_SECONDS = 1.0
 _DEATH_SECONDS = 10.0  # the kernel may close a killed worker's sockets some time before it reports its end
 
+_CAUSES = {
+    signal.SIGKILL: ", with more memory if it ran out",
+    signal.SIGBUS: " when /dev/shm has space and no data file is cut off or written to",
+    signal.SIGSEGV: "; if it crashes again, a library cannot read the data or the worker's code has a fault",
+    signal.SIGABRT: "; if it crashes again, a library cannot read the data or the worker's code has a fault",
+}
+"""What a signal that ends a worker usually comes from, as the end of a sentence."""
+
 MicroBatchItem = tuple[int, Mapping[str, StreamItem]]
 """Samples seen before the step, and the item of each stream by name."""
 
@@ -195,7 +203,8 @@ def _check_alive(workers: list[BaseProcess]) -> None:
             f"worker {i} of the data loader (process {worker.pid}) {_how(worker.exitcode)}"
             for i, worker in ended.items()
         )
-        raise LoaderError(f"{told}; start the same command again, with more memory if it ran out")
+        cause = next((text for code, text in _CAUSES.items() if -code in {w.exitcode for w in ended.values()}), "")
+        raise LoaderError(f"{told}; start the same command again{cause}")
 
 
 def _how(code: int | None) -> str:

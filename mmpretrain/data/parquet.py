@@ -52,7 +52,7 @@ class ParquetSource:
         image: column of the encoded images: bytes, or `{bytes, path}` as Hugging Face writes them; null: no images.
         caption: column of the captions, the field `txt`; null: none. Name a column of lists as `json.<column>`.
         label: column of the class indices, the field `cls`; null: none.
-        key: column that names the samples; null: the file's name and the row's number.
+        key: column that names the samples; null: the file's name, with its folder if names occur twice, and the row's number.
         cache_bytes: memory for blocks, in bytes, of each process that reads.
 
     Raises: ValueError if a file is no Parquet, has no rows or lacks a column.
@@ -69,6 +69,10 @@ class ParquetSource:
         cache_bytes: int = 1 << 31,
     ) -> None:
         self.paths = expand_paths(path, root, "path", "parquet")
+        self._names = [os.path.basename(file).removesuffix(".parquet") for file in self.paths]
+        if len(set(self._names)) < len(self._names):
+            shared = os.path.commonpath(self.paths)
+            self._names = [os.path.relpath(file, shared).removesuffix(".parquet") for file in self.paths]
         self._columns = Columns(image, caption, label, key)
         self._schemas: list[pa.Schema] = []
         self._states: list[tuple[int, int]] = []
@@ -125,7 +129,7 @@ class ParquetSource:
                 ).decode()
         first_group = self._first_groups[file]
         first = self._ends[first_group - 1] if first_group else 0
-        return f"{os.path.basename(self.paths[file]).removesuffix('.parquet')}:{sample_id - first}"
+        return f"{self._names[file]}:{sample_id - first}"
 
     def read(self, sample_id: int, fields: Sequence[str]) -> bytes:
         """Return the first of `fields` that the file has a column for.

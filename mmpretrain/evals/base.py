@@ -148,10 +148,8 @@ class Evaluation:
         every: interval of each evaluator, by the same names.
         clock: clock of the run.
         context: input of the evaluators; `run` replaces its model.
-        best: the metric of `checkpoint.best`: `eval-<data set>/<name>`, or `eval-<data set>-ema/<name>` for the averaged
-            weights.
 
-    Raises: ValueError if an evaluator cannot be run on the model or its data sets, or if none can give `best`.
+    Raises: ValueError if an evaluator cannot be run on the model or its data sets.
     """
 
     def __init__(
@@ -160,19 +158,35 @@ class Evaluation:
         every: Mapping[str, Duration],
         clock: Clock,
         context: Context,
-        best: str | None = None,
     ) -> None:
         self._evaluators, self._every, self._clock, self._context = evaluators, every, clock, context
         self._untried = set(evaluators)
         chosen = {name: chosen_sets(name, evaluator, context) for name, evaluator in evaluators.items()}
-        evaluated = {data for sets in chosen.values() for data in sets}
+        self._evaluated = sorted({data for sets in chosen.values() for data in sets})
         self.without_data = [name for name, sets in chosen.items() if not sets]
         """Names of the evaluators that find no data set with what they need, and give no score."""
-        possible = {f"eval-{name}{average}" for name in evaluated for average in ("", "-ema")}
-        if best is not None and best.partition("/")[0] not in possible:
+
+    def check_best(self, best: str, has_average: bool) -> None:
+        """Check that the metric of `checkpoint.best` is of a data set that is evaluated.
+
+        Args:
+            best: `eval-<data set>/<name>`, or `eval-<data set>-ema/<name>` for the averaged weights.
+            has_average: True if the run averages its weights.
+
+        Raises: ValueError.
+        """
+        prefix = best.partition("/")[0]
+        if prefix in {f"eval-{name}" for name in self._evaluated}:
+            return
+        if prefix not in {f"eval-{name}-ema" for name in self._evaluated}:
             raise ValueError(
                 f"checkpoint.best is {best!r}; expected eval-<data set>/<metric> of a data set that is evaluated: "
-                f"{', '.join(sorted(evaluated)) or 'there is none'}"
+                f"{', '.join(self._evaluated) or 'there is none'}"
+            )
+        if not has_average:
+            raise ValueError(
+                f"checkpoint.best is {best!r}, but the run averages no weights; expected {best.replace('-ema/', '/', 1)!r}, "
+                "or an average: trainer.ema_decay=0.999"
             )
 
     @property

@@ -14,8 +14,8 @@ from mmpretrain.models.masking import PatchMask
 
 _LARGEST = 4096
 _EXPECTED = (
-    "a tensor [b, d], [b, N, d] or [b, d, rows, columns], or an object with last_hidden_state: name the part to read with "
-    "model.image.output=..."
+    "a floating-point tensor [b, d], [b, N, d] or [b, d, rows, columns], or an object with last_hidden_state: name the part "
+    "to read with model.image.output=..."
 )
 
 
@@ -62,6 +62,12 @@ class ModuleEncoder(nn.Module):
         check_number("model.image.channels", channels, at_least=1)
         if not isinstance(module, nn.Module):
             raise ValueError(f"model.image.module is a {type(module).__name__}; expected a torch.nn.Module")
+        halves = {str(each.dtype) for each in module.parameters() if each.dtype in (torch.float16, torch.bfloat16)}
+        if halves:
+            raise ValueError(
+                f"model.image.module has parameters of {', '.join(sorted(halves))}; expected torch.float32, since "
+                "trainer.precision sets the precision of computations: convert it with .float()"
+            )
         for name in remove:
             if name not in dict(module.named_modules()) or not name:
                 children = ", ".join(child for child, _ in module.named_children())
@@ -118,8 +124,12 @@ class ModuleEncoder(nn.Module):
         elif not isinstance(output, Tensor):
             pooled = _part(output, "pooler_output") if self.pool is None else None
             states = _part(output, "last_hidden_state")
-        if not isinstance(states, Tensor) or not 2 <= states.ndim <= 4:
-            found = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(output).__name__}"
+        if not isinstance(states, Tensor) or not states.is_floating_point() or not 2 <= states.ndim <= 4:
+            found = (
+                f"a tensor {list(states.shape)} of {states.dtype}"
+                if isinstance(states, Tensor)
+                else f"a {type(output).__name__}"
+            )
             named = "" if self.output is None else f" for model.image.output={self.output}"
             raise ValueError(f"model.image.module returned {found}{named}; expected {_EXPECTED}")
         if self.pool == "first" and states.ndim == 4:

@@ -7,13 +7,21 @@ from typing import Any
 
 import timm.optim
 import torch
+from timm.optim.kron import Kron
 from torch import nn
 
 from mmpretrain.errors import check_number, nearest
 from mmpretrain.optim.groups import Layers, parameter_groups
 
-# adahessian needs a second backward pass, kron has state that cannot be checkpointed, lookahead wraps another optimiser.
-_UNSUITABLE = ("adahessian", "kron", "lookahead")
+_UNSUITABLE: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.LBFGS: "computes the loss again",
+    torch.optim.SparseAdam: "needs sparse gradients",
+    torch.optim.Muon: "trains matrices alone (optimizer=muon trains the other parameters by AdamW)",
+    timm.optim.Adahessian: "needs a second backward pass",
+    Kron: "has state that cannot be checkpointed",
+    timm.optim.Lookahead: "wraps another optimiser",
+}
+"""Optimisers that training cannot use, with the reason."""
 
 
 def adamw(
@@ -112,15 +120,24 @@ def _kind(name: str) -> Callable[..., torch.optim.Optimizer]:
             ) from error
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
             raise ValueError(f"optimizer.name is {name!r}; expected a subclass of torch.optim.Optimizer")
+        if (reason := next((text for base, text in _UNSUITABLE.items() if issubclass(kind, base)), None)) is not None:
+            raise ValueError(
+                f"optimizer.name is {name!r}, which {reason}; expected another one, such as torch.optim.NAdam"
+            )
         return kind
     kinds = {key: kind for key, kind in vars(torch.optim).items() if isinstance(kind, type)}
     kinds = {key: kind for key, kind in kinds.items() if issubclass(kind, torch.optim.Optimizer)}
-    # LBFGS needs to recompute the loss, SparseAdam needs sparse gradients, and Muon takes nothing but matrices.
-    for unsuitable in ("Optimizer", "LBFGS", "SparseAdam", "Muon"):
+    for unsuitable in ("Optimizer", *(kind.__name__ for kind in _UNSUITABLE)):
         kinds.pop(unsuitable, None)
     if name in kinds:
         return kinds[name]
-    of_timm = [str(each) for each in timm.optim.list_optimizers() if not str(each).startswith(_UNSUITABLE)]
+    of_timm = [
+        str(each)
+        for each in timm.optim.list_optimizers()
+        if not str(each).startswith(
+            tuple(kind.__name__.lower() for kind in _UNSUITABLE if kind.__module__[:4] == "timm")
+        )
+    ]
     if name not in of_timm:
         raise ValueError(f"optimizer.name is {name!r}; {nearest(name, [*kinds, *of_timm])}")
     return timm.optim.get_optimizer_class(name, bind_defaults=True)

@@ -1,6 +1,7 @@
 """TensorBoard's event files."""
 
 import io
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from mmpretrain import files
 from mmpretrain.reporting.writers import Setting
 
 _EVENTS = "events.out.tfevents."
+_LARGEST_SCALAR = 1 << 12  # bytes of an event
 
 # By default TensorBoard's table shows five settings: those marked as different, in the order of their names.
 _FIRST_SETTINGS = ("batch_size", "lr", "model", "objective", "seed")
@@ -34,9 +36,10 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int = 0, samples: int = 0) -> None:
-        purge = samples + 1 if step else 0
         before = set((folder / "tensorboard").glob(f"{_EVENTS}*"))
-        self.logged = samples if before else 0
+        # Less than `samples` if the run went on without this writer in between.
+        self.logged = max((_last_samples(path, samples) for path in before), default=0)
+        purge = self.logged + 1 if step else 0
         self._writer = SummaryWriter(folder / "tensorboard", purge_step=purge)
         (begun,) = set((folder / "tensorboard").glob(f"{_EVENTS}*")) - before
         file_writer = self._writer._get_file_writer()
@@ -74,6 +77,24 @@ class TensorBoard:
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+
+def _last_samples(path: Path, at_most: int) -> int:
+    """Return the last position in an event file, in samples seen, up to `at_most`; 0 if it holds none."""
+    last = 0
+    with path.open("rb") as file:
+        # A record is the length of its data, a checksum, the data and another checksum; a kill may cut the last one short.
+        while len(header := file.read(12)) == 12:
+            length = int.from_bytes(header[:8], "little")
+            if length > _LARGEST_SCALAR:
+                file.seek(length + 4, os.SEEK_CUR)
+                continue
+            data = file.read(length + 4)[:-4]
+            if len(data) < length:
+                break
+            step = Event.FromString(data).step
+            last = max(last, step if step <= at_most else 0)
+    return last
 
 
 class _EventFile:

@@ -63,6 +63,10 @@ class Evaluation(Protocol):
         """True once every evaluator has run in this process."""
         ...
 
+    def check_best(self, best: str, has_average: bool) -> None:
+        """Check the metric of `checkpoint.best`. Raises: ValueError if no evaluation can give it."""
+        ...
+
     def is_due(self, samples: int) -> bool:
         """Return True if an evaluator is due after the step that ends at `samples` samples."""
         ...
@@ -121,6 +125,8 @@ class Trainer:
         self.optimizer = setup.optimizer()
         parallel.check_optimizer(self.optimizer)
         self.average = average_of(task, self.optimizer, cfg.trainer.ema_decay)
+        if cfg.checkpoint.best is not None:
+            evaluation.check_best(cfg.checkpoint.best, self.average is not None)
         self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.average)
         self.bad_steps = BadSteps(self.state.bad_steps, cfg.trainer.max_bad_steps, setup.streams, clock, device)
         self.loss_scale = LossScale(self.precision, device, self.state.loss_scale, self.state.good_steps)

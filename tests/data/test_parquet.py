@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,14 @@ def test_threads_read_the_same_rows(files: list[str]) -> None:
     for thread in threads:
         thread.join()
     assert [found[seed] for seed in range(4)] == [expected] * 4
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(files: list[str], tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(files[0], tmp_path / folder / "part-0.parquet")
+    source = ParquetSource([str(tmp_path / "a"), str(tmp_path / "b" / "part-0.parquet")])
+    assert [source.key(i) for i in (0, 29, 30)] == ["a/part-0:0", "a/part-0:29", "b/part-0:0"]
 
 
 def test_samples_have_names_and_places(files: list[str]) -> None:

@@ -168,12 +168,12 @@ def make_task() -> Task:
     return Task(model, {"infonce": InfoNCE(model)})
 
 
-def evaluation(folder: Path, best: str | None = None) -> Evaluation:
+def evaluation(folder: Path) -> Evaluation:
     """Retrieval after each 100 of 250 samples, and the others after each 30; a step has 10."""
     evaluators = {"retrieval": Retrieval(ks=(1,)), "loss": ContrastiveLoss(), "projector": Projector(num_images=3)}
     every = {"retrieval": "100samples", "loss": "30samples", "projector": "30samples"}
     durations = {name: Duration.parse(value, name) for name, value in every.items()}
-    return Evaluation(evaluators, durations, Clock(10, 250, 250), make_context(data=make_set(folder)), best)
+    return Evaluation(evaluators, durations, Clock(10, 250, 250), make_context(data=make_set(folder)))
 
 
 @pytest.mark.parametrize("score", [0.5, 1, np.float32(0.5), np.ones(()), torch.tensor(0.5), torch.ones(1)])
@@ -259,10 +259,15 @@ def test_a_signal_between_batches_ends_it(tmp_path: Path) -> None:
 
 
 def test_a_best_metric_is_of_a_data_set_that_is_evaluated(tmp_path: Path) -> None:
-    for best in ("eval-val/acc1", "eval-val-ema/acc1"):
-        evaluation(tmp_path, best)
+    evaluated = evaluation(tmp_path)
+    evaluated.check_best("eval-val/acc1", has_average=False)
+    evaluated.check_best("eval-val-ema/acc1", has_average=True)
     with pytest.raises(ValueError, match=r"^checkpoint.best is 'eval-x/acc1'; expected .* that is evaluated: val$"):
-        evaluation(tmp_path, "eval-x/acc1")
+        evaluated.check_best("eval-x/acc1", has_average=True)
+    with pytest.raises(
+        ValueError, match=r"averages no weights; expected 'eval-val/acc1', or an average: trainer.ema_decay"
+    ):
+        evaluated.check_best("eval-val-ema/acc1", has_average=False)
 
 
 def test_the_first_caption_of_an_image_is_one_place(tmp_path: Path) -> None:

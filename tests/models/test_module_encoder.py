@@ -84,8 +84,9 @@ def test_a_network_of_torchvision_without_its_classifier() -> None:
 @pytest.mark.parametrize(
     ("output", "arguments", "message"),
     [
-        (lambda x: (x, x), {}, r"returned a tuple; expected a tensor \[b, d\], .*model\.image\.output="),
-        (lambda x: x.sum(), {}, r"returned a tensor \[\]; expected a tensor"),
+        (lambda x: (x, x), {}, r"returned a tuple; expected a floating-point tensor \[b, d\], .*model\.image\.output="),
+        (lambda x: x.sum(), {}, r"returned a tensor \[\] of torch\.float32; expected a floating-point"),
+        (lambda x: x.long(), {}, r"of torch\.int64; expected a floating-point tensor"),
         (lambda x: {"out": x}, {"output": "features"}, r"returned a dict for model\.image\.output=features; expected"),
         (lambda x: x, {"pool": "first"}, r"pool is first for a feature map \[1, 6, 4, 4\]; expected mean"),
         (lambda x: x, {"channels": 4}, r"cannot encode images \[1, 4, 32, 32\] \(.*channels"),
@@ -98,6 +99,11 @@ def test_what_cannot_be_read_is_told_in_one_line(output: Any, arguments: dict[st
     with pytest.raises(ValueError, match=message) as error:
         ModuleEncoder(Returns(output), **{"image_size": 32, **arguments})
     assert "\n" not in str(error.value)
+
+
+def test_a_module_in_half_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"parameters of torch\.bfloat16; expected torch\.float32, .*\.float\(\)"):
+        ModuleEncoder(Returns(tokens_of).bfloat16(), image_size=32)
 
 
 def test_a_mask_is_refused() -> None:

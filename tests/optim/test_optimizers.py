@@ -62,6 +62,18 @@ def test_any_optimiser_by_name_skips_bad_steps_and_goes_on_from_its_saved_state(
         (optim.torch_optimizer, "SparseAdam", {}, r"^optimizer\.name is 'SparseAdam'"),
         (optim.timm_optimizer, "adahessian", {}, r"^optimizer\.name is 'adahessian'"),
         (optim.timm_optimizer, "kron", {}, r"^optimizer\.name is 'kron'"),
+        (
+            optim.optimizer_by_name,
+            "torch.optim.SparseAdam",
+            {},
+            r"'torch\.optim\.SparseAdam', which needs sparse gradients",
+        ),
+        (
+            optim.optimizer_by_name,
+            "timm.optim.Adahessian",
+            {},
+            r", which needs a second backward pass; expected another",
+        ),
         (optim.timm_optimizer, "lionn", {}, r"^optimizer\.name is 'lionn'; did you mean 'lion'\?"),
     ],
 )

@@ -81,6 +81,22 @@ def test_what_was_logged_beyond_the_checkpoint_is_taken_back(resumed_at: int, tm
     assert [event.step for event in shown.Images("train/pairs")] == [0]
 
 
+def test_tensorboard_gets_what_was_logged_while_it_was_left_out(tmp_path: Path) -> None:
+    first = open_at(tmp_path)
+    log_steps(first, range(1, 4), 100.0)
+    (path,) = (tmp_path / "tensorboard").glob("events*")
+    with path.open("ab") as file:
+        file.write(path.read_bytes()[:20])  # a record that a kill cut short
+    without = RunWriter(tmp_path, 2, 32, {})
+    log_steps(without, range(3, 6), 200.0)
+    without.close()
+    resumed = open_at(tmp_path, 5, 80)
+    log_steps(resumed, range(6, 8), 300.0)
+    resumed.close()
+    shown = [(event.step // 16, event.value) for event in events(tmp_path).Scalars("train/loss")]
+    assert shown == [(1, 101.0), (2, 102.0), (3, 103.0), (4, 204.0), (5, 205.0), (6, 306.0), (7, 307.0)]
+
+
 def test_line_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "samples": 16}\n{"step": 2, "samp')

@@ -108,7 +108,11 @@ def goes_on(folder: Path, pairs: Path, *stderr: str) -> None:
 @pytest.mark.parametrize(
     ("number", "expected"),
     [
-        (signal.SIGKILL, r"worker \d of the data loader \(process \d+\) was killed by SIGKILL"),
+        (signal.SIGKILL, r"worker \d of the data loader \(process \d+\) was killed by SIGKILL; .* with more memory"),
+        (
+            signal.SIGBUS,
+            r"worker \d of the data loader \(process \d+\) was killed by SIGBUS; .* when /dev/shm has space",
+        ),
         (signal.SIGSTOP, r"no batch came in 2 seconds \(data.timeout_seconds\): worker \d .* is stopped"),
     ],
 )
