@@ -1,7 +1,8 @@
 """Interface of training objectives. A class is an objective if it implements one of the protocols below.
 
 The first argument of an objective's `__init__` is the model, from which it reads only shapes; the others are the arguments
-of its YAML. The objective owns the heads that only it uses. It does not depend on ranks, micro-batches or other objectives.
+of its YAML. The objective owns the heads that only it uses. Its result does not depend on ranks, micro-batches or other
+objectives. A loss of the whole step's rows may be computed by parts, each on one rank (`split` in `mmpretrain.losses`).
 
 An objective may also define the hooks of `Hooks`, which have defaults. If its `__init__` has a parameter `config_path`, it
 receives its own key in the configuration, such as `objective.mae`, for error messages.
