@@ -1,88 +1,86 @@
-"""A step off the logging step asks nothing of the device that the host would have to wait for.
+"""A step off the logging step neither waits for the device nor mixes devices or precisions.
 
-Where there is no GPU fake tensors stand for it: they have shapes and no values, so that whatever needs a value raises.
+Where there is no GPU, fake CUDA tensors stand for it (see `tests/cuda/steps.py`).
 """
 
-from dataclasses import replace
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from mmpretrain.batch import Batch
-from mmpretrain.distributed import LateFlags
-from mmpretrain.optim import adamw, grad_norms, gradients, guarded_step
-from mmpretrain.schedules import ScheduledValue
-from mmpretrain.training.ema import EMA
-from mmpretrain.training.precision import LossScale, autocast
-from mmpretrain.training.step import forward_backward
-from mmpretrain.training.task import Task
+from tests.cuda import stub
+from tests.cuda.steps import FAULTS, Steps
 from tests.distributed.steps import RANDOM, make_batches, make_task
 
-MIXES = [
-    ("infonce", "multi_positive", "sigmoid", "mae", "simclr", "causal_lm", "captioning"),
-    ("coca", "cappa", "simclr_layer", "flip", "flip_block"),
-    ("infonce", "mae_fixed", "mae_images", "mlm", "mlm_words", "mlm_texts"),
-]
+MIXES = (
+    ("infonce", "multi_positive", "sigmoid", "mae"),
+    ("coca", "cappa", "simclr_layer", "flip"),
+    ("infonce", "mae_fixed", "mae_images", "mlm", "mlm_texts"),
+    ("simclr", "captioning", "causal_lm"),
+    ("flip_block", "mlm_words"),
+)
+OBJECTIVES = sorted({name for mix in MIXES for name in mix})
 
 
-class Steps:
-    """What the trainer computes in every step, on micro-batches that were counted on the host."""
-
-    def __init__(self, task: Task, batches: list[Batch], device: torch.device) -> None:
-        self.task, self.batches, self.device = task, batches, device
-        self.optimizer = adamw(
-            task.named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, towers={}
-        )
-        self.average = EMA(task, ScheduledValue(0.99, "x"))
-        self.loss_scale, self.flags = LossScale("fp16", device, None, 0), LateFlags()
-
-    def step(self) -> None:
-        weights = dict.fromkeys(self.task.objectives, 0.5)
-        passes = autocast(self.device, "bf16")
-        forward_backward(self.task, self.task, self.batches, weights, passes, self.loss_scale.scale)
-        self.loss_scale.unscale(gradients(self.optimizer))
-        skipped = guarded_step(self.optimizer, grad_norms(self.optimizer)["all"], 1.0)
-        self.task.after_step(self.batches[0].progress, skipped)
-        self.loss_scale.update(skipped)
-        self.average.update(self.batches[0].progress, skipped)
-        self.flags.post({"skipped": skipped, "stop": torch.full((), False, device=self.device)})
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runtime = stub.cuda_runtime()
+    if runtime is None or shutil.which("gcc") is None:
+        pytest.skip("needs a PyTorch built with CUDA, and gcc")
+    return stub.build(tmp_path_factory.mktemp("stub"), runtime)
 
 
-def without_values(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+def errors_of(cases: list[str], library: Path) -> dict[str, str | None]:
+    """The error of each case, or None."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.cuda.steps", *cases],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return {case: error for line in finished.stdout.splitlines() for case, error in json.loads(line).items()}
 
 
-def forget_values(task: nn.Module) -> None:
-    for module in task.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(without_values(parameter)))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, without_values(buffer))
+@pytest.mark.slow
+def test_a_step_of_each_objective_alone_runs_on_fake_cuda_tensors(library: Path) -> None:
+    cases = [f"one:{name}" for name in OBJECTIVES]
+    assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
-def fake_steps(mix: tuple[str, ...], *, counted: bool) -> None:
-    """A step of two micro-batches on fake tensors."""
-    task = make_task(mix, 0.1, **RANDOM).float()
-    batches = [task.counted(batch, dict.fromkeys(mix, 0.5)) if counted else batch for batch in make_batches(2)]
-    with FakeTensorMode():
-        forget_values(task)
-        batches = [
-            replace(batch, streams={name: samples.map(without_values) for name, samples in batch.streams.items()})
-            for batch in batches
-        ]
-        Steps(task, batches, torch.device("cpu")).step()
+@pytest.mark.parametrize("strategy", ["one", pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_a_step_of_a_mix_runs_on_fake_cuda_tensors(strategy: str, library: Path) -> None:
+    mixes = MIXES if strategy != "fsdp" else MIXES[:1]
+    cases = [f"{strategy}:{'+'.join(mix)}" for mix in mixes]
+    assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
-@pytest.mark.parametrize("mix", MIXES, ids="+".join)
-def test_a_step_needs_no_value_on_the_host(mix: tuple[str, ...]) -> None:
-    fake_steps(mix, counted=True)
+@pytest.mark.slow
+def test_a_sharded_step_of_each_mix_runs_on_fake_cuda_tensors(library: Path) -> None:
+    cases = [f"fsdp:{'+'.join(mix)}" for mix in MIXES[1:]]
+    assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
-def test_a_batch_that_was_not_counted_needs_some() -> None:
-    with pytest.raises(DataDependentOutputException):
-        fake_steps(("mlm",), counted=False)
+def test_a_layer_that_waits_or_mixes_devices_or_precisions_fails(library: Path) -> None:
+    cases = {fault: f"one:mae:{fault}" for fault in FAULTS}
+    errors = errors_of(list(cases.values()), library)
+    assert errors[cases.pop("none")] is None
+    expected = {
+        "item": "_local_scalar_dense",
+        "constant": "at least two devices, cuda:0 and cpu",
+        "copied_constant": "waits for a copy of values",
+        "nonzero": "DynamicOutputShapeException: aten.nonzero",
+        "float64": "widens to float64",
+        "float32": "computes in torch.float32",
+    }
+    assert {fault for fault, case in cases.items() if expected[fault] in (errors[case] or "")} == set(expected), errors
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -90,7 +88,8 @@ def test_a_batch_that_was_not_counted_needs_some() -> None:
 def test_a_step_does_not_wait_for_the_gpu(mix: tuple[str, ...]) -> None:
     device, task = torch.device("cuda"), make_task(mix, 0.1, **RANDOM).float()
     batches = [task.counted(batch, dict.fromkeys(mix, 0.5)).to(device) for batch in make_batches(2)]
-    steps = Steps(task.to(device), batches, device)
+    task = task.to(device)
+    steps = Steps(task, task, batches, device)
     steps.step()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,0 +1,226 @@
+"""Steps of training on fake CUDA tensors, in a process of its own: python -m tests.cuda.steps CASE [CASE ...].
+
+Fake tensors have shapes, types and a device, and no values: whatever needs a value raises, as do operations on tensors of
+several devices. `Watch` adds what they do not notice. A case is STRATEGY:OBJECTIVE+OBJECTIVE, with :FAULT for a layer that
+does something that it must not. Prints one line of JSON for each case, {case: error, or null}.
+"""
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmpretrain.batch import Batch
+from mmpretrain.config.schema import Precision
+from mmpretrain.distributed import LateFlags
+from mmpretrain.optim import adamw, grad_norms, gradients, guarded_step
+from mmpretrain.schedules import ScheduledValue
+from mmpretrain.training import parallel, step
+from mmpretrain.training.ema import EMA
+from mmpretrain.training.precision import LossScale, autocast
+from mmpretrain.training.step import forward_backward
+from mmpretrain.training.task import Task
+from tests.distributed.steps import RANDOM, make_batches, make_task, spread
+
+WORLD_SIZE = 4
+CUDA = torch.device("cuda", 0)
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
+
+
+class Steps:
+    """What the trainer computes in every step, on micro-batches that were counted on the host."""
+
+    def __init__(self, task: Task, wrapped: nn.Module, batches: list[Batch], device: torch.device) -> None:
+        self.task, self.wrapped, self.batches, self.device = task, wrapped, batches, device
+        self.optimizer = adamw(
+            task.named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, towers={}
+        )
+        self.average = EMA(task, ScheduledValue(0.99, "x"))
+        self.loss_scale, self.flags = LossScale(Precision.fp16, device, None, 0), LateFlags()
+
+    def step(self) -> None:
+        weights = dict.fromkeys(self.task.objectives, 0.5)
+        passes = autocast(self.device, Precision.bf16)
+        forward_backward(self.wrapped, self.task, self.batches, weights, passes, self.loss_scale.scale)
+        self.loss_scale.unscale(gradients(self.optimizer))
+        skipped = guarded_step(self.optimizer, grad_norms(self.optimizer)["all"], 1.0)
+        self.task.after_step(self.batches[0].progress, skipped)
+        self.loss_scale.update(skipped)
+        self.average.update(self.batches[0].progress, skipped)
+        self.flags.post({"skipped": skipped, "stop": torch.full((), False, device=self.device)})
+
+
+class Watch(TorchDispatchMode):
+    """Refuse copies that the host waits for, and products in another precision than that of autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_loss = False
+        """True while the loss of a whole batch is computed, which is float32."""
+        self.num_products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            self._check_copy(args[0], result, kwargs.get("non_blocking", False))
+        elif func is aten.lift_fresh.default and result.device == CUDA:
+            raise RuntimeError(f"the host waits for a copy of values of its own to {result.device}")
+        elif func is aten.copy_.default:
+            self._check_copy(args[1], args[0], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        results = [each for each in (result if isinstance(result, tuple) else (result,)) if isinstance(each, Tensor)]
+        # Random numbers are drawn as float64 from bits; nothing else may become as wide.
+        if any(each.dtype == torch.float64 and each.dim() for each in results) and any(
+            each.is_floating_point() and each.dtype != torch.float64 for each in args if isinstance(each, Tensor)
+        ):
+            raise RuntimeError(f"{func} widens to float64")
+        if func.overloadpacket in _PRODUCTS or "scaled_dot_product" in str(func):
+            self.num_products += 1
+            if results[0].dtype != (torch.float32 if self.in_loss else torch.bfloat16):
+                raise RuntimeError(f"{func} computes in {results[0].dtype}")
+        return result
+
+    def _check_copy(self, source: Tensor, to: Tensor, is_asynchronous: bool) -> None:
+        if source.device != to.device and not is_asynchronous:
+            raise RuntimeError(f"the host waits for a copy of {list(source.shape)} from {source.device} to {to.device}")
+
+    @contextmanager
+    def float32_losses(self) -> Iterator[None]:
+        """Let coupled losses and their gradients compute in float32."""
+        differentiate = step._Coupling._differentiate
+
+        def watched(coupling: Any, name: str) -> Any:
+            self.in_loss = True
+            try:
+                return differentiate(coupling, name)
+            finally:
+                self.in_loss = False
+
+        with mock.patch.object(step._Coupling, "_differentiate", watched):
+            yield
+
+
+class Fault(nn.Module):
+    """Layer behind the image encoder that computes `function` of its input."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "item": lambda x: x * x.mean().item(),
+    "constant": lambda x: x * torch.ones(x.shape[-1]),
+    "copied_constant": lambda x: x * torch.tensor([2.0], device=x.device),
+    "nonzero": lambda x: x + x[x > 0].sum(),
+    "float64": lambda x: (x.double() * 2).to(x.dtype),
+    "float32": lambda x: _without_autocast(x.float()).to(x.dtype),
+    "none": lambda x: x * 2,
+}
+
+
+def _without_autocast(x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ x.transpose(-1, -2) @ x
+
+
+def on_cuda(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+
+
+def to_cuda(task: nn.Module) -> None:
+    """Replace parameters and buffers by fake ones on CUDA."""
+    for module in task.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(on_cuda(parameter), parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, on_cuda(buffer))
+
+
+def _hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Reduce gradients as DDP does; the fake group's own future has no result."""
+    dist.all_reduce(bucket.buffer())
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+@contextmanager
+def strategy_on_fake_tensors() -> Iterator[None]:
+    """Build process groups outside of the fake mode, and let DDP not compare the weights of ranks."""
+    make_mesh = parallel.init_device_mesh
+
+    def mesh(*arguments: Any, **options: Any) -> Any:
+        with unset_fake_temporarily():
+            return make_mesh(*arguments, **options)
+
+    ddp = partial(DistributedDataParallel, init_sync=False)
+    with (
+        mock.patch.object(parallel, "init_device_mesh", mesh),
+        mock.patch.object(parallel, "DistributedDataParallel", ddp),
+    ):
+        yield
+
+
+def run(case: str) -> str | None:
+    """Take steps of two micro-batches. Returns: the first error with its place, or None."""
+    strategy, mix, *faults = case.split(":")
+    names = tuple(mix.split("+"))
+    task = make_task(names, 0.1, **RANDOM).float()
+    for fault in faults:
+        task.model.image.trunk.blocks[0].add_module("drop_path2", Fault(FAULTS[fault]))
+    batches = [task.counted(batch, dict.fromkeys(names, 0.5)) for batch in make_batches(2)]
+    watch = Watch()
+    try:
+        with FakeTensorMode(), strategy_on_fake_tensors():
+            to_cuda(task)
+            batches = [
+                replace(batch, streams={name: samples.map(on_cuda) for name, samples in batch.streams.items()})
+                for batch in batches
+            ]
+            parallel.prepare(task, CUDA, Precision.bf16, spread("none" if strategy == "one" else strategy))
+            wrapped = parallel.wrap(task, CUDA)
+            if isinstance(wrapped, DistributedDataParallel):
+                wrapped.register_comm_hook(None, _hook)
+            steps = Steps(task, wrapped, batches, CUDA)
+            with watch, watch.float32_losses():
+                # DDP arranges its buckets anew before a second step, for which it needs values.
+                for _ in range(1 if isinstance(wrapped, DistributedDataParallel) else 2):
+                    steps.step()
+        assert watch.num_products, "no product was seen"
+    except Exception as error:
+        places = [frame for frame in traceback.extract_tb(error.__traceback__) if "/mmpretrain/" in frame.filename]
+        message = next(iter(str(error).splitlines()), "")
+        return f"{type(error).__name__}: {message} ({places[-1].filename}:{places[-1].lineno}: {places[-1].line})"
+    return None
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for case in sys.argv[1:]:
+        if not case.startswith("one:") and not dist.is_initialized():
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD_SIZE)
+        print(json.dumps({case: run(case)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
