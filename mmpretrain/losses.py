@@ -260,7 +260,14 @@ class _PairwiseSigmoid(torch.autograd.Function):
         return *(gradient * d_loss for gradient in ctx.saved_tensors), None, None, None
 
 
-def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | None = None) -> Tensor:
+def nt_xent(
+    first: Tensor,
+    second: Tensor,
+    temperature: float,
+    ids: Tensor | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    split: bool = False,
+) -> Tensor:
     """Compute the normalised temperature-scaled cross-entropy of two views (SimCLR, Chen et al. 2020, equation 1).
 
     L = -1/2B sum_i log [ exp(<z_i, z_j(i)> / tau) / sum_{k != i} exp(<z_i, z_k> / tau) ]
@@ -268,20 +275,47 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float, ids: Tensor | Non
     Args:
         first, second: z, [B, e] of unit length; row i of both is one image, and j(i) is the other view of i.
         temperature: tau.
-        ids: as in `info_nce`.
+        ids, chunk_bytes, split: as in `info_nce`, except that with `split` the gradients are complete on every rank.
 
     Returns: a scalar.
     """
     rows = torch.cat([first, second])
-    logits = rows @ rows.T / temperature
-    b = len(first)
-    partner = torch.arange(2 * b, device=rows.device).roll(b)
-    left_out = torch.eye(2 * b, dtype=torch.bool, device=rows.device)
-    if ids is not None:
-        both = torch.cat([ids, ids])
-        left_out |= both[:, None] == both[None, :]
-        left_out[torch.arange(2 * b, device=rows.device), partner] = False
-    return F.cross_entropy(logits.masked_fill(left_out, -torch.inf), partner)
+    if ids is None:
+        ids = torch.arange(len(first), device=rows.device)
+    chunks = _chunks(rows, rows, chunk_bytes, split)
+    return cast(Tensor, _NTXent.apply(rows, torch.cat([ids, ids]), temperature, chunks, torch.is_grad_enabled()))
+
+
+class _NTXent(torch.autograd.Function):
+    """`nt_xent` of the rows of both views [2B, e] and its gradient, computed in chunks of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ids: Tensor, temperature: float, chunks: _Chunks, has_backward: bool) -> Tensor:
+        all_rows = rows.detach().requires_grad_(has_backward)
+        total, d_rows = rows.new_zeros(()), torch.zeros_like(rows)
+        indices = torch.arange(len(rows), device=rows.device)
+        partners = indices.roll(len(rows) // 2)
+        for part in chunks.rows:
+            # A view itself and other copies of its image are left out; its partner has the same id and is not.
+            is_left_out = ids[part, None] == ids[None, :]
+            is_left_out.scatter_(1, partners[part, None], False)
+            with torch.set_grad_enabled(has_backward):
+                logits = all_rows[part] @ all_rows.T / temperature
+                loss = F.cross_entropy(
+                    logits.masked_fill(is_left_out, -torch.inf), partners[part], reduction="sum"
+                ) / len(rows)
+            total += loss.detach()
+            if has_backward:
+                d_rows += torch.autograd.grad(loss, all_rows)[0]
+        chunks.sum(total, d_rows)
+        ctx.save_for_backward(d_rows)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (d_rows,) = ctx.saved_tensors
+        return d_rows * d_loss, None, None, None, None
 
 
 def token_cross_entropy(

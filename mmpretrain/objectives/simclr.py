@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mmpretrain import row_parts
 from mmpretrain.errors import check_number
 from mmpretrain.losses import nt_xent
 from mmpretrain.models.image_text import ImageTextModel
@@ -15,7 +16,7 @@ from mmpretrain.objectives.base import Encodings
 
 
 class BatchStandardization(nn.Module):
-    """BatchNorm (Ioffe and Szegedy 2015, algorithm 1) with the statistics of the current batch.
+    """BatchNorm (Ioffe and Szegedy 2015, algorithm 1) with the statistics of the current batch on all ranks.
 
     It keeps no running statistics, since the head is not used for evaluation. It also accepts a batch of one, which torch's
     BatchNorm rejects, and returns the bias for it.
@@ -28,8 +29,8 @@ class BatchStandardization(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Standardise each column of x [b, d] over the batch, then scale and shift it; returns [b, d]."""
-        variance, mean = torch.var_mean(x, dim=0, unbiased=False)
+        """Standardise each column of this rank's rows x [b, d] over the rows of all ranks, then scale and shift it."""
+        variance, mean = row_parts.moments(x)
         return (x - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 
@@ -37,8 +38,8 @@ class SimCLR(nn.Module):
     """SimCLR: identify the other augmented view of an image among all views of the batch.
 
     The two views (`data.train.<stream>.views`) are separate from the image that other objectives read. The projection head
-    runs inside the loss, not in the forward pass of a micro-batch. Its BatchNorm therefore sees the whole batch, for any
-    number of processes and micro-batches.
+    runs inside the loss, not in the forward pass of a micro-batch: each rank runs it for its part of the batch. Its BatchNorm
+    therefore sees the whole batch, for any number of processes and micro-batches.
 
     Args:
         model: its image encoder is trained.
@@ -91,7 +92,9 @@ class SimCLR(nn.Module):
 
     def loss(self, rows: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> Tensor:
         """Compute `losses.nt_xent` over the whole batch. The head is applied to each view separately."""
+        head = {name: row_parts.weight(parameter) for name, parameter in shared.items()}
         first, second = (
-            F.normalize(functional_call(self.head, dict(shared), (rows[view],)), dim=-1) for view in ("first", "second")
+            row_parts.gathered(F.normalize(functional_call(self.head, head, (row_parts.own(rows[view]),)), dim=-1))
+            for view in ("first", "second")
         )
-        return nt_xent(first, second, self.temperature, rows["ids"])
+        return nt_xent(first, second, self.temperature, rows["ids"], split=True)

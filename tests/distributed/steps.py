@@ -413,6 +413,24 @@ def ragged(rows_each: int) -> Tensor:
     return distributed.gather_ragged_rows(rows)
 
 
+def split_nt_xent(num_rows: int) -> list[Tensor]:
+    """SimCLR's split loss of the same rows on every rank, and its gradients, complete on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    views = [F.normalize(torch.randn(num_rows, 6, dtype=torch.float64, generator=generator), dim=-1) for _ in range(2)]
+    views = [view.requires_grad_() for view in views]
+    loss = losses.nt_xent(*views, 0.1, torch.arange(num_rows) % 4, chunk_bytes=100, split=True)
+    return [loss.detach(), *torch.autograd.grad(loss, views)]
+
+
+def rows_of_the_head() -> list[int]:
+    """The numbers of rows that the layers of SimCLR's head see on this rank in a step of two micro-batches."""
+    task, seen = make_task(("simclr",)), []
+    first = task.objectives["simclr"].head[0]  # type: ignore[attr-defined]
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    forward_backward(parallel.wrap(task, torch.device("cpu")), task, make_batches(2), {"simclr": 1.0})
+    return seen
+
+
 def split_losses(num_rows: int) -> list[list[Tensor]]:
     """Each split loss of the same rows on every rank, and its gradients; those of the images are summed over ranks."""
     generator = torch.Generator().manual_seed(3)

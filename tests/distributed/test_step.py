@@ -13,6 +13,7 @@ from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Encodings
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
+    BATCH_SIZE,
     Result,
     late_flags,
     make_batches,
@@ -21,7 +22,9 @@ from tests.distributed.steps import (
     our_step,
     ragged,
     refused_on_main,
+    rows_of_the_head,
     split_losses,
+    split_nt_xent,
     step,
     told_by_main,
 )
@@ -204,3 +207,14 @@ def test_a_split_loss_has_every_row_whatever_their_number(num_rows: int, pool: P
     for found in pool(2).run(split_losses, num_rows):
         for ours, one in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, one, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 8])
+def test_the_split_loss_of_views_has_every_row(num_rows: int, pool: Pools) -> None:
+    expected = split_nt_xent(num_rows)
+    for found in pool(2).run(split_nt_xent, num_rows):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_each_rank_projects_its_own_views(pool: Pools) -> None:
+    assert pool(2).run(rows_of_the_head) == [[BATCH_SIZE // 2] * 2] * 2
