@@ -8,12 +8,13 @@ samples' seeds (`randomness.py`), so that both passes compute the same values.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mmpretrain import distributed
@@ -107,9 +108,18 @@ class _Coupling:
         return d_rows, d_shared
 
 
-def _no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which DDP does not reduce gradients, which happens on the last micro-batch only."""
-    return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
+@contextmanager
+def _no_sync(wrapped: nn.Module) -> Iterator[None]:
+    """Let DDP or FSDP2 keep gradients instead of reducing them, which happens on the last micro-batch only."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            wrapped.set_requires_gradient_sync(True)
+        return
+    with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext():
+        yield
 
 
 def _count(name: str, micro_batches: Sequence[Batch], task: Task) -> Tensor:
@@ -134,7 +144,7 @@ def forward_backward(
     """Add the gradients of one global batch's weighted loss to the parameters.
 
     Args:
-        wrapped: `task`, or its DDP wrapper, which averages gradients over ranks.
+        wrapped: `task`, or its DDP wrapper. DDP and FSDP2 average gradients over ranks, once a step.
         task: the model and its objectives.
         micro_batches: this rank's part of the batch; the same number on every rank.
         weights: weight of each objective's loss; those of weight 0 are not computed.

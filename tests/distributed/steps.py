@@ -11,6 +11,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from timm.layers import DropBlock2d
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from mmpretrain import distributed, losses
 from mmpretrain.batch import Batch, Samples
@@ -211,6 +212,17 @@ def train(
         if distributed.is_main():
             store.save(save, first + num_steps, tensors, {"step": first + num_steps}, keep_last=0)
     return seen
+
+
+def num_reductions(strategy: str, num_micro_batches: int) -> int:
+    """How often gradients are reduced over the ranks in a step."""
+    task = make_task(("mae",))
+    parallel.prepare(task, torch.device("cpu"), "fp32", spread(strategy))
+    wrapped = parallel.wrap(task, torch.device("cpu"))
+    with CommDebugMode() as collectives:
+        forward_backward(wrapped, task, make_batches(num_micro_batches), {"mae": 1.0})
+    counts = {str(kind): count for kind, count in collectives.get_comm_counts().items()}
+    return sum(count for kind, count in counts.items() if "reduce_scatter" in kind)
 
 
 def held() -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from tests.distributed.steps import (
     make_batches,
     make_samples,
     make_task,
+    num_reductions,
     refused_optimizer,
     refused_strategy,
     spread,
@@ -85,6 +86,12 @@ def test_each_of_two_processes_holds_half_of_the_weights_and_gradients(pool: Cal
     for parameters, gradients, inside in pool(2).run(held):
         assert parameters < 0.52 * whole and gradients < 0.52 * whole
         assert inside == whole
+
+
+def test_sharded_gradients_are_reduced_once_a_step(pool: Callable[[int], Pool]) -> None:
+    once = pool(2).run(num_reductions, "fsdp", 1)
+    assert once[0] > 0
+    assert pool(2).run(num_reductions, "fsdp", 4) == once
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("none", 1), ("blocks", 2), ("selective", 2)])
