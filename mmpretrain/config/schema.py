@@ -62,6 +62,7 @@ class Strategy(str, Enum):
 
     ddp = "ddp"
     fsdp = "fsdp"
+    hsdp = "hsdp"
     none = "none"
 
 
@@ -81,6 +82,8 @@ class ParallelConfig:
     activation_checkpointing: ActivationCheckpointing = MISSING
     compile: bool = MISSING
     timeout_seconds: float = MISSING
+    shard_degree: int | None = None
+    """Number of processes that share a copy of the weights with parallel=hsdp; null: those of one machine."""
 
 
 @dataclass

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpretrain import distributed, optim
+from mmpretrain import optim
 from mmpretrain.batch import Batch
 from mmpretrain.config.schema import Precision, Strategy
 from mmpretrain.reporting.profiling import synchronize
@@ -142,11 +142,13 @@ def dry_run(setup: Setup) -> Mapping[str, float]:
     batch = next(setup.micro_batches()).to(setup.device)
     precision = cfg.trainer.precision
     # Unsharded and not compiled, so that operations can be counted; activation checkpointing is as in the run.
-    parallel.prepare(task, setup.device, precision, replace(cfg.parallel, strategy=Strategy.ddp, compile=False))
+    parallel.prepare(
+        task, setup.device, precision, replace(cfg.parallel, strategy=Strategy.ddp, shard_degree=None, compile=False)
+    )
     costs = estimate(
         task, batch, weights, lambda task: setup.optimizer(), precision, len(next(iter(batch.streams.values()))),
         setup.num_micro_batches, has_average=cfg.trainer.ema_decay is not None,
-        num_shards=distributed.world_size() if cfg.parallel.strategy == Strategy.fsdp else 1,
+        num_shards=parallel.num_shards(cfg.parallel),
     )  # fmt: skip
     show(costs, setup.num_steps, setup.num_micro_batches, str(setup.device))
     return {"flops_per_pair": costs.flops_per_pair, "memory_bytes": costs.memory_bytes}

@@ -1,4 +1,4 @@
-"""Activation checkpointing, compilation and distribution of the task, applied in this order, by DDP or FSDP2."""
+"""Activation checkpointing, compilation and distribution of the task, applied in this order, by DDP, FSDP2 or HSDP."""
 
 import copy
 import inspect
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -46,6 +46,41 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def num_shards(options: ParallelConfig) -> int:
+    """Return the number of processes that share a copy of the weights: 1 if every process has all of them.
+
+    Raises: ValueError if `parallel.shard_degree` does not fit the strategy or the number of processes.
+    """
+    world, degree = distributed.world_size(), options.shard_degree
+    if options.strategy == Strategy.hsdp:
+        degree = degree or distributed.local_world_size()
+        if degree < 1 or world % degree:
+            raise ValueError(
+                f"parallel.shard_degree is {degree}; expected a divisor of the {world} processes, such as those of a machine"
+            )
+        return degree
+    if degree is not None:
+        raise ValueError(
+            f"parallel.shard_degree is {degree}, but parallel.strategy is {options.strategy.value}; choose parallel=hsdp"
+        )
+    return world if options.strategy == Strategy.fsdp else 1
+
+
+def is_sharded(options: ParallelConfig) -> bool:
+    """Return True if weights are DTensors, sharded over several processes."""
+    return options.strategy in (Strategy.fsdp, Strategy.hsdp) and distributed.world_size() > 1
+
+
+def _mesh(device: torch.device, options: ParallelConfig) -> DeviceMesh | None:
+    """Return the mesh of processes that weights are sharded over: [world], or [copies, shards]; None: not sharded."""
+    world, shards = distributed.world_size(), num_shards(options)
+    if not is_sharded(options):
+        return None
+    if options.strategy == Strategy.fsdp:
+        return init_device_mesh(device.type, (world,))
+    return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+
 def prepare(task: Task, device: torch.device, precision: Precision, options: ParallelConfig) -> Callable[[], Task]:
     """Apply activation checkpointing, compilation and sharding to the task's blocks in place. Call it once per task.
 
@@ -59,14 +94,17 @@ def prepare(task: Task, device: torch.device, precision: Precision, options: Par
     """
     world = distributed.world_size()
     if options.strategy == Strategy.none and world > 1:
-        raise ValueError(f"parallel.strategy is none, but there are {world} processes; expected parallel=ddp or fsdp")
-    if options.strategy == Strategy.fsdp and task.model.has_batch_norm:
         raise ValueError(
-            "parallel.strategy is fsdp, but model.image has BatchNorm, which it does not synchronise; use ddp"
+            f"parallel.strategy is none, but there are {world} processes; expected parallel=ddp, fsdp or hsdp"
         )
-    is_sharded = options.strategy == Strategy.fsdp and world > 1
+    if options.strategy in (Strategy.fsdp, Strategy.hsdp) and task.model.has_batch_norm:
+        raise ValueError(
+            f"parallel.strategy is {options.strategy.value}, but model.image has BatchNorm, which it does not synchronise; "
+            "use ddp"
+        )
+    mesh = _mesh(device, options)
     # A copy without weights, made before the blocks are changed.
-    skeleton = copy.deepcopy(task, {id(p): _on_meta(p) for p in task.parameters()}) if is_sharded else task
+    skeleton = task if mesh is None else copy.deepcopy(task, {id(p): _on_meta(p) for p in task.parameters()})
     blocks = blocks_of(task)
     for block in blocks:
         if options.activation_checkpointing != ActivationCheckpointing.none:
@@ -84,15 +122,14 @@ def prepare(task: Task, device: torch.device, precision: Precision, options: Par
             _checkpoint(block, keeps, draws=task.randomness is not None, is_compiled=options.compile)
         elif options.compile:
             block.forward = torch.compile(block.forward)
-    if is_sharded:
-        mesh = init_device_mesh(device.type, (world,))
+    if mesh is not None:
         # On the CPU, norm layers do not accept parameters of lower precision than their input.
         dtype = torch.bfloat16 if precision == Precision.bf16 and device.type == "cuda" else None
         policy = MixedPrecisionPolicy(dtype, None if dtype is None else torch.float32, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(task, mesh=mesh)
-    return partial(_whole, task, skeleton) if is_sharded else lambda: task
+    return partial(_whole, task, skeleton) if mesh is not None else lambda: task
 
 
 def _checkpoint(block: nn.Module, keeps: Callable[[], Any] | None, draws: bool, is_compiled: bool) -> None:
@@ -155,7 +192,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     sharded = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor)]
     if not sharded:
         return
-    spread = partial(distribute_tensor, device_mesh=sharded[0].device_mesh, placements=[Shard(0)], src_data_rank=None)
+    mesh, placements = sharded[0].device_mesh, sharded[0].placements
+    spread = partial(distribute_tensor, device_mesh=mesh, placements=placements, src_data_rank=None)
     shapes = (256, 128), (1, 64, 128)  # large enough for optimisers that factor only large matrices
     values = [torch.linspace(-1, 1, math.prod(shape), device=sharded[0].device).view(shape) for shape in shapes]
 

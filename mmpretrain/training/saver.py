@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mmpretrain import distributed, optim
 from mmpretrain.checkpoints import store
-from mmpretrain.config.schema import Strategy, TrainConfig
+from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError
+from mmpretrain.training import parallel
 from mmpretrain.training.ema import Average
 from mmpretrain.training.nonfinite import BadSteps
 from mmpretrain.training.precision import LossScale
@@ -52,7 +53,7 @@ class Saver:
         started: float,
     ) -> None:
         self.folder, self.keep_last = Path(str(cfg.run.dir)) / "checkpoints", cfg.checkpoint.keep_last
-        self._is_sharded = cfg.parallel.strategy == Strategy.fsdp and distributed.world_size() > 1
+        self._is_sharded = parallel.is_sharded(cfg.parallel)
         self._fingerprint, self._state, self._task, self._optimizer = fingerprint, state, task, optimizer
         self._average, self._loss_scale, self._bad_steps, self._quarantine = average, loss_scale, bad_steps, quarantine
         self._started, self._earlier_seconds = started, state.wall_seconds

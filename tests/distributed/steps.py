@@ -52,9 +52,15 @@ RANDOM = {"proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "pos_drop_rate": 0.1, "d
 """Arguments of timm's for an image encoder that draws in every way it can."""
 
 
-def spread(strategy: str = "ddp", activation_checkpointing: str = "none", compile: bool = False) -> ParallelConfig:
+def spread(
+    strategy: str = "ddp",
+    activation_checkpointing: str = "none",
+    compile: bool = False,
+    shard_degree: int | None = None,
+) -> ParallelConfig:
     """How a task is spread over processes; what is not named is as conf/parallel/ddp.yaml has it."""
-    return ParallelConfig(Strategy(strategy), ActivationCheckpointing(activation_checkpointing), compile)
+    kind = ActivationCheckpointing(activation_checkpointing)
+    return ParallelConfig(Strategy(strategy), kind, compile, shard_degree=shard_degree)
 
 
 def make_task(objectives: tuple[str, ...], text_dropout: float = 0.0, **image_args: Any) -> Task:
@@ -225,10 +231,10 @@ def num_reductions(strategy: str, num_micro_batches: int) -> int:
     return sum(count for kind, count in counts.items() if "reduce_scatter" in kind)
 
 
-def held() -> tuple[int, int, int]:
-    """Numbers of weights and gradients that this process holds under FSDP2, and of weights of the whole task."""
+def held(options: ParallelConfig) -> tuple[int, int, int]:
+    """Numbers of weights and gradients that this process holds, and of weights of the whole task."""
     task = make_task(("infonce",))
-    whole = parallel.prepare(task, torch.device("cpu"), "fp32", spread("fsdp"))
+    whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
     forward_backward(task, task, make_batches(1), {"infonce": 1.0})
     parameters = [p for p in task.parameters() if isinstance(p, DTensor)]
     own = sum(p.to_local().numel() for p in parameters), sum(p.grad.to_local().numel() for p in parameters)  # type: ignore[union-attr]
@@ -316,6 +322,15 @@ def refused_randomness(layer: type[nn.Module]) -> str:
     """What is said on several processes of a layer that does not draw by sample."""
     try:
         randomness_watch.settle_randomness(task_with(layer()), example_batch(), 1)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def refused_degree(strategy: str, degree: int) -> str:
+    """What is said of a number of processes that share the weights."""
+    try:
+        parallel.num_shards(spread(strategy, shard_degree=degree))
     except ValueError as error:
         return str(error)
     return "nothing"

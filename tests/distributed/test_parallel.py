@@ -21,6 +21,7 @@ from tests.distributed.steps import (
     make_samples,
     make_task,
     num_reductions,
+    refused_degree,
     refused_optimizer,
     refused_strategy,
     spread,
@@ -81,9 +82,36 @@ def test_activation_checkpointing_changes_nothing(pool: Callable[[int], Pool], m
         assert_same(found, on_one_process(mix))
 
 
-def test_each_of_two_processes_holds_half_of_the_weights_and_gradients(pool: Callable[[int], Pool]) -> None:
+def test_copies_of_shards_give_the_losses_of_one_process(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    objectives = MIXES["clip_mae_mlm"]
+    expected = train(objectives, spread(), 1, 6)
+    hsdp = spread("hsdp", shard_degree=2)
+    for found in pool(4).run(train, objectives, hsdp, 1, 3, None, tmp_path):
+        assert_same(found[:3], expected[:3])
+    for found in pool(4).run(train, objectives, hsdp, 2, 3, tmp_path / "step_00000003"):
+        assert_same(found, expected[3:])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "degree", "message"),
+    [
+        ("hsdp", 3, "shard_degree is 3; expected a divisor of the 4 processes"),
+        ("hsdp", -1, "shard_degree is -1; expected a divisor of the 4 processes"),
+        ("fsdp", 2, "shard_degree is 2, but parallel.strategy is fsdp; choose parallel=hsdp"),
+    ],
+)
+def test_a_degree_that_does_not_fit_is_refused(
+    pool: Callable[[int], Pool], strategy: str, degree: int, message: str
+) -> None:
+    assert all(message in told for told in pool(4).run(refused_degree, strategy, degree))
+
+
+@pytest.mark.parametrize(("world_size", "strategy", "degree"), [(2, "fsdp", None), (4, "hsdp", 2)])
+def test_each_process_holds_its_shard_of_weights_and_gradients(
+    pool: Callable[[int], Pool], world_size: int, strategy: str, degree: int | None
+) -> None:
     whole = sum(parameter.numel() for parameter in make_task(("infonce",)).parameters())
-    for parameters, gradients, inside in pool(2).run(held):
+    for parameters, gradients, inside in pool(world_size).run(held, spread(strategy, shard_degree=degree)):
         assert parameters < 0.52 * whole and gradients < 0.52 * whole
         assert inside == whole
 
