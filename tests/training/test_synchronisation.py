@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda import stub
+from analysis.benchmarks import fake_cuda
 from tests.cuda.steps import FAULTS, Steps
 from tests.distributed.steps import RANDOM, make_batches, make_task
 
@@ -29,10 +29,10 @@ OBJECTIVES = sorted({name for mix in MIXES for name in mix})
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runtime = stub.cuda_runtime()
+    runtime = fake_cuda.cuda_runtime()
     if runtime is None or shutil.which("gcc") is None:
         pytest.skip("needs a PyTorch built with CUDA, and gcc")
-    return stub.build(tmp_path_factory.mktemp("stub"), runtime)
+    return fake_cuda.build(tmp_path_factory.mktemp("stub"), runtime)
 
 
 def errors_of(cases: list[str], library: Path) -> dict[str, str | None]:

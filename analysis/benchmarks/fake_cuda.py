@@ -1,4 +1,4 @@
-"""Build of the library that lets fake CUDA tensors be used where there is no GPU (see stub.c)."""
+"""Build of the library that lets fake CUDA tensors be used where there is no GPU (see cuda_stub.c)."""
 
 import re
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("stub.c")
+_SOURCE = Path(__file__).with_name("cuda_stub.c")
 
 
 def cuda_runtime() -> Path | None:
@@ -17,7 +17,7 @@ def cuda_runtime() -> Path | None:
 
 
 def build(folder: Path, runtime: Path) -> Path:
-    """Compile the library in a folder, with every function of the runtime that stub.c does not have."""
+    """Compile the library in a folder, with every function of the runtime that cuda_stub.c does not have."""
     source = _SOURCE.read_text()
     listed = subprocess.run(["nm", "-D", "--defined-only", runtime], capture_output=True, text=True, check=True).stdout
     names = set(re.findall(r" T (cuda\w+)", listed)) - set(re.findall(r"\b(cuda\w+)\(", source))

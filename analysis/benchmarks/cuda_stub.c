@@ -2,7 +2,7 @@
  *
  * PyTorch asks them for a device before it runs a backward pass or enters autocast on CUDA, even where no kernel is launched.
  * Loaded by LD_PRELOAD, this library answers that there is one: an H100 without memory of its own. Calls succeed and do
- * nothing, those that are not written here through functions that `tests/cuda/stub.py` generates.
+ * nothing, those that are not written here through functions that `fake_cuda.py` generates.
  */
 #include <dlfcn.h>
 #include <stddef.h>
