@@ -11,12 +11,11 @@ A collective on w ranks sends, with ring algorithms and b bytes on its larger si
 b (w - 1) / w for an all-gather or a reduce-scatter. If its ranks span machines, and k of them are on each, then k rings pass
 through k network cards: each sends a k-th of these bytes to another machine, and NVLink carries them inside (if k > 1).
 
-The seconds are lower bounds: operations at `--tflops` times `--mfu`, bytes at the bandwidths of NVLink and of one network card,
-one direction each. All three can overlap, so the largest bounds the step.
+The seconds are lower bounds: operations at `--tflops` times `--mfu`, bytes at the bandwidths of NVLink and of one network
+card, one direction each. All three can overlap, so the largest bounds the step.
 """
 
 import argparse
-import copy
 import logging
 import os
 import subprocess
@@ -25,28 +24,24 @@ import tempfile
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.benchmarks import arguments, fake_cuda
+from analysis.benchmarks.fake_cuda import CUDA
 from analysis.benchmarks.machine import write_record
 from analysis.benchmarks.noise import my_batches, noise
 from analysis.benchmarks.step import BETAS, EPS, LR, WEIGHT_DECAY
@@ -59,11 +54,7 @@ from mmpretrain.training import parallel
 from mmpretrain.training.precision import autocast
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
-
-CUDA = torch.device("cuda", 0)
-
-# Collectives of c10d with the bytes sent, relative to their larger side.
-_SENT = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "broadcast": 1.0}
+from mmpretrain.training.traffic import Collective, Collectives
 
 
 @dataclass(frozen=True)
@@ -80,37 +71,17 @@ class Step:
     num_collectives: int
 
 
-class _Collectives(TorchDispatchMode):
-    """Count the bytes of collectives."""
-
-    def __init__(self, per_machine: int) -> None:
-        super().__init__()
-        self._per_machine = per_machine
-        self.nvlink: dict[str, float] = defaultdict(float)
-        self.network: dict[str, float] = defaultdict(float)
-        self.number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self._count(func, args)
-        return func(*args, **(kwargs or {}))
-
-    def _count(self, func: Any, args: Any) -> None:
-        name = func.overloadpacket.__name__.strip("_")
-        kind = next((kind for kind in _SENT if name.startswith(kind)), None)
-        if kind is None:
-            raise SystemExit(f"a step uses {func}, whose bytes are not known here; expected one of {', '.join(_SENT)}")
-        tensors = [each for arg in args for each in (arg if isinstance(arg, list | tuple) else [arg])]
-        num_bytes: int = max(each.nbytes for each in tensors if isinstance(each, Tensor))
-        group = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and _is_group(arg))
-        ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
-        neighbours = sum(rank // self._per_machine == ranks[0] // self._per_machine for rank in ranks)
-        sent = _SENT[kind] * num_bytes * (len(ranks) - 1) / len(ranks)
-        self.number += len(ranks) > 1
+def by_link(collectives: Iterable[Collective], per_machine: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the bytes that a GPU sends by NVLink, and by its network card, by kind of collective."""
+    nvlink: dict[str, float] = defaultdict(float)
+    network: dict[str, float] = defaultdict(float)
+    for each in collectives:
+        neighbours = sum(rank // per_machine == each.ranks[0] // per_machine for rank in each.ranks)
         if neighbours > 1:
-            self.nvlink[kind] += sent
-        if neighbours < len(ranks):
-            self.network[kind] += sent / neighbours
+            nvlink[each.kind] += each.num_bytes
+        if neighbours < len(each.ranks):
+            network[each.kind] += each.num_bytes / neighbours
+    return dict(nvlink), dict(network)
 
 
 class _Memory(TorchDispatchMode):
@@ -163,76 +134,28 @@ def _is_group(value: torch.ScriptObject) -> bool:
     return "ProcessGroup" in str(value._type())
 
 
-def _reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Reduce gradients as DDP does; the fake group's own future has no result."""
-    dist.all_reduce(bucket.buffer())
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
-def _mesh(make: Any, *arguments: Any, **options: Any) -> Any:
-    with unset_fake_temporarily():
-        return make(*arguments, **options)
-
-
-@contextmanager
-def fake_ranks(world_size: int, per_machine: int) -> Iterator[None]:
-    """Be rank 0 of a group in which nothing is sent, on fake tensors."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    ddp = partial(DistributedDataParallel, init_sync=False)  # it would read the weights
-    try:
-        with (
-            mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(min(per_machine, world_size))),
-            mock.patch.object(parallel, "init_device_mesh", partial(_mesh, parallel.init_device_mesh)),
-            mock.patch.object(parallel, "DistributedDataParallel", ddp),
-            FakeTensorMode(),
-        ):
-            yield
-    finally:
-        dist.destroy_process_group()
-
-
-def on_cuda(tensor: Tensor) -> Tensor:
-    """Return a fake tensor on CUDA of the same shape and type."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
-
-
-def fake_copy(task: Task) -> Task:
-    """Copy a task with fake parameters and buffers on CUDA."""
-    parameters = {id(p): nn.Parameter(on_cuda(p), p.requires_grad) for p in task.parameters()}
-    return copy.deepcopy(task, {**parameters, **{id(buffer): on_cuda(buffer) for buffer in task.buffers()}})
-
-
 def measure(task: Task, micro_batch: Batch, num_micro_batches: int, options: ParallelConfig, per_machine: int) -> Step:
-    """Return the costs of the second step, in which the optimizer has its state. Call it inside of `fake_ranks`."""
-    task = fake_copy(task)
+    """Return the costs of the second step, in which the optimizer has its state. Call it inside of `fake_cuda.fake_ranks`."""
+    task = fake_cuda.fake_task(task)
     parallel.prepare(task, CUDA, Precision.bf16, options)
     optimizer = optim.adamw(task.named_parameters(), LR, WEIGHT_DECAY, BETAS, EPS, {})
-    wrapped = parallel.wrap(task, CUDA)
-    if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(None, _reduce)
+    wrapped = fake_cuda.wrap(task)
 
     def step() -> None:
-        batches = [_fake(micro_batch) for _ in range(num_micro_batches)]
+        batches = [fake_cuda.fake_batch(micro_batch) for _ in range(num_micro_batches)]
         forward_backward(wrapped, task, batches, {"infonce": 1.0}, autocast(CUDA, Precision.bf16))
         skipped = optim.guarded_step(optimizer, optim.grad_norms(optimizer)["all"], 1.0)
         task.after_step(micro_batch.progress, skipped)
 
     if not isinstance(wrapped, DistributedDataParallel):
         step()
-    collectives = _Collectives(per_machine)
     memory = _Memory()
     memory.add(task.state_dict().values())
     memory.add(optim.optimizer_tensors(optimizer).values())
-    with memory, FlopCounterMode(display=False) as operations, collectives:
+    with memory, FlopCounterMode(display=False) as operations, Collectives() as collectives:
         step()
-    flops = operations.get_total_flops()
-    return Step(memory.peak, flops, dict(collectives.nvlink), dict(collectives.network), collectives.number)
-
-
-def _fake(batch: Batch) -> Batch:
-    return replace(batch, streams={name: samples.map(on_cuda) for name, samples in batch.streams.items()})
+    nvlink, network = by_link(collectives.seen, per_machine)
+    return Step(memory.peak, operations.get_total_flops(), nvlink, network, len(collectives.seen))
 
 
 @dataclass(frozen=True)
@@ -290,7 +213,7 @@ def main() -> None:
         (batch,) = my_batches(noise(model, share // num_micro_batches, length, length))
         for strategy in args.strategies:
             options = ParallelConfig(Strategy(strategy), ActivationCheckpointing(args.checkpointing), compile=False)
-            with fake_ranks(world_size, args.per_machine):
+            with fake_cuda.fake_ranks(world_size, args.per_machine):
                 step = measure(task, batch, num_micro_batches, options, args.per_machine)
             seconds = rates.seconds(step)
             nvlink, network = sum(step.nvlink_bytes.values()), sum(step.network_bytes.values())

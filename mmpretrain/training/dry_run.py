@@ -11,12 +11,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmpretrain import optim
+from mmpretrain import distributed, optim
 from mmpretrain.batch import Batch
-from mmpretrain.config.schema import Precision, Strategy
+from mmpretrain.config.schema import ActivationCheckpointing, Precision, Strategy
 from mmpretrain.reporting.profiling import synchronize
 from mmpretrain.schedules import TrainingProgress
-from mmpretrain.training import parallel
+from mmpretrain.training import parallel, traffic
 from mmpretrain.training.precision import autocast
 from mmpretrain.training.setup import Setup
 from mmpretrain.training.step import forward_backward
@@ -135,7 +135,7 @@ def _optimizer_bytes(task: Task, make_optimizer: Callable[[Task], torch.optim.Op
 def dry_run(setup: Setup) -> Mapping[str, float]:
     """Print the estimated costs of a run without writing files.
 
-    Returns: `flops_per_pair` and `memory_bytes`.
+    Returns: `flops_per_pair`, `memory_bytes`, and `sent_bytes`, which a process sends in a step to others.
     """
     cfg, task, weights = setup.cfg, setup.task, setup.weights(0)
     setup.freeze.apply(TrainingProgress(0, setup.clock), weights)
@@ -150,12 +150,33 @@ def dry_run(setup: Setup) -> Mapping[str, float]:
         setup.num_micro_batches, has_average=cfg.trainer.ema_decay is not None,
         num_shards=parallel.num_shards(cfg.parallel),
     )  # fmt: skip
-    show(costs, setup.num_steps, setup.num_micro_batches, str(setup.device))
-    return {"flops_per_pair": costs.flops_per_pair, "memory_bytes": costs.memory_bytes}
+    sent = _sent_bytes(setup, batch, weights) if distributed.world_size() > 1 else {}
+    if distributed.is_main():
+        show(costs, setup.num_steps, setup.num_micro_batches, str(setup.device), sent)
+    return {
+        "flops_per_pair": costs.flops_per_pair,
+        "memory_bytes": costs.memory_bytes,
+        "sent_bytes": sum(sent.values()),
+    }
 
 
-def show(costs: Estimate, num_steps: int, num_micro_batches: int, device: str) -> None:
-    """Print the table of costs."""
+def _sent_bytes(setup: Setup, batch: Batch, weights: Mapping[str, float]) -> dict[str, float]:
+    """Return the bytes that a process sends in a step, by kind of collective. A collective, which shards the task."""
+    cfg, task = setup.cfg, setup.task
+    options = replace(cfg.parallel, activation_checkpointing=ActivationCheckpointing.none, compile=False)
+    parallel.prepare(task, setup.device, cfg.trainer.precision, options)
+    wrapped = parallel.wrap(task, setup.device)
+
+    def step(num_micro_batches: int) -> None:
+        passes = autocast(setup.device, cfg.trainer.precision)
+        forward_backward(wrapped, task, [batch] * num_micro_batches, weights, passes)
+        task.zero_grad()
+
+    return traffic.of_step(step, setup.num_micro_batches)
+
+
+def show(costs: Estimate, num_steps: int, num_micro_batches: int, device: str, sent: Mapping[str, float]) -> None:
+    """Print the table of costs. `sent` are the bytes that a process sends in a step, by kind of collective."""
     table = Table(title="dry run: nothing was trained", title_justify="left", show_header=False)
     for tower, count in costs.parameters.items():
         table.add_row(f"parameters, {tower}", f"{count:,}")
@@ -164,5 +185,7 @@ def show(costs: Estimate, num_steps: int, num_micro_batches: int, device: str) -
     seconds = costs.seconds_per_micro_batch * num_micro_batches
     table.add_row(f"a step on {device}", f"{seconds:,.3f} s")
     hours, minutes = divmod(round(seconds * num_steps / 60), 60)
+    for kind, num_bytes in sent.items():
+        table.add_row(f"sent in a step by {kind}", f"{num_bytes / 2**20:,.1f} MiB")
     table.add_row(f"{num_steps:,} steps, reading and evaluation left out", f"{hours} h {minutes:02d} min")
     Console().print(table)

@@ -11,19 +11,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from analysis.benchmarks import fake_cuda
+from analysis.benchmarks.fake_cuda import CUDA
 from mmpretrain.batch import Batch
 from mmpretrain.config.schema import Precision
 from mmpretrain.distributed import LateFlags
@@ -37,7 +34,6 @@ from mmpretrain.training.task import Task
 from tests.distributed.steps import RANDOM, make_batches, make_task, spread
 
 WORLD_SIZE = 4
-CUDA = torch.device("cuda", 0)
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
@@ -143,67 +139,22 @@ def _without_autocast(x: Tensor) -> Tensor:
         return x @ x.transpose(-1, -2) @ x
 
 
-def on_cuda(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
-
-
-def to_cuda(task: nn.Module) -> None:
-    """Replace parameters and buffers by fake ones on CUDA."""
-    for module in task.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(on_cuda(parameter), parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, on_cuda(buffer))
-
-
-def _hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Reduce gradients as DDP does; the fake group's own future has no result."""
-    dist.all_reduce(bucket.buffer())
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-
-@contextmanager
-def strategy_on_fake_tensors() -> Iterator[None]:
-    """Build process groups outside of the fake mode, and let DDP not compare the weights of ranks."""
-    make_mesh = parallel.init_device_mesh
-
-    def mesh(*arguments: Any, **options: Any) -> Any:
-        with unset_fake_temporarily():
-            return make_mesh(*arguments, **options)
-
-    ddp = partial(DistributedDataParallel, init_sync=False)
-    with (
-        mock.patch.object(parallel, "init_device_mesh", mesh),
-        mock.patch.object(parallel, "DistributedDataParallel", ddp),
-    ):
-        yield
-
-
 def run(case: str) -> str | None:
     """Take steps of two micro-batches. Returns: the first error with its place, or None."""
     strategy, mix, *faults = case.split(":")
     names = tuple(mix.split("+"))
     task = make_task(names, 0.1, **RANDOM).float()
     for fault in faults:
-        task.model.image.trunk.blocks[0].add_module("drop_path2", Fault(FAULTS[fault]))
+        task.model.image.trunk.blocks[0].add_module("drop_path2", Fault(FAULTS[fault]))  # type: ignore[attr-defined]
     batches = [task.counted(batch, dict.fromkeys(names, 0.5)) for batch in make_batches(2)]
     watch = Watch()
     try:
-        with FakeTensorMode(), strategy_on_fake_tensors():
-            to_cuda(task)
-            batches = [
-                replace(batch, streams={name: samples.map(on_cuda) for name, samples in batch.streams.items()})
-                for batch in batches
-            ]
+        with fake_cuda.fake_ranks(1 if strategy == "one" else WORLD_SIZE, WORLD_SIZE):
+            task = fake_cuda.fake_task(task)
             parallel.prepare(task, CUDA, Precision.bf16, spread("none" if strategy == "one" else strategy))
-            wrapped = parallel.wrap(task, CUDA)
-            if isinstance(wrapped, DistributedDataParallel):
-                wrapped.register_comm_hook(None, _hook)
-            steps = Steps(task, wrapped, batches, CUDA)
+            wrapped = fake_cuda.wrap(task)
+            steps = Steps(task, wrapped, [fake_cuda.fake_batch(batch) for batch in batches], CUDA)
             with watch, watch.float32_losses():
-                # DDP arranges its buckets anew before a second step, for which it needs values.
                 for _ in range(1 if isinstance(wrapped, DistributedDataParallel) else 2):
                     steps.step()
         assert watch.num_products, "no product was seen"
@@ -217,8 +168,6 @@ def run(case: str) -> str | None:
 def main() -> None:
     warnings.simplefilter("ignore")
     for case in sys.argv[1:]:
-        if not case.startswith("one:") and not dist.is_initialized():
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD_SIZE)
         print(json.dumps({case: run(case)}), flush=True)
 
 

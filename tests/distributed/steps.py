@@ -32,7 +32,7 @@ from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
 from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import hash64, torch_draws
-from mmpretrain.training import parallel, probe, randomness_watch
+from mmpretrain.training import parallel, probe, randomness_watch, traffic
 from mmpretrain.training.diagnose import diagnose
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.freeze import Freeze
@@ -218,6 +218,22 @@ def train(
         if distributed.is_main():
             store.save(save, first + num_steps, tensors, {"step": first + num_steps}, keep_last=0)
     return seen
+
+
+def sent_bytes(options: ParallelConfig, num_micro_batches: int) -> tuple[dict[str, float], dict[str, float]]:
+    """The bytes that a step of MAE sends by kind, as they are reported and as they are counted in one of that many."""
+    task = make_task(("mae",))
+    Freeze(task, {}, probe.reached_parameters(task, make_batches(1)[0]))
+    parallel.prepare(task, torch.device("cpu"), "fp32", options)
+    wrapped = parallel.wrap(task, torch.device("cpu"))
+
+    def step(number: int) -> None:
+        forward_backward(wrapped, task, make_batches(1) * number, {"mae": 1.0})
+
+    reported = traffic.of_step(step, num_micro_batches)
+    with traffic.Collectives() as collectives:
+        step(num_micro_batches)
+    return reported, traffic.sent_bytes(collectives.seen)
 
 
 def num_reductions(strategy: str, num_micro_batches: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from mmpretrain.batch import Batch
-from mmpretrain.training import parallel
+from mmpretrain.training import parallel, probe
 from mmpretrain.training.step import forward_backward
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
@@ -24,6 +24,7 @@ from tests.distributed.steps import (
     refused_degree,
     refused_optimizer,
     refused_strategy,
+    sent_bytes,
     spread,
     train,
 )
@@ -120,6 +121,22 @@ def test_sharded_gradients_are_reduced_once_a_step(pool: Callable[[int], Pool]) 
     once = pool(2).run(num_reductions, "fsdp", 1)
     assert once[0] > 0
     assert pool(2).run(num_reductions, "fsdp", 4) == once
+
+
+def test_sent_bytes_are_those_of_ring_algorithms(pool: Callable[[int], Pool]) -> None:
+    task = make_task(("mae",))
+    reached = probe.reached_parameters(task, make_batches(1)[0])["mae"]
+    trained = sum(p.nbytes for name, p in task.named_parameters() if name in reached)
+    for reported, counted in pool(2).run(sent_bytes, spread("ddp"), 5):
+        assert reported == counted
+        assert reported["allreduce"] == pytest.approx(2 * trained / 2, rel=1e-3)  # and the number of terms
+    for reported, counted in pool(4).run(sent_bytes, spread("fsdp"), 5):
+        assert reported == counted
+        # Parameters are padded to a multiple of the processes; weights are gathered for the forward and the backward pass.
+        assert trained * 3 / 4 <= reported["reduce_scatter"] < 1.2 * trained
+        assert 2 * 5 * trained * 3 / 4 * 0.8 < reported["allgather"]
+    (hsdp, _), *_ = pool(4).run(sent_bytes, spread("hsdp", shard_degree=2), 5)
+    assert hsdp["allreduce"] == pytest.approx(2 * (trained / 2) / 2, rel=0.2), "each copy's shard, between two copies"
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("none", 1), ("blocks", 2), ("selective", 2)])

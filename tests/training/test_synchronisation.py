@@ -55,16 +55,9 @@ def test_a_step_of_each_objective_alone_runs_on_fake_cuda_tensors(library: Path)
     assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
-@pytest.mark.parametrize("strategy", ["one", pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("strategy", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp"))])
 def test_a_step_of_a_mix_runs_on_fake_cuda_tensors(strategy: str, library: Path) -> None:
-    mixes = MIXES if strategy != "fsdp" else MIXES[:1]
-    cases = [f"{strategy}:{'+'.join(mix)}" for mix in mixes]
-    assert errors_of(cases, library) == dict.fromkeys(cases)
-
-
-@pytest.mark.slow
-def test_a_sharded_step_of_each_mix_runs_on_fake_cuda_tensors(library: Path) -> None:
-    cases = [f"fsdp:{'+'.join(mix)}" for mix in MIXES[1:]]
+    cases = [f"{strategy}:{'+'.join(mix)}" for mix in MIXES]
     assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
