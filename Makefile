@@ -14,7 +14,7 @@ RUN       := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment train test test-slow lint format types imports docs check bench clean
+.PHONY: help environment train test test-slow lint format types imports docs check bench gpu clean
 
 help:  ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,9 @@ check: lint types imports docs test test-slow  ## Run all of these checks
 
 bench: $(INSTALLED)  ## Run the benchmarks that fit two cores in a quarter of an hour (ARGS="arguments")
 	$(RUN) -m analysis.benchmarks $(ARGS)
+
+gpu: $(INSTALLED)  ## Run the CUDA tests and benchmarks on a GPU (ARGS="--minutes 25")
+	$(RUN) -m analysis.benchmarks.gpu --output bench/gpu $(ARGS)
 
 clean:  ## Remove the environment, caches and builds; keep data and runs
 	rm -rf .venv build dist docs/_build .import_linter_cache .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -37,7 +37,7 @@ def test_every_tensor_moves_and_the_rest_stays() -> None:
     assert moved.seed == 5 and moved.refused == batch.refused
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_every_tensor_is_pinned() -> None:
     pinned = make_batch().pin_memory()
     for samples in pinned.streams.values():

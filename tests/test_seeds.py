@@ -150,7 +150,7 @@ def test_torch_seed_restores_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_draws_the_same_bits() -> None:
     seeds = torch.tensor(signed(SEEDS))
     assert torch.equal(torch_draws(seeds.cuda(), 200, salt=11).cpu(), torch_draws(seeds, 200, salt=11))

@@ -44,11 +44,10 @@ from analysis.benchmarks import arguments, fake_cuda
 from analysis.benchmarks.fake_cuda import CUDA
 from analysis.benchmarks.machine import write_record
 from analysis.benchmarks.noise import my_batches, noise
-from analysis.benchmarks.step import BETAS, EPS, LR, WEIGHT_DECAY
+from analysis.benchmarks.step import BETAS, EPS, LR, WEIGHT_DECAY, build_model
 from mmpretrain import optim
 from mmpretrain.batch import Batch
 from mmpretrain.config.schema import ActivationCheckpointing, ParallelConfig, Precision, Strategy
-from mmpretrain.models.open_clip import open_clip_model
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.training import parallel
 from mmpretrain.training.precision import autocast
@@ -182,7 +181,7 @@ def main() -> None:
         raise SystemExit(_with_stub())
     warnings.simplefilter("ignore")
     logging.getLogger().setLevel(logging.ERROR)
-    model = open_clip_model(args.model)
+    model = build_model(args.model)
     assert model.text is not None
     task = Task(model, {"infonce": InfoNCE(model)})
     task.randomness = None
@@ -232,7 +231,7 @@ def _parse() -> argparse.Namespace:
         prog="python -m analysis.benchmarks.cluster", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--model", type=arguments.model, default="ViT-L-14", help="a model of open_clip")
+    parser.add_argument("--model", type=arguments.model, default="ViT-L-14", help="a model of open_clip, or emoji_clip")
     parser.add_argument("--batch", type=arguments.positive, default=65_536, help="pairs of a step")
     parser.add_argument(
         "--micro-batch", type=arguments.positive, default=256, help="pairs that a GPU takes at once, at most"

@@ -15,7 +15,8 @@ First both take `--steps` steps from the same weights in float32; the benchmark 
 their value. In bf16, where the two sides round differently, the difference is printed. Then each takes `--round-steps`
 steps in turn, `--rounds` times; the table has medians of wall seconds per step, and ratios. FLOPs of forward and backward are
 counted as executed, and as if each caption had the full context. Utilisation (MFU) is relative to a product of two square
-matrices in the same precision, timed in the same run.
+matrices in the same precision, timed in the same run. On a GPU, each side also has the peak of its memory, and `gaps`: the
+share of three traced steps in which no kernel runs.
 """
 
 import argparse
@@ -316,6 +317,7 @@ def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
             sides[name].steps(args.steps + turn * args.round_steps, args.round_steps)
             synchronize(work.device)
             seconds[name].append((time.perf_counter() - started) / args.round_steps)
+    on_gpu = {name: gpu_figures(side) for name, side in sides.items()} if work.device.type == "cuda" else {}
     counted = {name: flops(partial(sides[name].steps, 0, 1)) for name in ("open_clip", "mmpretrain")}
     executed = {name: counted[name.removesuffix("_compiled")] for name in sides}
     peak = matmul_flops_per_second(work.precision, work.device)
@@ -330,8 +332,34 @@ def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
         "matmul_gflops_per_second": peak / 1e9,
         "mfu_executed": {name: value / medians[name] / peak for name, value in executed.items()},
         "mfu_full_context": {name: executed["open_clip"] / medians[name] / peak for name in executed},
+        "gpu": on_gpu,
         "all_seconds": seconds,
     }
+
+
+def gpu_figures(side: Side) -> dict[str, float]:
+    """Return the peak of a side's memory in bytes, and the share of the time of three steps in which no kernel runs."""
+    torch.cuda.reset_peak_memory_stats()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace_of_steps:
+        side.steps(0, 3)
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in trace_of_steps.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    return {"memory_bytes": torch.cuda.max_memory_allocated(), "gaps": gaps(spans)}
+
+
+def gaps(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the share of the time from the first to the last of sorted spans that none of them covers."""
+    if not spans:
+        return 1.0
+    covered, (first, last) = 0.0, (spans[0][0], spans[0][0])
+    for start, end in spans:
+        covered += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return 1 - covered / (last - first) if last > first else 1.0
 
 
 def show(work: Work, result: dict[str, Any]) -> None:
@@ -341,7 +369,9 @@ def show(work: Work, result: dict[str, Any]) -> None:
     for name, value in result["seconds"].items():
         speed = f"{1000 * value:>10.1f}{result['pairs_per_second'][name]:>10.1f}{result['ratio'][name]:>8.2f}x"
         mfu = f"{result['mfu_executed'][name]:>7.2f}{result['mfu_full_context'][name]:>12.2f}"
-        print(f"{name:<20}{speed}{result['gflops_executed'][name]:>12.1f}{mfu}")
+        figures = result["gpu"].get(name)
+        gpu = f"{figures['memory_bytes'] / 2**30:>9.1f} GiB, gaps {figures['gaps']:.3f}" if figures else ""
+        print(f"{name:<20}{speed}{result['gflops_executed'][name]:>12.1f}{mfu}{gpu}")
     print(
         f"largest relative difference of {len(result['loss_difference'])} sides' losses: "
         + ", ".join(f"{name} {value:.1e}" for name, value in result["loss_difference"].items())

@@ -191,7 +191,8 @@ def run_mmpretrain(work: Work, seed: int, run_dir: Path) -> dict[str, float]:
     command += [f"data.root={work.data_root}", f"data.workers={work.workers}", f"run.seed={seed}"]
     command += [f"trainer.batch_size={work.batch_size}", f"trainer.precision={work.precision}"]
     command += [f"trainer.duration={work.epochs}epochs", f"trainer.device={work.device}"]
-    command += ["eval=[]", "checkpoint.every=100%", *work.overrides]
+    command += ["eval=[]", *(["~data.val.val"] if TASKS[work.data] is None else [])]
+    command += ["checkpoint.every=100%", *work.overrides]
     wall_seconds = timed(command, run_dir / "train.out")
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -12,14 +12,17 @@ import torch
 
 from analysis.benchmarks import __main__ as all_of_them
 from analysis.benchmarks import data, hold_out, jpeg_tars
+from analysis.benchmarks.cluster import by_link
 from analysis.benchmarks.machine import demand
-from analysis.benchmarks.step import OpenClip, Work, check_groups, make_sides, trace
+from analysis.benchmarks.step import OpenClip, Work, check_groups, gaps, make_sides, trace
 from analysis.benchmarks.training_commands import read_open_clip_log
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.schedules import Clock
+from mmpretrain.training.traffic import Collective
 
 SMALL = {
+    "cluster": ["--model", "emoji_clip", "--batch", "32", "--ranks", "2,16", "--micro-batch", "2"],
     "data": ["--sides", "256", "--images", "64", "--rounds", "1"],
     "grad_cache": ["--batch", "16", "--micro-batch", "8", "--image-size", "64"],
     "loss_memory": ["--batch", "256", "--width", "32", "--rounds", "1"],
@@ -175,6 +178,42 @@ def test_photographs_that_are_not_there_are_not_asked_for(tmp_path: Path) -> Non
     there = all_of_them.commands(tmp_path, tmp_path)["data"]
     assert there[-2:] == ["--photographs", str(tmp_path)]
     assert all_of_them.commands(tmp_path, tmp_path / "nowhere")["data"] == there[:-2]
+
+
+@pytest.mark.parametrize(
+    ("spans", "share"),
+    [([], 1.0), ([(0.0, 1.0)], 0.0), ([(0.0, 1.0), (0.5, 2.0), (3.0, 4.0)], 0.25), ([(0.0, 4.0), (1.0, 2.0)], 0.0)],
+)
+def test_gaps_are_what_no_kernel_covers(spans: list[tuple[float, float]], share: float) -> None:
+    assert gaps(spans) == pytest.approx(share)
+
+
+def test_bytes_are_those_of_nvlink_and_of_one_network_card() -> None:
+    machine, pair, all_ranks = tuple(range(8)), (0, 8), tuple(range(16))
+    seen = [Collective("allgather", machine, 8.0), Collective("allreduce", pair, 16.0)]
+    assert by_link(seen, per_machine=8) == ({"allgather": 8.0}, {"allreduce": 16.0})
+    assert by_link([Collective("allreduce", all_ranks, 16.0)], per_machine=8) == (
+        {"allreduce": 16.0},
+        {"allreduce": 2.0},
+    )
+
+
+def gpu_table(folder: Path, *arguments: str) -> tuple[str, str]:
+    """What the benchmarks of a GPU print at a tiny size, and their table."""
+    command = [sys.executable, "-m", "analysis.benchmarks.gpu", "--size", "tiny", "--output", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, (folder / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_a_gpu_run_on_the_cpu_and_are_not_repeated(tmp_path: Path) -> None:
+    printed, table = gpu_table(tmp_path, "--parts", "step_b32")
+    assert "step_b32 ..." in printed and "| step_b32 | mmpretrain, bf16 |" in table
+    printed, table = gpu_table(tmp_path)
+    assert "step_b32 ..." not in printed and "train_l14 ..." in printed
+    for row in ("| step_b32 | open_clip, bf16 |", "| train_b32 | mmpretrain |", "| tests | 0 passed, 0 failed, "):
+        assert row in table, table
 
 
 @pytest.mark.slow

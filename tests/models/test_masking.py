@@ -109,7 +109,7 @@ def test_nothing_is_hidden_at_ratio_zero() -> None:
     assert mask.keep.sort(1).values.tolist() == [list(range(9))] * 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_draws_the_same_masks() -> None:
     cpu, gpu = (random_patch_mask(seeds_of(64).to(device), 196, RAGGED) for device in ("cpu", "cuda"))
     assert torch.equal(gpu.keep.cpu(), cpu.keep) and torch.equal(gpu.hidden.cpu(), cpu.hidden)

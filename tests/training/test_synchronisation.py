@@ -76,7 +76,7 @@ def test_a_layer_that_waits_or_mixes_devices_or_precisions_fails(library: Path) 
     assert {fault for fault, case in cases.items() if expected[fault] in (errors[case] or "")} == set(expected), errors
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("mix", MIXES, ids="+".join)
 def test_a_step_does_not_wait_for_the_gpu(mix: tuple[str, ...]) -> None:
     device, task = torch.device("cuda"), make_task(mix, 0.1, **RANDOM).float()

@@ -7,7 +7,7 @@ from mmpretrain.training.transfer import Transfer
 from tests.test_batch import make_batch
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_batches_arrive_while_the_device_computes() -> None:
     device = torch.device("cuda")
     transfer, weight = Transfer(device), torch.randn(4096, 4096, device=device)
