@@ -8,7 +8,7 @@ samples' seeds (`randomness.py`), so that both passes compute the same values.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -129,6 +129,19 @@ def _count(name: str, micro_batches: Sequence[Batch], task: Task) -> Tensor:
     return distributed.all_reduce_sum(torch.full((), own, dtype=torch.float64, device=task.model.device)).clamp(min=1)
 
 
+def _ahead(batches: Sequence[Batch], transfer: Callable[[Batch], Batch] | None) -> Iterator[Batch]:
+    """Yield each micro-batch on the device, after the copy of the next one has begun. Further ones stay on the host."""
+    if transfer is None:
+        yield from batches
+        return
+    upcoming = transfer(batches[0])
+    for batch in batches[1:]:
+        current, upcoming = upcoming, transfer(batch)
+        yield current
+        del current
+    yield upcoming
+
+
 def _zeros(tensors: Mapping[str, Tensor]) -> Tensors:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
 
@@ -140,6 +153,7 @@ def forward_backward(
     weights: Mapping[str, float],
     autocast: AbstractContextManager[object] | None = None,
     loss_scale: Tensor | None = None,
+    transfer: Callable[[Batch], Batch] | None = None,
 ) -> StepLosses:
     """Add the gradients of one global batch's weighted loss to the parameters.
 
@@ -150,6 +164,7 @@ def forward_backward(
         weights: weight of each objective's loss; those of weight 0 are not computed.
         autocast: autocast context of the forward passes, entered for each pass.
         loss_scale: scalar factor of the gradients; None for no scaling.
+        transfer: function that copies a micro-batch to the device, called one micro-batch ahead; None: they are there.
     """
     autocast = autocast or nullcontext()
     micro_batches = [task.counted(batch, weights) for batch in micro_batches]
@@ -158,13 +173,13 @@ def forward_backward(
     coupled_weights = {name: 0.0 if name in counts else weight for name, weight in weights.items()}
     if len(micro_batches) > 1 and any(coupled_weights.values()):
         with torch.no_grad():
-            for batch in micro_batches:
+            for batch in _ahead(micro_batches, transfer):
                 with autocast:
                     wrapped(batch, coupled_weights, counts, coupling.collect)
         coupling.differentiate()
     sums: dict[str, Tensors] = defaultdict(dict)
     world = distributed.world_size()
-    for i, batch in enumerate(micro_batches):
+    for i, batch in enumerate(_ahead(micro_batches, transfer)):
         is_last = i == len(micro_batches) - 1
         with nullcontext() if is_last else _no_sync(wrapped):
             with autocast:

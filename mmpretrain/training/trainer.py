@@ -206,7 +206,7 @@ class Trainer:
                     self.writer.pairs(micro_batches[0], self.setup.tokenizer)
                 progress = TrainingProgress(state.samples, self.clock)
                 weights = setup.weights(state.samples)
-                micro_batches = [self.transfer(self.task.counted(batch, weights)) for batch in micro_batches]
+                micro_batches = [self.task.counted(batch, weights) for batch in micro_batches]
                 if setup.freeze.apply(progress, weights):
                     self.wrapped = parallel.wrap(self.task, device)
 
@@ -271,6 +271,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Measure each objective's share of the step, and log pictures of its examples. A collective."""
         with self.window.paused():
+            micro_batches = [self.transfer(batch) for batch in micro_batches]
             values = diagnose(self.task, micro_batches, weights, passes, scale)
             task = self.gather_full()
             if self.writer is not None:
@@ -285,7 +286,7 @@ class Trainer:
     ) -> StepLosses:
         """Compute the step's gradients. Raises: TrainingError if `trainer.detect_anomaly` found NaN in a gradient."""
         try:
-            return forward_backward(self.wrapped, self.task, micro_batches, weights, passes, scale)
+            return forward_backward(self.wrapped, self.task, micro_batches, weights, passes, scale, self.transfer)
         except RuntimeError as error:
             if not (torch.is_anomaly_enabled() and "returned nan values" in str(error)):
                 raise

@@ -1,12 +1,15 @@
 """The step's mathematics does not depend on ranks or micro-batches, and is that of other people's losses."""
 
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmpretrain.batch import Batch
 from mmpretrain.training.freeze import Freeze
 from mmpretrain.training.probe import reached_parameters
 from mmpretrain.training.step import forward_backward
@@ -214,6 +217,28 @@ def test_the_split_loss_of_views_has_every_row(num_rows: int, pool: Pools) -> No
     expected = split_nt_xent(num_rows)
     for found in pool(2).run(split_nt_xent, num_rows):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("objectives", [("mae",), ("infonce", "mae")])
+def test_micro_batches_are_transferred_one_ahead(objectives: tuple[str, ...]) -> None:
+    """At most the previous, the current and the next one are on the device, and the gradients are the same."""
+    made: list[weakref.ref[Batch]] = []
+    most = 0
+
+    def transfer(batch: Batch) -> Batch:
+        nonlocal most
+        there = replace(batch)
+        made.append(weakref.ref(there))
+        most = max(most, sum(each() is not None for each in made))
+        return there
+
+    gradients = []
+    for ahead in (None, transfer):
+        task = make_task(objectives)
+        forward_backward(task, task, make_batches(8), dict.fromkeys(objectives, 1.0), transfer=ahead)
+        gradients.append([p.grad for p in task.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    assert 1 < most <= 3
 
 
 def test_each_rank_projects_its_own_views(pool: Pools) -> None:
