@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,7 @@ from mmpretrain.training.ema import EMA
 from mmpretrain.training.precision import LossScale, autocast
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
+from mmpretrain.training.transfer import Transfer
 from tests.distributed.steps import RANDOM, make_batches, make_task, spread
 
 WORLD_SIZE = 4
@@ -44,6 +46,7 @@ class Steps:
 
     def __init__(self, task: Task, wrapped: nn.Module, batches: list[Batch], device: torch.device) -> None:
         self.task, self.wrapped, self.batches, self.device = task, wrapped, batches, device
+        self.transfer = Transfer(device)
         self.optimizer = adamw(
             task.named_parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, towers={}
         )
@@ -53,7 +56,7 @@ class Steps:
     def step(self) -> None:
         weights = dict.fromkeys(self.task.objectives, 0.5)
         passes = autocast(self.device, Precision.bf16)
-        forward_backward(self.wrapped, self.task, self.batches, weights, passes, self.loss_scale.scale)
+        forward_backward(self.wrapped, self.task, self.batches, weights, passes, self.loss_scale.scale, self.transfer)
         self.loss_scale.unscale(gradients(self.optimizer))
         skipped = guarded_step(self.optimizer, grad_norms(self.optimizer)["all"], 1.0)
         self.task.after_step(self.batches[0].progress, skipped)
@@ -139,6 +142,12 @@ def _without_autocast(x: Tensor) -> Tensor:
         return x @ x.transpose(-1, -2) @ x
 
 
+def on_host(batch: Batch) -> Batch:
+    """Copy a micro-batch with fake tensors on the host."""
+    samples = {name: each.map(lambda x: torch.empty(x.shape, dtype=x.dtype)) for name, each in batch.streams.items()}
+    return replace(batch, streams=samples)
+
+
 def run(case: str) -> str | None:
     """Take steps of two micro-batches. Returns: the first error with its place, or None."""
     strategy, mix, *faults = case.split(":")
@@ -153,7 +162,7 @@ def run(case: str) -> str | None:
             task = fake_cuda.fake_task(task)
             parallel.prepare(task, CUDA, Precision.bf16, spread("none" if strategy == "one" else strategy))
             wrapped = fake_cuda.wrap(task)
-            steps = Steps(task, wrapped, [fake_cuda.fake_batch(batch) for batch in batches], CUDA)
+            steps = Steps(task, wrapped, [on_host(batch) for batch in batches], CUDA)
             with watch, watch.float32_losses():
                 for _ in range(1 if isinstance(wrapped, DistributedDataParallel) else 2):
                     steps.step()

@@ -80,7 +80,7 @@ def test_a_layer_that_waits_or_mixes_devices_or_precisions_fails(library: Path) 
 @pytest.mark.parametrize("mix", MIXES, ids="+".join)
 def test_a_step_does_not_wait_for_the_gpu(mix: tuple[str, ...]) -> None:
     device, task = torch.device("cuda"), make_task(mix, 0.1, **RANDOM).float()
-    batches = [task.counted(batch, dict.fromkeys(mix, 0.5)).to(device) for batch in make_batches(2)]
+    batches = [task.counted(batch, dict.fromkeys(mix, 0.5)).pin_memory() for batch in make_batches(2)]
     task = task.to(device)
     steps = Steps(task, task, batches, device)
     steps.step()
