@@ -54,6 +54,7 @@ from mmpretrain.training.precision import autocast
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
 from mmpretrain.training.traffic import Collective, Collectives
+from mmpretrain.training.transfer import Transfer
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def measure(task: Task, micro_batch: Batch, num_micro_batches: int, options: Par
 
     def step() -> None:
         batches = [fake_cuda.fake_batch(micro_batch) for _ in range(num_micro_batches)]
-        forward_backward(wrapped, task, batches, {"infonce": 1.0}, autocast(CUDA, Precision.bf16))
+        passes = autocast(CUDA, Precision.bf16)
+        forward_backward(wrapped, task, batches, {"infonce": 1.0}, passes, transfer=Transfer(CUDA))
         skipped = optim.guarded_step(optimizer, optim.grad_norms(optimizer)["all"], 1.0)
         task.after_step(micro_batch.progress, skipped)
 

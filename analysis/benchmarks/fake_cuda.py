@@ -94,8 +94,9 @@ def fake_task(task: Task) -> Task:
 
 
 def fake_batch(batch: Batch) -> Batch:
-    """Copy a micro-batch with fake tensors on CUDA. Call it inside of `fake_ranks`."""
-    return replace(batch, streams={name: samples.map(on_cuda) for name, samples in batch.streams.items()})
+    """Copy a micro-batch with fake tensors on the host, for `Transfer`. Call it inside of `fake_ranks`."""
+    samples = {name: each.map(lambda x: torch.empty(x.shape, dtype=x.dtype)) for name, each in batch.streams.items()}
+    return replace(batch, streams=samples)
 
 
 def wrap(task: Task) -> nn.Module:

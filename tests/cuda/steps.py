@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -142,12 +141,6 @@ def _without_autocast(x: Tensor) -> Tensor:
         return x @ x.transpose(-1, -2) @ x
 
 
-def on_host(batch: Batch) -> Batch:
-    """Copy a micro-batch with fake tensors on the host."""
-    samples = {name: each.map(lambda x: torch.empty(x.shape, dtype=x.dtype)) for name, each in batch.streams.items()}
-    return replace(batch, streams=samples)
-
-
 def run(case: str) -> str | None:
     """Take steps of two micro-batches. Returns: the first error with its place, or None."""
     strategy, mix, *faults = case.split(":")
@@ -162,7 +155,7 @@ def run(case: str) -> str | None:
             task = fake_cuda.fake_task(task)
             parallel.prepare(task, CUDA, Precision.bf16, spread("none" if strategy == "one" else strategy))
             wrapped = fake_cuda.wrap(task)
-            steps = Steps(task, wrapped, [on_host(batch) for batch in batches], CUDA)
+            steps = Steps(task, wrapped, [fake_cuda.fake_batch(batch) for batch in batches], CUDA)
             with watch, watch.float32_losses():
                 for _ in range(1 if isinstance(wrapped, DistributedDataParallel) else 2):
                     steps.step()
