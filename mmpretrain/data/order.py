@@ -33,23 +33,33 @@ class SourceOrder:
     def __init__(self, seed: int, num_samples: int) -> None:
         self.num_samples = num_samples
         self._seed = seed
-        self._starts = np.arange(0, num_samples, BLOCK_SIZE)
-        self._sizes = np.minimum(BLOCK_SIZE, num_samples - self._starts)
+        self._num_blocks = -(-num_samples // BLOCK_SIZE)
+        # All blocks are full but the last one, which lacks so many samples: places are arithmetic, not tables.
+        self._lacking = self._num_blocks * BLOCK_SIZE - num_samples
         # Positions around an epoch boundary need the block order of two epochs, and few windows.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (block order, int64 [num_blocks]; window offsets from 0 to num_samples, int64 [num_windows + 1])."""
-        blocks = permutation(hash64(self._seed, epoch), len(self._sizes))
-        ends = np.cumsum(self._sizes[blocks])
-        last_blocks = np.arange(WINDOW_BLOCKS, len(blocks), WINDOW_BLOCKS) - 1
-        return blocks, np.concatenate([[0], ends[last_blocks], [self.num_samples]])
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, int]:
+        """Return (block order, [num_blocks], of the narrowest integers; window that has the last block)."""
+        blocks = permutation(hash64(self._seed, epoch), self._num_blocks)
+        last = int(np.flatnonzero(blocks == self._num_blocks - 1)[0])
+        return blocks.astype(np.min_scalar_type(self._num_blocks)), last // WINDOW_BLOCKS
+
+    def _windows(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
+        """Return the window of each offset in an epoch, int64 [n]."""
+        end = self._window_start(epoch, self._epoch(epoch)[1] + 1)
+        return (offsets + self._lacking * (offsets >= end)) // (WINDOW_BLOCKS * BLOCK_SIZE)
+
+    def _window_start(self, epoch: int, window: int) -> int:
+        """Return the offset of a window's first sample in an epoch."""
+        return window * WINDOW_BLOCKS * BLOCK_SIZE - self._lacking * (window > self._epoch(epoch)[1])
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         """Return the sample ids of one window in shuffled order, int64."""
         blocks = self._epoch(epoch)[0][window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
-        samples = np.concatenate([np.arange(self._starts[b], self._starts[b] + self._sizes[b]) for b in blocks])
+        samples = (blocks.astype(np.int64)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).flatten()
+        samples = samples[samples < self.num_samples]
         return samples[permutation(hash64(self._seed, epoch, window), len(samples))]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -57,12 +67,11 @@ class SourceOrder:
         samples = np.empty(len(positions), dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
         for epoch in np.unique(epochs).tolist():
-            window_starts = self._epoch(epoch)[1]
             of_epoch = epochs == epoch
-            windows = np.searchsorted(window_starts, offsets, side="right") - 1
+            windows = self._windows(epoch, offsets)
             for window in np.unique(windows[of_epoch]).tolist():
                 rows = np.flatnonzero(of_epoch & (windows == window))
-                samples[rows] = self._window(epoch, window)[offsets[rows] - window_starts[window]]
+                samples[rows] = self._window(epoch, window)[offsets[rows] - self._window_start(epoch, window)]
         return samples
 
     def __getstate__(self) -> dict[str, object]:

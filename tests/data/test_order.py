@@ -91,6 +91,10 @@ def test_a_place_among_a_billion_samples_is_found_in_two_seconds() -> None:
     assert len(np.unique(samples)) == 1024 and samples.min() >= 0 and samples.max() < 10**9
 
 
+def test_an_order_of_a_billion_samples_holds_no_table() -> None:
+    assert len(pickle.dumps(SourceOrder(0, 10**9))) < 1000
+
+
 def test_order_survives_pickling() -> None:
     order = Order([SourceOrder(0, 300), SourceOrder(1, 200)], [3, 1])
     positions = np.arange(900)
