@@ -3,7 +3,9 @@
 import json
 import os
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +13,14 @@ import numpy.typing as npt
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.source import Fingerprint, check_field_size, expand_paths
 from mmpretrain.data.storage import FileChanged, read_range
-from mmpretrain.data.stored_index import cached_index_path, index_path, load_index
+from mmpretrain.data.stored_index import cached_index_path, index_path, load_index, open_index
 from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
+from mmpretrain.data.tar_index import TarIndex
+
+_KEPT_SAMPLES = 1 << 22
+"""Samples of a set whose indexes are all kept: at some 70 bytes each, up to 300 MiB, which the workers share."""
+_LOADED_SHARDS = 128
+"""Indexes of a larger set that a process keeps. The order visits 64 blocks, of up to as many shards, at a time."""
 
 
 def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[str]:
@@ -23,6 +31,9 @@ def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[
 class Shards:
     """Random access to the samples of several tars, numbered in the order of `paths`; a `SampleSource`.
 
+    Opening reads the headers of the stored indexes. The indexes of up to 4 million samples are loaded then, too; those of a
+    larger set are loaded when a sample of their shard is read, and each process keeps the last 128.
+
     Args:
         paths: paths of the tars.
 
@@ -31,16 +42,23 @@ class Shards:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = [os.fspath(path) for path in paths]
-        self.indexes = [load_index(path) for path in self.paths]
+        self._headers = [open_index(path) for path in self.paths]
         self.problems = [
-            f"{path}: {problem}" for path, index in zip(self.paths, self.indexes) for problem in index.problems
+            f"{path}: {problem}" for path, header in zip(self.paths, self._headers) for problem in header.problems
         ]
-        self.counts: npt.NDArray[np.int64] = np.array([index.num_samples for index in self.indexes], np.int64)
+        self.counts: npt.NDArray[np.int64] = np.array([header.num_samples for header in self._headers], np.int64)
         for path, count in zip(self.paths, self.counts):
             if not count:
                 raise ValueError(f"shard {path!r}: no sample in it, expected at least one; remove it or build it again")
         # bisect on a list: ten times faster than a scalar searchsorted
         self._ends: list[int] = np.cumsum(self.counts).tolist()
+        self._loaded: OrderedDict[int, TarIndex] = OrderedDict()
+        self._most_loaded = _LOADED_SHARDS
+        if self.num_samples <= _KEPT_SAMPLES:
+            # Loaded at once, before workers are forked, which then share them.
+            self._most_loaded = len(self.paths)
+            for shard in range(len(self.paths)):
+                self.index(shard)
 
     @property
     def num_samples(self) -> int:
@@ -50,8 +68,8 @@ class Shards:
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of each shard's base name, count and digest; independent of its folder."""
         identities = [
-            json.dumps([os.path.basename(path), index.num_samples, index.digest]).encode() + b"\n"
-            for path, index in zip(self.paths, self.indexes)
+            json.dumps([os.path.basename(path), header.num_samples, header.digest]).encode() + b"\n"
+            for path, header in zip(self.paths, self._headers)
         ]
         return Fingerprint.of(self.paths, identities)
 
@@ -62,7 +80,29 @@ class Shards:
     def key(self, sample_id: int) -> str:
         """Return the key of a sample. Raises: IndexError."""
         shard, row = self._locate(sample_id)
-        return self.indexes[shard].key(row)
+        return self.index(shard).key(row)
+
+    def index(self, shard: int) -> TarIndex:
+        """Return the index of a shard. Raises: FileChanged if it is another one than when the shards were opened."""
+        header = self._headers[shard]
+        if isinstance(header, TarIndex):
+            return header
+        index = self._loaded.get(shard)
+        if index is None:
+            index = load_index(self.paths[shard])
+            if (index.num_samples, index.digest) != (header.num_samples, header.digest):
+                raise FileChanged(
+                    f"{self.paths[shard]} was changed or replaced while it was read (its index has {index.num_samples} "
+                    f"samples, at the start {header.num_samples}); restore it and go on, or start a new run on the changed "
+                    "file"
+                )
+            self._loaded[shard] = index
+        # Single operations of a dictionary, so that threads need no lock, which could be held while a worker is forked.
+        with suppress(KeyError):  # another thread has just dropped it
+            self._loaded.move_to_end(shard)
+            while len(self._loaded) > self._most_loaded:
+                self._loaded.popitem(last=False)
+        return index
 
     def member(self, sample_id: int, fields: Sequence[str]) -> tuple[str, str, int, int] | None:
         """Return (path, extension, offset, size) of the first of `fields` that the sample has, or None.
@@ -70,7 +110,7 @@ class Shards:
         Raises: IndexError.
         """
         shard, row = self._locate(sample_id)
-        members = self.indexes[shard].members
+        members = self.index(shard).members
         for extension in fields:
             if extension in members:
                 offsets, sizes = members[extension]
@@ -92,7 +132,7 @@ class Shards:
             raise BadSample(f"it has no member {' or '.join(fields)}")
         path, extension, offset, size = member
         check_field_size(extension, size)
-        index = self.indexes[shard]
+        index = self.index(shard)
         block = read_range(path, offset - HEADER_BYTES, HEADER_BYTES + size, index.tar_bytes, index.mtime_ns)
         if header_sum(block[:HEADER_BYTES]) != index.header_sums[extension][row]:
             raise FileChanged(

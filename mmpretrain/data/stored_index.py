@@ -12,9 +12,11 @@ import math
 import os
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,8 @@ import numpy.typing as npt
 from mmpretrain.data.storage import open_regular
 from mmpretrain.data.tar_headers import HEADER_BYTES
 from mmpretrain.data.tar_index import MAX_EXTENSIONS, TarIndex, index_tar
+
+Found = TypeVar("Found", "IndexHeader", TarIndex)
 
 _INDEX_VERSION = 4
 _logger = logging.getLogger(__name__)
@@ -68,6 +72,17 @@ def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class IndexHeader:
+    """The part of an index that does not grow with the number of samples; see `TarIndex`."""
+
+    num_samples: int
+    tar_bytes: int
+    mtime_ns: int
+    digest: str
+    problems: list[str]
+
+
 class OldIndex(ValueError):
     """The stored index has another version."""
 
@@ -94,6 +109,35 @@ def read_index(path: str | os.PathLike[str], tar_bytes: int | None = None) -> Ta
     Raises: OSError (FileNotFoundError) if it cannot be opened; NotRegular if it is not a regular file; ValueError if it
         is not a valid index; OldIndex if it has another version.
     """
+    with _opened(path, tar_bytes) as (archive, header):
+        return _valid_index(
+            header,
+            _stored_array(archive, "key_blob", np.uint8, 1),
+            _stored_array(archive, "key_ends", np.int64, 1),
+            _stored_array(archive, "offsets", np.int64, 2),
+            _stored_array(archive, "sizes", np.int64, 2),
+            _stored_array(archive, "header_sums", np.uint32, 2),
+        )
+
+
+def read_header(path: str | os.PathLike[str], tar_bytes: int) -> IndexHeader:
+    """Read the header of a stored index, and the number of its samples. The arrays are not read.
+
+    Args, Raises: as in `read_index`.
+    """
+    with _opened(path, tar_bytes) as (archive, header):
+        _check_header(header)
+        with archive.open(_stored(archive, "key_ends")) as file:
+            (num_samples,) = _array_shape(file, "key_ends", np.int64, 1)
+        return IndexHeader(num_samples, header["tar_bytes"], header["mtime_ns"], header["digest"], header["problems"])
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str], tar_bytes: int | None) -> Iterator[tuple[zipfile.ZipFile, Mapping[str, Any]]]:
+    """Open a stored index of the present version, and read its header. Errors inside the block become ValueError.
+
+    Raises: as `read_index`.
+    """
     with open(open_regular(path), "rb") as file:
         try:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -105,14 +149,7 @@ def read_index(path: str | os.PathLike[str], tar_bytes: int | None = None) -> Ta
                 header = json.loads(_stored_array(archive, "header", np.uint8, 1).tobytes())
                 if header["version"] != _INDEX_VERSION:
                     raise OldIndex(f"{path}: index of version {header['version']}, expected {_INDEX_VERSION}")
-                return _valid_index(
-                    header,
-                    _stored_array(archive, "key_blob", np.uint8, 1),
-                    _stored_array(archive, "key_ends", np.int64, 1),
-                    _stored_array(archive, "offsets", np.int64, 2),
-                    _stored_array(archive, "sizes", np.int64, 2),
-                    _stored_array(archive, "header_sums", np.uint32, 2),
-                )
+                yield archive, header
         except OldIndex:
             raise
         except Exception as error:  # zipfile, NumPy and json raise many exceptions, OSError among them
@@ -120,18 +157,29 @@ def read_index(path: str | os.PathLike[str], tar_bytes: int | None = None) -> Ta
             raise ValueError(f"{path}: unusable index ({reason}); it is made again") from error
 
 
-def _stored_array(archive: zipfile.ZipFile, name: str, dtype: npt.DTypeLike, num_dimensions: int) -> npt.NDArray[Any]:
-    """Return an array of an uncompressed .npz, without a copy. Raises: ValueError; errors of zipfile."""
+def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """Return the entry of an array. Raises: ValueError if it is compressed; KeyError."""
     info = archive.getinfo(f"{name}.npy")
     # The archive's directory states the size, which may be wrong; without compression, no more than the file is read.
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
-    file = io.BytesIO(archive.read(info))
+    return info
+
+
+def _array_shape(file: IO[bytes], name: str, dtype: npt.DTypeLike, num_dimensions: int) -> tuple[int, ...]:
+    """Read the beginning of an array, and return its shape. Raises: ValueError for another type or number of dimensions."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError(f"{name} is not an array of format version 1.0")
     shape, fortran_order, found = np.lib.format.read_array_header_1_0(file)
     if found != dtype or fortran_order or len(shape) != num_dimensions:
         raise ValueError(f"{name} is {found} {shape}, expected {np.dtype(dtype)} of {num_dimensions} dimensions")
+    return shape
+
+
+def _stored_array(archive: zipfile.ZipFile, name: str, dtype: npt.DTypeLike, num_dimensions: int) -> npt.NDArray[Any]:
+    """Return an array of an uncompressed .npz, without a copy. Raises: ValueError; errors of zipfile."""
+    file = io.BytesIO(archive.read(_stored(archive, name)))
+    shape, found = _array_shape(file, name, dtype, num_dimensions), np.dtype(dtype)
     data = file.getbuffer()[file.tell() :]
     if math.prod(shape) * found.itemsize != len(data):
         raise ValueError(f"{name} has {len(data)} bytes for {shape} numbers")
@@ -150,12 +198,8 @@ def _valid_index(
 
     Raises: ValueError, KeyError or TypeError if they are not.
     """
-    extensions, problems, tar_bytes = header["extensions"], header["problems"], header["tar_bytes"]
-    for texts in (extensions, problems, [header["digest"]]):
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("extensions, problems and digest must be strings")
-    if type(tar_bytes) is not int or type(header["mtime_ns"]) is not int:
-        raise ValueError("tar_bytes and mtime_ns must be integers")
+    _check_header(header)
+    extensions, tar_bytes = header["extensions"], header["tar_bytes"]
     if len(set(extensions)) < len(extensions) or not (
         offsets.shape == sizes.shape == header_sums.shape == (len(extensions), len(key_ends))
     ):
@@ -175,8 +219,31 @@ def _valid_index(
         tar_bytes=tar_bytes,
         mtime_ns=header["mtime_ns"],
         digest=header["digest"],
-        problems=problems,
+        problems=header["problems"],
     )
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Raises: ValueError or KeyError if a value of an index's header is missing or has another type."""
+    for texts in (header["extensions"], header["problems"], [header["digest"]]):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("extensions, problems and digest must be strings")
+    if type(header["tar_bytes"]) is not int or type(header["mtime_ns"]) is not int:
+        raise ValueError("tar_bytes and mtime_ns must be integers")
+
+
+def open_index(tar: str | os.PathLike[str]) -> IndexHeader | TarIndex:
+    """Return the header of a tar's stored index, as `load_index` finds or makes it; the whole index if it is not stored.
+
+    Raises: errors of `index_tar`.
+    """
+    found = _find(tar, read_header)
+    if found is not None:
+        return found
+    index = index_tar(tar)
+    if store_index(index, tar) is None:
+        return index
+    return IndexHeader(index.num_samples, index.tar_bytes, index.mtime_ns, index.digest, index.problems)
 
 
 def load_index(tar: str | os.PathLike[str]) -> TarIndex:
@@ -187,10 +254,19 @@ def load_index(tar: str | os.PathLike[str]) -> TarIndex:
 
     Raises: errors of `index_tar`.
     """
+    found = _find(tar, read_index)
+    if found is None:
+        found = index_tar(tar)
+        store_index(found, tar)
+    return found
+
+
+def _find(tar: str | os.PathLike[str], read: Callable[[Path, int], Found]) -> Found | None:
+    """Read the stored index of a tar beside it or in the cache; None, with a warning if it is damaged, if none matches."""
     stat = os.stat(tar)
     for path in (index_path(tar), cached_index_path(tar)):
         try:
-            index = read_index(path, stat.st_size)
+            index = read(path, stat.st_size)
         except FileNotFoundError:
             continue
         except OldIndex as error:
@@ -204,9 +280,7 @@ def load_index(tar: str | os.PathLike[str]) -> TarIndex:
             continue
         if (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return index
-    index = index_tar(tar)
-    store_index(index, tar)
-    return index
+    return None
 
 
 def store_index(index: TarIndex, tar: str | os.PathLike[str]) -> Path | None:

@@ -12,6 +12,7 @@ from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.source import Fingerprint, selected
 from mmpretrain.data.storage import FileChanged
+from mmpretrain.data.stored_index import index_path, load_index, read_index
 from tests.tars import pairs, write_members
 
 
@@ -27,6 +28,53 @@ def test_shards_locate_every_sample(tmp_path: Path) -> None:
             shards.location(outside)
         with pytest.raises(IndexError, match=r"expected 0 to 5"):
             shards.member(outside, ["jpg"])
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets of more than 2 samples count as large, and a process keeps the indexes of 2 shards."""
+    monkeypatch.setattr("mmpretrain.data.shards._KEPT_SAMPLES", 2)
+    monkeypatch.setattr("mmpretrain.data.shards._LOADED_SHARDS", 2)
+
+
+@pytest.mark.usefixtures("large")
+def test_indexes_of_a_large_set_are_loaded_when_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [["a", "b"], ["c"], ["d", "e", "f"], ["g"]]
+    paths = [str(write_members(tmp_path / f"{i}.tar", pairs(keys, b"jpeg"))) for i, keys in enumerate(groups)]
+    Shards(paths[:1])  # whose index is stored already
+    read: list[str] = []
+    monkeypatch.setattr("mmpretrain.data.shards.load_index", lambda path: read.append(path) or load_index(path))
+    shards = Shards(paths)
+    assert not read and shards.counts.tolist() == [2, 1, 3, 1]
+    assert shards.fingerprint == Shards(paths).fingerprint and not read
+    assert [shards.key(i) for i in range(7)] == list("abcdefg") and read == paths
+    assert shards.read(5, ["jpg"]) == b"jpeg" and read == paths  # the last two shards are kept
+    assert shards.key(0) == "a" and read == [*paths, paths[0]]
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("damage", ["index", "both"])
+def test_a_large_sets_index_that_is_damaged_later_is_made_again(tmp_path: Path, damage: str) -> None:
+    path = write_members(tmp_path / "0.tar", pairs(["a", "b", "c"]))
+    shards = Shards([str(path)])
+    stored = index_path(path)
+    stored.write_bytes(stored.read_bytes()[:-100])
+    if damage == "both":
+        write_members(path, pairs(["d", "e"]))
+        with pytest.raises(FileChanged, match=r"its index has 2 samples, at the start 3\); restore it and go on"):
+            shards.read(0, ["jpg"])
+    else:
+        assert [shards.key(i) for i in range(3)] == ["a", "b", "c"]
+        assert read_index(stored).keys == ["a", "b", "c"]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_sets_index_that_cannot_be_stored_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_members(tmp_path / "0.tar", pairs(["a", "b", "c"]))
+    monkeypatch.setattr("mmpretrain.data.stored_index.write_index", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    shards = Shards([str(path)])
+    monkeypatch.setattr("mmpretrain.data.shards.load_index", lambda path: pytest.fail("scanned again"))
+    assert [shards.key(i) for i in range(3)] == ["a", "b", "c"]
 
 
 def test_member_is_the_first_extension_present(tmp_path: Path) -> None:
