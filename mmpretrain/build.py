@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,7 @@ def _shards(key: str, shards: str | list[str], root: str | None, subset: str | N
     if not accepts(shards, str | Sequence[str]):
         raise ValueError(f"{key}.shards is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
     try:
-        opened = Shards(expand_shards(shards, root))
+        opened = Shards.shared(partial(expand_shards, shards, root))
         kept: SampleSource = opened if subset is None else selected(opened, select(opened, subset))
     except ValueError as error:
         made = (

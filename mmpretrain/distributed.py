@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -191,6 +192,35 @@ def from_main(fn: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return value
+
+
+def once_per_machine(make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Call `make` on the first process of each machine, and return its CPU tensors on all, in memory that they share.
+
+    A collective. The tensors must not be written to.
+
+    Raises: the ValueError or OSError of `make`, on all ranks.
+    """
+    if not dist.is_initialized() or local_world_size() == 1:
+        return make()
+    place, error, memory = "", None, None
+    if local_rank() == 0:
+        try:
+            memory = os.memfd_create("mmpretrain")  # freed with the last process that maps it, however that ends
+            place = f"/proc/{os.getpid()}/fd/{memory}"
+            with os.fdopen(memory, "wb", closefd=False) as file:
+                file.write(save(dict(make())))
+        except (ValueError, OSError) as refusal:
+            error = refusal
+    answers = gather_objects((place, error))
+    refusals = [refusal for _, refusal in answers if refusal is not None]
+    tensors = {} if refusals else load_file(answers[rank() - local_rank()][0])
+    gather_objects(None)  # all have mapped it
+    if memory is not None:
+        os.close(memory)
+    if refusals:
+        raise refusals[0]
+    return tensors
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ class _Images:
             checks.check_source(source, "images")
             self._source = build.build_source(source, "images", None)
         else:
-            self._source = Shards(expand_shards(source))
+            self._source = Shards.shared(partial(expand_shards, source))
         self.keys = [self._source.key(sample) for sample in range(self._source.num_samples)]
         fingerprint = self._source.fingerprint
         self.fingerprint = fingerprint.hash if isinstance(fingerprint, Fingerprint) else fingerprint

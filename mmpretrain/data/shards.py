@@ -2,23 +2,25 @@
 
 import json
 import os
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from mmpretrain import distributed
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.source import Fingerprint, check_field_size, expand_paths
 from mmpretrain.data.storage import FileChanged, read_range
-from mmpretrain.data.stored_index import cached_index_path, index_path, load_index, open_index
+from mmpretrain.data.stored_index import cached_index_path, index_path, load_index
 from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
 from mmpretrain.data.tar_index import TarIndex
 
-_KEPT_SAMPLES = 1 << 22
-"""Samples of a set whose indexes are all kept: at some 70 bytes each, up to 300 MiB, which the workers share."""
+_KEPT_SAMPLES = 1 << 20
+"""Samples of a set whose indexes are all kept: at some 70 bytes each, up to 70 MiB, which the workers share."""
 _LOADED_SHARDS = 128
 """Indexes of a larger set that a process keeps. The order visits 64 blocks, of up to as many shards, at a time."""
 
@@ -31,7 +33,7 @@ def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[
 class Shards:
     """Random access to the samples of several tars, numbered in the order of `paths`; a `SampleSource`.
 
-    Opening reads the headers of the stored indexes. The indexes of up to 4 million samples are loaded then, too; those of a
+    Opening reads the headers of the stored indexes. The indexes of up to a million samples are loaded then, too; those of a
     larger set are loaded when a sample of their shard is read, and each process keeps the last 128.
 
     Args:
@@ -41,17 +43,35 @@ class Shards:
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = [os.fspath(path) for path in paths]
-        self._headers = [open_index(path) for path in self.paths]
-        self.problems = [
-            f"{path}: {problem}" for path, header in zip(self.paths, self._headers) for problem in header.problems
-        ]
-        self.counts: npt.NDArray[np.int64] = np.array([header.num_samples for header in self._headers], np.int64)
-        for path, count in zip(self.paths, self.counts):
-            if not count:
-                raise ValueError(f"shard {path!r}: no sample in it, expected at least one; remove it or build it again")
-        # bisect on a list: ten times faster than a scalar searchsorted
-        self._ends: list[int] = np.cumsum(self.counts).tolist()
+        self._use(*ShardTable.open([os.fspath(path) for path in paths]))
+
+    @classmethod
+    def shared(cls, expand: Callable[[], Sequence[str]]) -> "Shards":
+        """Open the same tars on all processes, reading their headers on one of each machine. A collective.
+
+        Args:
+            expand: function that returns the paths of the tars, such as `expand_shards` with its arguments. It is called on
+                one process of each machine.
+
+        Raises: as `Shards`; a ValueError or OSError of `expand`, on all processes.
+        """
+        unstored: dict[int, TarIndex] = {}
+
+        def opened() -> dict[str, Tensor]:
+            table, own = ShardTable.open(expand())
+            unstored.update(own)
+            return table.tensors()
+
+        shards = cls.__new__(cls)
+        shards._use(ShardTable.from_tensors(distributed.once_per_machine(opened)), unstored)
+        return shards
+
+    def _use(self, table: ShardTable, unstored: Mapping[int, TarIndex]) -> None:
+        self._table = table
+        self._ends: npt.NDArray[np.int64] = np.cumsum(table.counts)
+        self._kept = dict(unstored)
+        for shard in table.not_stored.tolist():
+            self._kept.setdefault(shard, load_index(self.paths[shard]))
         self._loaded: OrderedDict[int, TarIndex] = OrderedDict()
         self._most_loaded = _LOADED_SHARDS
         if self.num_samples <= _KEPT_SAMPLES:
@@ -61,15 +81,30 @@ class Shards:
                 self.index(shard)
 
     @property
+    def paths(self) -> Sequence[str]:
+        """Paths of the tars."""
+        return self._table.paths
+
+    @property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Number of samples of each tar, int64 [n]."""
+        return self._table.counts
+
+    @property
+    def problems(self) -> list[str]:
+        """Defects of the tars, each with its path."""
+        return list(self._table.problems)
+
+    @property
     def num_samples(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     @property
     def fingerprint(self) -> Fingerprint:
         """Fingerprint of each shard's base name, count and digest; independent of its folder."""
         identities = [
-            json.dumps([os.path.basename(path), header.num_samples, header.digest]).encode() + b"\n"
-            for path, header in zip(self.paths, self._headers)
+            json.dumps([os.path.basename(path), count, digest]).encode() + b"\n"
+            for path, count, digest in zip(self.paths, self.counts.tolist(), self._table.digests)
         ]
         return Fingerprint.of(self.paths, identities)
 
@@ -84,17 +119,16 @@ class Shards:
 
     def index(self, shard: int) -> TarIndex:
         """Return the index of a shard. Raises: FileChanged if it is another one than when the shards were opened."""
-        header = self._headers[shard]
-        if isinstance(header, TarIndex):
-            return header
+        if shard in self._kept:
+            return self._kept[shard]
         index = self._loaded.get(shard)
         if index is None:
-            index = load_index(self.paths[shard])
-            if (index.num_samples, index.digest) != (header.num_samples, header.digest):
+            path, count = self.paths[shard], int(self.counts[shard])
+            index = load_index(path)
+            if (index.num_samples, index.digest) != (count, self._table.digests[shard]):
                 raise FileChanged(
-                    f"{self.paths[shard]} was changed or replaced while it was read (its index has {index.num_samples} "
-                    f"samples, at the start {header.num_samples}); restore it and go on, or start a new run on the changed "
-                    "file"
+                    f"{path} was changed or replaced while it was read (its index has {index.num_samples} samples, at the "
+                    f"start {count}); restore it and go on, or start a new run on the changed file"
                 )
             self._loaded[shard] = index
         # Single operations of a dictionary, so that threads need no lock, which could be held while a worker is forked.
@@ -144,5 +178,5 @@ class Shards:
     def _locate(self, sample_id: int) -> tuple[int, int]:
         if not 0 <= sample_id < self.num_samples:
             raise IndexError(f"sample id {sample_id}, expected 0 to {self.num_samples - 1}")
-        shard = bisect_right(self._ends, sample_id)
-        return shard, sample_id - (self._ends[shard - 1] if shard else 0)
+        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
+        return shard, sample_id - (int(self._ends[shard - 1]) if shard else 0)

@@ -21,7 +21,8 @@ def _free_port() -> int:
 
 def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
     """One rank: join the group, then run what it is sent until it is killed."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    environment = {**ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     from mmpretrain import distributed
