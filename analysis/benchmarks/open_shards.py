@@ -1,23 +1,29 @@
-r"""Measure what opening many shards takes: seconds, and memory of a process.
+r"""Measure what opening many shards takes on a machine: seconds, and memory of all its processes.
 
-    python -m analysis.benchmarks.open_shards [--shards 100000] [--samples 10000] [--output open_shards.json]
+    python -m analysis.benchmarks.open_shards [--shards 100000] [--samples 10000] [--processes 1,2,4,8] [--output FILE]
 
 The shards are made: sparse tars of one size, with stored indexes of `--samples` samples of three members each. Tars and
 indexes are hard links to a few files, so that the indexes are in the page cache; reading them from a disk comes on top.
+Memory is the sum over the processes of what opening added to each, pages that n processes share counting as an n-th (Linux's
+Pss).
 `first read` is the time to find a sample of a shard whose index has not been loaded.
 """
 
 import argparse
+import gc
 import os
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from analysis.benchmarks import arguments
-from analysis.benchmarks.machine import held_bytes, one_line, write_record
+from analysis.benchmarks.machine import one_line, write_record
+from analysis.benchmarks.ranks import on_ranks
+from mmpretrain import distributed
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.stored_index import index_path, write_index
 from mmpretrain.data.tar_index import TarIndex
@@ -62,36 +68,55 @@ def make_shards(folder: Path, num_shards: int, num_samples: int) -> None:
         write_index(make_index(num_samples, os.stat(source)), index_path(source))
 
 
+def held_bytes() -> int:
+    """Return the memory of this process, in which pages that n processes share count as an n-th."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def measure(folder: str) -> dict[str, float]:
+    """Open the shards on all processes, and return the figures of rank 0 and the memory of all."""
+    gc.collect()  # it writes to all objects, so that a forked process gets pages of its own
+    distributed.gather_objects(None)
+    before, started = held_bytes(), time.perf_counter()
+    shards = Shards.shared(partial(expand_shards, folder))
+    opened = time.perf_counter()
+    gc.collect()
+    distributed.gather_objects(None)  # so that each sees what all share
+    held = sum(distributed.gather_objects(held_bytes() - before))
+    named = time.perf_counter()
+    _ = shards.fingerprint
+    found = time.perf_counter()
+    shards.key(shards.num_samples // 2)
+    read = time.perf_counter()
+    return {
+        "open_seconds": opened - started,
+        "fingerprint_seconds": found - named,
+        "first_read_seconds": read - found,
+        "memory_bytes": held,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=arguments.positive, default=100_000)
     parser.add_argument("--samples", type=arguments.positive, default=10_000, help="of each shard")
+    parser.add_argument("--processes", type=arguments.listed(arguments.positive), default=[1, 2, 4, 8])
     parser.add_argument("--output", type=arguments.writable)
     args = parser.parse_args(argv)
-    print(one_line())
+    print(f"{one_line()}\n{args.shards:,} shards of {args.samples:,} samples")
+    print(f"{'processes':>9}{'open s':>10}{'fingerprint s':>15}{'first read ms':>15}{'memory MiB':>12}")
+    figures = {}
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder), args.shards, args.samples)
-        before, started = held_bytes("VmRSS"), time.perf_counter()
-        shards = Shards(expand_shards(folder))
-        opened = time.perf_counter()
-        _ = shards.fingerprint
-        named = time.perf_counter()
-        held = held_bytes("VmRSS") - before
-        shards.key(shards.num_samples // 2)
-        read = time.perf_counter()
-    figures = {
-        "samples": shards.num_samples,
-        "open_seconds": opened - started,
-        "fingerprint_seconds": named - opened,
-        "first_read_seconds": read - named,
-        "memory_bytes": held,
-    }
-    print(
-        f"{args.shards:,} shards of {args.samples:,} samples: opened in {figures['open_seconds']:.1f} s, fingerprint in "
-        f"{figures['fingerprint_seconds']:.1f} s, first read in {1000 * figures['first_read_seconds']:.1f} ms, "
-        f"{held / 2**20:,.0f} MiB"
-    )
+        for processes in args.processes:
+            row = figures[processes] = on_ranks(processes, "cpu", measure, folder)
+            times = f"{row['open_seconds']:>10.1f}{row['fingerprint_seconds']:>15.2f}"
+            print(
+                f"{processes:>9}{times}{1000 * row['first_read_seconds']:>15.1f}{row['memory_bytes'] / 2**20:>12.1f}",
+                flush=True,
+            )
     write_record(args, figures=figures)
 
 

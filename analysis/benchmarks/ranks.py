@@ -54,6 +54,7 @@ def _rank(
         "RANK": rank,
         "LOCAL_RANK": rank,
         "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }

@@ -30,7 +30,7 @@ SMALL = {
     "order": ["--samples", "1e6", "--rounds", "1"],
     "packing": ["--batch", "8", "--rounds", "1"],
     "randomness": ["--batch", "4", "--rounds", "1", "--precision", "fp32"],
-    "open_shards": ["--shards", "20", "--samples", "100"],
+    "open_shards": ["--shards", "20", "--samples", "100", "--processes", "1,2"],
     "scaling": ["--processes", "1,2", "--batch", "8", "--steps", "1", "--timed", "1", "--rounds", "1"],
     "step": ["--model", "emoji_clip", "--batch", "4", "--steps", "2", "--rounds", "1", "--round-steps", "1"],
 }

@@ -208,7 +208,7 @@ def test_fsdp_in_bf16_gives_the_losses_of_ddp(pool: Callable[[int], Pool]) -> No
 
 def test_several_processes_without_a_strategy_are_refused(pool: Callable[[int], Pool]) -> None:
     for message in pool(2).run(refused_strategy):
-        assert message == "parallel.strategy is none, but there are 2 processes; expected parallel=ddp or fsdp"
+        assert message == "parallel.strategy is none, but there are 2 processes; expected parallel=ddp, fsdp or hsdp"
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lion"])
