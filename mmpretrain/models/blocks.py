@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmpretrain.models.attention import attention
+from mmpretrain.models.attention import Segments, attention
 
 
 class SelfAttention(nn.Module):
@@ -23,13 +23,13 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, is_causal: bool = False, token_indices: Tensor | None = None
+        self, x: Tensor, mask: Tensor | Segments | None, is_causal: bool = False, token_indices: Tensor | None = None
     ) -> Tensor:
         """Compute self-attention over x [b, l, d], for all tokens or only for selected queries.
 
         Args:
             x: tokens, [b, l, d].
-            mask: bool [b, 1, 1 or l, l], True where a query may attend to a key; None: no mask.
+            mask: bool [b, 1, 1 or l, l], True where a query may attend to a key, or segments of the rows; None: no mask.
             is_causal: mask the keys after each query's own position.
             token_indices: int64 [b, m], indices of the tokens that act as queries; None: all of them.
 
@@ -50,6 +50,8 @@ class SelfAttention(nn.Module):
                     (torch.arange(x.shape[1], device=x.device) <= token_indices[..., None])[:, None],
                     False,
                 )
+            elif isinstance(mask, Segments):
+                mask = mask.of_queries(token_indices)
             elif mask is not None and mask.shape[2] > 1:
                 mask = of_picks(mask[:, 0], token_indices)[:, None]
         return self.out_proj(attention(q, k, v, mask, is_causal).transpose(1, 2).flatten(2))
@@ -87,7 +89,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, is_causal: bool = False, token_indices: Tensor | None = None
+        self, x: Tensor, mask: Tensor | Segments | None, is_causal: bool = False, token_indices: Tensor | None = None
     ) -> Tensor:
         """Compute the states of all tokens [b, l, d], or only of those in `token_indices`, [b, m, d].
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.batch import Packing
+from mmpretrain.models.attention import Segments, prefers_segments
 
 
 class Rows:
@@ -53,17 +54,32 @@ class Rows:
         """Return the index of the text that owns each token, int64 [R, l]; -1 is padding. Requires packed texts."""
         return self._sources.div(self.length, rounding_mode="floor")
 
-    def mask(self, is_causal: bool) -> Tensor | None:
+    def mask(self, is_causal: bool) -> Tensor | Segments | None:
         """Return the attention mask, bool [R, 1, 1 or l, l], True where a query may attend to a key.
 
-        With one text per row and `is_causal` it is None: the kernel's own causal mask is sufficient.
+        With one text per row and `is_causal` it is None: the kernel's own causal mask is sufficient. Packed texts are
+        segments where `attention` prefers them.
         """
         if self.packing is None:
             # Under a causal mask only padding attends to padding.
             return None if is_causal else (self.positions < self.lengths[:, None])[:, None, None]
         owners = self.owners()
+        if prefers_segments(owners.device):
+            return Segments(self._bounds(), self.packing.row_length, owners, is_causal)
         mask = owners[:, :, None] == owners[:, None, :]
         return (mask.tril() if is_causal else mask)[:, None]
+
+    def _bounds(self) -> Tensor:
+        """Return the index of the first token of each text and of the padding behind each row's texts, and of the end.
+
+        In ascending order, int32 [b + R + 1]. Rows without padding have an empty segment.
+        """
+        assert self.packing is not None
+        slots, length = self.packing.slots, self.packing.row_length
+        taken = slots.new_zeros(self.packing.num_rows).scatter_add_(0, slots // length, self.lengths)
+        padding = torch.arange(self.packing.num_rows, device=slots.device) * length + taken
+        end = slots.new_full((1,), self.packing.num_rows * length)
+        return torch.cat([slots, padding, end]).sort().values.to(torch.int32)
 
     def token_indices(self, positions: Tensor) -> Tensor:
         """Convert one position per text to token indices within the rows.

@@ -1,9 +1,11 @@
 """Texts of different lengths as rows of one length."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from mmpretrain.batch import Packing
+from mmpretrain.models.attention import Segments
 from mmpretrain.models.rows import Rows
 
 LENGTHS = torch.tensor([2, 5, 1, 3])
@@ -36,7 +38,7 @@ def test_tokens_know_their_text_and_their_place_in_it() -> None:
 
 def allowed(rows: Rows, is_causal: bool) -> Tensor:
     mask = rows.mask(is_causal)
-    assert mask is not None
+    assert isinstance(mask, Tensor)
     return mask[:, 0]
 
 
@@ -47,6 +49,21 @@ def test_a_token_sees_its_own_text_alone() -> None:
     assert before[1, 1].tolist() == [True, True, False, False, False]
     assert before[2, 1].tolist() == [True, True, False, False, False]
     assert both.any(-1).all() and before.any(-1).all(), "who sees nothing has no softmax"
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_segments_are_the_texts_and_the_padding_of_each_row(is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = packed_rows()
+    dense = rows.mask(is_causal)
+    monkeypatch.setattr("mmpretrain.models.rows.prefers_segments", lambda device: True)
+    segments = rows.mask(is_causal)
+    assert isinstance(segments, Segments) and isinstance(dense, Tensor)
+    assert segments.bounds.tolist() == [0, 5, 5, 8, 9, 10, 12, 15] and segments.bounds.dtype == torch.int32
+    assert (segments.longest, segments.is_causal) == (5, is_causal)
+    assert torch.equal(segments.dense(), dense)
+    queries = rows.token_indices(LENGTHS - 1)
+    expected = dense.expand(-1, -1, 5, -1)[torch.arange(3)[:, None], 0, queries][:, None]
+    assert torch.equal(segments.of_queries(queries), expected)
 
 
 def test_one_token_of_each_text_is_picked_and_found_again() -> None:
