@@ -123,6 +123,7 @@ def test_sharded_gradients_are_reduced_once_a_step(pool: Callable[[int], Pool]) 
     assert pool(2).run(num_reductions, "fsdp", 4) == once
 
 
+@pytest.mark.slow
 def test_sent_bytes_are_those_of_ring_algorithms(pool: Callable[[int], Pool]) -> None:
     task = make_task(("mae",))
     reached = probe.reached_parameters(task, make_batches(1)[0])["mae"]
