@@ -130,10 +130,6 @@ class _Memory(TorchDispatchMode):
         self._patch.stop()
 
 
-def _is_group(value: torch.ScriptObject) -> bool:
-    return "ProcessGroup" in str(value._type())
-
-
 def measure(task: Task, micro_batch: Batch, num_micro_batches: int, options: ParallelConfig, per_machine: int) -> Step:
     """Return the costs of the second step, in which the optimizer has its state. Call it inside of `fake_cuda.fake_ranks`."""
     task = fake_cuda.fake_task(task)

@@ -72,12 +72,12 @@ def _step_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _train_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     sides = {name: runs for name, runs in record["records"].items() if runs}
-    slowest = next(iter(sides.values()))[0]["pairs_per_second"]
+    first = next(iter(sides.values()))[0]["pairs_per_second"]
     return [
         {
             "side": side,
             "pairs/s": f"{run['pairs_per_second']:,.0f}",
-            "ratio": f"{run['pairs_per_second'] / slowest:.2f}",
+            "ratio": f"{run['pairs_per_second'] / first:.2f}",
             "MFU": f"{run['mfu_executed']:.2f}",
             "MFU as if full": f"{run['mfu_full_context']:.2f}",
             "waits for data": f"{run['data_wait']:.3f}",
@@ -90,8 +90,38 @@ def _test_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"side": ", ".join(f"{count} {outcome}" for outcome, count in record["outcomes"].items())}]
 
 
-def _no_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    return [{"side": "see its text file"}]
+def _loss_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "side": f"{side}, {1000 * figures['seconds']:.1f} ms",
+            "ratio": f"{record['medians']['open_clip']['seconds'] / figures['seconds']:.2f}",
+            "memory GiB": f"{figures['bytes'] / 2**30:.2f}",
+        }
+        for side, figures in record["medians"].items()
+    ]
+
+
+def _packing_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "side": f"{way}, {kind}, {1000 * figures['seconds']:.1f} ms",
+            "ratio": f"{ways['padded']['seconds'] / figures['seconds']:.2f}",
+        }
+        for kind, ways in record["results"].items()
+        for way, figures in ways.items()
+    ]
+
+
+def _data_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "side": f"{name}, JPEGs of {side} pixels, one core",
+            "pairs/s": f"{row[name]:,.0f}",
+            "ratio": f"{row[name] / row['open_clip']:.2f}",
+        }
+        for side, row in record["figures"].items()
+        for name in ("open_clip", "mmpretrain")
+    ]
 
 
 def _train(model: str, batch: int, epochs: int) -> Callable[[Path, str], list[str]]:
@@ -111,11 +141,11 @@ PARTS = {
     "step_b16": Part(_benchmark("step", f"--model ViT-B-16 --batch 512 {_STEP}", _TINY_STEP), _step_rows),
     "train_b16": Part(_train("ViT-B-16", 512, 1), _train_rows),
     "train_l14": Part(_train("ViT-L-14", 128, 1), _train_rows),
-    "loss_memory": Part(_benchmark("loss_memory", "--batch 32768", "--batch 256 --width 32 --rounds 1"), _no_rows),
+    "loss_memory": Part(_benchmark("loss_memory", "--batch 32768", "--batch 256 --width 32 --rounds 1"), _loss_rows),
     "packing": Part(
-        _benchmark("packing", "--batch 1024 --precision bf16", "--batch 8 --rounds 1 --precision bf16"), _no_rows
+        _benchmark("packing", "--batch 1024 --precision bf16", "--batch 8 --rounds 1 --precision bf16"), _packing_rows
     ),
-    "data": Part(_benchmark("data", "--rounds 3", "--sides 256 --images 64 --rounds 1"), _no_rows),
+    "data": Part(_benchmark("data", "--rounds 3", "--sides 256 --images 64 --rounds 1"), _data_rows),
 }
 
 

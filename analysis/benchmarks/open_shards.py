@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.benchmarks import arguments
-from analysis.benchmarks.machine import one_line, write_record
+from analysis.benchmarks.machine import one_line, proportional_bytes, write_record
 from analysis.benchmarks.ranks import on_ranks
 from mmpretrain import distributed
 from mmpretrain.data.shards import Shards, expand_shards
@@ -68,22 +68,16 @@ def make_shards(folder: Path, num_shards: int, num_samples: int) -> None:
         write_index(make_index(num_samples, os.stat(source)), index_path(source))
 
 
-def held_bytes() -> int:
-    """Return the memory of this process, in which pages that n processes share count as an n-th."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
 def measure(folder: str) -> dict[str, float]:
     """Open the shards on all processes, and return the figures of rank 0 and the memory of all."""
     gc.collect()  # it writes to all objects, so that a forked process gets pages of its own
     distributed.gather_objects(None)
-    before, started = held_bytes(), time.perf_counter()
+    before, started = proportional_bytes(), time.perf_counter()
     shards = Shards.shared(partial(expand_shards, folder))
     opened = time.perf_counter()
     gc.collect()
     distributed.gather_objects(None)  # so that each sees what all share
-    held = sum(distributed.gather_objects(held_bytes() - before))
+    held = sum(distributed.gather_objects(proportional_bytes() - before))
     named = time.perf_counter()
     _ = shards.fingerprint
     found = time.perf_counter()

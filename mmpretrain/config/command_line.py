@@ -148,7 +148,6 @@ class FailedJob:
 
 
 _failures: list[int] | None = None  # exit codes of this command's failed jobs; None in a launcher's process
-_is_composed = False  # True once a job of this command has its configuration
 
 
 def _failed(error: Exception, code: int) -> FailedJob:
@@ -267,8 +266,6 @@ def command(
     def decorate(run: Callable[[Config], None]) -> Callable[[], None]:
         @wraps(run)  # Hydra names the job after the function's module
         def job(cfg: DictConfig) -> FailedJob | None:
-            global _is_composed
-            _is_composed = True
             try:
                 run(read(cfg))
             except (UsageError, OmegaConfBaseException) as error:
@@ -337,7 +334,7 @@ def _enter(name: str, run: Callable[[], None]) -> None:
         _say(error)
         raise SystemExit(USAGE_EXIT_CODE) from None
     except Exception as error:  # Hydra and OmegaConf raise various exceptions for some overrides
-        if _is_composed:
+        if HydraConfig.initialized():  # of a job, not of its composition
             raise
         _say(UsageError(_uncomposed(error, sys.argv[1:])))
         raise SystemExit(USAGE_EXIT_CODE) from None

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older than PyTorch 2.10
+except ImportError:  # an older PyTorch
     varlen_attn = None
+# Older releases have the argument is_causal instead of window_size.
+_HAS_WINDOWS = varlen_attn is None or "window_size" in inspect.signature(varlen_attn).parameters
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _HAS_WINDOWS else {"is_causal": True}
 
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_WIDTHS = range(8, 257, 8)
@@ -67,12 +70,9 @@ def _within_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Ten
     """Compute attention within segments of rows; shapes as in `attention`."""
     if not _has_flash(q):
         return attention(q, k, v, segments.dense())
-    # Release 2.11 replaced the argument is_causal.
-    has_windows = "window_size" in inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if has_windows else {"is_causal": True}
     tokens = [each.transpose(1, 2).flatten(0, 1) for each in (q, k, v)]
     bounds, longest = segments.bounds, segments.longest
-    attended = varlen_attn(*tokens, bounds, bounds, longest, longest, **(causal if segments.is_causal else {}))
+    attended = varlen_attn(*tokens, bounds, bounds, longest, longest, **(_CAUSAL if segments.is_causal else {}))
     return cast(Tensor, attended.unflatten(0, (len(q), -1)).transpose(1, 2))
 
 

@@ -95,10 +95,11 @@ def estimate(
         counts[optim.tower_of(name) if parameter.requires_grad else "frozen"] += parameter.numel()
     weights_bytes = sum(tensor.nbytes for tensor in task.state_dict().values()) * (2 if has_average else 1)
     gradient_bytes = sum(parameter.nbytes for parameter in trained)
+    gradient_shards = num_shards if num_micro_batches == 1 else 1  # reduced, and sharded, after the last micro-batch
     return Estimate(
         parameters=counts,
         flops_per_pair=counter.get_total_flops() / len(repeated) / num_pairs,
-        memory_bytes=(weights_bytes + gradient_bytes + state_bytes) // num_shards + saved.num_bytes,
+        memory_bytes=(weights_bytes + state_bytes) // num_shards + gradient_bytes // gradient_shards + saved.num_bytes,
         seconds_per_micro_batch=min(seconds),
     )
 

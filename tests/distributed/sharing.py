@@ -1,10 +1,9 @@
 """What ranks of one machine share; functions for the pool."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from analysis.benchmarks.machine import proportional_bytes
 from mmpretrain import distributed
 from mmpretrain.data import shard_table
 from mmpretrain.data.shards import Shards
@@ -13,14 +12,8 @@ from mmpretrain.data.stored_index import open_index
 _SHARED_BYTES = 1 << 26
 
 
-def _proportional_bytes() -> int:
-    """The memory of this process, where pages that n processes share count as an n-th."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
 def shared_memory() -> tuple[int, float, int]:
-    """How often this rank made the tensors, their sum, and the memory that it took, as a multiple of their size."""
+    """How often this rank made the tensors, the memory that it took as a multiple of their size, and their sum."""
     made = 0
 
     def make() -> dict[str, Tensor]:
@@ -28,11 +21,11 @@ def shared_memory() -> tuple[int, float, int]:
         made += 1
         return {"a": torch.ones(_SHARED_BYTES // 8, dtype=torch.int64), "none": torch.zeros(0)}
 
-    before = _proportional_bytes()
+    before = proportional_bytes()
     tensors = distributed.once_per_machine(make)
     total = int(tensors["a"].sum())
     distributed.gather_objects(None)  # all have read their pages
-    taken = (_proportional_bytes() - before) / _SHARED_BYTES
+    taken = (proportional_bytes() - before) / _SHARED_BYTES
     distributed.gather_objects(None)
     return made, taken, total
 

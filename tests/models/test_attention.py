@@ -58,14 +58,14 @@ def by_segments(
     _: Tensor,
     longest: int,
     __: int,
-    window_size: tuple[int, int] = (-1, -1),
+    **causal: object,
 ) -> Tensor:
     """Variable-length attention written out segment by segment: [tokens, heads, d]."""
     parts = []
     for start, end in pairwise(starts.tolist()):
         assert end - start <= longest
         scores = torch.einsum("ihd,jhd->hij", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
-        if window_size == (-1, 0):
+        if causal:
             scores = scores.masked_fill(torch.ones(end - start, end - start).triu(1).bool(), -torch.inf)
         parts.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[start:end]))
     return torch.cat(parts)

@@ -112,6 +112,8 @@ def test_what_is_spread_over_devices_and_what_is_computed_again_counts() -> None
     # Weights, gradients, and AdamW's two moments.
     kept = 4 * sum(tensor.nbytes for tensor in make_task().state_dict().values())
     assert whole.memory_bytes - spread.memory_bytes == pytest.approx(0.75 * kept, rel=0.02)
+    between = measured(num_micro_batches=2, num_shards=4)  # gradients are whole between micro-batches
+    assert between.memory_bytes - spread.memory_bytes == pytest.approx(0.75 * kept / 4, rel=0.02)
     saved, saved_again = whole.memory_bytes - kept, again.memory_bytes - kept
     assert saved_again < 0.5 * saved
     # The forward pass is a third of all; what a block does before its last product, two thirds of it, is computed twice.
