@@ -182,7 +182,10 @@ def _received(
                 return
             if isinstance(item, BaseException):
                 if isinstance(item, ConnectionError | EOFError):  # a worker ended while it sent a tensor
-                    wait([worker.sentinel for worker in workers], timeout=_DEATH_SECONDS)
+                    ended = wait([worker.sentinel for worker in workers], timeout=_DEATH_SECONDS)
+                    for worker in workers:
+                        if worker.sentinel in ended:  # its files are closed; its exit code comes a moment later
+                            worker.join(_DEATH_SECONDS)
                 _check_alive(workers)
                 raise item
             yield item

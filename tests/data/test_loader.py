@@ -4,8 +4,10 @@ import functools
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from torchvision.transforms import v2
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
-from mmpretrain.data.loader import build_loader, received
+from mmpretrain.data.loader import LoaderError, _received, build_loader, received
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.shorten import Shorten
 from mmpretrain.data.stream import SampleStream, Source, read_captions, with_text
@@ -584,6 +586,26 @@ def test_a_signal_to_the_process_group_leaves_workers_alone(
     pids = " ".join(str(worker.pid) for worker in workers)
     subprocess.run(["sh", "-c", f"kill -TERM {pids}; kill -INT {pids}"], check=True)  # not from the parent
     assert sum(1 for _ in loader) == 38
+
+
+def end_after_its_files() -> None:
+    """End by SIGKILL some time after the files are closed, as a killed process may on a busy machine."""
+    os.closerange(3, 4096)
+    sum(range(10_000_000))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_whose_end_follows_its_files_is_named() -> None:
+    worker = multiprocessing.get_context("fork").Process(target=end_after_its_files)
+    worker.start()
+
+    def broken() -> Iterator[int]:
+        wait([worker.sentinel])
+        raise ConnectionResetError(104, "Connection reset by peer")
+        yield
+
+    with pytest.raises(LoaderError, match=r"^worker 0 of the data loader \(process \d+\) was killed by SIGKILL; "):
+        next(_received(broken(), [worker], timeout_seconds=60))
 
 
 def test_workers_end_when_their_parent_says_so(
