@@ -159,26 +159,43 @@ def gather_ragged_rows(rows: Tensor) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def gather_objects(value: Any) -> list[Any]:
+def background_group(timeout_seconds: float) -> dist.ProcessGroup | None:
+    """Return a new group of all processes, for collectives on the CPU beside those of the training. A collective.
+
+    Args:
+        timeout_seconds: timeout of a collective.
+    """
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup)  # every process is a member
+    return group
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Gather the values of all ranks, in the order of ranks. Values are pickled: use it only for the program's own."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's value on all ranks."""
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values)
+    dist.broadcast_object_list(values, group=group)
     return values[0]
 
 
-def from_main(fn: Callable[[], Result]) -> Result:
+def from_main(fn: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """Call `fn` on rank 0 and return its result on all ranks. A collective.
+
+    Args:
+        fn: function to call.
+        group: group of all processes; None: the default group.
 
     Raises: the ValueError or OSError of `fn`, on all ranks.
     """
@@ -188,7 +205,7 @@ def from_main(fn: Callable[[], Result]) -> Result:
             value = fn()
         except (ValueError, OSError) as refusal:
             error = refusal
-    value, error = broadcast_object((value, error))
+    value, error = broadcast_object((value, error), group)
     if error is not None:
         raise error
     return value
@@ -228,17 +245,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return unsharded tensors on rank 0, and an empty dictionary on the others. A collective if they are sharded."""
-    whole: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        gathered = full(tensor)
-        if is_main():  # moved to the host one at a time, so that the device does not hold all of them at once
-            whole[name] = gathered.cpu() if isinstance(tensor, DTensor) else gathered
-    return whole
-
-
-def spread_like(tensor: Tensor, other: Tensor) -> Tensor:
+def spread_like(tensor: Tensor, other: Tensor | None) -> Tensor:
     """Shard a tensor like `other` and return this rank's DTensor.
 
     The tensor is returned unchanged if `other` is not sharded or has another shape.

@@ -28,8 +28,10 @@ from typing import Any
 import numpy as np
 import webdataset
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import save
 from torch import Tensor
+
+from mmpretrain.checkpoints import store
 
 NUM_PAIRS = 200
 NUM_HELD_OUT = 40
@@ -337,7 +339,7 @@ def tensors(folder: Path, name: str) -> bytes:
 
 def weights(folder: Path, step: int, part: str = "model") -> dict[str, Tensor]:
     """The tensors of a checkpoint of a run: `model`, `optimizer` or `ema`."""
-    return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{part}.safetensors")
+    return store.load_tensors(store.path_of(folder / "checkpoints", step), part)
 
 
 def exact_outcome(folder: Path) -> dict[str, Any]:
@@ -346,13 +348,12 @@ def exact_outcome(folder: Path) -> dict[str, Any]:
         {name: value for name, value in record.items() if not re.match(r"system/|objectives/\w+_time_share", name)}
         for record in records(folder)
     ]
-    timings = ("wall_seconds", "pairs_per_second")
+    timings, last = ("wall_seconds", "pairs_per_second"), checkpoints(folder)[-1]
+    parts = {
+        part: save(store.load_tensors(last, part)) for part in ("model", "optimizer", "ema") if store.has(last, part)
+    }
     return {
-        "model": tensors(folder, "model.safetensors"),
-        "optimizer": tensors(folder, "optimizer.safetensors"),
+        **parts,
         "metrics": metrics,
-        "average": tensors(folder, "ema.safetensors")
-        if (checkpoints(folder)[-1] / "ema.safetensors").exists()
-        else None,
         "results": {name: value for name, value in results(folder).items() if name not in timings},
     }

@@ -194,9 +194,9 @@ def load_checkpoint(
         raise ValueError(f"{source} has no {lacking[0]!r}; expected the file as the run wrote it")
     if not isinstance(saved["objective"], dict) or not isinstance(saved["data"], dict):
         raise ValueError(f"{source}: objective and data have no keys; expected the file as the run wrote it")
-    if ema and not (path / "ema.safetensors").is_file():
+    if ema and not store.has(path, "ema"):
         raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
-    tensors = store.load_tensors(path, "ema.safetensors" if ema else "model.safetensors")
+    tensors = store.load_tensors(path, "ema" if ema else "model")
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     node = untrusted.with_own_configs(untrusted.without_weights(saved["model"]), folder)
     tokenizer_node = saved["data"].get("tokenizer")

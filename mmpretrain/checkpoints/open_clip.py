@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints import tensor_files
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import OpenClipHFText, OpenClipResNet, OpenClipText, OpenClipVision, model_config
@@ -219,6 +219,6 @@ def export(
         settings["model_cfg"] |= {"init_logit_bias": scalars["logit_bias"]}
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "open_clip_model.safetensors", folder / "open_clip_config.json"]
-    store.save_tensors(tensors, files[0])
+    tensor_files.save(tensors, files[0])
     files[1].write_text(json.dumps(settings, indent=2) + "\n")
     return files

@@ -6,31 +6,38 @@ checkpoints/step_00001000/model.safetensors      state of the task: model.* and 
                           state.json             progress of the run
                           manifest.json          SHA-256 and size of each file above
                           scores.json            scores of the step's evaluation, which is done after saving
+
+Where weights are sharded, each .safetensors file is a folder of them, one for each shard (see `tensor_files`).
+
 checkpoints/latest, checkpoints/best             names of the newest and the best checkpoint
 """
 
-import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor
 
-from mmpretrain import files
+from mmpretrain import distributed, files
+from mmpretrain.checkpoints import tensor_files
 
 log = logging.getLogger(__name__)
 
-_NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
-_FILE = re.compile(r"\w+\.safetensors|state\.json")
+_NEEDED = ("model", "optimizer")
+_FILE = re.compile(r"\w+\.safetensors|\w+/shard-[\w-]+\.safetensors|state\.json")
 _MAX_NAME_BYTES = 200
+
+
+Entry = Mapping[str, Any]
+"""`bytes` and `sha256` of a file in manifest.json."""
 
 
 class CorruptCheckpoint(ValueError):
@@ -43,19 +50,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a .safetensors file with the default permissions of new files. Raises: OSError if it cannot be written."""
-    path.touch()  # gets the default permissions; the library replaces it by a file that only its owner may read
-    mode = path.stat().st_mode
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # raised when the disk is full, for example
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
-    path.chmod(mode)
 
 
 def save(
@@ -77,27 +71,100 @@ def save(
     Returns: the checkpoint's folder.
     Raises: OSError if the checkpoint cannot be written. Earlier checkpoints are kept.
     """
-    path = path_of(folder, step)
-    partial = folder / f"{files.PARTIAL}{path.name}"
+    partial = begin(folder, step)
+    written = [partial / f"{part}{tensor_files.SUFFIX}" for part in tensors]
+    with or_discard(partial):
+        for file, named in zip(written, tensors.values(), strict=True):
+            tensor_files.save(named, file)
+        return finish(partial, state, entries(partial, written), keep_last)
+
+
+def save_sharded(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep_last: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a checkpoint like `save`, to which every rank contributes its files and their hashes. A collective.
+
+    Args:
+        folder, step, state, keep_last: see `save`; only those of rank 0 count. All ranks must see the same folder.
+        tensors: tensors on the CPU by name for each part: DTensors, of which every shard is written once, or tensors that
+            are the same on all ranks.
+        group: group of all processes, whose backend works on the CPU.
+
+    Raises: OSError on all ranks if a rank cannot write. Earlier checkpoints are kept.
+    """
+    partial = distributed.from_main(lambda: begin(folder, step), group)
+    manifest: dict[str, Entry] = {}
+    error = None
+    try:
+        written = [tensor_files.save_sharded(named, partial / part, group) for part, named in tensors.items()]
+        manifest = entries(partial, chain(*written))  # not between the writes, which are collectives
+    except OSError as refusal:
+        error = refusal
+    answers = distributed.gather_objects((manifest, error), group)
+
+    def complete() -> Path:
+        with or_discard(partial):
+            for _, refusal in answers:
+                if refusal is not None:
+                    raise refusal
+            return finish(partial, state, {name: entry for own, _ in answers for name, entry in own.items()}, keep_last)
+
+    return distributed.from_main(complete, group)
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint. Raises: OSError."""
+    partial = folder / f"{files.PARTIAL}{path_of(folder, step).name}"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    return partial
+
+
+@contextmanager
+def or_discard(partial: Path) -> Iterator[None]:
+    """Remove the temporary folder if the block raises OSError."""
     try:
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        for part, named in tensors.items():
-            save_tensors(named, partial / f"{part}.safetensors")
+        yield
     except OSError:
         shutil.rmtree(partial)
         raise
-    names = [*(f"{part}.safetensors" for part in tensors), "state.json"]
-    manifest = {name: {"sha256": _sha256(partial / name), "bytes": (partial / name).stat().st_size} for name in names}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    for name in (*names, "manifest.json"):
-        files.sync(partial / name)
-    files.sync(partial)
-    partial.rename(path)
+
+
+def entries(partial: Path, written: Iterable[Path]) -> dict[str, Entry]:
+    """Return the entries of a checkpoint's files for its manifest, by path within it, once they are on the disk."""
+    found: dict[str, Entry] = {}
+    for file in written:
+        files.sync(file)
+        found[str(file.relative_to(partial))] = {"sha256": _sha256(file), "bytes": file.stat().st_size}
+    return found
+
+
+def finish(partial: Path, state: Mapping[str, Any], manifest: Mapping[str, Entry], keep_last: int) -> Path:
+    """Complete a checkpoint whose tensors are on the disk: rename its folder, point `latest` to it, and prune.
+
+    Args:
+        partial: the checkpoint's temporary folder.
+        state, keep_last: see `save`.
+        manifest: entries of the files with tensors.
+
+    Returns: the checkpoint's folder.
+    Raises: OSError.
+    """
+    folder, name = partial.parent, partial.name.removeprefix(files.PARTIAL)
+    state_file, manifest_file = partial / "state.json", partial / "manifest.json"
+    state_file.write_text(json.dumps(state, indent=2) + "\n")
+    manifest_file.write_text(json.dumps({**manifest, **entries(partial, [state_file])}, indent=2) + "\n")
+    for path in (manifest_file, *filter(Path.is_dir, partial.iterdir()), partial):
+        files.sync(path)
+    path = partial.rename(folder / name)
     files.sync(folder)
-    files.write_text(folder / "latest", path.name + "\n")
+    files.write_text(folder / "latest", name + "\n")
     prune(folder, keep_last)
     return path
 
@@ -159,7 +226,9 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = files.read_json(path / "manifest.json")
-        expected = {name: _entry(manifest.get(name), name) for name in {*_NEEDED, *manifest}}
+        parts = {name.split("/")[0].removesuffix(".safetensors") for name in manifest}
+        needed = {f"{part}.safetensors" for part in _NEEDED if part not in parts} | {"state.json"}
+        expected = {name: _entry(manifest.get(name), name) for name in {*needed, *manifest}}
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
     for name, (num_bytes, sha256) in expected.items():
@@ -210,16 +279,14 @@ def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
     return None
 
 
-def load_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """Load the tensors of a .safetensors file of a checkpoint, memory-mapped, on the CPU.
+def has(path: Path, part: str) -> bool:
+    """Return True if a checkpoint has tensors of a part: `model`, `optimizer` or `ema`."""
+    return any((path / name).exists() for name in (part, f"{part}{tensor_files.SUFFIX}"))
 
-    Raises: ValueError if the file is not a valid .safetensors.
-    """
-    try:
-        return load_file(path / name)
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path / name} holds no tensors ({reason}); expected it as the run wrote it") from error
+
+def load_tensors(path: Path, part: str, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
+    """Load the tensors of a checkpoint's part: `model`, `optimizer` or `ema` (see `tensor_files.load`)."""
+    return tensor_files.load(path / part, like)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _same(value: Any, default: Any) -> bool:
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Restore the state that `optimizer_tensors` and `optimizer_numbers` returned.
+    """Restore the state that `optimizer_tensors` and `optimizer_numbers` returned, sharded like the parameters.
 
     Raises: ValueError if it contains a parameter that the optimiser does not have.
     """
@@ -141,10 +141,10 @@ def load_optimizer_state(
     index = 0
     for i, group in enumerate(optimizer.param_groups):
         group.update(values.pop(f"group{i}", {}))
-        for name, parameter in zip(group["names"], group["params"], strict=True):
+        for name in group["names"]:
             if name in values:
                 state[index] = {
-                    key: distributed.spread_like(value.clone(), parameter) if isinstance(value, Tensor) else value
+                    key: value.clone() if isinstance(value, Tensor) else value
                     for key, value in values.pop(name).items()
                 }
             index += 1

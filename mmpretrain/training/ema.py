@@ -4,16 +4,17 @@ It is saved with the checkpoints as `ema.safetensors`, and evaluated as `eval-<d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from mmpretrain import distributed
 from mmpretrain.errors import UsageError
 from mmpretrain.optim import AveragingOptimizer
 from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
+
+LoadTensors = Callable[[Callable[[str], Tensor | None]], Mapping[str, Tensor]]
 
 
 class Average(ABC):
@@ -41,8 +42,12 @@ class Average(ABC):
         """
 
     @abstractmethod
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the averaged weights of a checkpoint."""
+    def load(self, load_tensors: LoadTensors) -> None:
+        """Load the averaged weights of a checkpoint.
+
+        Args:
+            load_tensors: function that returns them by name, sharded like the tensors that its argument returns by name.
+        """
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -86,10 +91,11 @@ class EMA(Average):
             else:
                 average.copy_(tensor)
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the averaged weights of a checkpoint."""
+    def load(self, load_tensors: LoadTensors) -> None:
+        """Load the averaged weights of a checkpoint (see `Average.load`)."""
+        tensors = load_tensors(self._tensors.get)
         for name, average in self._tensors.items():
-            average.copy_(distributed.spread_like(tensors[name], average))
+            average.copy_(tensors[name])
 
 
 class OptimizerAverage(Average):
@@ -128,7 +134,7 @@ class OptimizerAverage(Average):
     def update(self, progress: TrainingProgress, skipped: Tensor) -> None:
         """Do nothing: the optimiser's step updates the average."""
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, load_tensors: LoadTensors) -> None:
         """Do nothing: the average follows from the weights and the optimiser's state."""
 
 

@@ -92,7 +92,7 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
     """Return the source's tensors under the task's parameter names."""
     path = Path(source)
     if path.is_dir():
-        return store.load_tensors(find(path)[1], "model.safetensors")
+        return store.load_tensors(find(path)[1], "model")
     file = path if path.is_file() else _download(source)
     try:
         tensors: dict[str, Tensor] = load_state_dict(str(file))

@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
 from mmpretrain import distributed, files, optim
 from mmpretrain.checkpoints import store
@@ -127,9 +129,9 @@ def _change(known: Mapping[str, str], now: Mapping[str, str]) -> str | None:
 
 
 def load_task(path: Path, task: Task) -> None:
-    """Load a checkpoint's weights into the task. Raises: ValueError if they do not fit the task."""
+    """Load a checkpoint's weights into the task, which may be sharded. Raises: ValueError if they do not fit the task."""
     try:
-        task.load_state_dict(store.load_tensors(path, "model.safetensors"))
+        task.load_state_dict(store.load_tensors(path, "model", task.state_dict().get))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not hold the weights of this run ({reason}); start a new one") from error
@@ -144,13 +146,17 @@ def load(path: Path, optimizer: torch.optim.Optimizer, average: Average | None) 
     Raises: ValueError if the checkpoint has another optimiser's state, or lacks averaged weights that are needed.
     """
     state = read_state(path)
-    moments, numbers = store.load_tensors(path, "optimizer.safetensors"), store.load_state(path)["optimizer"]
+    parameters: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        parameters |= zip(group["names"], group["params"], strict=True)
+    moments = store.load_tensors(path, "optimizer", lambda name: parameters.get(name.rpartition("/")[0]))
+    numbers = store.load_state(path)["optimizer"]
     if not all(isinstance(number, bool | int | float | list | None) for number in numbers.values()):
         raise ValueError(f"{path / 'state.json'}: the optimiser's state has more than numbers; start a new run")
     try:
         optim.load_optimizer_state(optimizer, moments, numbers)
         if average is not None:
-            average.load(store.load_tensors(path, "ema.safetensors"))
+            average.load(partial(store.load_tensors, path, "ema"))
     except (OSError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not hold the state of this run ({reason}); start a new one") from error

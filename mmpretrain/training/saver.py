@@ -2,6 +2,8 @@
 
 The training state changes only inside of `Saver.step()`. While the loop waits for data or for a collective, another thread
 may therefore save the state that the last step left.
+
+Sharded state is written in the background (see `BackgroundWriter`).
 """
 
 import threading
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from mmpretrain import distributed, optim
 from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.background import BackgroundWriter
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError
 from mmpretrain.training import parallel
@@ -29,7 +32,7 @@ from mmpretrain.training.task import Task
 
 
 class Saver:
-    """Writes the checkpoints of a run; only rank 0 writes files.
+    """Writes the checkpoints of a run. Rank 0 writes the files, or every rank its own if the weights are sharded.
 
     Args:
         cfg: the configuration.
@@ -53,14 +56,25 @@ class Saver:
         started: float,
     ) -> None:
         self.folder, self.keep_last = Path(str(cfg.run.dir)) / "checkpoints", cfg.checkpoint.keep_last
-        self._is_sharded = parallel.is_sharded(cfg.parallel)
+        is_sharded = parallel.is_sharded(cfg.parallel)
+        self._background = BackgroundWriter(cfg.parallel.timeout_seconds) if is_sharded else None
         self._fingerprint, self._state, self._task, self._optimizer = fingerprint, state, task, optimizer
         self._average, self._loss_scale, self._bad_steps, self._quarantine = average, loss_scale, bad_steps, quarantine
         self._started, self._earlier_seconds = started, state.wall_seconds
-        self.saved_at, self.saved_step = time.perf_counter(), state.step
+        self.saved_at, self._saved_step = time.perf_counter(), state.step
         self.lock = threading.RLock()
         """Held while the state changes or is written."""
         self._mark_whole()
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the last checkpoint that is complete."""
+        return self._saved_step if self._background is None else max(self._saved_step, self._background.saved_step)
+
+    @property
+    def is_writing(self) -> bool:
+        """True while a checkpoint is written in the background."""
+        return self._background is not None and self._background.is_writing
 
     @property
     def wall_seconds(self) -> float:
@@ -85,14 +99,31 @@ class Saver:
 
     def can_rescue(self) -> bool:
         """Return whether this process alone can save a whole step."""
-        return self._is_whole and self._buffer_versions == self._versions() and not self._is_sharded
+        return self._is_whole and self._buffer_versions == self._versions() and self._background is None
 
     def save(self) -> None:
-        """Write a checkpoint of the last step. A collective. Raises: TrainingError on all ranks if it cannot be written."""
+        """Write a checkpoint of the last step, unless there is one; if sharded, in the background. A collective.
+
+        Raises: TrainingError on all ranks if this checkpoint, or the one before, cannot be written.
+        """
         self._quarantine.flush(self._state.samples)
         self._state.num_refused = self._quarantine.num_refused
-        if (failure := distributed.broadcast_object(self._write())) is not None:
-            raise TrainingError(failure)
+        if self._background is None:
+            if (failure := distributed.broadcast_object(self._write())) is not None:
+                raise TrainingError(failure)
+            return
+        self.finish()
+        step, state = self._state.step, self._described()
+        if step > self.saved_step:
+            self._background.start(self.folder, step, self._tensors(), state, self.keep_last)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written. Raises: TrainingError on all ranks if it cannot be."""
+        if self._background is not None:
+            try:
+                self._background.finish()
+            except OSError as error:
+                raise TrainingError(f"a checkpoint cannot be written ({error}); the one before still stands") from error
 
     def rescue(self) -> str:
         """Save the last whole step without the other ranks if possible. Returns: what the next start resumes from."""
@@ -103,27 +134,32 @@ class Saver:
         return f"the same command goes on from step {self.saved_step}" if self.saved_step else "nothing is saved yet"
 
     def _write(self) -> str | None:
-        """Write a checkpoint unless the step has one. A collective where weights are sharded. Returns: an error message."""
-        state = self._state
-        is_new = state.step > self.saved_step
-        # Outside of the lock: gathering shards waits for the other ranks.
-        tensors = self._tensors() if is_new else {}
+        """Write a whole checkpoint unless the step has one. Returns: an error message."""
         with self.lock:
-            state.bad_steps = float(self._bad_steps.in_a_row)
-            state.loss_scale, state.good_steps = self._loss_scale.state()
-            state.wall_seconds = self.wall_seconds
-            if is_new and distributed.is_main():
-                numbers = {"optimizer": optim.optimizer_numbers(self._optimizer), "fingerprint": self._fingerprint}
+            step, state = self._state.step, self._described()
+            if step > self.saved_step and distributed.is_main():
                 try:
-                    store.save(self.folder, state.step, tensors, {**asdict(state), **numbers}, self.keep_last)
+                    store.save(self.folder, step, self._tensors(), state, self.keep_last)
                 except OSError as error:
-                    return f"no checkpoint can be written at step {state.step} ({error}); the one before still stands"
-            self.saved_at, self.saved_step = time.perf_counter(), state.step
+                    return f"no checkpoint can be written at step {step} ({error}); the one before still stands"
+            self._saved_step = step
             return None
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Gather the tensors of a checkpoint on rank 0. A collective where weights are sharded."""
-        tensors = {"model": self._task.state_dict(), "optimizer": optim.optimizer_tensors(self._optimizer)}
+    def _described(self) -> dict[str, Any]:
+        """Return the part of a checkpoint that is not tensors."""
+        self.saved_at = time.perf_counter()
+        state = self._state
+        state.bad_steps = float(self._bad_steps.in_a_row)
+        state.loss_scale, state.good_steps = self._loss_scale.state()
+        state.wall_seconds = self.wall_seconds
+        numbers = {"optimizer": optim.optimizer_numbers(self._optimizer), "fingerprint": self._fingerprint}
+        return {**asdict(state), **numbers}
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Return the tensors of a checkpoint, those of this rank if they are sharded."""
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "model": self._task.state_dict(), "optimizer": optim.optimizer_tensors(self._optimizer)
+        }  # fmt: skip
         if self._average is not None:
             tensors["ema"] = self._average.tensors
-        return {part: distributed.on_main(named) for part, named in tensors.items()}
+        return tensors

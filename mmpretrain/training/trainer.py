@@ -46,8 +46,9 @@ from mmpretrain.training.workers import measured_workers
 
 log = logging.getLogger(__name__)
 
-# Seconds after a signal until another thread ends a hanging process: with a state that can be saved, and without one.
-_STOP_SECONDS, _STOP_UNSAVED_SECONDS = 10.0, 30.0
+# Seconds after a signal until another thread ends a hanging process: with a state that can be saved, without one, and while a
+# checkpoint is written.
+_STOP_SECONDS, _STOP_UNSAVED_SECONDS, _STOP_WRITING_SECONDS = 10.0, 30.0, 120.0
 
 
 class Evaluation(Protocol):
@@ -115,13 +116,13 @@ class Trainer:
         saved = resume.find_checkpoint(self.folder, self.num_steps, fingerprint)
         if distributed.is_main():
             store.prune(self.folder / "checkpoints", cfg.checkpoint.keep_last)
-        if saved is not None:
-            resume.load_task(saved, task)
-        else:
+        if saved is None:
             if cfg.init_from is not None:
                 init_from(task, cfg.init_from)
             task.after_init()
         self.gather_full = parallel.prepare(task, device, self.precision, cfg.parallel)
+        if saved is not None:
+            resume.load_task(saved, task)
         self.optimizer = setup.optimizer()
         parallel.check_optimizer(self.optimizer)
         self.average = average_of(task, self.optimizer, cfg.trainer.ema_decay)
@@ -175,6 +176,7 @@ class Trainer:
                     self._write_results()  # the run is finished but results.json is missing
                 self._loop()
             except Stopped:
+                self.saver.finish()
                 self._end(f"stopped by a signal at step {self.state.step}; {self.saver.rescue()}")
             except LoaderError as error:
                 rescued = self.saver.rescue()
@@ -259,6 +261,7 @@ class Trainer:
                     if is_evaluated:
                         self._evaluate()
                 if known.get("stop") and not is_last:
+                    self.saver.finish()
                     self._end(f"stopped by a signal at step {state.step}; the same command goes on from there")
 
     def _is_diagnosis_due(self) -> bool:
@@ -386,6 +389,7 @@ class Trainer:
             self._check_best()
         state.best = scores[str(self.cfg.checkpoint.best)] if is_best else state.best
         self._log({**(state.pending or {}), **scores})
+        self.saver.finish()
         if state.step == self.num_steps:
             self._write_results()
         if self.writer is not None:
@@ -422,7 +426,8 @@ class Trainer:
         """End the process from another thread if the loop hangs after a signal, waiting for data or for a lost process."""
         if seconds < _STOP_SECONDS or not self.saver.lock.acquire(blocking=False):
             return
-        if not self.saver.can_rescue() and seconds < _STOP_UNSAVED_SECONDS:
+        limit = _STOP_WRITING_SECONDS if self.saver.is_writing else _STOP_UNSAVED_SECONDS
+        if not self.saver.can_rescue() and seconds < limit:
             self.saver.lock.release()
             return
         try:

@@ -29,10 +29,10 @@ from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
-from mmpretrain.optim import adamw, grad_norms, guarded_step, load_optimizer_state, optimizer_tensors, timm_optimizer
+from mmpretrain.optim import adamw, grad_norms, guarded_step, optimizer_tensors, timm_optimizer
 from mmpretrain.schedules import Clock, Duration, ScheduledValue, TrainingProgress
 from mmpretrain.seeds import hash64, torch_draws
-from mmpretrain.training import parallel, probe, randomness_watch, traffic
+from mmpretrain.training import parallel, probe, randomness_watch, resume, traffic
 from mmpretrain.training.diagnose import diagnose
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.freeze import Freeze
@@ -180,19 +180,17 @@ def train(
         {"image": Duration.parse(f"{frozen_steps}steps", "until")} if frozen_steps else {}
     )
     freeze = Freeze(task, until, probe.reached_parameters(task, make_batches(num_micro_batches)[0]))
-    if load is not None:
-        task.load_state_dict(store.load_tensors(load, "model.safetensors"))
     if not random:
         task.randomness = None
     whole = parallel.prepare(task, torch.device("cpu"), "fp32", options)
+    if load is not None:
+        resume.load_task(load, task)
     optimizer = adamw(task.named_parameters(), 1e-3, 0.1, (0.9, 0.98), 1e-6, {"text": {"lr": 2e-3}})
     assert set(freeze.unreached).isdisjoint(name for group in optimizer.param_groups for name in group["names"])
     average = EMA(task, ScheduledValue(0.5, "x"))
     first = 0
     if load is not None:
-        load_optimizer_state(optimizer, store.load_tensors(load, "optimizer.safetensors"), {})
-        average.load(store.load_tensors(load, "ema.safetensors"))
-        first = store.load_state(load)["step"]
+        first = resume.load(load, optimizer, average).step
     weights = dict.fromkeys(objectives, 1.0)
     wrapped = parallel.wrap(task, torch.device("cpu"))
     seen = []
@@ -214,9 +212,12 @@ def train(
     seen.append({f"average/{name}": float(distributed.full(t).norm()) for name, t in average.tensors.items()})
     if save is not None:
         parts = {"model": task.state_dict(), "optimizer": optimizer_tensors(optimizer), "ema": average.tensors}
-        tensors = {part: distributed.on_main(named) for part, named in parts.items()}
-        if distributed.is_main():
-            store.save(save, first + num_steps, tensors, {"step": first + num_steps}, keep_last=0)
+        step = first + num_steps
+        state = {"step": step, "samples": step * BATCH_SIZE, "fingerprint": {}, "optimizer": {}}
+        if parallel.is_sharded(options):
+            store.save_sharded(save, step, parts, state, keep_last=0)
+        elif distributed.is_main():
+            store.save(save, step, parts, state, keep_last=0)
     return seen
 
 

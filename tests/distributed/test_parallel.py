@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from mmpretrain.batch import Batch
+from mmpretrain.checkpoints import store
 from mmpretrain.training import parallel, probe
 from mmpretrain.training.step import forward_backward
 from tests.distributed.pool import Pool
@@ -63,16 +64,27 @@ def test_a_tower_that_is_frozen_for_a_time_is_so_on_two_processes(pool: Callable
         assert_same(found, expected)
 
 
-def test_a_checkpoint_of_fsdp_on_two_goes_on_with_ddp_on_one_and_with_fsdp_on_four(
+def test_a_sharded_checkpoint_of_four_goes_on_with_two_shards_and_whole_on_one_and_two(
     pool: Callable[[int], Pool], tmp_path: Path
 ) -> None:
     objectives = MIXES["clip_mae_mlm"]
     expected = train(objectives, spread(), 1, 6)
-    for found in pool(2).run(train, objectives, spread("fsdp"), 1, 3, None, tmp_path):
+    for found in pool(4).run(train, objectives, spread("fsdp"), 1, 3, None, tmp_path):
         assert_same(found[:3], expected[:3])
     saved = tmp_path / "step_00000003"
+    assert [len(list((saved / part).iterdir())) for part in ("model", "optimizer", "ema")] == [4, 4, 4]
+    store.verify(saved)
     assert_same(train(objectives, spread("ddp"), 1, 3, saved), expected[3:])
-    for found in pool(4).run(train, objectives, spread("fsdp"), 2, 3, saved):
+    for strategy in ("fsdp", "ddp"):
+        for found in pool(2).run(train, objectives, spread(strategy), 2, 3, saved):
+            assert_same(found, expected[3:])
+
+
+def test_a_whole_checkpoint_goes_on_sharded(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    objectives = MIXES["clip_mae_mlm"]
+    expected = train(objectives, spread(), 1, 6)
+    train(objectives, spread(), 1, 3, None, tmp_path)
+    for found in pool(4).run(train, objectives, spread("fsdp"), 1, 3, tmp_path / "step_00000003"):
         assert_same(found, expected[3:])
 
 
@@ -89,7 +101,9 @@ def test_copies_of_shards_give_the_losses_of_one_process(pool: Callable[[int], P
     hsdp = spread("hsdp", shard_degree=2)
     for found in pool(4).run(train, objectives, hsdp, 1, 3, None, tmp_path):
         assert_same(found[:3], expected[:3])
-    for found in pool(4).run(train, objectives, hsdp, 2, 3, tmp_path / "step_00000003"):
+    saved = tmp_path / "step_00000003"
+    assert len(list((saved / "model").iterdir())) == 2, "one file for a shard, not for each of its copies"
+    for found in pool(4).run(train, objectives, hsdp, 2, 3, saved):
         assert_same(found, expected[3:])
 
 

@@ -216,7 +216,7 @@ def test_a_run_sharded_over_two_processes_goes_on_on_one(whole: Whole, pairs: Pa
     assert set(found) == set(undisturbed)
     for ours, theirs in zip(found["metrics"], undisturbed["metrics"], strict=True):
         assert ours.get("train/loss") == pytest.approx(theirs.get("train/loss"), rel=1e-4)
-    for part in ("model", "optimizer", "average"):
+    for part in ("model", "optimizer", "ema"):
         ours, theirs = load(found[part]), load(undisturbed[part])
         assert set(ours) == set(theirs)
         # As one vector: Adam makes steps of rounding where a gradient is nothing but that, as of the keys' biases.
