@@ -111,11 +111,12 @@ class Saver:
         if self._background is None:
             if (failure := distributed.broadcast_object(self._write())) is not None:
                 raise TrainingError(failure)
-            return
-        self.finish()
-        step, state = self._state.step, self._described()
-        if step > self.saved_step:
-            self._background.start(self.folder, step, self._tensors(), state, self.keep_last)
+        else:
+            self.finish()
+            step = self._state.step
+            if step > self.saved_step:
+                self._background.start(self.folder, step, self._tensors(), self._described(), self.keep_last)
+        self.saved_at = time.perf_counter()
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written. Raises: TrainingError on all ranks if it cannot be."""
@@ -147,7 +148,6 @@ class Saver:
 
     def _described(self) -> dict[str, Any]:
         """Return the part of a checkpoint that is not tensors."""
-        self.saved_at = time.perf_counter()
         state = self._state
         state.bad_steps = float(self._bad_steps.in_a_row)
         state.loss_scale, state.good_steps = self._loss_scale.state()

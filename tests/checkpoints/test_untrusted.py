@@ -483,4 +483,4 @@ def test_a_report_shows_names_as_they_are(run: Path) -> None:
 
 def test_a_configuration_of_ones_own_is_still_read(run: Path) -> None:
     assert config_yaml.read(run / "config.yaml")["model"] == SMALL
-    assert torch.is_tensor(store.load_tensors(run / "checkpoints" / "step_00000005", "model.safetensors").popitem()[1])
+    assert torch.is_tensor(store.load_tensors(run / "checkpoints" / "step_00000005", "model").popitem()[1])

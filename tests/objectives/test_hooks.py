@@ -67,7 +67,7 @@ def train(folder: Path, pairs: Path, *overrides: str) -> runs.Finished:
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return store.load_tensors(run / "checkpoints" / f"step_{step:08d}", "model.safetensors")
+    return store.load_tensors(run / "checkpoints" / f"step_{step:08d}", "model")
 
 
 def test_a_teacher_starts_from_loaded_weights_follows_each_step_and_resumes(pairs: Path, tmp_path: Path) -> None:

@@ -113,6 +113,25 @@ def test_killed_run_ends_as_if_nothing_had_happened(
     assert runs.exact_outcome(run) == whole(world_size, *overrides)
 
 
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_shards_are_written_goes_on_from_the_checkpoint_before(
+    whole: Whole, pairs: Path, tmp_path: Path
+) -> None:
+    run, sharded = tmp_path / "run", ("parallel=fsdp", "trainer.ema_decay=0.9")
+    settings = (f"data.root={pairs}", *LENGTH, *sharded, "checkpoint.every=1steps")
+    commands = runs.start_group(tmp_path, 2, *settings)
+    partial = "checkpoints/.partial-*"
+    commands[0].wait_for(lambda: runs.num_records(run) > 2 and list(run.glob(partial)), "shards being written")
+    kill(commands)
+    assert not (run / "results.json").exists(), "the run ended before it was killed"
+    for command in runs.start_group(tmp_path, 2, *settings):
+        finished = command.wait()
+        assert finished.code == 0, finished.stderr
+    assert "resumed from" in (run / "train.log").read_text()
+    assert not list(run.glob(partial))
+    assert runs.exact_outcome(run) == whole(2, *sharded)
+
+
 def kill_at_random_moments(folder: Path, settings: tuple[str, ...], times: int) -> None:
     """Start a run over and over, and kill it after some more steps, or in the middle of a save."""
     run, moments, during_saves = folder / "run", random.Random(0), 0
