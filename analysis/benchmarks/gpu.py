@@ -2,9 +2,11 @@ r"""Run the CUDA tests and the benchmarks of a GPU, one after the other, the mos
 
     python -m analysis.benchmarks.gpu --output DIR [--minutes 25] [--parts step_b32,train_b32] [--open-clip-python PYTHON]
 
-Each part writes DIR/PART.json, and its output to DIR/PART.txt. A part with a record of this commit and these arguments is not
-repeated, so the command may be stopped and given again. A part that cannot run is named with the reason in one line, and the
-others run. At the end, all records stand in one table, also in DIR/table.md.
+Each part writes DIR/PART.json, and its output to DIR/PART.txt. A part with a record of this commit, machine and arguments is
+not repeated, so the command may be stopped and given again. A part that cannot run, or takes longer than `--part-minutes`, is
+named with the reason in one line, and the others run. After each part, DIR/table.md shows the records of this commit, machine
+and arguments. MFU is the share of a matrix product timed in the same run, and `of peak` that of the card's dense
+bf16 peak, where it is known (see machine.py).
 
 - `step_*`: steps of ViT-B-32, L-14 and B-16 on batches in memory, captions of 77 tokens, bf16, beside open_clip's loop; both
   sides also compiled.
@@ -17,11 +19,14 @@ With `--size tiny` every part runs at a size for the CPU, to see that it runs.
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +34,13 @@ from typing import Any
 import torch
 
 from analysis.benchmarks import arguments
-from analysis.benchmarks.machine import commit, describe
+from analysis.benchmarks.machine import commit, describe, peak_flops_per_second
 from mmpretrain.training.workers import own_cores
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = ("part", "side", "pairs/s", "ratio", "MFU", "MFU as if full", "memory GiB", "gaps", "waits for data")
+ROWS = (
+    "part", "side", "pairs/s", "ratio", "MFU", "of peak", "MFU as if full", "memory GiB", "gaps", "waits for data",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ def _step_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
                     "pairs/s": f"{speed:,.0f}",
                     "ratio": f"{result['ratio']['open_clip'] / result['ratio'][side]:.2f}",
                     "MFU": f"{result['mfu_executed'][side]:.2f}",
+                    "of peak": _of_peak(result["gflops_executed"][side] * 1e9 / result["seconds"][side]),
                     "MFU as if full": f"{result['mfu_full_context'][side]:.2f}",
                     "memory GiB": f"{on_gpu['memory_bytes'] / 2**30:.1f}" if on_gpu else "",
                     "gaps": f"{on_gpu['gaps']:.3f}" if on_gpu else "",
@@ -70,15 +78,22 @@ def _step_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def _of_peak(flops_per_second: float) -> str:
+    peak = peak_flops_per_second()
+    return "" if peak is None else f"{flops_per_second / peak:.2f}"
+
+
 def _train_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     sides = {name: runs for name, runs in record["records"].items() if runs}
-    first = next(iter(sides.values()))[0]["pairs_per_second"]
-    return [
+    reference = sides["open_clip"][0]["pairs_per_second"] if "open_clip" in sides else None
+    failed = [{"side": f"{side}: failed: {reason}"} for side, reason in record.get("failed", {}).items()]
+    return failed + [
         {
             "side": side,
             "pairs/s": f"{run['pairs_per_second']:,.0f}",
-            "ratio": f"{run['pairs_per_second'] / first:.2f}",
+            "ratio": f"{run['pairs_per_second'] / reference:.2f}" if reference else "",
             "MFU": f"{run['mfu_executed']:.2f}",
+            "of peak": _of_peak(run["mfu_executed"] * run["matmul_flops_per_second"]),
             "MFU as if full": f"{run['mfu_full_context']:.2f}",
             "waits for data": f"{run['data_wait']:.3f}",
         }
@@ -158,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder of the records")
     parser.add_argument("--parts", type=arguments.listed(arguments.one_of(*PARTS)), default=list(PARTS))
     parser.add_argument("--minutes", type=float, help="begin no part after this time")
+    parser.add_argument("--part-minutes", type=float, default=8.0, help="stop a command of a part after this time")
     parser.add_argument("--open-clip-python", default=sys.executable, help="python of open_clip's environment")
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: for the CPU")
     args = parser.parse_args(argv)
@@ -165,70 +181,128 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--size full without a GPU; expected one, or --size tiny")
     args.output.mkdir(parents=True, exist_ok=True)
     print(f"{describe()}, commit {commit()}", flush=True)
-    began, failed = time.monotonic(), []
-    for name in args.parts:
-        if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
-            print(f"{name}: not begun, {args.minutes:g} minutes are over; give the same command again", flush=True)
-            continue
-        if (reason := run_part(name, args.output.resolve(), args.size, args.open_clip_python)) is not None:
-            failed.append(name)
-            print(f"{name}: {reason}", flush=True)
-    table = table_of(args.output, args.parts)
-    (args.output / "table.md").write_text(f"{describe()}\n\n{table}\n", encoding="utf-8")
-    print(table)
+    began, failed, runs = time.monotonic(), [], {}
+    try:
+        for name in args.parts:
+            run = runs[name] = PartRun(name, args.output.resolve(), args.size, args.open_clip_python, args.part_minutes)
+            if run.is_done:
+                continue
+            if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
+                print(f"{name}: not begun, {args.minutes:g} minutes are over; give the same command again", flush=True)
+                continue
+            if (reason := run.start()) is not None:
+                failed.append(name)
+                print(f"{name}: {reason}", flush=True)
+            write_table(args.output, runs)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the part that was running", flush=True)
+        failed.append("stopped")
+    print(write_table(args.output, runs))
     raise SystemExit(1 if failed else 0)
 
 
-def run_part(name: str, folder: Path, size: str, open_clip_python: str) -> str | None:
-    """Run a part unless it has a record. Returns: why it failed in one line, or None."""
-    path, log = folder / f"{name}.json", folder / f"{name}.txt"
-    command = PARTS[name].command(folder, size)
-    asked = {"commit": commit(), "machine": describe(), "command": command}
-    done = folder / f"{name}.asked.json"
-    if (
-        path.exists()
-        and done.exists()
-        and json.loads(done.read_text(encoding="utf-8")) == json.loads(json.dumps(asked))
-    ):
+class PartRun:
+    """Run of a part in a folder.
+
+    Args:
+        name: name of the part.
+        folder: folder of the records.
+        size: `full` or `tiny`.
+        open_clip_python: python of open_clip's environment.
+        minutes: time after which a command of the part is stopped.
+    """
+
+    def __init__(self, name: str, folder: Path, size: str, open_clip_python: str, minutes: float) -> None:
+        self.name, self._folder, self._size, self._minutes = name, folder, size, minutes
+        self._path, self._log, self._asked = (folder / f"{name}.{suffix}" for suffix in ("json", "txt", "asked.json"))
+        self._command = PARTS[name].command(folder, size)
+        if name.startswith("train_"):
+            self._command += ["--open-clip-python", open_clip_python]
+
+    @property
+    def has_record(self) -> bool:
+        """Whether there is a record of this commit, machine and command."""
+        asked = _read(self._asked) or {}
+        return {**asked, "failed": None} == {**self._described(), "failed": None} and _read(self._path) is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a record, and nothing of the part failed."""
+        return self.has_record and "failed" not in (_read(self._asked) or {})
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return the rows of the table."""
+        return [{"part": self.name, **row} for row in PARTS[self.name].rows(_read(self._path) or {})]
+
+    def start(self) -> str | None:
+        """Run the part. Returns: why it failed in one line, or None."""
+        self._asked.unlink(missing_ok=True)
+        self._path.unlink(missing_ok=True)
+        print(f"{self.name} ...", end=" ", flush=True)
+        started = time.monotonic()
+        if self.name == "tests":
+            report = self._folder / "tests.xml"
+            report.unlink(missing_ok=True)
+            reason = self._run([*self._command, "--junitxml", str(report)])
+            if report.exists():
+                self._path.write_text(json.dumps({"outcomes": _outcomes(report)}), encoding="utf-8")
+        else:
+            command = [*self._command, "--output", str(self._path)]
+            reason = self._run_training(command) if self.name.startswith("train_") else self._run(command)
+        print(f"{time.monotonic() - started:.0f} s", flush=True)
+        if self._path.exists():  # failed tests have rows, too, but are repeated
+            described = {**self._described(), **({} if reason is None else {"failed": reason})}
+            self._asked.write_text(json.dumps(described), encoding="utf-8")
+        return reason
+
+    def _described(self) -> dict[str, Any]:
+        return {"commit": commit(), "machine": describe(), "command": self._command}
+
+    def _run(self, command: Sequence[str]) -> str | None:
+        """Run a Python command with its output in a file. Returns: the last line that it printed if it fails, or None."""
+        with self._log.open("ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            )
+            try:
+                code = process.wait(60 * self._minutes)
+            except subprocess.TimeoutExpired:
+                return f"stopped after {self._minutes:g} minutes (--part-minutes; {self._log})"
+            finally:
+                with suppress(ProcessLookupError):  # the whole session, since parts start processes of their own
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if not code:
+            return None
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"exit code {code}: {lines[-1] if lines else 'no output'} ({self._log})"
+
+    def _run_training(self, command: Sequence[str]) -> str | None:
+        """Write tars if there are none, and train on them on both sides, or alone if open_clip's command fails."""
+        tars = self._folder / "jpegs" / "train"
+        if not any(tars.glob("*.tar")):
+            number = "--tars 16 --images 4096" if self._size == "full" else "--tars 1 --images 64 --side 64"
+            making = ["-m", "analysis.benchmarks.jpeg_tars", "--output", str(tars), *number.split()]
+            if (reason := self._run(making)) is not None:
+                return reason
+        failure = self._run([*command, "--sides", "open_clip,mmpretrain"])
+        if failure is None:
+            return None
+        print("open_clip's command failed, mmpretrain's runs alone ...", end=" ", flush=True)
+        reason = self._run([*command, "--sides", "mmpretrain"])
+        if reason is None:
+            failed = {"open_clip": f"{failure}; see --open-clip-python"}
+            self._path.write_text(json.dumps({**(_read(self._path) or {}), "failed": failed}), encoding="utf-8")
+        return reason
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object; None if the file is missing or not whole, as after a kill."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    print(f"{name} ...", end=" ", flush=True)
-    started = time.monotonic()
-    output = ["--junitxml", str(folder / "tests.xml")] if name == "tests" else ["--output", str(path)]
-    if name.startswith("train_"):
-        reason = _run_training([*command, *output, "--open-clip-python", open_clip_python], folder, size, log)
-    else:
-        reason = _run([*command, *output], log)
-    if name == "tests" and (folder / "tests.xml").exists():
-        path.write_text(json.dumps({"outcomes": _outcomes(folder / "tests.xml")}), encoding="utf-8")
-    print(f"{time.monotonic() - started:.0f} s", flush=True)
-    if reason is None:
-        done.write_text(json.dumps(asked), encoding="utf-8")
-    return reason
-
-
-def _run(command: Sequence[str], log: Path) -> str | None:
-    """Run a Python command with its output in a file. Returns: the last line that it printed if it fails, or None."""
-    with log.open("ab") as file:
-        code = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, cwd=ROOT).returncode
-    if not code:
-        return None
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"exit code {code}: {lines[-1] if lines else 'no output'} ({log})"
-
-
-def _run_training(command: Sequence[str], folder: Path, size: str, log: Path) -> str | None:
-    """Write tars if there are none, and train on them on both sides, or alone if open_clip's command fails."""
-    tars = folder / "jpegs" / "train"
-    if not any(tars.glob("*.tar")):
-        number = "--tars 16 --images 4096" if size == "full" else "--tars 1 --images 64 --side 64"
-        making = ["-m", "analysis.benchmarks.jpeg_tars", "--output", str(tars), *number.split()]
-        if (reason := _run(making, log)) is not None:
-            return reason
-    reason = _run([*command, "--sides", "open_clip,mmpretrain"], log)
-    if reason is None:
-        return None
-    print(f"open_clip's command failed, mmpretrain's runs alone ({reason}) ...", end=" ", flush=True)
-    return _run([*command, "--sides", "mmpretrain"], log)
+    return value if isinstance(value, dict) else None
 
 
 def _outcomes(report: Path) -> dict[str, int]:
@@ -239,15 +313,15 @@ def _outcomes(report: Path) -> dict[str, int]:
     return {"passed": count["tests"] - wrong - count["skipped"], "failed": wrong, "skipped": count["skipped"]}
 
 
-def table_of(folder: Path, parts: Sequence[str]) -> str:
-    """Return the table of all parts that have a record, in Markdown."""
+def write_table(folder: Path, runs: Mapping[str, PartRun]) -> str:
+    """Write the table of the records of this commit, machine and arguments to table.md, and return it, in Markdown."""
     lines = [f"| {' | '.join(ROWS)} |", "|" + "---|" * len(ROWS)]
-    for name in parts:
-        path = folder / f"{name}.json"
-        if path.exists():
-            rows = PARTS[name].rows(json.loads(path.read_text(encoding="utf-8")))
-            lines += ["| " + " | ".join({"part": name, **row}.get(key, "") for key in ROWS) + " |" for row in rows]
-    return "\n".join(lines)
+    for run in runs.values():
+        rows = run.rows() if run.has_record else []
+        lines += ["| " + " | ".join(row.get(key, "") for key in ROWS) + " |" for row in rows]
+    table = "\n".join(lines)
+    (folder / "table.md").write_text(f"{describe()}, commit {commit()}\n\n{table}\n", encoding="utf-8")
+    return table
 
 
 if __name__ == "__main__":

@@ -34,6 +34,16 @@ def describe() -> dict[str, str | int]:
     }
 
 
+_PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+"""Dense bf16 operations per second by part of a card's name, from NVIDIA's data sheets."""
+
+
+def peak_flops_per_second() -> float | None:
+    """Return the dense bf16 peak of the GPU; None without one, or if its name is not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+
+
 def commit() -> str:
     """Return the commit of this checkout, followed by + if files differ from it; `unknown` outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]

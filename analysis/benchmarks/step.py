@@ -234,6 +234,8 @@ class _Epoch(list[Any]):
 
 Side = Ours | OpenClip
 
+_LARGEST_KERNELS = 10
+
 
 def matmul_flops_per_second(precision: str, device: torch.device) -> float:
     """Return operations per second of a product of two square matrices, the best of 5."""
@@ -337,9 +339,10 @@ def run(work: Work, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def gpu_figures(side: Side) -> dict[str, float]:
-    """Return the peak of a side's memory in bytes, and the share of the time of three steps in which no kernel runs."""
+def gpu_figures(side: Side) -> dict[str, Any]:
+    """Return the peak of a side's memory in bytes, and of three steps the share without a kernel and the largest kernels."""
     torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - held_bytes_of(side)  # all sides keep their weights on the card
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace_of_steps:
         side.steps(0, 3)
         torch.cuda.synchronize()
@@ -348,7 +351,25 @@ def gpu_figures(side: Side) -> dict[str, float]:
         for event in trace_of_steps.events() or []
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-    return {"memory_bytes": torch.cuda.max_memory_allocated(), "gaps": gaps(spans)}
+    times = {average.key: average.self_device_time_total for average in trace_of_steps.key_averages()}
+    largest = sorted(times, key=lambda name: -times[name])[:_LARGEST_KERNELS]
+    return {
+        "memory_bytes": torch.cuda.max_memory_allocated() - others,
+        "gaps": gaps(spans),
+        "kernels": {name: times[name] / sum(times.values()) for name in largest},
+    }
+
+
+def held_bytes_of(side: Side) -> int:
+    """Return the bytes of a side's parameters, buffers, gradients and optimizer state on its device."""
+    module = side.task if isinstance(side, Ours) else side.original
+    tensors = [*module.parameters(), *module.buffers(), *(p.grad for p in module.parameters() if p.grad is not None)]
+    tensors += [each for state in side.optimizer.state.values() for each in state.values() if isinstance(each, Tensor)]
+    device = next(module.parameters()).device
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors if each.device == device
+    }
+    return sum(storages.values())
 
 
 def gaps(spans: Sequence[tuple[float, float]]) -> float:

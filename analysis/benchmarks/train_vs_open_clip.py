@@ -107,7 +107,7 @@ def print_table(records: dict[str, list[dict[str, float]]]) -> None:
 
 
 def add_mfu(records: dict[str, list[dict[str, float]]], work: StepWork) -> None:
-    """Add the utilisations `mfu_executed` and `mfu_full_context` to each record."""
+    """Add the utilisations `mfu_executed` and `mfu_full_context`, and what they are relative to, to each record."""
     sides = make_sides(work, 1, best=False)
     per_pair = {name: flops(partial(side.steps, 0, 1)) / work.batch_size for name, side in sides.items()}
     peak = matmul_flops_per_second(work.precision, work.device)
@@ -115,6 +115,7 @@ def add_mfu(records: dict[str, list[dict[str, float]]], work: StepWork) -> None:
         for record in records[name]:
             share = record["pairs_per_second"] / peak
             record["mfu_executed"], record["mfu_full_context"] = share * executed, share * per_pair["open_clip"]
+            record["matmul_flops_per_second"] = peak
 
 
 def main(argv: Sequence[str] | None = None) -> None:

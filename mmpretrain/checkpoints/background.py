@@ -11,6 +11,8 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.checkpoints import store
 
+_WAIT_SECONDS = 1800.0
+
 
 class BackgroundWriter:
     """Writes sharded checkpoints in a thread of each process, one at a time. The threads communicate in their own group.
@@ -18,13 +20,14 @@ class BackgroundWriter:
     Creating it is a collective.
 
     Args:
-        timeout_seconds: timeout of their collectives.
+        timeout_seconds: timeout of the training's collectives. The threads wait for each other for half an hour at least,
+            since one of them may write longer than the others.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
         self.saved_step = 0
         """Step of the last checkpoint that is complete."""
-        self._group = distributed.background_group(timeout_seconds)
+        self._group = distributed.background_group(max(timeout_seconds, _WAIT_SECONDS))
         self._writing: Future[None] | None = None
 
     @property

@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -76,7 +77,9 @@ def save(
     with or_discard(partial):
         for file, named in zip(written, tensors.values(), strict=True):
             tensor_files.save(named, file)
-        return finish(partial, state, entries(partial, written), keep_last)
+        path = finish(partial, state, entries(partial, written))
+    prune(folder, keep_last)
+    return path
 
 
 def save_sharded(
@@ -112,9 +115,12 @@ def save_sharded(
             for _, refusal in answers:
                 if refusal is not None:
                     raise refusal
-            return finish(partial, state, {name: entry for own, _ in answers for name, entry in own.items()}, keep_last)
+            return finish(partial, state, {name: entry for own, _ in answers for name, entry in own.items()})
 
-    return distributed.from_main(complete, group)
+    path = distributed.from_main(complete, group)
+    if distributed.is_main():
+        prune(folder, keep_last)
+    return path
 
 
 def begin(folder: Path, step: int) -> Path:
@@ -145,12 +151,12 @@ def entries(partial: Path, written: Iterable[Path]) -> dict[str, Entry]:
     return found
 
 
-def finish(partial: Path, state: Mapping[str, Any], manifest: Mapping[str, Entry], keep_last: int) -> Path:
-    """Complete a checkpoint whose tensors are on the disk: rename its folder, point `latest` to it, and prune.
+def finish(partial: Path, state: Mapping[str, Any], manifest: Mapping[str, Entry]) -> Path:
+    """Complete a checkpoint whose tensors are on the disk: rename its folder, and point `latest` to it.
 
     Args:
         partial: the checkpoint's temporary folder.
-        state, keep_last: see `save`.
+        state: see `save`.
         manifest: entries of the files with tensors.
 
     Returns: the checkpoint's folder.
@@ -158,14 +164,15 @@ def finish(partial: Path, state: Mapping[str, Any], manifest: Mapping[str, Entry
     """
     folder, name = partial.parent, partial.name.removeprefix(files.PARTIAL)
     state_file, manifest_file = partial / "state.json", partial / "manifest.json"
-    state_file.write_text(json.dumps(state, indent=2) + "\n")
+    # A shard that is missing from the folder and the manifest would look like smaller tensors.
+    shards = Counter(name.partition("/")[0] for name in manifest if "/" in name)
+    state_file.write_text(json.dumps({**state, **({"shards": shards} if shards else {})}, indent=2) + "\n")
     manifest_file.write_text(json.dumps({**manifest, **entries(partial, [state_file])}, indent=2) + "\n")
     for path in (manifest_file, *filter(Path.is_dir, partial.iterdir()), partial):
         files.sync(path)
     path = partial.rename(folder / name)
     files.sync(folder)
     files.write_text(folder / "latest", name + "\n")
-    prune(folder, keep_last)
     return path
 
 
@@ -183,13 +190,17 @@ def mark_best(path: Path, keep_last: int) -> None:
 def prune(folder: Path, keep_last: int) -> None:
     """Delete all checkpoints except the newest `keep_last` and the best one; 0 keeps all.
 
-    A kill between saving and pruning leaves surplus checkpoints. A resumed or finished run prunes them.
+    A kill between saving and pruning leaves surplus checkpoints. A resumed or finished run prunes them. A checkpoint that
+    cannot be deleted is named in a warning.
     """
     if keep_last:
         best = read_name(folder / "best") if (folder / "best").exists() else None
         for old in _all(folder)[keep_last:]:
             if old.name != best:
-                shutil.rmtree(old)
+                try:
+                    shutil.rmtree(old)
+                except OSError as error:
+                    log.warning("the old checkpoint %s cannot be deleted: %s", old, error)
 
 
 def write_scores(path: Path, results: Mapping[str, float], best: float | None) -> None:
@@ -229,6 +240,7 @@ def verify(path: Path) -> None:
         parts = {name.split("/")[0].removesuffix(".safetensors") for name in manifest}
         needed = {f"{part}.safetensors" for part in _NEEDED if part not in parts} | {"state.json"}
         expected = {name: _entry(manifest.get(name), name) for name in {*needed, *manifest}}
+        shards = Counter(name.partition("/")[0] for name in manifest if "/" in name)
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
     for name, (num_bytes, sha256) in expected.items():
@@ -239,6 +251,16 @@ def verify(path: Path) -> None:
             raise CorruptCheckpoint(f"{path}: {name} has {file.stat().st_size} bytes, expected {num_bytes}")
         if _sha256(file) != sha256:
             raise CorruptCheckpoint(f"{path}: {name} has another SHA-256 than when it was saved")
+    for part in parts:
+        for file in (path / f"{part}{tensor_files.SUFFIX}", *(path / part).glob(f"shard-*{tensor_files.SUFFIX}")):
+            if file.exists() and str(file.relative_to(path)) not in expected:
+                raise CorruptCheckpoint(f"{path}: {file.relative_to(path)} is not in its manifest")
+    try:
+        told = load_state(path).get("shards", shards)
+    except ValueError as error:
+        raise CorruptCheckpoint(str(error)) from error
+    if told != shards:
+        raise CorruptCheckpoint(f"{path}: its manifest lists {dict(shards)} shards, but {told} were written")
 
 
 def _entry(entry: Any, name: str) -> tuple[int, str]:

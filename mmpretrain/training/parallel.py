@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -141,20 +141,43 @@ def _checkpoint(block: nn.Module, keeps: Callable[[], Any] | None, draws: bool, 
         draws: True if the task uses random numbers, which must be the same in the recomputation.
         is_compiled: True if the block is also compiled.
     """
-    if not draws:
-        contexts = {} if keeps is None else {"context_fn": keeps}
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
-        if is_compiled:
-            block.forward = torch.compile(block.forward)
-        return
-    if is_compiled and keeps is not None:
+    if is_compiled and keeps is not None and draws:
         raise ValueError(
             "parallel.compile is true and parallel.activation_checkpointing selective, but the model has random layers, "
             "which the two together cannot recompute; use parallel.activation_checkpointing=blocks"
         )
+    contexts = {} if keeps is None else {"context_fn": keeps}
+    if is_compiled and not draws:
+        block.forward = torch.compile(partial(checkpoint, block.forward, use_reentrant=False, **contexts))
+        return
+    if draws:
+        contexts = {"context_fn": partial(checkpoint_contexts, keeps)}
     # Compile inside of the checkpoint, since PyTorch does not compile custom contexts.
     forward = torch.compile(block.forward) if is_compiled else block.forward
-    block.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=partial(checkpoint_contexts, keeps))
+    block.forward = partial(_recomputed, block, forward, contexts)
+
+
+def _recomputed(
+    block: nn.Module, forward: Callable[..., Any], contexts: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a block that is recomputed in the backward pass, with the same operations.
+
+    Other passes of the step may choose other kernels for the block in between (`choose_kernel`), and may leave casts of its
+    weights in autocast's cache, which the recomputation does not have. Selective checkpointing counts operations.
+    """
+    kernels = [(module, module.fused_attn) for module in block.modules() if hasattr(module, "fused_attn")]
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        for module, is_fused in kernels:
+            module.fused_attn = is_fused
+        is_cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
+
+    return checkpoint(once, *args, use_reentrant=False, **contexts, **kwargs)
 
 
 def _on_meta(parameter: nn.Parameter) -> nn.Parameter:
@@ -175,6 +198,8 @@ def _saves_products() -> Any:
         aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
     }  # fmt: skip
+    if hasattr(torch.ops.torch_attn, "_varlen_attn"):  # where torch has torch.nn.attention.varlen
+        kept.add(torch.ops.torch_attn._varlen_attn.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

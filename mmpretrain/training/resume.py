@@ -19,6 +19,8 @@ from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
+_MAX_REASON = 300
+
 
 @dataclass
 class TrainState:
@@ -80,7 +82,7 @@ def read_state(path: Path) -> TrainState:
         if key not in state:
             raise ValueError(f"{path / 'state.json'} has no {key!r}; expected it as the run wrote it")
     for key, value in state.items():
-        annotation = known.get(key, dict if key in ("fingerprint", "optimizer") else None)
+        annotation = known.get(key, dict if key in ("fingerprint", "optimizer", "shards") else None)
         if not accepts(value, annotation):
             raise ValueError(f"{path / 'state.json'}: {key} is {str(value)[:40]}; expected it as the run wrote it")
     if path != store.path_of(path.parent, state["step"]):
@@ -133,8 +135,10 @@ def load_task(path: Path, task: Task) -> None:
     try:
         task.load_state_dict(store.load_tensors(path, "model", task.state_dict().get))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not hold the weights of this run ({reason}); start a new one") from error
+        told = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+        reason = next(iter(told[1:]), told[0])[:_MAX_REASON]
+        more = f" and {len(told) - 2} more" if len(told) > 2 else ""
+        raise ValueError(f"{path} does not hold the weights of this run ({reason}{more}); start a new one") from error
 
 
 def load(path: Path, optimizer: torch.optim.Optimizer, average: Average | None) -> TrainState:

@@ -124,7 +124,10 @@ class Saver:
             try:
                 self._background.finish()
             except OSError as error:
-                raise TrainingError(f"a checkpoint cannot be written ({error}); the one before still stands") from error
+                raise TrainingError(f"a checkpoint cannot be written ({error}); {self._standing()}") from error
+
+    def _standing(self) -> str:
+        return f"the one of step {self.saved_step} still stands" if self.saved_step else "there is none before it"
 
     def rescue(self) -> str:
         """Save the last whole step without the other ranks if possible. Returns: what the next start resumes from."""
@@ -142,7 +145,7 @@ class Saver:
                 try:
                     store.save(self.folder, step, self._tensors(), state, self.keep_last)
                 except OSError as error:
-                    return f"no checkpoint can be written at step {step} ({error}); the one before still stands"
+                    return f"no checkpoint can be written at step {step} ({error}); {self._standing()}"
             self._saved_step = step
             return None
 

@@ -13,7 +13,7 @@ import torch
 from analysis.benchmarks import __main__ as all_of_them
 from analysis.benchmarks import data, hold_out, jpeg_tars
 from analysis.benchmarks.cluster import by_link
-from analysis.benchmarks.gpu import PARTS
+from analysis.benchmarks.gpu import PARTS, PartRun, write_table
 from analysis.benchmarks.machine import demand
 from analysis.benchmarks.step import OpenClip, Work, check_groups, gaps, make_sides, trace
 from analysis.benchmarks.training_commands import read_open_clip_log
@@ -200,12 +200,32 @@ def test_bytes_are_those_of_nvlink_and_of_one_network_card() -> None:
     )
 
 
-def gpu_table(folder: Path, *arguments: str) -> tuple[str, str]:
+def gpu_table(folder: Path, *arguments: str, code: int = 0) -> tuple[str, str]:
     """What the benchmarks of a GPU print at a tiny size, and their table."""
     command = [sys.executable, "-m", "analysis.benchmarks.gpu", "--size", "tiny", "--output", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout, (folder / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_a_gpu_leaves_out_other_commits_and_records_that_are_not_whole(tmp_path: Path) -> None:
+    run = PartRun("tests", tmp_path, "tiny", sys.executable, 1.0)
+    record, asked = tmp_path / "tests.json", tmp_path / "tests.asked.json"
+    record.write_text(json.dumps({"outcomes": {"passed": 7}}), encoding="utf-8")
+    asked.write_text(json.dumps(run._described()), encoding="utf-8")
+    assert "| tests | 7 passed |" in write_table(tmp_path, {"tests": run}) and run.is_done
+    for other in ({"commit": "another"}, {"machine": {"gpu": "another"}}):
+        asked.write_text(json.dumps({**run._described(), **other}), encoding="utf-8")
+        assert "7 passed" not in write_table(tmp_path, {"tests": run}) and not run.is_done
+    asked.write_text(json.dumps(run._described()), encoding="utf-8")
+    record.write_text('{"outcomes": {', encoding="utf-8")  # as a kill leaves it
+    assert not run.is_done and "tests" not in write_table(tmp_path, {"tests": run})
+
+
+@pytest.mark.slow
+def test_a_part_of_the_gpu_benchmarks_that_takes_too_long_is_stopped_and_the_others_run(tmp_path: Path) -> None:
+    printed, table = gpu_table(tmp_path, "--parts", "step_b32", "--part-minutes", "0.01", code=1)
+    assert "step_b32: stopped after 0.01 minutes" in printed and "step_b32" not in table
 
 
 @pytest.mark.slow
@@ -218,7 +238,8 @@ def test_the_benchmarks_of_a_gpu_run_on_the_cpu_and_are_not_repeated(tmp_path: P
     assert "step_b32 ..." not in printed and "data ..." in printed
     for row in (
         "| step_b32 | open_clip, bf16 |",
-        "| train_b32 | mmpretrain |",
+        "| train_b32 | open_clip: failed: exit code 1",
+        "| train_b32 | mmpretrain | ",
         "| tests | 0 passed, 0 failed, ",
         "| data | mmpretrain, ",
     ):

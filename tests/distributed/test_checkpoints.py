@@ -1,5 +1,7 @@
 """Sharded checkpoints: each rank writes and reads its own rows, and all agree on what became of it."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,27 @@ def test_each_damaged_shard_is_named(damage: str, pool: Callable[[int], Pool], t
         shard.write_bytes(content)
     store.verify(path)
     assert len(shards) == 2
+
+
+def test_shards_that_the_manifest_does_not_list_and_files_in_their_place_are_refused(
+    saved: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(saved, tmp_path / saved.name))
+    shard = sorted((path / "model").iterdir())[-1]
+    for other in (path / "model.safetensors", shard.with_name("shard-00009-model-00001-of-00001.safetensors")):
+        shutil.copy(shard, other)
+        with pytest.raises(store.CorruptCheckpoint, match=f"{other.name} is not in its manifest"):
+            store.verify(path)
+        other.unlink()
+    store.verify(path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest[f"model/{shard.name}"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    shard.unlink()  # without it, tensors would look smaller
+    with pytest.raises(
+        store.CorruptCheckpoint, match=r"lists \{'model': \d\} shards, but \{'model': \d\} were written"
+    ):
+        store.verify(path)
 
 
 @pytest.mark.parametrize("full_rank", [0, 1])

@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoints import store
+from mmpretrain.config.schema import Precision
 from mmpretrain.training import parallel, probe
+from mmpretrain.training.precision import autocast
 from mmpretrain.training.step import forward_backward
 from tests.distributed.pool import Pool
 from tests.distributed.steps import (
@@ -183,6 +185,19 @@ def test_what_is_kept_is_not_overwritten_by_an_activation_in_place() -> None:
         forward_backward(task, task, make_batches(1), {"infonce": 1.0})
         gradients.append({name: p.grad for name, p in task.named_parameters() if p.grad is not None})
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+def test_passes_that_share_blocks_are_recomputed_alike_under_autocast(kind: str) -> None:
+    names, gradients = ("infonce", "mae"), []
+    for each in ("none", kind):
+        task = make_task(names).float()
+        parallel.prepare(task, torch.device("cpu"), Precision.bf16, spread("ddp", each))
+        weights = dict.fromkeys(names, 1.0)
+        batches = [task.counted(batch, weights) for batch in make_batches(2)]
+        forward_backward(task, task, batches, weights, autocast(torch.device("cpu"), Precision.bf16))
+        gradients.append({name: p.grad for name, p in task.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.02)  # gradients of several passes are summed in float32
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fake_cuda.build(tmp_path_factory.mktemp("stub"), runtime)
 
 
-def errors_of(cases: list[str], library: Path) -> dict[str, str | None]:
-    """The error of each case, or None."""
+def outcomes_of(cases: list[str], library: Path) -> dict[str, dict[str, Any]]:
+    """The error of each case, or None, and its calls of attention."""
     finished = subprocess.run(
         [sys.executable, "-m", "tests.cuda.steps", *cases],
         cwd=Path(__file__).parents[2],
@@ -46,7 +47,12 @@ def errors_of(cases: list[str], library: Path) -> dict[str, str | None]:
         check=False,
     )
     assert finished.returncode == 0, finished.stderr
-    return {case: error for line in finished.stdout.splitlines() for case, error in json.loads(line).items()}
+    return {case: outcome for line in finished.stdout.splitlines() for case, outcome in json.loads(line).items()}
+
+
+def errors_of(cases: list[str], library: Path) -> dict[str, str | None]:
+    """The error of each case, or None."""
+    return {case: outcome["error"] for case, outcome in outcomes_of(cases, library).items()}
 
 
 @pytest.mark.slow
@@ -55,7 +61,16 @@ def test_a_step_of_each_objective_alone_runs_on_fake_cuda_tensors(library: Path)
     assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
-@pytest.mark.parametrize("strategy", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp"))])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "one",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("ddp", "fsdp", "hsdp", "one-selective", "fsdp-blocks")
+        ),
+    ],
+)
 def test_a_step_of_a_mix_runs_on_fake_cuda_tensors(strategy: str, library: Path) -> None:
     cases = [f"{strategy}:{'+'.join(mix)}" for mix in MIXES]
     assert errors_of(cases, library) == dict.fromkeys(cases)
@@ -72,8 +87,22 @@ def test_a_layer_that_waits_or_mixes_devices_or_precisions_fails(library: Path) 
         "nonzero": "DynamicOutputShapeException: aten.nonzero",
         "float64": "widens to float64",
         "float32": "computes in torch.float32",
+        "float16": "computes in float16",
+        "index": "waits for a copy of indices [2]",
+        "mask": "waits for the number of elements of a mask",
+        "synchronize": "the host waits for the device",
+        "stream": "the host waits for the device",
+        "pageable": "waits for a copy of [24] from cpu to cuda",
+        "unwaited": "waits for a copy of [] from cuda:0 to cpu",
     }
     assert {fault for fault, case in cases.items() if expected[fault] in (errors[case] or "")} == set(expected), errors
+
+
+def test_selective_checkpointing_saves_what_attention_by_segments_returns(library: Path) -> None:
+    cases = {way: f"one{way}:infonce" for way in ("", "-selective", "-blocks")}
+    outcomes = outcomes_of([*cases.values()], library)
+    attentions = {way: outcomes[case]["attentions"] for way, case in cases.items()}
+    assert attentions["-selective"] == attentions[""] > 0 and attentions["-blocks"] > attentions[""], attentions
 
 
 @pytest.mark.gpu
