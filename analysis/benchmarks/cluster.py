@@ -140,7 +140,7 @@ def measure(task: Task, micro_batch: Batch, num_micro_batches: int, options: Par
     def step() -> None:
         batches = [fake_cuda.fake_batch(micro_batch) for _ in range(num_micro_batches)]
         passes = autocast(CUDA, Precision.bf16)
-        forward_backward(wrapped, task, batches, {"infonce": 1.0}, passes, transfer=Transfer(CUDA))
+        forward_backward(wrapped, task, batches, {"infonce": 1.0}, passes, transfer=Transfer(CUDA).start)
         skipped = optim.guarded_step(optimizer, optim.grad_norms(optimizer)["all"], 1.0)
         task.after_step(micro_batch.progress, skipped)
 

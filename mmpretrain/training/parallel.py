@@ -23,6 +23,7 @@ from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
+_MOST_GRAPHS = 64
 _ROUNDING = 0.02  # relative error of a step: some optimisers compute in bf16
 
 # Later releases of torch renamed the parameter.
@@ -106,6 +107,10 @@ def prepare(task: Task, device: torch.device, precision: Precision, options: Par
     # A copy without weights, made before the blocks are changed.
     skeleton = task if mesh is None else copy.deepcopy(task, {id(p): _on_meta(p) for p in task.parameters()})
     blocks = blocks_of(task)
+    if options.compile:
+        # A block is compiled for each kind of call: with and without gradients, with tokens picked, of one size and of any.
+        # By default, torch stops compiling after eight without a word.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     for block in blocks:
         if options.activation_checkpointing != ActivationCheckpointing.none:
             if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules()):

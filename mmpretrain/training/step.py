@@ -129,17 +129,21 @@ def _count(name: str, micro_batches: Sequence[Batch], task: Task) -> Tensor:
     return distributed.all_reduce_sum(torch.full((), own, dtype=torch.float64, device=task.model.device)).clamp(min=1)
 
 
-def _ahead(batches: Sequence[Batch], transfer: Callable[[Batch], Batch] | None) -> Iterator[Batch]:
+Transferring = Callable[[Batch], Callable[[], Batch]]
+"""Function that starts to copy a micro-batch to the device, and returns one that returns it there; `Transfer.start`."""
+
+
+def _ahead(batches: Sequence[Batch], start: Transferring | None) -> Iterator[Batch]:
     """Yield each micro-batch on the device, after the copy of the next one has begun. Further ones stay on the host."""
-    if transfer is None:
+    if start is None:
         yield from batches
         return
-    upcoming = transfer(batches[0])
+    upcoming = start(batches[0])
     for batch in batches[1:]:
-        current, upcoming = upcoming, transfer(batch)
-        yield current
+        current, upcoming = upcoming, start(batch)
+        yield current()
         del current
-    yield upcoming
+    yield upcoming()
 
 
 def _zeros(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -153,7 +157,7 @@ def forward_backward(
     weights: Mapping[str, float],
     autocast: AbstractContextManager[object] | None = None,
     loss_scale: Tensor | None = None,
-    transfer: Callable[[Batch], Batch] | None = None,
+    transfer: Transferring | None = None,
 ) -> StepLosses:
     """Add the gradients of one global batch's weighted loss to the parameters.
 
@@ -164,7 +168,7 @@ def forward_backward(
         weights: weight of each objective's loss; those of weight 0 are not computed.
         autocast: autocast context of the forward passes, entered for each pass.
         loss_scale: scalar factor of the gradients; None for no scaling.
-        transfer: function that copies a micro-batch to the device, called one micro-batch ahead; None: they are there.
+        transfer: `Transfer.start`, called one micro-batch ahead; None: the micro-batches are on the device.
     """
     autocast = autocast or nullcontext()
     micro_batches = [task.counted(batch, weights) for batch in micro_batches]

@@ -289,7 +289,7 @@ class Trainer:
     ) -> StepLosses:
         """Compute the step's gradients. Raises: TrainingError if `trainer.detect_anomaly` found NaN in a gradient."""
         try:
-            return forward_backward(self.wrapped, self.task, micro_batches, weights, passes, scale, self.transfer)
+            return forward_backward(self.wrapped, self.task, micro_batches, weights, passes, scale, self.transfer.start)
         except RuntimeError as error:
             if not (torch.is_anomaly_enabled() and "returned nan values" in str(error)):
                 raise

@@ -1,5 +1,8 @@
 """Transfer of batches from the host to the device."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from mmpretrain.batch import Batch
@@ -17,12 +20,25 @@ class Transfer:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch on the device. Later work of the current stream waits for the copy, but the host does not."""
+        return self.start(batch)()
+
+    def start(self, batch: Batch) -> Callable[[], Batch]:
+        """Start to copy a batch.
+
+        Returns: function that returns the batch on the device. From its call on, work of the current stream waits for the
+            copy; what was enqueued before runs beside it.
+        """
         if self._copying is None:
-            return batch.to(self._device)
-        computing = torch.cuda.current_stream(self._device)
+            return partial(batch.to, self._device)
         with torch.cuda.stream(self._copying):
             there = batch.to(self._device)
-        computing.wait_stream(self._copying)
-        # Otherwise the allocator could reuse the memory for the next copy while this batch is still being read.
-        there.record_stream(computing)
-        return there
+        copied = self._copying.record_event()
+
+        def arrived() -> Batch:
+            computing = torch.cuda.current_stream(self._device)
+            computing.wait_event(copied)
+            # Otherwise the allocator could reuse the memory for the next copy while this batch is still being read.
+            there.record_stream(computing)
+            return there
+
+        return arrived

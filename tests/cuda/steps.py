@@ -58,7 +58,9 @@ class Steps:
     def step(self) -> None:
         weights = dict.fromkeys(self.task.objectives, 0.5)
         passes = autocast(self.device, Precision.bf16)
-        forward_backward(self.wrapped, self.task, self.batches, weights, passes, self.loss_scale.scale, self.transfer)
+        forward_backward(
+            self.wrapped, self.task, self.batches, weights, passes, self.loss_scale.scale, self.transfer.start
+        )
         self.loss_scale.unscale(gradients(self.optimizer))
         skipped = guarded_step(self.optimizer, grad_norms(self.optimizer)["all"], 1.0)
         self.task.after_step(self.batches[0].progress, skipped)

@@ -225,12 +225,21 @@ def test_micro_batches_are_transferred_one_ahead(objectives: tuple[str, ...]) ->
     made: list[weakref.ref[Batch]] = []
     most = 0
 
-    def transfer(batch: Batch) -> Batch:
+    started, arrived = [], []
+
+    def transfer(batch: Batch) -> Callable[[], Batch]:
         nonlocal most
         there = replace(batch)
         made.append(weakref.ref(there))
         most = max(most, sum(each() is not None for each in made))
-        return there
+        number = len(made)
+        started.append(number)
+
+        def arrive() -> Batch:
+            arrived.append((number, max(started)))
+            return there
+
+        return arrive
 
     gradients = []
     for ahead in (None, transfer):
@@ -239,6 +248,7 @@ def test_micro_batches_are_transferred_one_ahead(objectives: tuple[str, ...]) ->
         gradients.append([p.grad for p in task.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
     assert 1 < most <= 3
+    assert all(last == min(number + 1, len(made)) for number, last in arrived[-8:]), "waited for too early or too late"
 
 
 def test_each_rank_projects_its_own_views(pool: Pools) -> None:
