@@ -175,10 +175,17 @@ def build_text(
 
 @app.command()
 def index(
-    tars: Annotated[list[str], typer.Argument(help="Tars, folders of tars, globs or brace patterns.")],
+    tars: Annotated[list[str], typer.Argument(help="Tars, folders of tars, globs or brace patterns; local or remote.")],
+    index_dir: Annotated[
+        str | None, typer.Option(help="Folder of the indexes (data.index_dir).", show_default="beside the tars")
+    ] = None,
+    *,
     workers: Workers,
 ) -> None:
     """Build or refresh the offset indexes of tars from WebDataset or img2dataset.
+
+    Beside the indexes, shards.json lists the shards of each folder. Upload it and the indexes with the tars, and training
+    reads ranges of them from the bucket. Remote tars (https://, s3://, gs://) are fetched whole, once, to be indexed.
 
     Reports truncated tars, duplicate keys, and samples without a caption or, except in tars of text alone, an image.
     The exit code is 1 if there are problems.
@@ -188,18 +195,20 @@ def index(
       python -m data_tools index data/emoji/train
 
       python -m data_tools index 'laion/{00000..00099}.tar'
-    """
-    from data_tools.indexing import index_tars
-    from mmpretrain.data.shards import expand_shards
 
-    results = index_tars(expand_shards(tars), workers)
+      python -m data_tools index 's3://bucket/laion/{00000..00099}.tar' --index-dir indexes
+    """
+    from data_tools.indexing import expand, index_tars
+    from mmpretrain.data.stored_index import index_path
+
+    results = index_tars(expand(tars, index_dir), workers, index_dir)
     num_samples, seconds = sum(r.num_samples for r in results), sum(r.seconds for r in results)
     rate = f", {num_samples / seconds:,.0f} samples/s on one core" if seconds else ""
     print(f"{num_samples:,} samples in {len(results)} tars{rate}")
-    elsewhere = [result for result in results if result.index not in (None, f"{result.tar}.index.npz")]
+    elsewhere = [result for result in results if result.index not in (None, str(index_path(result.tar, index_dir)))]
     if elsewhere:
         folder = Path(str(elsewhere[0].index)).parent
-        print(f"{len(elsewhere)} indexes are in {folder}, since they could not be written beside their tars")
+        print(f"{len(elsewhere)} indexes are in {folder}, since they could not be written to their place")
     rows = [(result.tar, problem) for result in results for problem in result.problems]
     if rows:
         table = Table("tar", "problem")

@@ -1,40 +1,107 @@
-"""Command `index`: build offset indexes of tars from WebDataset or img2dataset."""
+"""Command `index`: build offset indexes of tars from WebDataset or img2dataset, and the tables of each folder's shards."""
 
+import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+import braceexpand
+
+from data_tools.output import write_atomically
 from data_tools.pool import run_tasks
-from mmpretrain.data.stored_index import store_index
-from mmpretrain.data.tar_index import index_tar
+from mmpretrain.data.open_shards import StorageOptions, cache_of
+from mmpretrain.data.remote import is_remote
+from mmpretrain.data.remote_shards import RemoteShards
+from mmpretrain.data.shards import expand_shards
+from mmpretrain.data.stored_index import mirrored, store_index
+from mmpretrain.data.tar_index import TarIndex, index_tar
+from mmpretrain.files import read_json
+
+TABLE = "shards.json"
 
 
 @dataclass(frozen=True)
 class IndexedTar:
-    """Result for one tar: number of samples, CPU seconds of the scan, path of its index, and problems."""
+    """Result for one tar: CPU seconds of the scan, number of samples, size, digest, path of its index, and problems."""
 
     tar: str
-    num_samples: int
-    seconds: float
-    index: str | None
-    problems: list[str]
+    seconds: float = 0.0
+    num_samples: int = 0
+    tar_bytes: int = 0
+    digest: str = ""
+    index: str | None = None
+    problems: Sequence[str] = ()
 
 
-def index_tars(tars: Sequence[str], workers: int) -> list[IndexedTar]:
-    """Scan tars and store their indexes, even where a valid index exists: a request to index does not trust it."""
-    return list(run_tasks(_index_one, tars, workers, "indexing"))
+def expand(tars: Sequence[str], index_dir: str | None) -> list[str]:
+    """Expand patterns of local or remote tars. Raises: ValueError, also for remote tars without an `index_dir`."""
+    parts = [part for pattern in tars for part in braceexpand.braceexpand(pattern)]
+    if not any(map(is_remote, parts)):
+        return expand_shards(tars)
+    if not all(map(is_remote, parts)):
+        raise ValueError(f"tars {list(tars)}: local and remote ones together; expected one kind")
+    if index_dir is None or is_remote(index_dir):
+        raise ValueError(f"--index-dir is {index_dir!r}; expected a local folder for the indexes of remote tars")
+    return _storage().expand(parts, "tars")
 
 
-def _index_one(tar: str) -> IndexedTar:
+def index_tars(tars: Sequence[str], workers: int, index_dir: str | None = None) -> list[IndexedTar]:
+    """Scan tars and store their indexes, even where a valid index exists: a request to index does not trust it.
+
+    `shards.json`, in the folder of the indexes, lists the number of samples and the digest of each tar, so that remote copies
+    open by one request. It keeps the entries of the folder's other tars.
+
+    Args:
+        tars: paths or addresses; remote tars are fetched whole.
+        workers: number of processes.
+        index_dir: folder of the indexes, which repeats the folders of the tars; None: beside the tars.
+    """
+    results = list(run_tasks(partial(_index_one, index_dir=index_dir), tars, workers, "indexing"))
+    folders: dict[str, list[IndexedTar]] = defaultdict(list)
+    for result in results:
+        if result.index is not None and result.num_samples:
+            folders[mirrored(result.tar.rpartition("/")[0] or ".", index_dir)].append(result)
+    for folder, indexed in folders.items():
+        with suppress(PermissionError):  # the indexes are in the cache then, which serves this machine alone
+            _write_table(Path(folder) / TABLE, indexed)
+    return results
+
+
+def _write_table(path: Path, indexed: Sequence[IndexedTar]) -> None:
+    rows = {row["name"]: row for row in read_json(path)["shards"]} if path.exists() else {}
+    for tar in indexed:
+        name = tar.tar.rpartition("/")[2]
+        figures = {"num_samples": tar.num_samples, "tar_bytes": tar.tar_bytes, "digest": tar.digest}
+        rows[name] = {"name": name, **figures, "problems": list(tar.problems)}
+    write_atomically(path, json.dumps({"shards": [rows[name] for name in sorted(rows)]}, indent=1) + "\n")
+
+
+def _storage() -> RemoteShards:
+    options = StorageOptions()
+    return RemoteShards(cache_of(options), None, options.storage_seconds)
+
+
+def _index_one(tar: str, index_dir: str | None) -> IndexedTar:
     started = time.process_time()
     try:
-        if not os.path.isfile(tar):  # opening a pipe would block forever
-            raise ValueError("expected a regular file")
-        index = index_tar(tar)
+        index = _scan(tar)
     except (ValueError, OSError) as error:
-        return IndexedTar(tar, 0, 0.0, None, [str(error)])
+        return IndexedTar(tar, problems=[str(error)])
     seconds = time.process_time() - started
-    stored = store_index(index, tar)
+    stored = store_index(index, tar, index_dir)
     problems = index.problems + ([] if index.num_samples else ["no sample in it"])
-    return IndexedTar(tar, index.num_samples, seconds, str(stored) if stored else None, problems)
+    place = str(stored) if stored else None
+    return IndexedTar(tar, seconds, index.num_samples, index.tar_bytes, index.digest, place, problems)
+
+
+def _scan(tar: str) -> TarIndex:
+    if is_remote(tar):
+        return _storage().load_index(tar, digest="")
+    if not os.path.isfile(tar):  # opening a pipe would block forever
+        raise ValueError("expected a regular file")
+    return index_tar(tar)

@@ -2,8 +2,8 @@
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from mmpretrain.config import checks, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
 from mmpretrain.config.schema import EvalSetConfig, StreamConfig, TrainConfig
 from mmpretrain.data.fields import check_caption_field
-from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.open_shards import StorageOptions, open_shards
+from mmpretrain.data.remote import is_remote
 from mmpretrain.data.source import SampleSource, selected
 from mmpretrain.data.stream import SampleStream, Source, Stream
 from mmpretrain.data.subset import select
@@ -121,7 +122,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             continue
         streams[name] = SampleStream(
             name=name,
-            sources=_sources(name, stream, cfg.data.root),
+            sources=_sources(name, stream, cfg.data.root, cfg.data),
             batch_size=batch_size,
             seed=cfg.run.seed,
             caption=stream.caption,
@@ -138,6 +139,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             text_length=stream.text_length,
             shorten=stream.shorten,
             max_image_bytes=cfg.data.max_image_bytes,
+            shuffle=stream.shuffle,
         )
         streams[name].check_first_sample()
         if model.image is not None and stream.transform is not None and stream.image_size is not None:
@@ -161,7 +163,7 @@ def _check_image_sizes(model: ImageTextModel, sizes: ScheduledValue) -> None:
     model.train()
 
 
-def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
+def _sources(name: str, stream: StreamConfig, root: str, storage: StorageOptions) -> list[Source]:
     given = [key for key in ("shards", "source", "sources") if getattr(stream, key)]
     if len(given) != 1:
         raise ValueError(
@@ -175,14 +177,16 @@ def _sources(name: str, stream: StreamConfig, root: str) -> list[Source]:
                 + (f": data.train.{name}.sources.<source>.subset" if key == "subset" else "")
             )
     if not stream.sources:
-        samples = _samples(f"data.train.{name}", stream.shards, stream.source, root, stream.subset)
+        samples = _samples(f"data.train.{name}", stream.shards, stream.source, root, storage, stream.subset)
         if stream.max_samples is not None:
             samples = selected(samples, np.arange(min(stream.max_samples, samples.num_samples)))
         return [Source(name, samples)]
     return [
         Source(
             source_name,
-            _samples(f"data.train.{name}.sources.{source_name}", source.shards, source.source, root, source.subset),
+            _samples(
+                f"data.train.{name}.sources.{source_name}", source.shards, source.source, root, storage, source.subset
+            ),
             source.weight,
         )
         for source_name, source in stream.sources.items()
@@ -223,6 +227,7 @@ def _samples(
     shards: Any,
     source: instantiate.Node | None,
     root: str | None,
+    storage: StorageOptions,
     subset: str | None = None,
     lookup: instantiate.Lookup | None = None,
 ) -> SampleSource:
@@ -235,14 +240,20 @@ def _samples(
             return built if subset is None else selected(built, select(built, subset))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-    return _shards(key, shards, root, subset)
+    return _shards(key, shards, root, storage, subset)
 
 
-def _shards(key: str, shards: str | list[str], root: str | None, subset: str | None = None) -> SampleSource:
+def _shards(
+    key: str, shards: str | list[str], root: str | None, storage: StorageOptions, subset: str | None
+) -> SampleSource:
     if not accepts(shards, str | Sequence[str]):
         raise ValueError(f"{key}.shards is {shards!r}; expected a tar, a folder or a pattern, or a list of them")
     try:
-        opened = Shards.shared(partial(expand_shards, shards, root))
+        opened = open_shards(shards, root, storage)
+        if subset is not None and not opened.is_indexed:
+            raise ValueError(
+                f"subset is {subset!r}, but the shards have no indexes; expected them: python -m data_tools index"
+            )
         kept: SampleSource = opened if subset is None else selected(opened, select(opened, subset))
     except ValueError as error:
         made = (
@@ -272,6 +283,7 @@ def build_eval_sets(
     root: str | None,
     model: ImageTextModel,
     max_image_bytes: int,
+    storage: StorageOptions,
     lookup: instantiate.Lookup | None = None,
 ) -> dict[str, EvalSet]:
     """Build the held-out data sets with a model's preprocessing.
@@ -281,6 +293,7 @@ def build_eval_sets(
         root: folder of relative paths.
         model: model to evaluate.
         max_image_bytes: memory limit for decoding one image, in bytes.
+        storage: indexes and cache of tars.
         lookup: lookup of the sources' `_target_`s in a configuration that is not trusted; None for a checked one.
 
     Raises: ValueError for missing shards, classes or fields, and for a source that `lookup` refuses.
@@ -291,19 +304,27 @@ def build_eval_sets(
     eval_sets = {
         name: EvalSet(
             name=name,
-            shards=_samples(f"data.val.{name}", data.shards, data.source, root, lookup=lookup),
+            shards=_samples(f"data.val.{name}", data.shards, data.source, root, storage, lookup=lookup),
             preprocess=preprocess_of(model, max_image_bytes),
             caption=data.caption,
             label=data.label,
             classes=None
             if data.classes is None
-            else read_classes(Path(root or "", data.classes), data.class_column, data.text_column, data.templates),
+            else read_classes(_local(data.classes, root), data.class_column, data.text_column, data.templates),
         )
         for name, data in sets.items()
     }
     for eval_set in eval_sets.values():
         check_readable(eval_set)
     return eval_sets
+
+
+def _local(classes: str, root: str | None) -> Path:
+    """Return the path of a class list. Raises: ValueError if it is remote."""
+    path = classes if is_remote(classes) else os.path.join(root or "", classes)
+    if is_remote(path):
+        raise ValueError(f"classes is {path!r}; expected a file of this machine: copy it, and give its absolute path")
+    return Path(path)
 
 
 def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict[str, Evaluator], dict[str, Duration]]:
@@ -327,7 +348,7 @@ def build_evaluation(
     context = Context(
         model=task.model,
         tokenizer=tokenizer,
-        sets=build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes),
+        sets=build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes, cfg.data),
         logit_scale=task.logit_scale,
         batch_size=cfg.data.val_batch_size,
         workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,

@@ -22,8 +22,8 @@ from mmpretrain.checkpoints.load import Loaded, load_checkpoint
 from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EmbedConfig, Precision
 from mmpretrain.data.image_batches import split
+from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.preprocess import Preprocess
-from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.source import Fingerprint, SampleSource
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.evals.embeddings import embed_batches
@@ -74,7 +74,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
     with autocast(device, precision):
         if cfg.images is not None:
             assert loaded.preprocess is not None
-            images = _Images(cfg.images, loaded.preprocess)
+            images = _Images(cfg.images, loaded.preprocess, cfg.storage)
             output = _Output(
                 folder / "images", images.keys, loaded.model.image_embed_dim, cfg.batch_size,
                 {**work, "images": images.fingerprint},
@@ -107,7 +107,9 @@ class _Images:
     Raises: ValueError for a folder without images, and for an unsuitable source.
     """
 
-    def __init__(self, source: str | Sequence[str] | dict[str, Any], preprocess: Preprocess) -> None:
+    def __init__(
+        self, source: str | Sequence[str] | dict[str, Any], preprocess: Preprocess, storage: StorageOptions
+    ) -> None:
         self._preprocess = preprocess
         self._source: SampleSource | None = None
         self._files: list[Path] = []
@@ -126,7 +128,7 @@ class _Images:
             checks.check_source(source, "images")
             self._source = build.build_source(source, "images", None)
         else:
-            self._source = Shards.shared(partial(expand_shards, source))
+            self._source = open_shards(source, None, storage)
         self.keys = [self._source.key(sample) for sample in range(self._source.num_samples)]
         fingerprint = self._source.fingerprint
         self.fingerprint = fingerprint.hash if isinstance(fingerprint, Fingerprint) else fingerprint

@@ -4,6 +4,7 @@ import json
 import logging
 import typing
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mmpretrain import build, distributed, errors, files
@@ -44,10 +45,12 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
     batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
     errors.check_number("config.yaml: data.val_batch_size", batch_size, at_least=1)
     max_image_bytes = loaded.setting("data.max_image_bytes", int | None) or MAX_IMAGE_BYTES  # missing in older runs
+    index_dir = cfg.data.index_dir or loaded.setting("data.index_dir", str | None)
+    storage = replace(cfg.data, index_dir=index_dir)
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes, lookup),
+        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes, storage, lookup),
         logit_scale=loaded.scalars.get("logit_scale"),
         batch_size=batch_size,
         workers=cfg.data.workers,

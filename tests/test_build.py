@@ -305,7 +305,7 @@ def test_a_tokenizer_that_does_not_fit_the_text_encoder_is_refused(pairs: Path) 
 def test_held_out_sets_are_opened_with_their_captions_checked(cfg: TrainConfig, task: Task, pairs: Path) -> None:
     def sets(**parts: Any) -> dict[str, Any]:
         given = {"a": EvalSetConfig(**{"shards": "val", "caption": "txt", **parts})}
-        return build.build_eval_sets(given, str(pairs), task.model, cfg.data.max_image_bytes)
+        return build.build_eval_sets(given, str(pairs), task.model, cfg.data.max_image_bytes, cfg.data)
 
     assert list(sets()) == ["a"]
     for parts, message in (

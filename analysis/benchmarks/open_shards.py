@@ -15,7 +15,6 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from analysis.benchmarks import arguments
 from analysis.benchmarks.machine import one_line, proportional_bytes, write_record
 from analysis.benchmarks.ranks import on_ranks
 from mmpretrain import distributed
-from mmpretrain.data.shards import Shards, expand_shards
+from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.stored_index import index_path, write_index
 from mmpretrain.data.tar_index import TarIndex
 
@@ -73,7 +72,7 @@ def measure(folder: str) -> dict[str, float]:
     gc.collect()  # it writes to all objects, so that a forked process gets pages of its own
     distributed.gather_objects(None)
     before, started = proportional_bytes(), time.perf_counter()
-    shards = Shards.shared(partial(expand_shards, folder))
+    shards = open_shards(folder, None, StorageOptions())
     opened = time.perf_counter()
     gc.collect()
     distributed.gather_objects(None)  # so that each sees what all share

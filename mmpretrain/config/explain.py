@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -232,16 +232,19 @@ def components(group: str, options: Mapping[str, Yaml]) -> list[Component]:
 
 
 def _fields_of(kind: type) -> Iterator[tuple[str, str, Any, str]]:
-    """Yield (name, annotation as written, default, the docstring below it) of a dataclass's fields."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(tree, ast.ClassDef)
+    """Yield (name, annotation as written, default, the docstring below it) of a dataclass's fields, inherited ones last."""
     known = {each.name: each for each in fields(kind) if not each.metadata.get("omegaconf_ignore")}
-    for node, after in zip(tree.body, [*tree.body[1:], ast.Pass()]):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in known:
-            own = known[node.target.id]
-            default = own.default_factory() if callable(own.default_factory) else own.default
-            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            yield own.name, ast.unparse(node.annotation), getattr(default, "value", default), str(text)
+    for base in filter(is_dataclass, kind.__mro__):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(tree, ast.ClassDef)
+        for node, after in zip(tree.body, [*tree.body[1:], ast.Pass()]):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in known:
+                own = known[node.target.id]
+                default = own.default_factory() if callable(own.default_factory) else own.default
+                text = (
+                    after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+                )
+                yield own.name, ast.unparse(node.annotation), getattr(default, "value", default), str(text)
 
 
 def schema_entries(kind: type, key: str, given: Mapping[str, Any], comments: Mapping[str, str]) -> Iterator[Entry]:
@@ -253,12 +256,13 @@ def schema_entries(kind: type, key: str, given: Mapping[str, Any], comments: Map
         given: values of conf/ by name of the stream or data set.
         comments: comments of conf/ by full key.
     """
+    hints = get_type_hints(kind)
     for name, annotation, own_default, docstring in _fields_of(kind):
         path = f"{key}.{name}".lstrip(".")
         values = {where: value.get(name, own_default) for where, value in given.items()}
         values = {where: Default.required if value == "???" else value for where, value in values.items()}
         type_name = re.sub(r"^dict\[str, (\w+)\]$", r"\1", annotation).split(" ")[0]
-        named = getattr(schema, type_name, None)
+        named = getattr(schema, type_name, None) or hints[name]
         if is_dataclass(named) and type_name == annotation:
             inside = {where: value if isinstance(value, dict) else {} for where, value in values.items()}
             yield from schema_entries(named, path, inside, comments)  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset|sou
 _FREE = re.compile(
     r"run\.(name|dir)"
     r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|writer(\..*)?|parallel\..*"
-    r"|data\.(workers|timeout_seconds|max_bad_fraction|val_batch_size|val(\..*)?)|" + _PLACES
+    r"|data\.(workers|timeout_seconds|max_bad_fraction|val_batch_size|val(\..*)?)"
+    r"|data\.(index_dir|cache_dir|cache_bytes|storage_seconds|on_missing_shard)|" + _PLACES
 )
 
 
@@ -32,6 +33,14 @@ _BEFORE: Mapping[str, Any] = {
     "optimizer.towers.image.layer_decay": None,
     "optimizer.towers.text.layer_decay": None,
 }
+_BEFORE_OF_STREAMS: Mapping[str, Any] = {"shuffle": "blocks"}
+
+
+def _before(key: str) -> Any:
+    """Return the value that applied to runs made before a key existed."""
+    if re.fullmatch(r"data\.train\.[^.]+\.[^.]+", key):
+        return _BEFORE_OF_STREAMS.get(key.rpartition(".")[2], "absent")
+    return _BEFORE.get(key, "absent")
 
 
 def derived_name(overrides: Sequence[Override]) -> str:
@@ -131,9 +140,7 @@ def differences(
         values: `now` in the form of `to_values`, which earlier versions saved.
     """
     flats = [flat(dict(plain)) for plain in (saved, now, values or now)]
-    all_three = {
-        key: [flat.get(key, _BEFORE.get(key, "absent")) for flat in flats] for key in sorted({**flats[0], **flats[1]})
-    }
+    all_three = {key: [flat.get(key, _before(key)) for flat in flats] for key in sorted({**flats[0], **flats[1]})}
     return [
         f"{key}: {json.dumps(before)} -> {json.dumps(after)}"
         for key, (before, after, value) in all_three.items()

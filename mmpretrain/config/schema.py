@@ -11,7 +11,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from mmpretrain.data.open_shards import StorageOptions
 from mmpretrain.data.shorten import Shorten
+from mmpretrain.data.stream import Shuffle
 
 Scheduled = Any
 """A number, or a schedule of it as a mapping (see `mmpretrain.schedules`). OmegaConf's types cannot express it."""
@@ -122,6 +124,9 @@ class StreamConfig:
     repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sets of samples by name, each with a share of its own, instead of `shards` or `source`."""
+    shuffle: Shuffle = Shuffle.blocks
+    """Order of the samples: blocks of 256 samples, 64 of them mixed at a time; or whole shards, two or more of them mixed
+    at a time, which remote shards without indexes need."""
     batch_size: Any = None
     image_size: Any = None
     text_length: Any = None
@@ -159,7 +164,7 @@ class EvalSetConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(StorageOptions):
     """Data sets, tokenizer and loading."""
 
     root: str = MISSING
@@ -204,7 +209,7 @@ class TrainConfig:
 
 
 @dataclass
-class EvalDataConfig:
+class EvalDataConfig(StorageOptions):
     """Data sets of an evaluation. The run's own settings replace those that are omitted."""
 
     root: str | None = None
@@ -252,6 +257,8 @@ class EmbedConfig:
     device: str = MISSING
     precision: Precision | None = MISSING
     ema: bool = MISSING
+    storage: StorageOptions = field(default_factory=StorageOptions)
+    """Where tars of `images` have their indexes, and the cache of remote ones."""
     trust: list[str] = field(default_factory=list)
 
 

@@ -36,12 +36,12 @@ _CAUSES = {
 }
 """What a signal that ends a worker usually comes from, as the end of a sentence."""
 
-MicroBatchItem = tuple[int, Mapping[str, StreamItem]]
-"""Samples seen before the step, and the item of each stream by name."""
+MicroBatchItem = tuple[int, Mapping[str, StreamItem], Mapping[str, StreamItem]]
+"""Samples seen before the step, the item of each stream by name, and the later items of remote streams to fetch ahead."""
 
 
 class MicroBatches(Dataset[Batch]):
-    """Map-style data set: maps (samples seen, {stream: (positions, sources, ids)}) to a Batch."""
+    """Map-style data set: maps (samples seen, {stream: (positions, sources, ids)}, the same of a later step) to a Batch."""
 
     def __init__(self, streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> None:
         self._streams = streams
@@ -50,6 +50,9 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, item: MicroBatchItem) -> Batch:
         progress = TrainingProgress(item[0], self._clock)
+        for name, later in item[2].items():
+            self._streams[name].prefetch(item[1][name], is_urgent=True)
+            self._streams[name].prefetch(later, is_urgent=False)
         parts = {
             name: self._streams[name].read(stream_item, self._tokenizer, progress)
             for name, stream_item in item[1].items()
@@ -80,12 +83,17 @@ class StepSampler(Sampler[MicroBatchItem]):
 
     def __iter__(self) -> Iterator[MicroBatchItem]:
         for step in self._steps:
-            parts = {
-                name: step_positions(stream.order, step_range(stream.batch_size, step, self._clock), *self._place)
-                for name, stream in self._streams.items()
-            }
+            parts, later = {}, {}
+            for name, stream in self._streams.items():
+                taken = step_range(stream.batch_size, step, self._clock)
+                parts[name] = step_positions(stream.order, taken, *self._place)
+                if stream.prefetch_samples:
+                    ahead = -(-stream.prefetch_samples // len(taken))
+                    taken = step_range(stream.batch_size, min(step + ahead, self._steps.stop - 1), self._clock)
+                    later[name] = step_positions(stream.order, taken, *self._place)
             for i in range(self._place[2]):
-                yield step * self._clock.batch_size, {name: part[i] for name, part in parts.items()}
+                item, later_item = ({name: part[i] for name, part in each.items()} for each in (parts, later))
+                yield step * self._clock.batch_size, item, later_item
 
 
 def build_loader(

@@ -1,7 +1,8 @@
 """Sample order: a pure function of the seed, the stream position and the shards' sample counts.
 
-Each epoch of a source permutes its blocks of `BLOCK_SIZE` consecutive samples, then the samples within each window of
-`WINDOW_BLOCKS` blocks; both permutations are seeded. Reads stay local, and no shuffle buffer is needed.
+Each epoch of a source permutes its blocks of consecutive samples, then the samples within each window of blocks; both
+permutations are seeded. Reads stay local, and no shuffle buffer is needed. Blocks are of `BLOCK_SIZE` samples, and windows of
+`WINDOW_BLOCKS` blocks. For shards that are fetched whole, blocks are the shards, and windows hold as many samples on average.
 A stream of several weighted sources assigns positions to sources by a fixed pattern. Shares are exact over a period. Periods
 of up to `MAX_TABLE` positions are tabulated, and within one sample of the share at every position.
 """
@@ -28,38 +29,51 @@ class SourceOrder:
     Args:
         seed: seed of the order.
         num_samples: number of samples in the source.
+        shard_sizes: numbers of samples of the source's shards, int64 [n], to read one shard after the other; None: blocks
+            of 256 samples.
     """
 
-    def __init__(self, seed: int, num_samples: int) -> None:
+    def __init__(self, seed: int, num_samples: int, shard_sizes: np.ndarray | None = None) -> None:
         self.num_samples = num_samples
         self._seed = seed
-        self._num_blocks = -(-num_samples // BLOCK_SIZE)
-        # All blocks are full but the last one, which lacks so many samples: places are arithmetic, not tables.
-        self._lacking = self._num_blocks * BLOCK_SIZE - num_samples
+        # Blocks of 256 samples are described by arithmetic, not by tables: there may be millions.
+        self._sizes = None if shard_sizes is None else shard_sizes[shard_sizes > 0]
+        self._num_blocks = -(-num_samples // BLOCK_SIZE) if self._sizes is None else len(self._sizes)
+        self._window_blocks = WINDOW_BLOCKS
+        if self._sizes is not None:
+            self._window_blocks = max(2, -(-WINDOW_BLOCKS * BLOCK_SIZE * self._num_blocks // num_samples))
         # Positions around an epoch boundary need the block order of two epochs, and few windows.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
-    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, int]:
-        """Return (block order, [num_blocks], of the narrowest integers; window that has the last block)."""
+    @property
+    def window_samples(self) -> int:
+        """Number of samples in a window, rounded up for windows that differ."""
+        return min(self.num_samples, -(-self._window_blocks * self.num_samples // self._num_blocks))
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (block order, [num_blocks], of the narrowest integers; end of each window, int64 [num_windows])."""
         blocks = permutation(hash64(self._seed, epoch), self._num_blocks)
-        last = int(np.flatnonzero(blocks == self._num_blocks - 1)[0])
-        return blocks.astype(np.min_scalar_type(self._num_blocks)), last // WINDOW_BLOCKS
-
-    def _windows(self, epoch: int, offsets: np.ndarray) -> np.ndarray:
-        """Return the window of each offset in an epoch, int64 [n]."""
-        end = self._window_start(epoch, self._epoch(epoch)[1] + 1)
-        return (offsets + self._lacking * (offsets >= end)) // (WINDOW_BLOCKS * BLOCK_SIZE)
-
-    def _window_start(self, epoch: int, window: int) -> int:
-        """Return the offset of a window's first sample in an epoch."""
-        return window * WINDOW_BLOCKS * BLOCK_SIZE - self._lacking * (window > self._epoch(epoch)[1])
+        firsts = np.arange(0, self._num_blocks, self._window_blocks)
+        if self._sizes is None:
+            ends = np.minimum(firsts + self._window_blocks, self._num_blocks) * BLOCK_SIZE
+            last = int(np.flatnonzero(blocks == self._num_blocks - 1)[0])  # the one block that is not full
+            ends[last // self._window_blocks :] -= self._num_blocks * BLOCK_SIZE - self.num_samples
+        else:
+            ends = np.cumsum(np.add.reduceat(self._sizes[blocks], firsts))
+        return blocks.astype(np.min_scalar_type(self._num_blocks)), ends
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
         """Return the sample ids of one window in shuffled order, int64."""
-        blocks = self._epoch(epoch)[0][window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
-        samples = (blocks.astype(np.int64)[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).flatten()
-        samples = samples[samples < self.num_samples]
+        first = window * self._window_blocks
+        blocks = self._epoch(epoch)[0][first : first + self._window_blocks].astype(np.int64)
+        if self._sizes is None:
+            samples = (blocks[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)).flatten()
+            samples = samples[samples < self.num_samples]
+        else:
+            sizes = self._sizes
+            starts = np.cumsum(sizes) - sizes
+            samples = np.concatenate([starts[block] + np.arange(sizes[block]) for block in blocks])
         return samples[permutation(hash64(self._seed, epoch, window), len(samples))]
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -68,10 +82,12 @@ class SourceOrder:
         epochs, offsets = np.divmod(positions, self.num_samples)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
-            windows = self._windows(epoch, offsets)
+            ends = self._epoch(epoch)[1]
+            windows = np.searchsorted(ends, offsets, side="right")
             for window in np.unique(windows[of_epoch]).tolist():
                 rows = np.flatnonzero(of_epoch & (windows == window))
-                samples[rows] = self._window(epoch, window)[offsets[rows] - self._window_start(epoch, window)]
+                start = ends[window - 1] if window else 0
+                samples[rows] = self._window(epoch, window)[offsets[rows] - start]
         return samples
 
     def __getstate__(self) -> dict[str, object]:

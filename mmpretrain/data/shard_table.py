@@ -52,7 +52,7 @@ class ShardTable:
     Attributes:
         paths: paths of the tars.
         counts: number of samples of each, int64 [n].
-        digests: digest of each (see `TarIndex`).
+        digests: digest of each (see `TarIndex`); empty for a shard that is indexed when it is first read.
         problems: all defects of the tars, each with its path.
         not_stored: number of each shard whose index cannot be stored, so that it has to be made again, int64.
     """
@@ -69,8 +69,12 @@ class ShardTable:
         self.problems, self.not_stored = problems, not_stored
 
     @classmethod
-    def open(cls, paths: Sequence[str]) -> tuple["ShardTable", dict[int, TarIndex]]:
-        """Read the headers of the tars' indexes, and make the indexes that are missing.
+    def open(cls, paths: Sequence[str], index_dir: str | None = None) -> tuple["ShardTable", dict[int, TarIndex]]:
+        """Read the headers of the indexes of local tars, and make the indexes that are missing.
+
+        Args:
+            paths: paths of the tars.
+            index_dir: folder of the indexes; None: they lie beside the tars.
 
         Returns: the table, and the indexes that cannot be stored by the number of their shard.
         Raises: ValueError for a tar without samples; errors of `open_index`.
@@ -78,7 +82,7 @@ class ShardTable:
         counts, digests, problems = np.empty(len(paths), np.int64), [], []
         unstored: dict[int, TarIndex] = {}
         for i, path in enumerate(paths):
-            index: IndexHeader | TarIndex = open_index(path)
+            index: IndexHeader | TarIndex = open_index(path, index_dir)
             if not index.num_samples:
                 raise ValueError(f"shard {path!r}: no sample in it, expected at least one; remove it or build it again")
             if isinstance(index, TarIndex):
@@ -86,8 +90,25 @@ class ShardTable:
             counts[i] = index.num_samples
             digests.append(index.digest)
             problems += [f"{path}: {problem}" for problem in index.problems]
-        columns = Texts.of(paths), counts, Texts.of(digests), Texts.of(problems), np.array(list(unstored), np.int64)
-        return cls(*columns), unstored
+        return cls.of(paths, counts, digests, problems, list(unstored)), unstored
+
+    @classmethod
+    def of(
+        cls,
+        paths: Sequence[str],
+        counts: npt.ArrayLike,
+        digests: Sequence[str],
+        problems: Sequence[str] = (),
+        not_stored: Sequence[int] = (),
+    ) -> "ShardTable":
+        """Return the table of these columns."""
+        return cls(
+            Texts.of(paths),
+            np.asarray(counts, np.int64),
+            Texts.of(digests),
+            Texts.of(problems),
+            np.asarray(not_stored, np.int64),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the table as tensors on the CPU."""

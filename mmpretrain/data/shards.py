@@ -1,10 +1,13 @@
-"""Sets of tars: random access to their samples by id."""
+"""Sets of tars, local or remote: random access to their samples by id."""
 
 import json
+import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from enum import Enum
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +17,7 @@ from mmpretrain import distributed
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.source import Fingerprint, check_field_size, expand_paths
-from mmpretrain.data.storage import FileChanged, read_range
+from mmpretrain.data.storage import FileChanged, Unreachable, read_range
 from mmpretrain.data.stored_index import cached_index_path, index_path, load_index
 from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
 from mmpretrain.data.tar_index import TarIndex
@@ -25,9 +28,59 @@ _LOADED_SHARDS = 128
 """Indexes of a larger set that a process keeps. The order visits 64 blocks, of up to as many shards, at a time."""
 
 
+_logger = logging.getLogger(__name__)
+
+
 def expand_shards(shards: str | Sequence[str], root: str | None = None) -> list[str]:
     """Expand patterns and folders to paths of tars; see `expand_paths`. Raises: ValueError."""
     return expand_paths(shards, root, "shards", "tar")
+
+
+class OnMissingShard(Enum):
+    """What to do about a remote shard that stays unreachable."""
+
+    fail = "fail"
+    replace = "replace"
+
+
+class ShardStorage(Protocol):
+    """Storage of tars: `LocalShards` or `RemoteShards`. A tar without a digest is indexed when it is first read."""
+
+    def load_index(self, path: str, digest: str) -> TarIndex:
+        """Return the index of a tar. Raises: Unreachable; OSError; ValueError."""
+        ...
+
+    def read_range(self, path: str, digest: str, index: TarIndex, offset: int, size: int) -> bytes:
+        """Return `size` bytes at `offset` of a tar. Raises: Unreachable; OSError."""
+        ...
+
+    def prefetch(
+        self, path: str, digest: str, index: TarIndex | None, spans: Iterable[tuple[int, int]], is_urgent: bool
+    ) -> None:
+        """Fetch parts of a tar in the background."""
+        ...
+
+
+class LocalShards:
+    """Tars on file systems of this machine.
+
+    Args:
+        index_dir: folder of the indexes; None: they lie beside the tars.
+    """
+
+    def __init__(self, index_dir: str | None = None) -> None:
+        self._index_dir = index_dir
+
+    def load_index(self, path: str, digest: str) -> TarIndex:
+        return load_index(path, self._index_dir)
+
+    def read_range(self, path: str, digest: str, index: TarIndex, offset: int, size: int) -> bytes:
+        return read_range(path, offset, size, index.tar_bytes, index.mtime_ns)
+
+    def prefetch(
+        self, path: str, digest: str, index: TarIndex | None, spans: Iterable[tuple[int, int]], is_urgent: bool
+    ) -> None:
+        pass
 
 
 class Shards:
@@ -38,47 +91,78 @@ class Shards:
 
     Args:
         paths: paths of the tars.
+        index_dir: folder of the indexes; None: they lie beside the tars.
 
     Raises: ValueError for a tar without samples; errors of `load_index`.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._use(*ShardTable.open([os.fspath(path) for path in paths]))
+    def __init__(self, paths: Sequence[str], index_dir: str | None = None) -> None:
+        table, unstored = ShardTable.open([os.fspath(path) for path in paths], index_dir)
+        self._use(table, unstored, LocalShards(index_dir), OnMissingShard.fail)
 
     @classmethod
-    def shared(cls, expand: Callable[[], Sequence[str]]) -> "Shards":
+    def shared(
+        cls,
+        opened: Callable[[], tuple[ShardTable, Mapping[int, TarIndex]]],
+        storage: ShardStorage,
+        on_missing_shard: OnMissingShard = OnMissingShard.fail,
+    ) -> "Shards":
         """Open the same tars on all processes, reading their headers on one of each machine. A collective.
 
         Args:
-            expand: function that returns the paths of the tars, such as `expand_shards` with its arguments. It is called on
-                one process of each machine.
+            opened: function that returns the table of the tars and the indexes that cannot be stored, by the number of their
+                tar. It is called on one process of each machine.
+            storage: storage of the tars.
+            on_missing_shard: what happens to the samples of a tar that is not reachable.
 
-        Raises: as `Shards`; a ValueError or OSError of `expand`, on all processes.
+        Raises: a ValueError or OSError of `opened`, on all processes.
         """
         unstored: dict[int, TarIndex] = {}
 
-        def opened() -> dict[str, Tensor]:
-            table, own = ShardTable.open(expand())
+        def tensors() -> dict[str, Tensor]:
+            table, own = opened()
             unstored.update(own)
             return table.tensors()
 
         shards = cls.__new__(cls)
-        shards._use(ShardTable.from_tensors(distributed.once_per_machine(opened)), unstored)
+        shards._use(ShardTable.from_tensors(distributed.once_per_machine(tensors)), unstored, storage, on_missing_shard)
         return shards
 
-    def _use(self, table: ShardTable, unstored: Mapping[int, TarIndex]) -> None:
+    def _use(
+        self,
+        table: ShardTable,
+        unstored: Mapping[int, TarIndex],
+        storage: ShardStorage,
+        on_missing_shard: OnMissingShard,
+    ) -> None:
         self._table = table
+        self._storage = storage
+        self._replaces_missing = on_missing_shard == OnMissingShard.replace
+        self._missing: dict[int, str] = {}  # why a shard is not reachable, once it has proved so
         self._ends: npt.NDArray[np.int64] = np.cumsum(table.counts)
         self._kept = dict(unstored)
         for shard in table.not_stored.tolist():
-            self._kept.setdefault(shard, load_index(self.paths[shard]))
+            self._kept.setdefault(shard, storage.load_index(self.paths[shard], self._table.digests[shard]))
         self._loaded: OrderedDict[int, TarIndex] = OrderedDict()
         self._most_loaded = _LOADED_SHARDS
-        if self.num_samples <= _KEPT_SAMPLES:
+        if self.num_samples <= _KEPT_SAMPLES and self.is_indexed:
             # Loaded at once, before workers are forked, which then share them.
             self._most_loaded = len(self.paths)
             for shard in range(len(self.paths)):
                 self.index(shard)
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether every tar had an index when the set was opened."""
+        return all(self._table.digests)
+
+    @property
+    def is_remote(self) -> bool:
+        return not isinstance(self._storage, LocalShards)
+
+    @property
+    def shard_sizes(self) -> npt.NDArray[np.int64]:
+        return self.counts
 
     @property
     def paths(self) -> Sequence[str]:
@@ -113,8 +197,10 @@ class Shards:
         return self.paths[self._locate(sample_id)[0]]
 
     def key(self, sample_id: int) -> str:
-        """Return the key of a sample. Raises: IndexError."""
+        """Return the key of a sample; its number within its shard if that cannot be read. Raises: IndexError."""
         shard, row = self._locate(sample_id)
+        if shard in self._missing or row >= self.index(shard).num_samples:
+            return f"#{row}"
         return self.index(shard).key(row)
 
     def index(self, shard: int) -> TarIndex:
@@ -123,12 +209,20 @@ class Shards:
             return self._kept[shard]
         index = self._loaded.get(shard)
         if index is None:
-            path, count = self.paths[shard], int(self.counts[shard])
-            index = load_index(path)
-            if (index.num_samples, index.digest) != (count, self._table.digests[shard]):
+            path, count, digest = self.paths[shard], int(self.counts[shard]), self._table.digests[shard]
+            index = self._storage.load_index(path, digest)
+            if digest and (index.num_samples, index.digest) != (count, digest):
                 raise FileChanged(
                     f"{path} was changed or replaced while it was read (its index has {index.num_samples} samples, at the "
                     f"start {count}); restore it and go on, or start a new run on the changed file"
+                )
+            if index.num_samples != count:
+                _logger.warning(
+                    "%s has %d samples, but %d were announced; those that it lacks are replaced, those that it has more are "
+                    "not read",
+                    path,
+                    index.num_samples,
+                    count,
                 )
             self._loaded[shard] = index
         # Single operations of a dictionary, so that threads need no lock, which could be held while a worker is forked.
@@ -144,7 +238,8 @@ class Shards:
         Raises: IndexError.
         """
         shard, row = self._locate(sample_id)
-        members = self.index(shard).members
+        index = self.index(shard)
+        members = index.members if row < index.num_samples else {}
         for extension in fields:
             if extension in members:
                 offsets, sizes = members[extension]
@@ -161,19 +256,55 @@ class Shards:
             differs. An edit of a member in place that preserves all three is not detected.
         """
         shard, row = self._locate(sample_id)
+        if shard in self._missing:
+            raise BadSample(self._missing[shard])
+        try:
+            return self._read(shard, row, sample_id, fields)
+        except (Unreachable, FileNotFoundError) as error:
+            if not self._replaces_missing:
+                raise
+            self._missing[shard] = str(error)
+            raise BadSample(str(error)) from error
+
+    def _read(self, shard: int, row: int, sample_id: int, fields: Sequence[str]) -> bytes:
         member = self.member(sample_id, fields)
         if member is None:
             raise BadSample(f"it has no member {' or '.join(fields)}")
         path, extension, offset, size = member
         check_field_size(extension, size)
         index = self.index(shard)
-        block = read_range(path, offset - HEADER_BYTES, HEADER_BYTES + size, index.tar_bytes, index.mtime_ns)
+        block = self._storage.read_range(
+            path, self._table.digests[shard], index, offset - HEADER_BYTES, HEADER_BYTES + size
+        )
         if header_sum(block[:HEADER_BYTES]) != index.header_sums[extension][row]:
             raise FileChanged(
                 f"{path} is not what its index says (another header at byte {offset - HEADER_BYTES}), though of the same "
                 f"size and time of modification: remove {index_path(path)}, or {cached_index_path(path)}, and start again"
             )
         return block[HEADER_BYTES:]
+
+    def prefetch(self, sample_ids: npt.NDArray[np.int64], is_urgent: bool) -> None:
+        """Fetch samples of remote tars into the cache, in the background.
+
+        Args:
+            sample_ids: ids of the samples, int64 [n].
+            is_urgent: whether they are read now, and come before others.
+        """
+        shards = np.searchsorted(self._ends, sample_ids, side="right")
+        for shard in np.unique(shards).tolist():
+            if shard in self._missing:
+                continue
+            digest = self._table.digests[shard]
+            spans: list[tuple[int, int]] = []
+            index = None
+            if digest:
+                index = self.index(shard)
+                for row in (sample_ids[shards == shard] - (self._ends[shard] - self.counts[shard])).tolist():
+                    members = [
+                        (offsets[row], sizes[row]) for offsets, sizes in index.members.values() if sizes[row] >= 0
+                    ]
+                    spans += [(int(offset) - HEADER_BYTES, int(offset + size)) for offset, size in members]
+            self._storage.prefetch(self.paths[shard], digest, index, spans, is_urgent)
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
         if not 0 <= sample_id < self.num_samples:

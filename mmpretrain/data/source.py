@@ -71,6 +71,35 @@ class SampleSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ShardedSource(SampleSource, Protocol):
+    """A `SampleSource` whose samples lie in shards, which may be remote. `Selection` and `Shards` are such sources."""
+
+    @property
+    def shard_sizes(self) -> npt.NDArray[np.int64] | None:
+        """Number of samples of each shard, int64 [n], which add up to `num_samples`; None if they are not known."""
+        ...
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether samples have to be fetched before they are read."""
+        ...
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether a sample can be fetched without its shard."""
+        ...
+
+    def prefetch(self, sample_ids: npt.NDArray[np.int64], is_urgent: bool) -> None:
+        """Fetch samples in the background.
+
+        Args:
+            sample_ids: ids of the samples, int64 [n].
+            is_urgent: whether they are read now, and come before others.
+        """
+        ...
+
+
 def check_field_size(field: str, size: int) -> None:
     """Raise BadSample if a field exceeds 512 MiB for an image or 16 MiB for anything else."""
     limit = _MAX_IMAGE_BYTES if field in IMAGE_EXTENSIONS else _MAX_TEXT_BYTES
@@ -178,6 +207,33 @@ class Selection:
                 identities.append(fingerprint.encode() + b"\n")
         return Fingerprint.of(paths, identities, self.kept)
 
+    @property
+    def shard_sizes(self) -> npt.NDArray[np.int64] | None:
+        sizes = [source.shard_sizes if isinstance(source, ShardedSource) else None for source in self.sources]
+        known = [each for each in sizes if each is not None]
+        if len(known) < len(sizes):
+            return None
+        stored = np.concatenate(known)
+        if self.kept is None:
+            return stored
+        return np.bincount(np.searchsorted(np.cumsum(stored), self.kept, side="right"), minlength=len(stored))
+
+    @property
+    def is_remote(self) -> bool:
+        return any(isinstance(source, ShardedSource) and source.is_remote for source in self.sources)
+
+    @property
+    def is_indexed(self) -> bool:
+        return all(not isinstance(source, ShardedSource) or source.is_indexed for source in self.sources)
+
+    def prefetch(self, sample_ids: npt.NDArray[np.int64], is_urgent: bool) -> None:
+        stored = sample_ids if self.kept is None else self.kept[sample_ids]
+        owners = np.searchsorted(self._ends, stored, side="right")
+        for i in np.unique(owners).tolist():
+            source = self.sources[i]
+            if isinstance(source, ShardedSource):
+                source.prefetch(stored[owners == i] - (self._ends[i - 1] if i else 0), is_urgent)
+
     def key(self, sample_id: int) -> str:
         source, own_id = self._locate(sample_id)
         return source.key(own_id)
@@ -235,9 +291,7 @@ def expand_paths(
         matched: list[str] = []
         for part in braceexpand.braceexpand(pattern):
             if "://" in part:
-                raise ValueError(
-                    f"{key} {pattern!r}: expected local {kind}s; remote ones are not read yet, copy them first"
-                )
+                raise ValueError(f"{key} {pattern!r}: expected local {kind}s; copy remote ones first")
             path = os.path.join(root or "", part)
             if os.path.isdir(path):
                 matched += sorted(glob.glob(os.path.join(glob.escape(path), f"*.{kind}")))

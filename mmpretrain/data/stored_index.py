@@ -27,13 +27,31 @@ from mmpretrain.data.tar_index import MAX_EXTENSIONS, TarIndex, index_tar
 
 Found = TypeVar("Found", "IndexHeader", TarIndex)
 
+INDEX_SUFFIX = ".index.npz"
 _INDEX_VERSION = 4
 _logger = logging.getLogger(__name__)
 
 
-def index_path(tar: str | os.PathLike[str]) -> Path:
-    """Return the path of a tar's index beside the tar, used if the folder is writable."""
-    return Path(f"{os.fspath(tar)}.index.npz")
+def index_path(tar: str | os.PathLike[str], index_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Return the path of a tar's index, used if it can be written: beside the tar, or under `index_dir` (`index_place`)."""
+    return Path(index_place(os.fspath(tar), None if index_dir is None else os.fspath(index_dir)))
+
+
+def index_place(tar: str, index_dir: str | None) -> str:
+    """Return the path or address of the index of a tar, given by its path or address.
+
+    Under `index_dir`, the folders of the tar are repeated: `DIR/bucket/train/000.tar.index.npz` for
+    `s3://bucket/train/000.tar`, and `DIR/data/train/000.tar.index.npz` for `/data/train/000.tar`.
+    """
+    return mirrored(tar, index_dir) + INDEX_SUFFIX
+
+
+def mirrored(path: str, index_dir: str | None) -> str:
+    """Return the place under `index_dir` that stands for a path or address; the path itself without an `index_dir`."""
+    if index_dir is None:
+        return path
+    place = path.partition("://")[2] if "://" in path else os.path.abspath(path)
+    return f"{index_dir.rstrip('/')}/{place.lstrip('/')}"
 
 
 def cached_index_path(tar: str | os.PathLike[str]) -> Path:
@@ -232,39 +250,43 @@ def _check_header(header: Mapping[str, Any]) -> None:
         raise ValueError("tar_bytes and mtime_ns must be integers")
 
 
-def open_index(tar: str | os.PathLike[str]) -> IndexHeader | TarIndex:
+def open_index(tar: str | os.PathLike[str], index_dir: str | None = None) -> IndexHeader | TarIndex:
     """Return the header of a tar's stored index, as `load_index` finds or makes it; the whole index if it is not stored.
 
     Raises: errors of `index_tar`.
     """
-    found = _find(tar, read_header)
+    found = _find(tar, read_header, index_dir)
     if found is not None:
         return found
     index = index_tar(tar)
-    if store_index(index, tar) is None:
+    if store_index(index, tar, index_dir) is None:
         return index
     return IndexHeader(index.num_samples, index.tar_bytes, index.mtime_ns, index.digest, index.problems)
 
 
-def load_index(tar: str | os.PathLike[str]) -> TarIndex:
+def load_index(tar: str | os.PathLike[str], index_dir: str | None = None) -> TarIndex:
     """Return a tar's stored index if it matches the tar's size and modification time; else build and store a new one.
 
     An unreadable or damaged index is rebuilt, with a warning. A warning is also logged if neither the tar's folder nor
     the cache is writable.
 
+    Args:
+        tar: path of the tar.
+        index_dir: folder of the indexes; None: they lie beside the tars.
+
     Raises: errors of `index_tar`.
     """
-    found = _find(tar, read_index)
+    found = _find(tar, read_index, index_dir)
     if found is None:
         found = index_tar(tar)
-        store_index(found, tar)
+        store_index(found, tar, index_dir)
     return found
 
 
-def _find(tar: str | os.PathLike[str], read: Callable[[Path, int], Found]) -> Found | None:
-    """Read the stored index of a tar beside it or in the cache; None, with a warning if it is damaged, if none matches."""
+def _find(tar: str | os.PathLike[str], read: Callable[[Path, int], Found], index_dir: str | None) -> Found | None:
+    """Read the stored index of a tar in its place or in the cache; None, with a warning if it is damaged, if none matches."""
     stat = os.stat(tar)
-    for path in (index_path(tar), cached_index_path(tar)):
+    for path in (index_path(tar, index_dir), cached_index_path(tar)):
         try:
             index = read(path, stat.st_size)
         except FileNotFoundError:
@@ -283,14 +305,17 @@ def _find(tar: str | os.PathLike[str], read: Callable[[Path, int], Found]) -> Fo
     return None
 
 
-def store_index(index: TarIndex, tar: str | os.PathLike[str]) -> Path | None:
-    """Write a tar's index beside the tar, or else to the cache.
+def store_index(index: TarIndex, tar: str | os.PathLike[str], index_dir: str | None = None) -> Path | None:
+    """Write a tar's index to its place (`index_path`), or else to the cache.
 
     Returns: the path of the index; None, with a warning, if neither is writable.
     """
+    path = index_path(tar, index_dir)
     try:
-        write_index(index, index_path(tar))
-        return index_path(tar)
+        if index_dir is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_index(index, path)
+        return path
     except OSError as beside:
         cached = cached_index_path(tar)
         _logger.info("%s: its index goes to the cache (%s)", tar, beside)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from mmpretrain.data.fields import check_caption_field, decode_captions, read_la
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.data.shorten import Shorten, shortened
-from mmpretrain.data.source import SampleSource, concatenated
+from mmpretrain.data.source import SampleSource, ShardedSource, concatenated
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
@@ -37,6 +38,13 @@ class Source:
     name: str
     samples: SampleSource
     weight: float | None = None
+
+
+class Shuffle(str, Enum):
+    """Order of the samples: blocks of 256 samples in random order, or whole shards."""
+
+    blocks = "blocks"
+    shards = "shards"
 
 
 class CaptionFields:
@@ -84,6 +92,12 @@ class Stream(Protocol):
     order: Order
     fingerprints: dict[str, str]
     """Fingerprint of each source by name; it changes with the data."""
+    prefetch_samples: int
+    """Number of positions ahead of a step whose samples are fetched; 0 if none have to be."""
+
+    def prefetch(self, item: StreamItem, is_urgent: bool) -> None:
+        """Fetch the samples of a micro-batch in the background: one that is read next, or a later one."""
+        ...
 
     def check_first_sample(self) -> None:
         """Read a first sample, so that a wrong field ends the run at its start. Raises: ValueError."""
@@ -117,6 +131,27 @@ def _check_tokenizes(tokenizer: Tokenizer, caption: str) -> None:
         raise BadSample(f"its caption cannot be tokenized ({reason})") from error
 
 
+def _is_remote(samples: SampleSource) -> TypeGuard[ShardedSource]:
+    return isinstance(samples, ShardedSource) and samples.is_remote
+
+
+def _shard_sizes(samples: SampleSource, shuffle: Shuffle, key: str) -> np.ndarray | None:
+    """Return the sizes of the shards for an order by shards; None for one by blocks. Raises: ValueError."""
+    if shuffle == Shuffle.blocks:
+        if isinstance(samples, ShardedSource) and not samples.is_indexed:
+            raise ValueError(
+                f"{key}.shuffle is blocks, but {samples.location(0)} or another shard has no index; expected "
+                f"{key}.shuffle=shards, or indexes: python -m data_tools index"
+            )
+        return None
+    sizes = samples.shard_sizes if isinstance(samples, ShardedSource) else None
+    if sizes is None:
+        raise ValueError(
+            f"{key}.shuffle is shards, but its samples do not lie in shards; expected {key}.shuffle=blocks"
+        )
+    return sizes
+
+
 class SampleStream:
     """Stream of samples from one or several sources.
 
@@ -138,6 +173,7 @@ class SampleStream:
         views: (transform, augment) of each further view of the image; views are drawn independently.
         repeat_batches: number of batches after which the same batches repeat, crops and masks included; None never
             repeats.
+        shuffle: order of the samples; with `shards`, two or more shards at a time, as remote ones without indexes need.
     """
 
     def __init__(
@@ -157,6 +193,7 @@ class SampleStream:
         text_length: Scheduled | None = None,
         shorten: Shorten = Shorten.truncate,
         max_image_bytes: int = MAX_IMAGE_BYTES,
+        shuffle: Shuffle = Shuffle.blocks,
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -176,8 +213,18 @@ class SampleStream:
             self.sources = [
                 Source("+".join(source.name for source in sources), concatenated([s.samples for s in sources]))
             ]
+        orders = [
+            SourceOrder(
+                hash64(seed, name, source.name),
+                source.samples.num_samples,
+                _shard_sizes(source.samples, shuffle, f"data.train.{name}"),
+            )
+            for source in self.sources
+        ]
+        remote = [i for i, source in enumerate(self.sources) if _is_remote(source.samples)]
+        self.prefetch_samples = max((orders[i].window_samples for i in remote), default=0)
         self.order = Order(
-            [SourceOrder(hash64(seed, name, source.name), source.samples.num_samples) for source in self.sources],
+            orders,
             [1.0 if source.weight is None else source.weight for source in self.sources],
             None if repeat_batches is None else repeat_batches * int(self.batch_size.values[0]),
         )
@@ -238,6 +285,13 @@ class SampleStream:
             f"data.train.{self.name}: none of the first {len(reasons)} samples of {samples.location(0)} can be used; "
             f"of the first (key {samples.key(0)!r}): {reasons[0]}; {fix}"
         )
+
+    def prefetch(self, item: StreamItem, is_urgent: bool) -> None:
+        _, sources, ids = item
+        for i in np.unique(sources).tolist():
+            samples = self.sources[i].samples
+            if _is_remote(samples):
+                samples.prefetch(ids[sources == i], is_urgent)
 
     def sample_key(self, position: int) -> str:
         """Return the location and key of the sample at `position`."""

@@ -39,12 +39,16 @@ class SyntheticStream:
         if len(text_length) != 2 or not 2 <= text_length[0] <= text_length[1]:
             raise ValueError(f"text_length is {list(text_length)}; expected two numbers with 2 <= smallest <= largest")
         self.name = name
+        self.prefetch_samples = 0
         self.batch_size = ScheduledValue(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
         self.order = Order([SourceOrder(hash64(seed, name, "synthetic"), num_samples)], [1.0])
         self.fingerprints = {"synthetic": f"{num_samples} samples, texts of {list(text_length)} tokens"}
         self._seed = hash64(seed, name)
         self._shape = (image_size, image_size, channels)
         self._text_length = tuple(text_length)
+
+    def prefetch(self, item: StreamItem, is_urgent: bool) -> None:
+        """Do nothing; no sample is stored."""
 
     def check_first_sample(self) -> None:
         """Do nothing; every sample is valid."""

@@ -146,4 +146,4 @@ def count_micro_batches(batch_size: int, micro_batch_size: int | None, task: Tas
 def example_batch(streams: Mapping[str, Stream], tokenizer: Tokenizer, clock: Clock) -> Batch:
     """Return a batch of two samples of each stream, the same on every rank."""
     item = {name: step_positions(stream.order, range(2), 0, 1, 1)[0] for name, stream in streams.items()}
-    return MicroBatches(streams, tokenizer, clock)[0, item]
+    return MicroBatches(streams, tokenizer, clock)[0, item, {}]

@@ -39,6 +39,38 @@ WINDOW = WINDOW_BLOCKS * BLOCK_SIZE
 SIZES = [1, 2, 255, 256, 257, 511, 1500, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 257, 2 * WINDOW + 77]
 
 
+def reference_epoch_of_shards(seed: int, epoch: int, sizes: list[int], window_shards: int) -> list[int]:
+    """One epoch of an order by shards, in plain Python."""
+    starts = [sum(sizes[:shard]) for shard in range(len(sizes))]
+    key = hash64(seed, epoch)
+    order = sorted(range(len(sizes)), key=lambda shard: draw(key, shard))
+    samples = []
+    for window, first in enumerate(range(0, len(order), window_shards)):
+        content = [starts[shard] + i for shard in order[first : first + window_shards] for i in range(sizes[shard])]
+        key = hash64(seed, epoch, window)
+        samples += [content[i] for i in sorted(range(len(content)), key=lambda i: draw(key, i))]
+    return samples
+
+
+@pytest.mark.parametrize(
+    ("sizes", "window_shards"),
+    [([7], 2347), ([3, 1, 5], 5462), ([9000, 8000, 10_000, 20_000, 3, 9000], 2), ([40_000, 1, 30_000], 2)],
+)
+def test_an_order_by_shards_mixes_a_few_of_them_at_a_time(sizes: list[int], window_shards: int) -> None:
+    order = SourceOrder(5, sum(sizes), np.array(sizes))
+    if window_shards > len(sizes):
+        window_shards = len(sizes)
+    expected = [reference_epoch_of_shards(5, epoch, sizes, window_shards) for epoch in range(2)]
+    assert order(np.arange(2 * sum(sizes))).tolist() == expected[0] + expected[1]
+    assert order.window_samples <= sum(sizes)
+    assert pickle.loads(pickle.dumps(order))(np.array([3])).tolist() == [expected[0][3]]
+
+
+def test_shards_of_which_nothing_is_kept_are_passed_over() -> None:
+    order = SourceOrder(5, 30, np.array([10, 0, 20]))
+    assert sorted(order(np.arange(30)).tolist()) == list(range(30))
+
+
 @pytest.mark.parametrize("num_samples", SIZES)
 def test_every_epoch_holds_every_sample_once(num_samples: int) -> None:
     order = SourceOrder(3, num_samples)

@@ -43,7 +43,7 @@ def test_indexes_of_a_large_set_are_loaded_when_they_are_read(tmp_path: Path, mo
     paths = [str(write_members(tmp_path / f"{i}.tar", pairs(keys, b"jpeg"))) for i, keys in enumerate(groups)]
     Shards(paths[:1])  # whose index is stored already
     read: list[str] = []
-    monkeypatch.setattr("mmpretrain.data.shards.load_index", lambda path: read.append(path) or load_index(path))
+    monkeypatch.setattr("mmpretrain.data.shards.load_index", lambda path, _: read.append(path) or load_index(path))
     shards = Shards(paths)
     assert not read and shards.counts.tolist() == [2, 1, 3, 1]
     assert shards.fingerprint == Shards(paths).fingerprint and not read
@@ -73,7 +73,7 @@ def test_a_large_sets_index_that_cannot_be_stored_is_kept(tmp_path: Path, monkey
     path = write_members(tmp_path / "0.tar", pairs(["a", "b", "c"]))
     monkeypatch.setattr("mmpretrain.data.stored_index.write_index", lambda *_: (_ for _ in ()).throw(OSError("full")))
     shards = Shards([str(path)])
-    monkeypatch.setattr("mmpretrain.data.shards.load_index", lambda path: pytest.fail("scanned again"))
+    monkeypatch.setattr("mmpretrain.data.shards.load_index", lambda *_: pytest.fail("scanned again"))
     assert [shards.key(i) for i in range(3)] == ["a", "b", "c"]
 
 

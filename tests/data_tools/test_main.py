@@ -1,6 +1,7 @@
 """The command line: `index`, help, and wrong use."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import pytest
 from webdataset import TarWriter
 
 from data_tools.__main__ import main
+from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.stored_index import index_path, read_index
 from mmpretrain.data.tar_index import index_tar
+from tests.servers import http_server
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def write_tar(path: Path, keys: list[str], **members: bytes) -> Path:
+    path.parent.mkdir(exist_ok=True)
     with TarWriter(str(path), encoder=False, mtime=0) as writer:
         for key in keys:
             writer.write({"__key__": key, **(members or {"jpg": b"image", "txt": b"caption"})})
@@ -116,3 +120,30 @@ def test_as_a_module_without_a_terminal() -> None:
     )
     assert result.returncode == 2 and result.stdout == "" and "Traceback" not in result.stderr
     assert result.stderr.startswith("error: shards 'missing.tar'")
+
+
+def test_index_lists_the_shards_of_a_folder_beside_their_indexes(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / "data" / f"{i}.tar", ["a", "b"][: i + 1]) for i in range(2)]
+    assert main(["index", str(tars[0])]) == 0
+    assert main(["index", str(tars[1])]) == 0  # adds to the table
+    rows = json.loads((tmp_path / "data" / "shards.json").read_text())["shards"]
+    assert [(row["name"], row["num_samples"]) for row in rows] == [("0.tar", 1), ("1.tar", 2)]
+    for tar, row in zip(tars, rows, strict=True):
+        index = read_index(index_path(tar))
+        assert (row["digest"], row["tar_bytes"]) == (index.digest, index.tar_bytes)
+
+
+def test_index_of_remote_tars_goes_to_a_folder_that_training_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tar(tmp_path / "data" / "0.tar", ["a", "b"])
+    with http_server(tmp_path / "data") as server:
+        url = f"{server.url}/{{0..0}}.tar"
+        assert main(["index", url]) == 2
+        assert "--index-dir is None; expected a local folder" in capsys.readouterr().err
+        assert main(["index", url, "--index-dir", str(tmp_path / "indexes")]) == 0
+        options = StorageOptions(index_dir=str(tmp_path / "indexes"))
+        shards = open_shards(url, None, options)
+        assert shards.is_indexed and shards.key(1) == "b"
+    assert not (tmp_path / "data" / "0.tar.index.npz").exists()

@@ -6,7 +6,8 @@ from torch import Tensor
 from analysis.benchmarks.machine import proportional_bytes
 from mmpretrain import distributed
 from mmpretrain.data import shard_table
-from mmpretrain.data.shards import Shards
+from mmpretrain.data.shard_table import ShardTable
+from mmpretrain.data.shards import LocalShards, Shards
 from mmpretrain.data.stored_index import open_index
 
 _SHARED_BYTES = 1 << 26
@@ -48,13 +49,13 @@ def opened_shards(paths: list[str]) -> tuple[int, list[str], str, int]:
     """How many headers this rank read of shared shards, the keys of their samples, their fingerprint and one's bytes."""
     opened = []
 
-    def counted(path: str) -> object:
+    def counted(path: str, index_dir: str | None) -> object:
         opened.append(path)
-        return open_index(path)
+        return open_index(path, index_dir)
 
     shard_table.open_index = counted  # type: ignore[assignment]
     try:
-        shards = Shards.shared(lambda: paths)
+        shards = Shards.shared(lambda: ShardTable.open(paths), LocalShards())
     finally:
         shard_table.open_index = open_index
     keys = [shards.key(i) for i in range(shards.num_samples)]

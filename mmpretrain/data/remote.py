@@ -1,0 +1,208 @@
+"""Objects on https://, s3://, gs:// and the other file systems of fsspec: listings, sizes and ranges, with retries.
+
+Credentials come from the environment, as each file system's library reads them (`AWS_ACCESS_KEY_ID`, `~/.netrc`,
+`GOOGLE_APPLICATION_CREDENTIALS`, ...). Addresses that contain credentials are refused, since addresses are logged and saved.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+import fsspec
+from fsspec.asyn import sync
+
+from mmpretrain.data.storage import Unreachable
+
+Result = TypeVar("Result")
+
+_SILENT_SECONDS = 20.0
+"""Time without a byte after which a request is given up and repeated."""
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SECRET = re.compile(r"signature|token|credential|secret|password|api-?key|accesskey|^sig$|^key$", re.IGNORECASE)
+_PASSING_STATUS = (408, 425, 429)  # request timeout, too early, too many requests; and all of 500 and above
+_PASSING_ERRORS = frozenset(
+    ("ClientError", "HttpProcessingError", "HTTPClientError", "HttpError", "ResponseParserError", "RequestException")
+)
+"""Names of the base classes of network errors in aiohttp, botocore, gcsfs and requests, which are optional here."""
+
+_logger = logging.getLogger(__name__)
+
+
+def is_remote(path: str) -> bool:
+    """Return True for an address with a scheme, such as `s3://bucket/key`."""
+    return _SCHEME.match(path) is not None
+
+
+def check_address(url: str, key: str) -> None:
+    """Refuse an address that holds credentials. Raises: ValueError, without the credentials."""
+    parts = urlsplit(url)
+    if parts.username or parts.password:
+        held = "a user or password"
+    elif secret := next((name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)), None):
+        held = f"the parameter {secret!r}"
+    else:
+        return
+    raise ValueError(
+        f"{key}: the address on {parts.hostname} holds {held}, and addresses are logged and saved; expected credentials in "
+        "the environment, such as AWS_ACCESS_KEY_ID or ~/.netrc"
+    )
+
+
+class Remote:
+    """Remote objects, read with retries. Each call may come from any thread.
+
+    A request that fails for a passing reason (a lost connection, a short body, a status of 429 or from 500 on, silence for 20
+    seconds) is repeated after pauses of 0.1, 0.2, ... 10 seconds until the deadline. A missing object or a lack of permission
+    ends the attempts at once.
+
+    Args:
+        deadline_seconds: time from the first attempt of a request after which its error is raised.
+    """
+
+    def __init__(self, deadline_seconds: float) -> None:
+        self.deadline_seconds = deadline_seconds
+
+    def size(self, url: str) -> tuple[int, str]:
+        """Return the size of an object in bytes, and a text that changes with its content as far as the server tells.
+
+        Raises: Unreachable; FileNotFoundError.
+        """
+        info = self._patiently(url, lambda fs, path, seconds: _call(fs, "info", seconds, path))
+        size = info.get("size")
+        if not isinstance(size, int):
+            raise Unreachable(f"{url}: the server does not tell its size; expected Content-Length")
+        marks = {
+            name: str(info[name]) for name in ("ETag", "etag", "LastModified", "mtime", "generation") if name in info
+        }
+        return size, json.dumps([size, marks], sort_keys=True)
+
+    def read(self, url: str) -> bytes:
+        """Return a whole object. Raises: Unreachable; FileNotFoundError."""
+        content: bytes = self._patiently(url, lambda fs, path, seconds: _call(fs, "cat_file", seconds, path))
+        return content
+
+    def read_range(self, url: str, start: int, end: int) -> bytes:
+        """Return the bytes `start` to `end` of an object. Raises: Unreachable; FileNotFoundError."""
+
+        def attempt(fs: Any, path: str, seconds: float) -> bytes:
+            data: bytes = _call(fs, "cat_file", seconds, path, start=start, end=end)
+            if len(data) > end - start:
+                raise Unreachable(
+                    f"{url}: asked for bytes {start} to {end}, got {len(data)} bytes; expected a server that answers ranges"
+                )
+            if len(data) < end - start:
+                raise ConnectionError(f"{len(data)} bytes instead of {end - start} from byte {start} on")
+            return data
+
+        return self._patiently(url, attempt)
+
+    def glob(self, pattern: str) -> list[str]:
+        """Return the addresses that match a glob pattern, sorted. Raises: Unreachable; FileNotFoundError."""
+        found = self._patiently(
+            pattern,
+            lambda fs, path, seconds: [fs.unstrip_protocol(each) for each in _call(fs, "glob", seconds, path)],
+        )
+        return sorted(found)
+
+    def _patiently(self, url: str, attempt: Callable[[Any, str, float], Result]) -> Result:
+        """Call `attempt(file system, path, seconds left)` until it succeeds, fails for good, or the deadline is over."""
+        deadline = time.monotonic() + self.deadline_seconds
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                fs, path = file_system(url)
+                return attempt(fs, path, max(deadline - time.monotonic(), 0.001))
+            except (Unreachable, ImportError, NotImplementedError):
+                raise
+            except Exception as error:  # each file system has exceptions of its own
+                cause = _cause(error)
+                if not _may_pass(cause):
+                    if isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410):
+                        raise FileNotFoundError(f"{url} does not exist") from error
+                    if isinstance(cause, OSError) or _status(cause):
+                        raise Unreachable(
+                            f"{url} cannot be read ({_told(cause)}); check its address and permissions"
+                        ) from error
+                    raise
+                if time.monotonic() + pause > deadline:
+                    raise Unreachable(
+                        f"{url} cannot be read, for {self.deadline_seconds:g} seconds (data.storage_seconds): {_told(cause)}"
+                    ) from error
+                _logger.debug("%s: %s; trying again in %g s", url, _told(cause), pause)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of an address, one per process and kind, and the path in it.
+
+    Raises: ImportError, which names the package to install.
+    """
+    protocol = url.partition("://")[0].lower()
+    options: dict[str, Any] = {"use_listings_cache": False}
+    try:
+        if protocol in ("http", "https"):
+            from aiohttp import ClientTimeout
+
+            timeout = ClientTimeout(total=None, sock_connect=_SILENT_SECONDS, sock_read=_SILENT_SECONDS)
+            options["client_kwargs"] = {"trust_env": True, "timeout": timeout}  # proxies and ~/.netrc
+        elif protocol in ("s3", "s3a"):
+            options["config_kwargs"] = {
+                "connect_timeout": _SILENT_SECONDS,
+                "read_timeout": _SILENT_SECONDS,
+                "retries": {"max_attempts": 1},  # one place repeats requests: this module
+            }
+        fs = fsspec.filesystem(protocol, **options)
+    except ValueError as error:  # fsspec knows no such protocol
+        raise ImportError(f"{url}: {error}; expected an address such as https://, s3:// or gs://") from error
+    except ImportError as error:
+        raise ImportError(
+            f"{protocol}:// needs a package that is not installed ({error}): pip install 'multimodal-pretrain[remote]'"
+        ) from error
+    return fs, fs._strip_protocol(url)
+
+
+def _call(fs: Any, method: str, seconds: float, *args: Any, **kwargs: Any) -> Any:
+    """Call a method of a file system, for at most `seconds` where the file system is asynchronous."""
+    if fs.async_impl:
+        return sync(fs.loop, getattr(fs, f"_{method}"), *args, timeout=seconds, **kwargs)
+    return getattr(fs, method)(*args, **kwargs)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the error behind an error: fsspec reports any failure to find out a size as FileNotFoundError."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status of an error of aiohttp, botocore or gcsfs."""
+    status = getattr(error, "code" if type(error).__name__ == "HttpError" else "status", None)
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return int(str(status)) if str(status).isdigit() else None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return True if a request that failed with this error may succeed later."""
+    status = _status(error)
+    if status is not None and status >= 400:
+        return status in _PASSING_STATUS or status >= 500
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    network = any(kind.__name__ in _PASSING_ERRORS for kind in type(error).__mro__)
+    return network or isinstance(error, OSError | EOFError | asyncio.TimeoutError)
+
+
+def _told(error: BaseException) -> str:
+    """Return the first line of an error's message, with its class. Queries of addresses are left out."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {re.sub(r'[?][^ ]*', '', lines[0])}"[:300].rstrip(": ")

@@ -1,0 +1,137 @@
+"""Files of the cache are fetched once, never read in part, and never take more space than allowed."""
+
+import fcntl
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mmpretrain.data.cache import Cache
+from mmpretrain.data.storage import Unreachable
+from tests import runs
+
+
+def content(name: str, size: int) -> bytes:
+    return (name.encode() * size)[:size]
+
+
+def writes(name: str, size: int) -> Callable[[int], None]:
+    return lambda descriptor: os.pwrite(descriptor, content(name, size), 0)
+
+
+def read(cache: Cache, name: str, size: int, fetch: Callable[[int], None] | None = None) -> bytes:
+    with cache.opened(name, size, fetch or writes(name, size)) as descriptor:
+        return os.pread(descriptor, size + 1, 0)
+
+
+def held(folder: Path) -> int:
+    """Bytes of all files, while none can be added or removed to make room."""
+    with open(folder / "lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sizes = {}
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                sizes[entry.inode()] = entry.stat().st_size
+        return sum(sizes.values())
+
+
+def test_a_file_is_fetched_once_and_the_ones_unused_for_longest_make_room(tmp_path: Path) -> None:
+    cache, fetched = Cache(tmp_path / "cache", 100), []
+
+    def get(name: str) -> None:
+        def fetch(descriptor: int) -> None:
+            fetched.append(name)
+            writes(name, 40)(descriptor)
+
+        assert read(cache, name, 40, fetch) == content(name, 40)
+
+    for name in ("a", "b", "a", "c", "a", "b"):
+        get(name)
+    assert fetched == ["a", "b", "c", "b"]
+    assert held(tmp_path / "cache") == 80
+    with pytest.raises(ValueError, match=r"^data\.cache_bytes is 100, but one file needs 101 bytes"):
+        read(cache, "d", 101)
+
+
+def test_ensure_fetches_what_is_not_there(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 100)
+    cache.ensure("a", 10, writes("a", 10))
+    cache.ensure("a", 10, lambda _: pytest.fail("fetched again"))
+    assert read(cache, "a", 10, lambda _: pytest.fail("fetched again")) == content("a", 10)
+
+
+def use_many(folder: str, first: int) -> None:
+    """Read files of a cache that holds three of them, and check the bound whenever one is fetched."""
+    cache = Cache(folder, 3000)
+
+    def fetch(name: str, descriptor: int) -> None:
+        assert held(Path(folder)) <= 3000
+        writes(name, 1000)(descriptor)
+
+    def use(i: int) -> None:
+        name = str((first + i) % 7)
+        assert read(cache, name, 1000, partial(fetch, name)) == content(name, 1000)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(use, range(100)))
+
+
+def test_processes_and_threads_share_a_cache_within_its_bound(tmp_path: Path) -> None:
+    users = [runs.start(use_many, str(tmp_path), first) for first in range(3)]
+    for user in users:
+        user.join()
+    assert [user.exitcode for user in users] == [0, 0, 0]
+    assert held(tmp_path) <= 3000
+
+
+def die_while_fetching(folder: str) -> None:
+    def fetch(descriptor: int) -> None:
+        os.pwrite(descriptor, b"half", 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    read(Cache(folder, 100), "a", 60, fetch)
+
+
+def test_what_a_killed_process_left_is_not_read_and_makes_room(tmp_path: Path) -> None:
+    killed = runs.start(die_while_fetching, str(tmp_path))
+    killed.join()
+    assert held(tmp_path) == 60
+    cache = Cache(tmp_path, 100)
+    assert read(cache, "b", 60) == content("b", 60) and held(tmp_path) == 60
+    assert read(cache, "a", 60) == content("a", 60)
+
+
+def test_all_who_wait_for_a_file_are_told_that_it_is_unreachable(tmp_path: Path) -> None:
+    cache, has_begun, may_fail = Cache(tmp_path, 100), threading.Event(), threading.Event()
+
+    def fails(_: int) -> None:
+        has_begun.set()
+        may_fail.wait()
+        raise Unreachable("the server is away")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read, cache, "a", 10, fails)
+        has_begun.wait()
+        cache.ensure("a", 10, lambda _: pytest.fail("it is being fetched"))
+        second = pool.submit(read, cache, "a", 10, lambda _: pytest.fail("nobody else tries"))
+        while not _is_locked_by_two(tmp_path):
+            pass
+        may_fail.set()
+        for waiting in (first, second):
+            with pytest.raises(Unreachable, match="the server is away"):
+                waiting.result()
+    assert held(tmp_path) == 0
+    assert read(cache, "a", 10) == content("a", 10), "the next one tries again"
+
+
+def _is_locked_by_two(folder: Path) -> bool:
+    """Whether one thread holds the lock of the partial file and another one waits for it (/proc/locks)."""
+    (partial_file,) = folder.glob("*.partial")
+    inode = f":{partial_file.stat().st_ino} "
+    return sum(inode in line for line in Path("/proc/locks").read_text().splitlines()) == 2

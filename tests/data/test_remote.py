@@ -1,0 +1,119 @@
+"""Requests that fail for a passing reason are repeated until a deadline; others are told at once."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mmpretrain.data.remote import Remote, check_address, is_remote
+from mmpretrain.data.storage import Unreachable
+from tests.servers import RangeHandler, RangeServer, http_server, s3_server
+
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[RangeServer]:
+    (tmp_path / "a.tar").write_bytes(CONTENT)
+    with http_server(tmp_path) as server:
+        yield server
+
+
+def failing_once(how: Callable[[RangeHandler], None]) -> Callable[[RangeHandler, str, int], bool]:
+    def fault(handler: RangeHandler, path: str, earlier: int) -> bool:
+        if earlier < 2:
+            how(handler)
+        return earlier < 2
+
+    return fault
+
+
+FAULTS: dict[str, Callable[[RangeHandler], None]] = {
+    "500": lambda handler: handler.fail(500),
+    "503": lambda handler: handler.fail(503),
+    "429": lambda handler: handler.fail(429),
+    "drop": RangeHandler.drop,
+    "truncate": RangeHandler.truncate,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_passing_fault_costs_requests_and_no_byte(fault: str, server: RangeServer) -> None:
+    server.fault = failing_once(FAULTS[fault])
+    remote, url = Remote(30), f"{server.url}/a.tar"
+    assert remote.read_range(url, 100, 1100) == CONTENT[100:1100]
+    assert [path for path, _ in server.requests] == ["a.tar"] * 3
+    server.requests.clear()
+    assert remote.size(url)[0] == len(CONTENT)
+    server.requests.clear()
+    assert remote.read(url) == CONTENT
+
+
+def test_a_server_that_stalls_is_asked_again(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmpretrain.data.remote._SILENT_SECONDS", 0.3)
+    server.fault = failing_once(RangeHandler.stall)
+    assert Remote(30).read_range(f"{server.url}/a.tar", 0, 10) == CONTENT[:10]
+
+
+def test_the_deadline_ends_the_attempts(server: RangeServer) -> None:
+    server.fault = lambda handler, path, earlier: handler.fail(503) or True
+    with pytest.raises(Unreachable, match=rf"^{server.url}/a\.tar cannot be read, for 0\.4 seconds .*: .*503"):
+        Remote(0.4).read_range(f"{server.url}/a.tar", 0, 10)
+    assert len(server.requests) == 3  # after 0, .1 and .3 seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "told"),
+    [(404, FileNotFoundError, "does not exist"), (403, Unreachable, "cannot be read .*403")],
+)
+def test_what_does_not_pass_is_told_at_once(status: int, error: type[OSError], told: str, server: RangeServer) -> None:
+    server.fault = lambda handler, path, earlier: handler.fail(status) or True
+    for read in (lambda url: Remote(30).read_range(url, 0, 10), Remote(30).read, Remote(30).size):
+        server.requests.clear()
+        with pytest.raises(error, match=told):
+            read(f"{server.url}/a.tar")
+        assert len(server.requests) <= 2  # fsspec asks for a size by HEAD, then by GET
+
+
+def test_a_server_without_ranges_is_named(server: RangeServer) -> None:
+    server.answers_ranges = False
+    with pytest.raises(Unreachable, match=r"asked for bytes 10 to 20, got 10240 bytes; expected a server that answers"):
+        Remote(30).read_range(f"{server.url}/a.tar", 10, 20)
+
+
+def test_objects_of_a_bucket_are_listed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train/0.tar", "train/1.tar", "train/1.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(CONTENT)
+    with s3_server(tmp_path) as environment:
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        remote = Remote(30)
+        assert remote.glob("s3://bucket/train/*.tar") == ["s3://bucket/train/0.tar", "s3://bucket/train/1.tar"]
+        assert remote.read_range("s3://bucket/train/1.tar", 7, 17) == CONTENT[7:17]
+        assert remote.size("s3://bucket/train/1.tar")[0] == len(CONTENT)
+        with pytest.raises(FileNotFoundError, match=r"s3://bucket/train/2\.tar does not exist"):
+            remote.read_range("s3://bucket/train/2.tar", 0, 1)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://user:pass@host/a.tar", "https://host/a.tar?X-Amz-Signature=pass", "https://host/a.tar?sig=pass&x=1"],
+)
+def test_addresses_with_credentials_are_refused_without_telling_them(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^shards: the address on host holds .*; expected credentials in") as refused:
+        check_address(url, "shards")
+    assert "pass@" not in str(refused.value) and "=pass" not in str(refused.value)
+
+
+def test_addresses_have_a_scheme() -> None:
+    assert is_remote("s3://b/a.tar") and is_remote("https://h/a.tar") and not is_remote("a/b.tar")
+    check_address("https://host/a.tar?version=3", "shards")
+
+
+def test_an_unknown_scheme_is_named() -> None:
+    with pytest.raises(
+        ImportError, match=r"^nothing://host/a\.tar: .*; expected an address such as https://, s3:// or gs://"
+    ):
+        Remote(30).read("nothing://host/a.tar")

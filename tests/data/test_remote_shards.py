@@ -1,0 +1,195 @@
+"""Remote tars give the samples of local ones, whatever describes them, and fetch no more than they must."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmpretrain.data import remote_shards
+from mmpretrain.data.decode import BadSample
+from mmpretrain.data.open_shards import StorageOptions, open_shards
+from mmpretrain.data.shards import OnMissingShard, Shards
+from mmpretrain.data.storage import FileChanged, Unreachable
+from mmpretrain.data.stored_index import index_path
+from tests.servers import RangeServer, http_server
+from tests.tars import make_samples, write_tars
+
+COUNTS = (5, 7, 4)
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> list[str]:
+    """Three tars in a folder `data`, with indexes."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    paths = write_tars(folder, make_samples(sum(COUNTS)), COUNTS)
+    Shards(paths)
+    return paths
+
+
+@pytest.fixture
+def server(tars: list[str], tmp_path: Path) -> Iterator[RangeServer]:
+    with http_server(tmp_path / "data") as server:
+        yield server
+
+
+def options(tmp_path: Path, **others: object) -> StorageOptions:
+    given = {"cache_dir": str(tmp_path / "cache"), "storage_seconds": 5.0, **others}
+    return StorageOptions(**given)  # type: ignore[arg-type]
+
+
+def urls(server: RangeServer, tars: list[str]) -> list[str]:
+    return [f"{server.url}/{Path(tar).name}" for tar in tars]
+
+
+def samples_of(shards: Shards) -> list[tuple[str, bytes, bytes]]:
+    return [(shards.key(i), shards.read(i, ["jpg"]), shards.read(i, ["txt"])) for i in range(shards.num_samples)]
+
+
+def remove_indexes(tars: list[str]) -> None:
+    for tar in tars:
+        index_path(tar).unlink()
+
+
+def test_remote_tars_with_indexes_are_the_local_ones(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
+    local, remote = Shards(tars), open_shards(urls(server, tars), None, options(tmp_path))
+    assert remote.is_indexed and remote.is_remote and not local.is_remote
+    assert remote.fingerprint == local.fingerprint
+    assert samples_of(remote) == samples_of(local)
+    fetched = [path for path, _ in server.requests if path.endswith(".tar")]
+    assert sorted(fetched) == sorted(Path(tar).name for tar in tars), "each range once"
+    server.requests.clear()
+    assert samples_of(open_shards(urls(server, tars), None, options(tmp_path))) == samples_of(local)
+    assert not [path for path, _ in server.requests if path.endswith(".tar")], "the cache outlives the process"
+
+
+def test_ranges_and_what_crosses_them(
+    server: RangeServer, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_shards, "RANGE_BYTES", 700)  # smaller than the members
+    remote = open_shards(urls(server, tars), None, options(tmp_path))
+    assert samples_of(remote) == samples_of(Shards(tars))
+
+
+def write_counts(kind: str, tars: list[str]) -> None:
+    folder = Path(tars[0]).parent
+    names = [Path(tar).name for tar in tars]
+    if kind == "sizes.json":
+        (folder / kind).write_text(json.dumps(dict(zip(names, COUNTS, strict=True))))
+    elif kind == "stats":
+        for name, count in zip(names, COUNTS, strict=True):
+            stats = {"count": count + 3, "successes": count, "failed_to_download": 3}
+            (folder / name.replace(".tar", "_stats.json")).write_text(json.dumps(stats))
+    else:
+        rows = [{"name": name, "num_samples": n, "digest": "0"} for name, n in zip(names, COUNTS, strict=True)]
+        (folder / kind).write_text(json.dumps({"shards": rows}))
+
+
+@pytest.mark.parametrize("kind", ["sizes.json", "stats", "shards.json", "manifest.json"])
+def test_tars_without_indexes_are_fetched_whole_when_they_are_needed(
+    kind: str, server: RangeServer, tars: list[str], tmp_path: Path
+) -> None:
+    local = samples_of(Shards(tars))
+    remove_indexes(tars)
+    write_counts(kind, tars)
+    if kind in ("shards.json", "manifest.json"):
+        server.lists = True  # otherwise an index is expected where its digest is known
+    remote = open_shards(urls(server, tars), None, options(tmp_path))
+    assert not remote.is_indexed and remote.counts.tolist() == list(COUNTS)
+    assert not [path for path, _ in server.requests if path.endswith(".tar")], "opening reads no tar"
+    first = sum(COUNTS[:1])
+    assert remote.read(first, ["txt"]) == local[first][2]
+    assert {path for path, _ in server.requests if path.endswith(".tar")} == {Path(tars[1]).name}
+    assert samples_of(remote) == local
+
+
+def test_without_counts_the_fix_is_told(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
+    remove_indexes(tars)
+    told = r"number of its samples is not known; expected an index, shards\.json, .*python -m data_tools index"
+    with pytest.raises(ValueError, match=told):
+        open_shards(urls(server, tars), None, options(tmp_path))
+
+
+def test_indexes_may_lie_elsewhere(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "indexes" / f"127.0.0.1:{server.server_port}"
+    place.mkdir(parents=True)
+    for tar in tars:
+        shutil.move(index_path(tar), place)
+    remote = open_shards(urls(server, tars), None, options(tmp_path, index_dir=str(tmp_path / "indexes")))
+    assert remote.is_indexed and samples_of(remote) == samples_of(Shards(tars))
+
+
+def test_local_tars_keep_their_indexes_in_index_dir(tars: list[str], tmp_path: Path) -> None:
+    remove_indexes(tars)
+    shards = open_shards(tars, None, options(tmp_path, index_dir=str(tmp_path / "indexes")))
+    assert shards.num_samples == sum(COUNTS)
+    assert all(not index_path(tar).exists() and (tmp_path / f"indexes{tar}.index.npz").exists() for tar in tars)
+
+
+def test_a_folder_and_a_glob_that_the_server_lists(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
+    server.lists = True
+    for pattern in (server.url, f"{server.url}/", f"{server.url}/*.tar"):
+        assert list(open_shards(pattern, None, options(tmp_path)).paths) == urls(server, tars)
+    with pytest.raises(ValueError, match=r"no tar there; name tars, a folder that can be listed, or a glob"):
+        open_shards(f"{server.url}/other-*.tar", None, options(tmp_path))
+
+
+@pytest.mark.parametrize("policy", OnMissingShard)
+def test_a_shard_that_stays_unreachable_ends_the_run_or_is_replaced(
+    policy: OnMissingShard, server: RangeServer, tars: list[str], tmp_path: Path
+) -> None:
+    given = options(tmp_path, on_missing_shard=policy, storage_seconds=0.3)
+    remote = open_shards(urls(server, tars), None, given)
+    server.fault = lambda handler, path, earlier: path.endswith("1.tar") and (handler.fail(503) or True)
+    lost, url = COUNTS[0], urls(server, tars)[1]
+    with pytest.raises(BadSample if policy == OnMissingShard.replace else Unreachable, match=f"{url} cannot be read"):
+        remote.read(lost, ["jpg"])
+    server.requests.clear()
+    if policy == OnMissingShard.replace:
+        with pytest.raises(BadSample, match=url):
+            remote.read(lost + 1, ["jpg"])
+        assert not server.requests, "it is not waited for again"
+    assert remote.read(0, ["jpg"]) == Shards(tars).read(0, ["jpg"])
+
+
+def test_other_counts_than_announced_lose_no_run(
+    server: RangeServer, tars: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    remove_indexes(tars)
+    announced = {Path(tar).name: count + more for tar, count, more in zip(tars, COUNTS, (2, 0, -1), strict=True)}
+    (Path(tars[0]).parent / "sizes.json").write_text(json.dumps(announced))
+    remote = open_shards(urls(server, tars), None, options(tmp_path))
+    assert remote.num_samples == sum(COUNTS) + 1
+    with pytest.raises(BadSample, match="it has no member jpg"):
+        remote.read(5, ["jpg"])
+    assert remote.key(5) == "#5" and "has 5 samples, but 7 were announced" in caplog.text
+    assert remote.read(7, ["txt"]) == Shards(tars).read(5, ["txt"])
+
+
+def test_a_tar_that_is_replaced_by_another_is_told(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
+    remote = open_shards(urls(server, tars), None, options(tmp_path))
+    size = Path(tars[0]).stat().st_size
+    other = Path(write_tars(tmp_path, make_samples(COUNTS[0], first=90), [COUNTS[0]])[0]).read_bytes()
+    Path(tars[0]).write_bytes(other[:size].ljust(size, b"\0"))
+    with pytest.raises(FileChanged, match="is not what its index says"):
+        for i in range(COUNTS[0]):
+            remote.read(i, ["jpg"])
+
+
+def test_prefetched_samples_are_read_from_the_cache(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
+    remote = open_shards(urls(server, tars), None, options(tmp_path))
+    remote.prefetch(np.array([0, 1, 6]), is_urgent=False)
+    with server.answered_condition:
+        assert server.answered_condition.wait_for(
+            lambda: {"000.tar", "001.tar"} <= {path for path, _ in server.answered}, timeout=30
+        )
+    assert remote.read(6, ["jpg"]) == Shards(tars).read(6, ["jpg"])
+    assert sum(path == "001.tar" for path, _ in server.requests) == 1
+
+
+def test_local_and_remote_tars_are_not_mixed(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="local and remote tars in one list"):
+        open_shards([tars[0], urls(server, tars)[1]], None, options(tmp_path))
