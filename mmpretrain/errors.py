@@ -21,6 +21,10 @@ class TrainingError(RuntimeError):
     """Failure because of which a run cannot continue."""
 
 
+class Unreachable(OSError):
+    """A remote storage did not give or take an object before the deadline, or says that it will not."""
+
+
 def printable(text: str) -> str:
     """Escape the non-printable characters of a text, such as control characters that could manipulate a terminal."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
@@ -93,12 +97,12 @@ def _place_outside(error: BaseException) -> str:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Convert a ValueError, a missing file or a full disk inside the block to a UsageError."""
+    """Convert a ValueError, a missing file, an unreachable storage or a full disk inside the block to a UsageError."""
     try:
         yield
     except UsageError:
         raise
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, Unreachable) as error:
         raise UsageError(f"{error}{_place_outside(error)}") from error
     except OSError as error:
         if error.errno not in NO_SPACE:

@@ -66,6 +66,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         task = task.to(device)
         if cfg.trainer.dry_run:
             return dry_run(Setup(cfg, clock, task, weights, streams, tokenizer))
+        run_copy = run_dir.restored(cfg, folder)
         # Keep the file open until the end of the run: closing it would release the lock.
         lock = run_dir.open_run(cfg, folder, schedule, clock, streams)
         if (scores := run_dir.finished(folder, clock, streams, cfg.checkpoint.keep_last)) is not None:
@@ -77,7 +78,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
             # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.
             run_dir.write_configuration(cfg, folder)
             run_dir.write_facts(trainer.setup, folder)
-    with enough_space(folder):
+    with enough_space(folder), run_copy:
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
             results = trainer.run()
         run_dir.conclude(results, folder, rewrite=True)

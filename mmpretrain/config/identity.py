@@ -19,7 +19,7 @@ _MAX_NAME_LENGTH = 80
 _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset|source|source\.path)(\[.*)?"
 # Keys that may change when a run is resumed. None of them affects the results beyond rounding.
 _FREE = re.compile(
-    r"run\.(name|dir)"
+    r"run\.(name|dir|sync_to)"
     r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|writer(\..*)?|parallel\..*"
     r"|data\.(workers|timeout_seconds|max_bad_fraction|val_batch_size|val(\..*)?)"
     r"|data\.(index_dir|cache_dir|cache_bytes|storage_seconds|on_missing_shard)|" + _PLACES

@@ -35,6 +35,9 @@ class RunConfig:
     """Name of the run; null: made of the overrides that touch the mathematics or the data."""
     dir: str | None = None
     """Folder of the run; null: runs/<experiment>/<name>."""
+    sync_to: str | None = None
+    """Address or folder to which checkpoints, curves and logs are copied while the run goes on, such as s3://bucket/run; a
+    run without a local checkpoint, or behind its copy, goes on from there. Null: none."""
     seed: int = 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmpretrain.data.storage import Unreachable
+from mmpretrain.errors import Unreachable
 
 _SUFFIX, _PARTIAL = ".bin", ".partial"
 _POLL_SECONDS = 0.02

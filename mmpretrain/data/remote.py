@@ -10,13 +10,15 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import fsspec
 from fsspec.asyn import sync
 
-from mmpretrain.data.storage import Unreachable
+from mmpretrain.errors import Unreachable
 
 Result = TypeVar("Result")
 
@@ -110,6 +112,40 @@ class Remote:
         )
         return sorted(found)
 
+    def walk(self, folder: str) -> list[str]:
+        """Return the addresses of all files under a folder, sorted; none if there is no such folder. Raises: Unreachable."""
+
+        def attempt(fs: Any, path: str, seconds: float) -> list[str]:
+            try:
+                return sorted(fs.unstrip_protocol(each) for each in _call(fs, "find", seconds, path))
+            except FileNotFoundError:
+                return []
+
+        return self._patiently(folder, attempt)
+
+    def fetch(self, url: str, path: Path) -> None:
+        """Copy an object to a file. Raises: Unreachable; FileNotFoundError."""
+        self._patiently(url, lambda fs, place, seconds: _call(fs, "get_file", seconds, place, str(path)))
+
+    def put(self, path: Path, url: str) -> None:
+        """Copy a file as it is now to an object, which is replaced. Raises: Unreachable; FileNotFoundError."""
+
+        def attempt(fs: Any, place: str, seconds: float) -> None:
+            if not fs.async_impl:  # a file system with folders
+                fs.makedirs(fs._parent(place), exist_ok=True)
+            _call(fs, "put_file", seconds, str(path), place)
+
+        self._patiently(url, attempt)
+
+    def remove(self, folder: str) -> None:
+        """Remove a folder and what is in it, if it exists. Raises: Unreachable."""
+
+        def attempt(fs: Any, path: str, seconds: float) -> None:
+            with suppress(FileNotFoundError):
+                _call(fs, "rm", seconds, path, recursive=True)
+
+        self._patiently(folder, attempt)
+
     def _patiently(self, url: str, attempt: Callable[[Any, str, float], Result]) -> Result:
         """Call `attempt(file system, path, seconds left)` until it succeeds, fails for good, or the deadline is over."""
         deadline = time.monotonic() + self.deadline_seconds
@@ -118,7 +154,7 @@ class Remote:
             try:
                 fs, path = file_system(url)
                 return attempt(fs, path, max(deadline - time.monotonic(), 0.001))
-            except (Unreachable, ImportError, NotImplementedError):
+            except (Unreachable, ValueError, NotImplementedError):
                 raise
             except Exception as error:  # each file system has exceptions of its own
                 cause = _cause(error)
@@ -142,7 +178,7 @@ class Remote:
 def file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system of an address, one per process and kind, and the path in it.
 
-    Raises: ImportError, which names the package to install.
+    Raises: ValueError for an unknown scheme, or with the package to install.
     """
     protocol = url.partition("://")[0].lower()
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -160,9 +196,9 @@ def file_system(url: str) -> tuple[Any, str]:
             }
         fs = fsspec.filesystem(protocol, **options)
     except ValueError as error:  # fsspec knows no such protocol
-        raise ImportError(f"{url}: {error}; expected an address such as https://, s3:// or gs://") from error
+        raise ValueError(f"{url}: {error}; expected an address such as https://, s3:// or gs://") from error
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             f"{protocol}:// needs a package that is not installed ({error}): pip install 'multimodal-pretrain[remote]'"
         ) from error
     return fs, fs._strip_protocol(url)

@@ -17,9 +17,9 @@ from mmpretrain.data.cache import Cache
 from mmpretrain.data.fetcher import Fetcher
 from mmpretrain.data.remote import Remote, check_address, is_remote
 from mmpretrain.data.shard_table import ShardTable
-from mmpretrain.data.storage import Unreachable
 from mmpretrain.data.stored_index import INDEX_SUFFIX, index_place, mirrored, read_header, read_index
 from mmpretrain.data.tar_index import TarIndex, index_tar
+from mmpretrain.errors import Unreachable
 from mmpretrain.files import MAX_JSON_BYTES, parse_json
 
 Item = TypeVar("Item")

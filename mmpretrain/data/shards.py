@@ -17,10 +17,11 @@ from mmpretrain import distributed
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.source import Fingerprint, check_field_size, expand_paths
-from mmpretrain.data.storage import FileChanged, Unreachable, read_range
+from mmpretrain.data.storage import FileChanged, read_range
 from mmpretrain.data.stored_index import cached_index_path, index_path, load_index
 from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
 from mmpretrain.data.tar_index import TarIndex
+from mmpretrain.errors import Unreachable
 
 _KEPT_SAMPLES = 1 << 20
 """Samples of a set whose indexes are all kept: at some 70 bytes each, up to 70 MiB, which the workers share."""

@@ -16,10 +16,6 @@ class NotRegular(OSError):
     """The path is a FIFO, a device or a folder instead of a regular file."""
 
 
-class Unreachable(OSError):
-    """A remote storage did not give an object before the deadline, or says that it will not."""
-
-
 def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a regular file for reading and return its descriptor. A FIFO without a writer does not block.
 

@@ -11,7 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -32,6 +32,7 @@ from mmpretrain.reporting.progress import print_results
 from mmpretrain.reporting.records import read_results
 from mmpretrain.schedules import Clock, Duration, Schedule, TrainingProgress, first_difference, scheduled_values
 from mmpretrain.training import resume
+from mmpretrain.training.run_copy import RunCopy
 from mmpretrain.training.setup import Setup, clock_of, fingerprint_of
 
 
@@ -71,6 +72,30 @@ def open_run(
         raise errors.UsageError(refusal)
     log_to(folder)
     return lock
+
+
+def restored(cfg: TrainConfig, folder: Path) -> AbstractContextManager[None]:
+    """Fetch the run from `run.sync_to` if its copy is ahead. A collective.
+
+    Returns: context in which rank 0 keeps the copy up to date.
+    Raises: ValueError if `run.sync_to` is not the place of a run's copy; Unreachable.
+    """
+    place = cfg.run.sync_to
+    if place is None:
+        return nullcontext()
+    copy = RunCopy(folder, place, cfg.data.storage_seconds)
+
+    def restore() -> None:
+        if (text := copy.configuration()) is not None:
+            saved, now = config_yaml.from_yaml(text, f"{place}/config.yaml"), config_yaml.to_plain(cfg)
+            if changed := identity.differences(saved, now, ("trainer.duration",), config_yaml.to_values(cfg)):
+                raise ValueError(
+                    f"run.sync_to: {place} is the copy of another run ({'; '.join(changed)}); name another place"
+                )
+        copy.restore()
+
+    distributed.from_main(restore)
+    return copy.kept_up() if distributed.is_main() else nullcontext()
 
 
 def _check_links(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmpretrain.data.cache import Cache
-from mmpretrain.data.storage import Unreachable
+from mmpretrain.errors import Unreachable
 from tests import runs
 
 

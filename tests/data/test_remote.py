@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmpretrain.data.remote import Remote, check_address, is_remote
-from mmpretrain.data.storage import Unreachable
+from mmpretrain.errors import Unreachable
 from tests.servers import RangeHandler, RangeServer, http_server, s3_server
 
 CONTENT = bytes(range(256)) * 40
@@ -114,6 +114,6 @@ def test_addresses_have_a_scheme() -> None:
 
 def test_an_unknown_scheme_is_named() -> None:
     with pytest.raises(
-        ImportError, match=r"^nothing://host/a\.tar: .*; expected an address such as https://, s3:// or gs://"
+        ValueError, match=r"^nothing://host/a\.tar: .*; expected an address such as https://, s3:// or gs://"
     ):
         Remote(30).read("nothing://host/a.tar")

@@ -12,8 +12,9 @@ from mmpretrain.data import remote_shards
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.shards import OnMissingShard, Shards
-from mmpretrain.data.storage import FileChanged, Unreachable
+from mmpretrain.data.storage import FileChanged
 from mmpretrain.data.stored_index import index_path
+from mmpretrain.errors import Unreachable
 from tests.servers import RangeServer, http_server
 from tests.tars import make_samples, write_tars
 
