@@ -239,7 +239,8 @@ def _stopped(workers: list[BaseProcess]) -> str:
 
 def ignore_signals(worker: int) -> None:
     """Ignore signals to the process group in a worker, since the trainer handles them; exit on the trainer's SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_exit_when_parent_says, daemon=True).start()
 

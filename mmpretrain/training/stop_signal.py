@@ -1,4 +1,4 @@
-"""Handling of SIGTERM and SIGINT: write a checkpoint and exit with code 85.
+"""Handling of SIGTERM, SIGINT, SIGUSR1 and SIGUSR2: write a checkpoint and exit with code 85.
 
 Signals are handled from the first import on. This module therefore imports only modules that load quickly.
 """
@@ -9,14 +9,21 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType, TracebackType
 
 PREEMPTED_EXIT_CODE = 85
-_NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_FOR_USERS = (signal.SIGUSR1, signal.SIGUSR2)
 _EVERY_SECONDS = 0.5
 _END = 0  # not the number of any signal
 _ending, _is_told = threading.Lock(), threading.Event()
+
+
+def _numbers() -> list[int]:
+    """Return the signals to handle. Those for users may have a handler of a launcher already, such as submitit's."""
+    taken = [number for number in _FOR_USERS if signal.getsignal(number) not in (signal.SIG_DFL, _exit_on)]
+    return [number for number in _NUMBERS if number not in taken]
 
 
 class Stopped(Exception):
@@ -32,12 +39,13 @@ class _Listener:
     Python runs its signal handlers only after a collective or a backward pass returns.
 
     Args:
-        heard: function called in the thread with the number of each signal in `_NUMBERS`. After the first signal it is
+        heard: function called in the thread with the number of each signal in `numbers`. After the first signal it is
             also called with None twice a second.
+        numbers: signals that have a handler.
     """
 
-    def __init__(self, heard: Callable[[int | None], None]) -> None:
-        self._heard = heard
+    def __init__(self, heard: Callable[[int | None], None], numbers: Collection[int]) -> None:
+        self._heard, self._numbers = heard, numbers
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         _own_pipes.add(self._writer)
@@ -54,7 +62,7 @@ class _Listener:
             number = os.read(self._reader, 1)[0]
             if number == _END:
                 return
-            if number in _NUMBERS:
+            if number in self._numbers:
                 self._heard(number)
                 timeout = _EVERY_SECONDS
 
@@ -79,9 +87,9 @@ os.register_at_fork(after_in_child=_forget_pipe)
 
 
 class StopSignal:
-    """Set `received` when SIGTERM or SIGINT arrives inside the block, so that the training loop can save and end.
+    """Set `received` when a signal arrives inside the block, so that the training loop can save and end.
 
-    A second SIGINT goes to the previous handler, which ends a command immediately. A repeated SIGTERM is ignored, since
+    A second SIGINT goes to the previous handler, which ends a command immediately. Other repeated signals are ignored, since
     launchers forward duplicates.
 
     Args:
@@ -111,8 +119,8 @@ class StopSignal:
             os.write(self._listener.previous, bytes([number]))
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in _NUMBERS}
-        self._listener = _Listener(self._hear)
+        self._previous = {number: signal.signal(number, self._receive) for number in _numbers()}
+        self._listener = _Listener(self._hear, self._previous)
         return self
 
     def __exit__(
@@ -127,10 +135,15 @@ class StopSignal:
 
 
 def exit_when_asked() -> None:
-    """Make SIGTERM and SIGINT end the process immediately with code 85, while there is nothing to save."""
-    for number in _NUMBERS:
-        signal.signal(number, lambda number, frame: _exit(number))
-    _Listener(_exit)
+    """Make signals end the process immediately with code 85, while there is nothing to save."""
+    numbers = _numbers()
+    for number in numbers:
+        signal.signal(number, _exit_on)
+    _Listener(_exit, numbers)
+
+
+def _exit_on(number: int, frame: FrameType | None) -> None:
+    _exit(number)
 
 
 def _exit(number: int | None) -> None:

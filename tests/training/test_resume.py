@@ -183,12 +183,15 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(whole: Whol
     assert runs.exact_outcome(run) == whole(2)
 
 
-def test_ctrl_c_ends_the_run_with_a_checkpoint_and_code_85(whole: Whole, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_code_85(
+    number: signal.Signals, whole: Whole, pairs: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     settings = (f"data.root={pairs}", f"trainer.duration={NUM_STEPS}steps", "checkpoint.every=1000steps")
     command = runs.start_train(tmp_path, *settings)
     command.wait_for(lambda: runs.num_records(run) >= 3, "some steps")
-    command.send(signal.SIGINT)
+    command.send(number)
     assert command.wait().code == 85
     assert len(runs.checkpoints(run)) == 1
 
