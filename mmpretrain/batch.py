@@ -23,6 +23,8 @@ class Refused:
     shard: str
     key: str
     reason: str
+    code: str = "unusable"
+    """Kind of the reason (see `BadSample`)."""
 
 
 @dataclass(frozen=True)

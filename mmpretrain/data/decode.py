@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS_OF_ANIMATIONS = ("GIF", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 1 << 29
 WHITE = (255, 255, 255)
@@ -29,7 +30,16 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BadSample(ValueError):
-    """The bytes of a sample cannot be used. The message is the reason, which `quarantine.jsonl` records."""
+    """The bytes of a sample cannot be used.
+
+    Args:
+        reason: the reason in one line, which `quarantine.jsonl` records.
+        code: kind of the reason, which is recorded beside it, to count and filter by.
+    """
+
+    def __init__(self, reason: str, code: str = "unusable") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -51,19 +61,25 @@ def open_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:  # Pillow's message contains a memory address
-        raise BadSample(f"no readable image (none of {', '.join(FORMATS)})") from error
+        raise BadSample(f"no readable image (none of {', '.join(FORMATS)})", "image_format") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"no readable image ({error})", "image_size") from error
     except MemoryError:
         raise
     except Exception as error:  # only these bytes are read, and Pillow raises many exceptions
-        raise BadSample(f"no readable image ({type(error).__name__}: {error})".split("\n")[0]) from error
+        raise _damaged("no readable image", error) from error
     check_size(image.height, image.width)
     return image
+
+
+def _damaged(what: str, error: Exception) -> BadSample:
+    return BadSample(f"{what} ({type(error).__name__}: {error})".split("\n")[0], "image_damaged")
 
 
 def check_size(height: int, width: int) -> None:
     """Raise BadSample if an image has more than `MAX_PIXELS` pixels."""
     if height * width > MAX_PIXELS:
-        raise BadSample(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+        raise BadSample(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}", "image_size")
 
 
 _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # per pixel in Pillow; 4 otherwise
@@ -114,7 +130,8 @@ def _check_bytes(
     if num_bytes > max_bytes:
         raise BadSample(
             f"{width} x {height} pixels take {num_bytes / 2**20:.0f} MiB to decode, more than the limit of "
-            f"{max_bytes / 2**20:.0f} ({option})"
+            f"{max_bytes / 2**20:.0f} ({option})",
+            "image_size",
         )
 
 
@@ -156,7 +173,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many exceptions, as in `open_image`
-        raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
+        raise _damaged("the image does not decode", error) from error
 
 
 def _with_transparency(image: Image.Image) -> Image.Image:
@@ -168,7 +185,7 @@ def _with_transparency(image: Image.Image) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many exceptions, as in `open_image`
-        raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
+        raise _damaged("the image does not decode", error) from error
 
 
 def _jpeg_factor(crop: Crop, size: int) -> int:
@@ -243,7 +260,7 @@ def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | Non
         damage = _DAMAGE.search(str(error))
         is_padding = damage is not None and damage[1] is not None and int(damage[1]) <= _FEW_BYTES
         if damage is not None and not is_padding:
-            raise BadSample(f"the JPEG is damaged ({error})") from error
+            raise BadSample(f"the JPEG is damaged ({error})", "image_damaged") from error
         # Only the first warning is reported, so a harmless one may hide damage further on. A warning at the end marker
         # hides nothing. Otherwise, remove harmless oddities in front of the first scan and decode again.
         if is_padding and damage is not None and damage[2] == "0xd9":
@@ -252,7 +269,7 @@ def _undamaged(data: bytes, colorspace: str, **scale: float) -> np.ndarray | Non
         if plain != data:
             _undamaged(plain, colorspace, **scale)
         elif is_padding:
-            raise BadSample(f"the JPEG is damaged ({error})") from error
+            raise BadSample(f"the JPEG is damaged ({error})", "image_damaged") from error
         return None
 
 
@@ -317,6 +334,8 @@ def decode_image(
     decoded = _decode_jpeg(data, plan, size, max_bytes) if is_jpeg and channels == 3 else None
     if decoded is None:
         image = open_image(data)
+        if image.format in _FORMATS_OF_ANIMATIONS and getattr(image, "is_animated", False):
+            raise BadSample(f"an animated {image.format}; expected a single image", "image_animated")
         check_memory(image, data, channels, max_bytes)
         check_jpeg(image, data)
         pixels, crop = pixels_of(image, channels), plan(image.height, image.width)
@@ -335,7 +354,7 @@ def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many exceptions, as in `open_image`
-        raise BadSample(f"the image does not decode ({type(error).__name__}: {error})".split("\n")[0]) from error
+        raise _damaged("the image does not decode", error) from error
     pixels = np.empty((image.height, image.width, channels), np.uint8)
     height = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, height):

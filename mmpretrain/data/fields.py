@@ -7,6 +7,9 @@ from typing import Any
 
 from mmpretrain.data.decode import BadSample
 
+MAX_CAPTION_CHARACTERS = 1 << 20
+"""Tokenizing a text of this length takes about a second."""
+
 
 def read_json_field(data: bytes, path: str) -> Any:
     """Return the value at a dotted path in a JSON member.
@@ -16,12 +19,12 @@ def read_json_field(data: bytes, path: str) -> Any:
     try:
         value = json.loads(data)
     except RecursionError as error:
-        raise BadSample("its json member does not parse (nested too deeply)") from error
+        raise BadSample("its json member does not parse (nested too deeply)", "json_damaged") from error
     except ValueError as error:
-        raise BadSample(f"its json member does not parse ({error})") from error
+        raise BadSample(f"its json member does not parse ({error})", "json_damaged") from error
     for part in path.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise BadSample(f"its json has no field {path!r} (it has: {_fields(value)})")
+            raise BadSample(f"its json has no field {path!r} (it has: {_fields(value)})", "json_field")
         value = value[part]
     return value
 
@@ -60,7 +63,7 @@ def read_label(data: bytes, field: str) -> str:
     if field.startswith("json."):
         value = _without_lone_surrogates(str(read_json_field(data, field.removeprefix("json."))))
     if not value.strip():
-        raise BadSample(f"its label {field!r} is empty")
+        raise BadSample(f"its label {field!r} is empty", "label")
     return value.strip()
 
 
@@ -85,9 +88,15 @@ def decode_captions(data: bytes, field: str) -> list[str]:
         try:
             value = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise BadSample(f"its {field} member is not UTF-8 ({error.reason} at byte {error.start})") from error
+            told = f"its {field} member is not UTF-8 ({error.reason} at byte {error.start})"
+            raise BadSample(told, "caption_encoding") from error
     captions = value if isinstance(value, list) else [value]
+    longest = max((len(caption) for caption in captions if isinstance(caption, str)), default=0)
+    if longest > MAX_CAPTION_CHARACTERS:
+        raise BadSample(
+            f"its caption has {longest} characters, more than the limit of {MAX_CAPTION_CHARACTERS}", "caption_length"
+        )
     captions = [caption.strip() for caption in captions if isinstance(caption, str) and _is_visible(caption)]
     if not captions:
-        raise BadSample(f"its caption field {field!r} is empty (it has no visible character)")
+        raise BadSample(f"its caption field {field!r} is empty (it has no visible character)", "caption_empty")
     return [_without_lone_surrogates(caption) for caption in captions]

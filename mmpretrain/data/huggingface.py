@@ -99,7 +99,7 @@ class DatasetSource:
         try:
             values.validate(full=True)  # reading a damaged value could end the process
         except pa.ArrowInvalid as error:
-            raise BadSample(f"its column {column!r} is damaged ({str(error).splitlines()[0]})") from error
+            raise BadSample(f"its column {column!r} is damaged ({str(error).splitlines()[0]})", "column") from error
         return values[0]
 
 

@@ -181,7 +181,9 @@ class ParquetSource:
                 if at >= end:
                     break
             if at < end:
-                raise BadSample(f"row group {own_group} has {at} rows of column {column!r}; expected at least {end}")
+                raise BadSample(
+                    f"row group {own_group} has {at} rows of column {column!r}; expected at least {end}", "column"
+                )
             # A copy, since a slice would hold the memory of the whole batch.
             whole = pa.concat_arrays(parts) if len(parts) > 1 else parts[0].take(pa.array(np.arange(len(parts[0]))))
         except (pa.ArrowException, OSError) as error:
@@ -189,7 +191,9 @@ class ParquetSource:
             if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise BadSample(f"column {column!r} of row group {own_group} does not decode ({reason})") from error
+            raise BadSample(
+                f"column {column!r} of row group {own_group} does not decode ({reason})", "column"
+            ) from error
         self._check_unchanged(i)
         return whole
 

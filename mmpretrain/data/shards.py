@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shard_table import ShardTable
-from mmpretrain.data.source import Fingerprint, check_field_size, expand_paths
+from mmpretrain.data.source import Fingerprint, check_field_size, expand_paths, field_limit
 from mmpretrain.data.storage import FileChanged, read_range
 from mmpretrain.data.stored_index import cached_index_path, index_path, load_index
 from mmpretrain.data.tar_headers import HEADER_BYTES, header_sum
@@ -29,6 +30,7 @@ _LOADED_SHARDS = 128
 """Indexes of a larger set that a process keeps. The order visits 64 blocks, of up to as many shards, at a time."""
 
 
+_GZIP = ".gz"  # of compressed members, such as a.txt.gz, which webdataset reads as a.txt
 _logger = logging.getLogger(__name__)
 
 
@@ -234,14 +236,14 @@ class Shards:
         return index
 
     def member(self, sample_id: int, fields: Sequence[str]) -> tuple[str, str, int, int] | None:
-        """Return (path, extension, offset, size) of the first of `fields` that the sample has, or None.
+        """Return (path, extension, offset, size) of the first of `fields` that the sample has, compressed or not, or None.
 
         Raises: IndexError.
         """
         shard, row = self._locate(sample_id)
         index = self.index(shard)
         members = index.members if row < index.num_samples else {}
-        for extension in fields:
+        for extension in (name for field in fields for name in (field, f"{field}{_GZIP}")):
             if extension in members:
                 offsets, sizes = members[extension]
                 if sizes[row] >= 0:
@@ -249,7 +251,7 @@ class Shards:
         return None
 
     def read(self, sample_id: int, fields: Sequence[str]) -> bytes:
-        """Return the member of the first extension in `fields` that the sample has.
+        """Return the member of the first extension in `fields` that the sample has, decompressed if it ends in `.gz`.
 
         Raises: IndexError; BadSample if the sample has none of the extensions, or the member exceeds 512 MiB for an
             image or 16 MiB for anything else; OSError if it cannot be read; FileChanged, an OSError that states the
@@ -258,19 +260,19 @@ class Shards:
         """
         shard, row = self._locate(sample_id)
         if shard in self._missing:
-            raise BadSample(self._missing[shard])
+            raise BadSample(self._missing[shard], "shard_missing")
         try:
             return self._read(shard, row, sample_id, fields)
         except (Unreachable, FileNotFoundError) as error:
             if not self._replaces_missing:
                 raise
             self._missing[shard] = str(error)
-            raise BadSample(str(error)) from error
+            raise BadSample(str(error), "shard_missing") from error
 
     def _read(self, shard: int, row: int, sample_id: int, fields: Sequence[str]) -> bytes:
         member = self.member(sample_id, fields)
         if member is None:
-            raise BadSample(f"it has no member {' or '.join(fields)}")
+            raise BadSample(f"it has no member {' or '.join(fields)}", "member_missing")
         path, extension, offset, size = member
         check_field_size(extension, size)
         index = self.index(shard)
@@ -282,7 +284,8 @@ class Shards:
                 f"{path} is not what its index says (another header at byte {offset - HEADER_BYTES}), though of the same "
                 f"size and time of modification: remove {index_path(path)}, or {cached_index_path(path)}, and start again"
             )
-        return block[HEADER_BYTES:]
+        content = block[HEADER_BYTES:]
+        return _decompressed(content, extension) if extension.endswith(_GZIP) else content
 
     def prefetch(self, sample_ids: npt.NDArray[np.int64], is_urgent: bool) -> None:
         """Fetch samples of remote tars into the cache, in the background.
@@ -312,3 +315,14 @@ class Shards:
             raise IndexError(f"sample id {sample_id}, expected 0 to {self.num_samples - 1}")
         shard = int(np.searchsorted(self._ends, sample_id, side="right"))
         return shard, sample_id - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def _decompressed(content: bytes, extension: str) -> bytes:
+    """Decompress a member. Raises: BadSample if it is damaged, or larger than the limit of its kind."""
+    field = extension.removesuffix(_GZIP)
+    try:
+        data = zlib.decompressobj(wbits=31).decompress(content, field_limit(field) + 1)
+    except zlib.error as error:
+        raise BadSample(f"its {extension} member does not decompress ({error})", "member_damaged") from error
+    check_field_size(field, len(data))
+    return data

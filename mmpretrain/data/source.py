@@ -100,11 +100,16 @@ class ShardedSource(SampleSource, Protocol):
         ...
 
 
+def field_limit(field: str) -> int:
+    """Return the limit on the size of a field, in bytes: 512 MiB for an image, 16 MiB for anything else."""
+    return _MAX_IMAGE_BYTES if field in IMAGE_EXTENSIONS else _MAX_TEXT_BYTES
+
+
 def check_field_size(field: str, size: int) -> None:
-    """Raise BadSample if a field exceeds 512 MiB for an image or 16 MiB for anything else."""
-    limit = _MAX_IMAGE_BYTES if field in IMAGE_EXTENSIONS else _MAX_TEXT_BYTES
+    """Raise BadSample if a field exceeds its limit."""
+    limit = field_limit(field)
     if size > limit:
-        raise BadSample(f"its {field} member has {size} bytes, more than the limit of {limit}")
+        raise BadSample(f"its {field} member has {size} bytes, more than the limit of {limit}", "member_size")
 
 
 class Fingerprint(str):
@@ -273,6 +278,11 @@ def concatenated(parts: Sequence[SampleSource]) -> SampleSource:
     return Selection(sources, np.concatenate([first + ids for first, ids in zip(firsts, kept, strict=True)]))
 
 
+def _compressed(pattern: str) -> str | None:
+    """Return a compressed tar in a folder, or None."""
+    return next((path for end in ("*.tgz", "*.tar.gz") for path in glob.glob(f"{glob.escape(pattern)}/{end}")), None)
+
+
 def expand_paths(
     patterns: str | Sequence[str], root: str | None = None, key: str = "shards", kind: str = "tar"
 ) -> list[str]:
@@ -304,6 +314,8 @@ def expand_paths(
                     f"{key} {pattern!r}: no file {path!r}; name existing {kind}s, a folder of them or a glob"
                 )
         if not matched:
+            if kind == "tar" and (packed := _compressed(os.path.join(root or "", pattern))):
+                raise ValueError(f"{key} {pattern!r}: {packed} is compressed; unpack it first: gunzip -k {packed}")
             where = f" in {os.path.abspath(root or '.')!r}"
             raise ValueError(
                 f"{key} {pattern!r}: no {kind} matches{where}; name existing {kind}s, a folder of them or a glob"

@@ -128,7 +128,7 @@ def _check_tokenizes(tokenizer: Tokenizer, caption: str) -> None:
         tokenizer([caption])
     except ValueError as error:
         reason = str(error).split("\n")[0]
-        raise BadSample(f"its caption cannot be tokenized ({reason})") from error
+        raise BadSample(f"its caption cannot be tokenized ({reason})", "caption_tokens") from error
 
 
 def _is_remote(samples: SampleSource) -> TypeGuard[ShardedSource]:
@@ -355,7 +355,9 @@ class SampleStream:
                     _check_tokenizes(tokenizer, caption or "")
                 return _Row(int(self._first_id[source]) + sample, caption or "", group, refused)
             except BadSample as error:
-                refused.append(Refused(self.name, samples.location(sample), samples.key(sample), str(error)))
+                refused.append(
+                    Refused(self.name, samples.location(sample), samples.key(sample), str(error), error.code)
+                )
                 sample = draw(hash64(seed, "replacement"), attempt) % samples.num_samples
         raise ValueError(
             f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "

@@ -68,7 +68,7 @@ class Columns:
 def missing(fields: Sequence[str], schema: pa.Schema) -> BadSample:
     """Return the error of a sample that has none of the fields."""
     wanted = "image column" if fields[0] in IMAGE_EXTENSIONS else f"field {' or '.join(fields)}"
-    return BadSample(f"it has no {wanted} (its columns are {', '.join(schema.names)})")
+    return BadSample(f"it has no {wanted} (its columns are {', '.join(schema.names)})", "column")
 
 
 def has_bytes(kind: pa.DataType) -> bool:
@@ -86,21 +86,25 @@ def has_bytes(kind: pa.DataType) -> bool:
 def _bytes(value: pa.Scalar, column: str) -> bytes:
     if isinstance(value, pa.StructScalar) and has_bytes(value.type):
         if value.is_valid and not value["bytes"].is_valid and "path" in value and value["path"].is_valid:
-            raise BadSample(f"its column {column!r} holds a path ({value['path'].as_py()!r}) and no bytes")
+            raise BadSample(f"its column {column!r} holds a path ({value['path'].as_py()!r}) and no bytes", "column")
         value = value["bytes"] if value.is_valid else value
     if isinstance(value, pa.DictionaryScalar) and value.is_valid:
         value = value.dictionary[value.index.as_py()]
     if isinstance(value, pa.ExtensionScalar):
         value = value.value
     if not value.is_valid:
-        raise BadSample(f"its column {column!r} is null")
+        raise BadSample(f"its column {column!r} is null", "column")
     if isinstance(value, pa.BinaryScalar):  # strings, too
         data: bytes = value.as_buffer().to_pybytes()
         return data
     if isinstance(value, pa.ListScalar):
-        raise BadSample(f"its column {column!r} holds a list; name it as json.{column}, where a list is several texts")
+        raise BadSample(
+            f"its column {column!r} holds a list; name it as json.{column}, where a list is several texts", "column"
+        )
     if pa.types.is_nested(value.type):
-        raise BadSample(f"its column {column!r} holds {value.type}; name a value in it as json.{column}.<name>")
+        raise BadSample(
+            f"its column {column!r} holds {value.type}; name a value in it as json.{column}.<name>", "column"
+        )
     plain = value.as_py()
     return str(int(plain) if isinstance(plain, bool) else plain).encode()
 
@@ -111,7 +115,7 @@ def _json(values: dict[str, pa.Scalar]) -> bytes:
         try:
             row[column] = _python_value(value)
         except _UNREADABLE as error:
-            raise BadSample(f"its column {column!r} cannot be read ({str(error).splitlines()[0]})") from error
+            raise BadSample(f"its column {column!r} cannot be read ({str(error).splitlines()[0]})", "column") from error
     data = json.dumps(row, default=_plain).encode()
     check_field_size("json", len(data))
     return data

@@ -14,6 +14,7 @@ _REGULAR_KINDS = frozenset((b"0", b"\0", b"7"))
 _EXTENDED_KINDS = frozenset((b"L", b"K", b"x", b"X", b"g"))  # headers that describe the next members
 _KINDS_WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))  # whatever their size field says
 _MAX_EXTENDED_BYTES = 1 << 20
+_MAX_SPARSE_NAMED = 100  # a tar may have a million
 _WHOLE_BYTES = 1 << 13
 _NEEDED_PAX = re.compile(rb"path=|size=|GNU\.sparse")  # most pax headers hold only a time
 _PAX_LENGTH = re.compile(rb"(\d{1,7}) ")
@@ -58,8 +59,8 @@ def regular_members(
         digest: updated with each header and the block before it, with members of up to 8 KiB (captions, labels, json)
             whole, and with the first and middle block of larger members. Reading every image in full would take as long
             as training on them.
-        problems: receives irregularities at the end of the archive, or at an apparent end. Data behind the end are not
-            read.
+        problems: receives sparse members, and irregularities at the end of the archive, or at an apparent end. Data behind
+            the end are not read.
 
     Raises: Damage if the tar cannot be read further; Cut if it ends inside a member.
     """
@@ -132,7 +133,23 @@ def regular_members(
             position = data
             continue
         if kind == b"S":
-            raise Damage(f"sparse file at byte {position}: its data is not in one piece; write it without --sparse")
+            if len(problems) < _MAX_SPARSE_NAMED:
+                problems.append(
+                    f"sparse file {as_text(name)!r} at byte {position} is passed over: its data is not in one piece; write "
+                    "it without --sparse"
+                )
+            is_extended = kind == header[156:157] and header[482]
+            while is_extended:  # blocks of GNU's map stand between the header and the data
+                block = os.pread(fd, _BLOCK, data)
+                digest.update(block)
+                data += _BLOCK
+                is_extended = len(block) == _BLOCK and block[504]
+            position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
+            if position > tar_bytes:
+                raise Cut(
+                    name, f"truncated: {as_text(name)!r} needs bytes {data} to {data + size}, the file has {tar_bytes}"
+                )
+            continue
         position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
         if data + size > tar_bytes:
             raise Cut(

@@ -69,6 +69,7 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     problems: list[str] = []
     digest = hashlib.sha256()  # in hardware: three times faster than blake2b
     previous: bytes | None = None
+    num_duplicates = 0
     try:
         fd = open_regular(path)
     except NotRegular as error:
@@ -91,7 +92,9 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
                     column = columns[extension] = ([], [], [], [])
                 rows, offsets, sizes, headers = column
                 if rows and rows[-1] == row:
-                    problems.append(f"duplicate member {as_text(name)!r} at byte {offset}: the first one counts")
+                    num_duplicates += 1
+                    if num_duplicates <= _NAMED_PER_PROBLEM:  # a tar may repeat one a million times
+                        problems.append(f"duplicate member {as_text(name)!r} at byte {offset}: the first one counts")
                     continue
                 rows.append(row)
                 offsets.append(offset)
@@ -99,7 +102,9 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
                 headers.append(header)
         except Damage as damage:
             if not keys and stat.st_size and not isinstance(damage, Cut):
-                raise ValueError(f"{path}: {damage}; expected a plain, uncompressed tar") from None
+                raise ValueError(
+                    f"{path}: {_packed(fd, path) or f'{damage}; expected a plain, uncompressed tar'}"
+                ) from None
             problems.append(str(damage))
             split = _split_name(damage.name) if isinstance(damage, Cut) else None
             if split is not None and split[0] == previous:
@@ -107,6 +112,8 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
     finally:
         os.close(fd)
 
+    if num_duplicates > _NAMED_PER_PROBLEM:
+        problems.append(f"{num_duplicates - _NAMED_PER_PROBLEM} more duplicate members")
     count = len(keys)
     members, header_sums = {}, {}
     for extension in sorted(_frequent(columns, problems)):
@@ -131,6 +138,19 @@ def index_tar(path: str | os.PathLike[str]) -> TarIndex:
         mtime_ns=stat.st_mtime_ns,
         digest=digest.hexdigest(),
         problems=problems,
+    )
+
+
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+
+
+def _packed(fd: int, path: str | os.PathLike[str]) -> str | None:
+    """Describe a compressed tar, with the command that unpacks it; None for any other file."""
+    begin = os.pread(fd, 8, 0)
+    command = next((command for magic, command in _COMPRESSED.items() if begin.startswith(magic)), None)
+    return (
+        command
+        and f"it is compressed; expected a plain, uncompressed tar: {command} < {os.fspath(path)} > unpacked.tar"
     )
 
 
@@ -170,7 +190,7 @@ def _sample_problems(
         seen: set[bytes] = set()
         repeated = [row for row, key in enumerate(keys) if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
         problems.append(f"{len(repeated)} duplicate keys: {named(repeated)}")
-    suffixes = {extension: extension.rpartition(".")[2] for extension in members}
+    suffixes = {extension: extension.removesuffix(".gz").rpartition(".")[2] for extension in members}
     captions = [extension for extension, suffix in suffixes.items() if suffix in CAPTION_EXTENSIONS]
     wanted = {
         "an image": [extension for extension, suffix in suffixes.items() if suffix in IMAGE_EXTENSIONS],

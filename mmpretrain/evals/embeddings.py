@@ -116,9 +116,9 @@ class _Reader:
         try:
             label = int(value)
         except ValueError:
-            raise BadSample(f"its label {value!r} is neither an integer nor the name of a class") from None
+            raise BadSample(f"its label {value!r} is neither an integer nor the name of a class", "label") from None
         if data.classes is not None and not 0 <= label < len(data.classes.names):
-            raise BadSample(f"its label {label} is none of the {len(data.classes.names)} classes")
+            raise BadSample(f"its label {label} is none of the {len(data.classes.names)} classes", "label")
         return label
 
 

@@ -1,5 +1,6 @@
 """Random access over several tars."""
 
+import gzip
 import io
 import os
 import tarfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.shards import Shards, expand_shards
@@ -195,3 +197,28 @@ def test_what_matches_nothing_is_refused(tmp_path: Path, shards: str | list[str]
     with pytest.raises(ValueError, match=message) as error:
         expand_shards(shards, str(tmp_path))
     assert "\n" not in str(error.value) and "shards" in str(error.value)
+
+
+def test_compressed_members_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
+    members = [("a.jpg", b"jpeg"), ("a.txt.gz", gzip.compress(b"a text")), ("b.jpg", b"jpeg"), ("b.txt.gz", b"damaged")]
+    members += [("c.jpg", b"jpeg"), ("c.txt.gz", gzip.compress(bytes(20 << 20)))]
+    path = write_members(tmp_path / "0.tar", members)
+    shards = Shards([str(path)])
+    assert not shards.problems and shards.read(0, ["txt"]) == b"a text"
+    sample = next(iter(webdataset.WebDataset(str(path), shardshuffle=False).decode()))
+    assert sample["txt.gz"] == "a text" or sample.get("txt") == "a text"
+    for i, told in ((1, "does not decompress"), (2, "more than the limit")):
+        with pytest.raises(BadSample, match=told):
+            shards.read(i, ["txt"])
+
+
+def test_compressed_tars_are_named_with_the_command_that_unpacks_them(tmp_path: Path) -> None:
+    path = write_members(tmp_path / "0.tar", [("a.jpg", b"jpeg")])
+    packed = tmp_path / "0.tar.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"is compressed; unpack it first: gunzip -k {packed}$"):
+        expand_shards(str(tmp_path))
+    path.write_bytes(packed.read_bytes())  # renamed only
+    with pytest.raises(ValueError, match=rf"uncompressed tar: gunzip < {path} > unpacked\.tar$"):
+        Shards([str(path)])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -252,13 +253,26 @@ def test_names_with_dots_in_their_middle_do_not_make_a_column_each(tmp_path: Pat
     assert index.problems[0].startswith("302 extensions, of which the 256 most frequent are kept (not such as ")
 
 
-def test_sparse_members_are_named_not_misread(tmp_path: Path) -> None:
-    members = tarfile.TarInfo("b.jpg")
-    members.type = tarfile.GNUTYPE_SPARSE
-    path = write_members(tmp_path / "a.tar", pairs(["a"]))
-    path.write_bytes(path.read_bytes()[:2048] + members.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    index = index_tar(path)
-    assert index.keys == ["a"] and "sparse" in index.problems[0]
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+@pytest.mark.parametrize("num_pieces", [2, 40])
+def test_sparse_members_are_named_and_passed_over(format: str, num_pieces: int, tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        (tmp_path / f"{name}.jpg").write_bytes(name.encode() * 600)
+    with open(tmp_path / "b.jpg", "wb") as file:
+        for piece in range(num_pieces):
+            file.seek(piece << 16)
+            file.write(b"b" * 5000)
+    command = ["tar", f"--format={format}", "--sparse", "-cf", "s.tar", "a.jpg", "b.jpg", "c.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    index = index_tar(tmp_path / "s.tar")
+    assert index.keys == ["a", "c"]
+    assert index.problems[0].startswith("sparse file 'b.jpg' at byte ") or "GNUSparseFile" in index.problems[0]
+    offsets, sizes = index.members["jpg"]
+    content = (tmp_path / "s.tar").read_bytes()
+    assert [content[o : o + s] for o, s in zip(offsets, sizes, strict=True)] == [b"a" * 600, b"c" * 600]
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(content[: int(offsets[1]) - 600])
+    assert index_tar(cut).keys == ["a"]
 
 
 def test_a_long_name_without_end_is_not_read_into_memory(tmp_path: Path) -> None:

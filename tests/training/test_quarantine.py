@@ -8,8 +8,8 @@ from mmpretrain.errors import TrainingError
 from mmpretrain.training.quarantine import Quarantine
 
 
-def refused(shard: str, key: str, reason: str = "no image") -> Refused:
-    return Refused(stream="pairs", shard=shard, key=key, reason=reason)
+def refused(shard: str, key: str, reason: str = "no image", code: str = "member_missing") -> Refused:
+    return Refused(stream="pairs", shard=shard, key=key, reason=reason, code=code)
 
 
 def test_a_sample_is_quarantined_once_also_after_a_kill(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_sample_is_quarantined_once_also_after_a_kill(tmp_path: Path) -> None:
         file.write('{"shard": "b.tar", "key": "0000')  # a kill in the middle of a line
 
     second = Quarantine(path, max_fraction=1.0, num_refused=first.num_refused)
-    second.add([refused("b.tar", "000001"), refused("b.tar", "000002", "no caption")])
+    second.add([refused("b.tar", "000001"), refused("b.tar", "000002", "no caption", "caption_empty")])
     second.flush(48)
     assert second.num_refused == 5
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -33,7 +33,8 @@ def test_a_sample_is_quarantined_once_also_after_a_kill(tmp_path: Path) -> None:
         ("b.tar", "000001"),
         ("b.tar", "000002"),
     ]
-    assert records[-1] == {"stream": "pairs", "shard": "b.tar", "key": "000002", "reason": "no caption"}
+    expected = {"stream": "pairs", "shard": "b.tar", "key": "000002", "reason": "no caption", "code": "caption_empty"}
+    assert records[-1] == expected
 
 
 def test_what_waits_is_written_before_an_error_ends_the_run(tmp_path: Path) -> None:
