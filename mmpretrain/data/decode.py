@@ -63,7 +63,7 @@ def open_image(data: bytes) -> Image.Image:
     except UnidentifiedImageError as error:  # Pillow's message contains a memory address
         raise BadSample(f"no readable image (none of {', '.join(FORMATS)})", "image_format") from error
     except Image.DecompressionBombError as error:
-        raise BadSample(f"no readable image ({error})", "image_size") from error
+        raise BadSample(f"no readable image (DecompressionBombError: {error})", "image_size") from error
     except MemoryError:
         raise
     except Exception as error:  # only these bytes are read, and Pillow raises many exceptions
