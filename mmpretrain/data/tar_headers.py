@@ -120,13 +120,17 @@ def regular_members(
             position = data + (size + _BLOCK - 1) // _BLOCK * _BLOCK
             continue
         name = header[:100].partition(b"\0")[0]
+        is_folder = kind == b"\0" and name.endswith(b"/")  # as the oldest format has folders
         if header[345] and header[257:263] == b"ustar\0":
             name = header[345:500].partition(b"\0")[0] + b"/" + name
         if pax or global_pax or long_name is not None:
             records = global_pax | pax
             if any(keyword.startswith(b"GNU.sparse") for keyword in records):
                 kind = b"S"
-            name = records.get(b"path", name if long_name is None else long_name)
+            if long_name is not None:
+                name = long_name
+            if b"path" in records:
+                name = records[b"path"].rstrip(b"/")
             size = _number(records[b"size"], base=10) if b"size" in records else size
             long_name, pax = None, {}
         if kind in _KINDS_WITHOUT_DATA:
@@ -156,7 +160,7 @@ def regular_members(
                 name,
                 f"truncated: {as_text(name)!r} needs bytes {data} to {data + size}, the file has {tar_bytes}",
             )
-        if kind in _REGULAR_KINDS and not name.endswith(b"/"):
+        if kind in _REGULAR_KINDS and not is_folder:
             wanted = size if size <= _WHOLE_BYTES else _BLOCK
             at_hand = data + wanted <= limit
             digest.update(window[data - start : data - start + wanted] if at_hand else os.pread(fd, wanted, data))

@@ -16,6 +16,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")  # extensions of the images th
 CAPTION_EXTENSIONS = ("txt", "text", "caption")
 MAX_EXTENSIONS = 256
 _NAMED_PER_PROBLEM = 10
+# webdataset's rule, also for names that begin with a dot or hold line breaks.
+_KEY_AND_EXTENSION = re.compile(rb"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _METADATA_NAME = re.compile(rb"__[^/]*__($|/)")  # webdataset skips these names, too
 
 
@@ -166,11 +168,19 @@ def _frequent(columns: Mapping[bytes, tuple[list[int], ...]], problems: list[str
 
 
 def _split_name(name: bytes) -> tuple[bytes, bytes] | None:
+    if name.startswith(b"__") and _METADATA_NAME.match(name):
+        return None
     base = name.rfind(b"/") + 1
     dot = name.find(b".", base)
-    if dot <= base or (name.startswith(b"__") and _METADATA_NAME.match(name)):
+    if dot > base and b"\n" not in name:
+        key, extension = name[:dot], name[dot + 1 :]
+    elif found := _KEY_AND_EXTENSION.match(name):
+        key, extension = found.groups()
+    else:
         return None
-    return name[:dot], name[dot + 1 :].lower()
+    if extension.isascii():
+        return key, extension.lower()
+    return key, as_text(extension).lower().encode("utf-8", "surrogateescape")
 
 
 def _sample_problems(
