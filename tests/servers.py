@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 Fault = Callable[["RangeHandler", str, int], bool]
 """Called with the handler, the path and the number of earlier requests of that path; True: the fault has answered."""
@@ -154,6 +155,8 @@ def s3_server(folder: Path, bucket: str = "bucket") -> Iterator[dict[str, str]]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     try:
+        reset = Request(f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")  # servers share their content
+        urlopen(reset).close()
         client = boto3.client(
             "s3",
             endpoint_url=environment["AWS_ENDPOINT_URL"],

@@ -12,6 +12,7 @@ import pytest
 
 from mmpretrain import build
 from mmpretrain.config.schema import SourceConfig, StreamConfig
+from mmpretrain.data.open_shards import StorageOptions
 from tests import runs
 from tests.parquets import rows_of, table_of, write_like, write_parquet
 
@@ -140,7 +141,7 @@ SOURCE = {"_target_": "mmpretrain.data.parquet.ParquetSource", "path": "train"}
 )
 def test_a_stream_has_samples_of_one_kind(parquet: Path, stream: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        build._sources("pairs", StreamConfig(**stream), str(parquet))
+        build._sources("pairs", StreamConfig(**stream), str(parquet), StorageOptions())
 
 
 def test_sources_are_weighted_and_cut_as_shards_are(pairs: Path, parquet: Path) -> None:
@@ -148,10 +149,10 @@ def test_sources_are_weighted_and_cut_as_shards_are(pairs: Path, parquet: Path) 
         "a": SourceConfig(str(pairs / "train" / "000000.tar"), weight=3),
         "b": SourceConfig(source=SOURCE, weight=1),
     }
-    first, second = build._sources("pairs", StreamConfig(sources=mixed), str(parquet))
+    first, second = build._sources("pairs", StreamConfig(sources=mixed), str(parquet), StorageOptions())
     assert (first.samples.num_samples, first.weight, second.samples.num_samples, second.weight) == (100, 3, 200, 1)
     assert first.samples.read(7, ("png",)) == second.samples.read(7, ("png",))
-    (cut,) = build._sources("pairs", StreamConfig(source=SOURCE, max_samples=30), str(parquet))
+    (cut,) = build._sources("pairs", StreamConfig(source=SOURCE, max_samples=30), str(parquet), StorageOptions())
     assert cut.samples.num_samples == 30 and cut.samples.key(29) == "000000:29"
 
 
