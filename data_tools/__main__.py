@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
 @app.command()
 def build(
     pairs: Annotated[
-        Path, typer.Argument(help="TSV, CSV, JSONL or Parquet; or a folder of images with .txt beside them.")
+        Path,
+        typer.Argument(help="TSV, CSV, JSONL or Parquet; or a folder: images with .txt beside them, or class folders."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
     image: Annotated[str, typer.Option(help="Column of image paths, relative to the image root.")] = "image",
@@ -51,6 +52,9 @@ def build(
     ] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
     classes: Annotated[Path | None, typer.Option(help="Class list that sets the order of the labels.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Sentence that makes captions of labels: 'a photo of a {}'. _ becomes a space.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = None,
     format: Annotated[str | None, typer.Option(help="jpg, png or webp [default: the input's]")] = None,
     quality: Annotated[int, typer.Option(min=1, max=100, help="Quality of JPEG and WebP.")] = 95,
@@ -76,6 +80,8 @@ def build(
 
       python -m data_tools build val.csv --label breed --classes data/dogs/classes.tsv --output data/dogs/val
 
+      python -m data_tools build flowers/ --template 'a photo of a {}, a flower' --output data/flowers
+
       python -m data_tools build captions.jsonl --image-root /data/photos --output data/photos
     """
     from data_tools.build import BuildOptions
@@ -95,6 +101,7 @@ def build(
         caption_columns=captions,
         label_column=label,
         classes_file=classes,
+        template=template,
         image=ImageOptions(image_size, format, parse_color(background), quality, max_image_bytes),
         samples_per_shard=samples_per_shard,
         seed=seed,

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
-from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, read_classes, write_classes
+from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, one_line, read_classes, write_classes
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
 from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
@@ -27,7 +27,7 @@ FileState = tuple[int, int]
 class BuildOptions:
     """Options that, together with the pairs, determine the bytes of the shards.
 
-    `image_root` None is the table's folder.
+    `image_root` None is the table's folder. `template` makes captions of the labels, in place of a column of captions.
     """
 
     image_column: str = "image"
@@ -36,6 +36,7 @@ class BuildOptions:
     caption_columns: tuple[str, ...] = ("caption",)
     label_column: str | None = None
     classes_file: Path | None = None
+    template: str | None = None
     image: ImageOptions = field(default_factory=ImageOptions)
     samples_per_shard: int = 1000
     seed: int = 0
@@ -73,6 +74,14 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
         if not options.image_root.is_dir():
             raise ValueError(f"--image-root {str(options.image_root)!r}: no such folder")
     table = read_pairs(pairs)
+    if table.has_class_folders and options.label_column is None:
+        options = replace(options, label_column="label")
+    if options.template is not None:
+        _add_captions(table, options)
+    elif table.has_class_folders:
+        raise ValueError(
+            f"pairs {str(pairs)!r}: images in class folders, without captions; expected --template 'a photo of a {{}}'"
+        )
     table.require(options.image_column, "--image")
     _require_paths(table, options.image_column, pairs)
     for column in options.caption_columns:
@@ -157,6 +166,23 @@ def _build(
         texts,
     )
     return result
+
+
+def _add_captions(table: Table, options: BuildOptions) -> None:
+    """Add a column of captions, made of the labels. Raises: ValueError without a label column, or beside captions."""
+    template, (column, *others) = str(options.template), options.caption_columns
+    if "{}" not in template:
+        raise ValueError(f"--template {template!r}: expected a sentence with {{}} for the label")
+    if options.label_column is None:
+        raise ValueError(f"--template {template!r}: expected --label COLUMN beside it")
+    if others or column in table.columns:
+        named = ", ".join(options.caption_columns)
+        raise ValueError(f"--template {template!r}: expected no captions beside it, but --caption names {named!r}")
+    table.require(options.label_column, "--label")
+    for row in table.rows:
+        label = row.get(options.label_column)
+        row[column] = None if label is None else template.replace("{}", one_line(str(label)).replace("_", " "))
+    table.columns.append(column)
 
 
 def _require_paths(table: Table, column: str, pairs: Path) -> None:

@@ -33,7 +33,8 @@ class Table:
     """Table of rows with common columns.
 
     `row_numbers` holds each row's number in the file, from 1, without the header. `refused` holds (row number, reason)
-    of the rows that could not be read. Paths are relative to `folder`.
+    of the rows that could not be read. Paths are relative to `folder`. `has_class_folders` tells whether the rows are the
+    images of class folders, with their folder's name in the column `label`, and without captions.
     """
 
     columns: list[str]
@@ -41,6 +42,7 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
     row_numbers: list[int] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
+    has_class_folders: bool = False
 
     def add(self, number: int, row: dict[str, Any] | str) -> None:
         """Add a row, or the reason for its refusal."""
@@ -61,7 +63,10 @@ class Table:
 
 
 def read_pairs(path: Path) -> Table:
-    """Read a table in the format of its suffix, or a folder of images with `.txt` files (columns `image`, `caption`).
+    """Read a table in the format of its suffix, or a folder of images.
+
+    Of images with `.txt` files the columns are `image` and `caption`. Images in class folders, without any `.txt` file, have
+    `image` and `label`.
 
     Raises: ValueError for an unknown suffix, a file that cannot be read in its format or is too large, or no rows.
     """
@@ -104,9 +109,13 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def _read_folder(path: Path) -> Table:
+    images = sorted(file for file in path.rglob("*") if file.suffix[1:].lower() in _IMAGE_SUFFIXES)
+    names = [image.relative_to(path) for image in images]
+    if all(len(name.parts) > 1 for name in names) and not any(path.rglob("*.txt")):
+        rows = [{"image": name.as_posix(), "label": name.parts[0]} for name in names]
+        return Table(["image", "label"], path, rows, [*range(1, len(rows) + 1)], has_class_folders=True)
     table = Table(columns=["image", "caption"], folder=path)
-    images = (file for file in path.rglob("*") if file.suffix[1:].lower() in _IMAGE_SUFFIXES)
-    for number, image in enumerate(sorted(images), start=1):
+    for number, image in enumerate(images, start=1):
         beside = image.with_suffix(".txt")
         try:
             if not beside.is_file():

@@ -155,7 +155,9 @@ def s3_server(folder: Path, bucket: str = "bucket") -> Iterator[dict[str, str]]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     try:
-        reset = Request(f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")  # servers share their content
+        reset = Request(
+            f"{environment['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST"
+        )  # servers share their content
         urlopen(reset).close()
         client = boto3.client(
             "s3",

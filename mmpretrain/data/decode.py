@@ -72,6 +72,16 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def _is_animated(image: Image.Image) -> bool:
+    """Return True for an animation. Raises: BadSample if the second image of a file is damaged."""
+    try:
+        return image.format in _FORMATS_OF_ANIMATIONS and bool(getattr(image, "is_animated", False))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
+        raise _damaged("the image does not decode", error) from error
+
+
 def _damaged(what: str, error: Exception) -> BadSample:
     return BadSample(f"{what} ({type(error).__name__}: {error})".split("\n")[0], "image_damaged")
 
@@ -334,7 +344,7 @@ def decode_image(
     decoded = _decode_jpeg(data, plan, size, max_bytes) if is_jpeg and channels == 3 else None
     if decoded is None:
         image = open_image(data)
-        if image.format in _FORMATS_OF_ANIMATIONS and getattr(image, "is_animated", False):
+        if _is_animated(image):
             raise BadSample(f"an animated {image.format}; expected a single image", "image_animated")
         check_memory(image, data, channels, max_bytes)
         check_jpeg(image, data)

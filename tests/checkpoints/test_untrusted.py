@@ -205,7 +205,8 @@ def test_an_evaluation_of_what_no_run_wrote_is_refused_in_one_line(
     save_run(tmp_path)  # with as many words as the tokenizer
     for key, saved in {**sound, place: value}.items():
         poison(tmp_path, key, saved)
-    cfg = EvaluateConfig(str(tmp_path), device="cpu", ema=False, precision=None, data=EvalDataConfig(workers=0, val_batch_size=None))
+    data = EvalDataConfig(workers=0, val_batch_size=None)
+    cfg = EvaluateConfig(str(tmp_path), device="cpu", ema=False, precision=None, data=data)
     with pytest.raises(ValueError, match=r".") as raised:
         evaluate.run(cfg)
     assert message in str(raised.value) and "\n" not in str(raised.value)

@@ -451,3 +451,50 @@ def test_real_emoji(shared_data: Path, tmp_path: Path) -> None:
         (tmp_path / "image.png").write_bytes(sample["png"])
         with Image.open(tmp_path / "image.png") as image:
             assert image.mode == "RGB" and image.size == (128, 128) and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def class_folders(root: Path) -> Path:
+    """Two class folders with two pictures each, one of them in a folder below."""
+    for i, name in enumerate(("red_fox/0", "red_fox/deep/1", "elk/2", "elk/3")):
+        path = root / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (50 * i, 0, 0)).save(path)
+    return root
+
+
+def test_class_folders_give_labels_classes_and_captions_by_a_template(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "animals")
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--template", "a photo of a {}"]) == 0
+    found = sorted((sample["cls"], sample["txt"]) for sample in samples(tmp_path / "out"))
+    assert found == [(b"0", b"a photo of a elk")] * 2 + [(b"1", b"a photo of a red fox")] * 2
+    lines = (tmp_path / "out" / "classes.tsv").read_text().splitlines()
+    assert [line.split("\t")[1] for line in lines[1:]] == ["elk", "red_fox"]
+
+
+def test_a_template_makes_captions_of_a_tables_labels(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(4)
+    options = ("--label", "kind", "--template", "a {}", "--caption", "made")
+    assert build(pairs, tmp_path / "out", *options) == 0
+    assert {sample["txt"] for sample in samples(tmp_path / "out")} == {b"a ant", b"a cat", b"a dog"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "images in class folders, without captions; expected --template 'a photo of a {}'"),
+        (("--template", "a photo"), "--template 'a photo': expected a sentence with {} for the label"),
+        (("--template", "a {}", "--caption", "label"), "expected no captions beside it, but --caption names 'label'"),
+    ],
+)
+def test_templates_that_cannot_be_used_are_told(
+    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = class_folders(tmp_path / "animals")
+    assert main(["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_template_needs_labels(make_pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build(make_pairs(2), tmp_path / "out", "--template", "a {}", "--caption", "made") == 2
+    assert "--template 'a {}': expected --label COLUMN beside it" in capsys.readouterr().err
