@@ -142,6 +142,7 @@ class Shards:
         self._storage = storage
         self._replaces_missing = on_missing_shard == OnMissingShard.replace
         self._missing: dict[int, str] = {}  # why a shard is not reachable, once it has proved so
+        self._unindexed = {i for i, digest in enumerate(table.digests) if not digest}
         self._ends: npt.NDArray[np.int64] = np.cumsum(table.counts)
         self._kept = dict(unstored)
         for shard in table.not_stored.tolist():
@@ -157,7 +158,7 @@ class Shards:
     @property
     def is_indexed(self) -> bool:
         """Whether every tar had an index when the set was opened."""
-        return all(self._table.digests)
+        return not self._unindexed
 
     @property
     def is_remote(self) -> bool:
@@ -243,11 +244,13 @@ class Shards:
         shard, row = self._locate(sample_id)
         index = self.index(shard)
         members = index.members if row < index.num_samples else {}
-        for extension in (name for field in fields for name in (field, f"{field}{_GZIP}")):
-            if extension in members:
-                offsets, sizes = members[extension]
-                if sizes[row] >= 0:
-                    return self.paths[shard], extension, int(offsets[row]), int(sizes[row])
+        for end in ("", _GZIP):
+            for field in fields:
+                extension = field + end
+                if extension in members:
+                    offsets, sizes = members[extension]
+                    if sizes[row] >= 0:
+                        return self.paths[shard], extension, int(offsets[row]), int(sizes[row])
         return None
 
     def read(self, sample_id: int, fields: Sequence[str]) -> bytes:
@@ -269,6 +272,10 @@ class Shards:
             self._missing[shard] = str(error)
             raise BadSample(str(error), "shard_missing") from error
 
+    def _digest(self, shard: int, index: TarIndex) -> str:
+        """Return the digest by which a shard is opened; an empty one for a shard that had no index then."""
+        return "" if shard in self._unindexed else index.digest
+
     def _read(self, shard: int, row: int, sample_id: int, fields: Sequence[str]) -> bytes:
         member = self.member(sample_id, fields)
         if member is None:
@@ -277,7 +284,7 @@ class Shards:
         check_field_size(extension, size)
         index = self.index(shard)
         block = self._storage.read_range(
-            path, self._table.digests[shard], index, offset - HEADER_BYTES, HEADER_BYTES + size
+            path, self._digest(shard, index), index, offset - HEADER_BYTES, HEADER_BYTES + size
         )
         if header_sum(block[:HEADER_BYTES]) != index.header_sums[extension][row]:
             raise FileChanged(
