@@ -6,6 +6,7 @@ import unicodedata
 from typing import Any
 
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.source import SampleSource
 
 MAX_CAPTION_CHARACTERS = 1 << 20
 """Tokenizing a text of this length takes about a second."""
@@ -100,3 +101,8 @@ def decode_captions(data: bytes, field: str) -> list[str]:
     if not captions:
         raise BadSample(f"its caption field {field!r} is empty (it has no visible character)", "caption_empty")
     return [_without_lone_surrogates(caption) for caption in captions]
+
+
+def read_captions(source: SampleSource, sample_id: int, field: str) -> list[str]:
+    """Return the captions in `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
+    return decode_captions(source.read(sample_id, (field.split(".")[0],)), field)

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation, augmented
 from mmpretrain.data.decode import MAX_IMAGE_BYTES, BadSample, decode_image, image_memory
-from mmpretrain.data.fields import check_caption_field, decode_captions, read_label
+from mmpretrain.data.fields import check_caption_field, read_captions, read_label
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.data.shorten import Shorten, shortened
@@ -76,11 +76,6 @@ class CaptionFields:
 
 def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
     return [fields] if isinstance(fields, str) else fields
-
-
-def read_captions(source: SampleSource, sample_id: int, field: str) -> list[str]:
-    """Return the captions in `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
-    return decode_captions(source.read(sample_id, (field.split(".")[0],)), field)
 
 
 class Stream(Protocol):

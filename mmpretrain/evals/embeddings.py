@@ -12,12 +12,11 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.fields import read_label
+from mmpretrain.data.fields import read_captions, read_label
 from mmpretrain.data.image_batches import ImageBatch, Read, image_batches, split
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.source import SampleSource
-from mmpretrain.data.stream import read_captions
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel

@@ -21,10 +21,11 @@ from torchvision.transforms import v2
 from mmpretrain.batch import Batch, Samples
 from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.decode import decode_image
+from mmpretrain.data.fields import read_captions
 from mmpretrain.data.loader import LoaderError, _received, build_loader, received
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.shorten import Shorten
-from mmpretrain.data.stream import SampleStream, Source, read_captions, with_text
+from mmpretrain.data.stream import SampleStream, Source, with_text
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.data.transforms import CenterCrop, RandomResizedCrop, Transform
 from mmpretrain.schedules import Clock, TrainingProgress

@@ -16,13 +16,13 @@ import torch
 
 from mmpretrain.batch import Batch
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.fields import read_label
+from mmpretrain.data.fields import read_captions, read_label
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.parquet import ParquetSource
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.source import SampleSource, concatenated, selected
 from mmpretrain.data.storage import FileChanged
-from mmpretrain.data.stream import SampleStream, Source, read_captions
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.subset import select
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import ClipTokenizer

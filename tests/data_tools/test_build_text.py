@@ -14,9 +14,10 @@ import pytest
 
 from data_tools.__main__ import main
 from data_tools.tokenizers import train_tokenizer
+from mmpretrain.data.fields import read_captions
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.shards import Shards, expand_shards
-from mmpretrain.data.stream import SampleStream, Source, read_captions
+from mmpretrain.data.stream import SampleStream, Source
 from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer, tokenizer_of
 from mmpretrain.schedules import Clock
 
