@@ -6,23 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from data_tools.command_line import run_app
-from data_tools.pool import num_cpus
+from data_tools import tar_commands
+from data_tools.command_line import Workers, run_app
 
 app = typer.Typer(
-    help="Build shards from raw data.",
+    help="Build, check and describe shards.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-Workers = Annotated[
-    int, typer.Option(min=1, help="Number of processes.", default_factory=num_cpus, show_default="all cores")
-]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,52 +174,6 @@ def build_text(
 
 
 @app.command()
-def index(
-    tars: Annotated[list[str], typer.Argument(help="Tars, folders of tars, globs or brace patterns; local or remote.")],
-    index_dir: Annotated[
-        str | None, typer.Option(help="Folder of the indexes (data.index_dir).", show_default="beside the tars")
-    ] = None,
-    *,
-    workers: Workers,
-) -> None:
-    """Build or refresh the offset indexes of tars from WebDataset or img2dataset.
-
-    Beside the indexes, shards.json lists the shards of each folder. Upload it and the indexes with the tars, and training
-    reads ranges of them from the bucket. Remote tars (https://, s3://, gs://) are fetched whole, once, to be indexed.
-
-    Reports truncated tars, duplicate keys, and samples without a caption or, except in tars of text alone, an image.
-    The exit code is 1 if there are problems.
-
-    Examples:
-
-      python -m data_tools index data/emoji/train
-
-      python -m data_tools index 'laion/{00000..00099}.tar'
-
-      python -m data_tools index 's3://bucket/laion/{00000..00099}.tar' --index-dir indexes
-    """
-    from data_tools.indexing import expand, index_tars
-    from mmpretrain.data.stored_index import index_path
-
-    results = index_tars(expand(tars, index_dir), workers, index_dir)
-    num_samples, seconds = sum(r.num_samples for r in results), sum(r.seconds for r in results)
-    rate = f", {num_samples / seconds:,.0f} samples/s on one core" if seconds else ""
-    print(f"{num_samples:,} samples in {len(results)} tars{rate}")
-    elsewhere = [result for result in results if result.index not in (None, str(index_path(result.tar, index_dir)))]
-    if elsewhere:
-        folder = Path(str(elsewhere[0].index)).parent
-        print(f"{len(elsewhere)} indexes are in {folder}, since they could not be written to their place")
-    rows = [(result.tar, problem) for result in results for problem in result.problems]
-    if rows:
-        table = Table("tar", "problem")
-        for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
-        # Do not wrap lines in a file or a pipe, where rich would assume a width of 80.
-        Console(width=None if sys.stdout.isatty() else 10_000).print(table)
-        raise typer.Exit(1)
-
-
-@app.command()
 def shapes(
     output: Annotated[Path, typer.Option(help="Folder for train/, val/, composition/ and classes.tsv.")],
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 0,
@@ -295,6 +242,10 @@ def tokenizer(
     output.parent.mkdir(parents=True, exist_ok=True)
     trained.save(str(output))
     print(f"{output}: {trained.get_vocab_size():,} tokens")
+
+
+for command in (tar_commands.index, tar_commands.verify):
+    app.command()(command)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,44 @@
-"""Entry point of a command line with several commands: one-line errors and exit codes."""
+"""Parts of a command line with several commands: options, tables, one-line errors and exit codes."""
 
 import io
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data_tools.pool import num_cpus
 
 try:
     from typer._click.exceptions import ClickException  # typer 0.26 and later have a copy of click
 except ImportError:
     from click import ClickException  # type: ignore[assignment]
+
+Workers = Annotated[
+    int, typer.Option(min=1, help="Number of processes.", default_factory=num_cpus, show_default="all cores")
+]
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], num_text_columns: int | None = None) -> None:
+    """Print a table; with no rows, nothing.
+
+    Args:
+        columns: headings.
+        rows: cells of each row, as plain text.
+        num_text_columns: number of columns that are aligned left; the others hold numbers. None: all.
+    """
+    table = Table()
+    for i, column in enumerate(columns):
+        is_text = num_text_columns is None or i < num_text_columns
+        table.add_column(column, justify="left" if is_text else "right")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    if table.row_count:
+        # Do not wrap lines in a file or a pipe, where rich would assume a width of 80.
+        Console(width=None if sys.stdout.isatty() else 10_000).print(table)
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> int:

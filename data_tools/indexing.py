@@ -10,14 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import braceexpand
-
 from data_tools.output import write_atomically
 from data_tools.pool import run_tasks
-from mmpretrain.data.open_shards import StorageOptions, cache_of
+from data_tools.tars import expand_tars, remote_storage
 from mmpretrain.data.remote import is_remote
-from mmpretrain.data.remote_shards import RemoteShards
-from mmpretrain.data.shards import expand_shards
 from mmpretrain.data.stored_index import mirrored, store_index
 from mmpretrain.data.tar_index import TarIndex, index_tar
 from mmpretrain.files import read_json
@@ -40,14 +36,9 @@ class IndexedTar:
 
 def expand(tars: Sequence[str], index_dir: str | None) -> list[str]:
     """Expand patterns of local or remote tars. Raises: ValueError, also for remote tars without an `index_dir`."""
-    parts = [part for pattern in tars for part in braceexpand.braceexpand(pattern)]
-    if not any(map(is_remote, parts)):
-        return expand_shards(tars)
-    if not all(map(is_remote, parts)):
-        raise ValueError(f"tars {list(tars)}: local and remote ones together; expected one kind")
-    if index_dir is None or is_remote(index_dir):
+    if any(map(is_remote, tars)) and (index_dir is None or is_remote(index_dir)):
         raise ValueError(f"--index-dir is {index_dir!r}; expected a local folder for the indexes of remote tars")
-    return _storage().expand(parts, "tars")
+    return expand_tars(tars)
 
 
 def index_tars(tars: Sequence[str], workers: int, index_dir: str | None = None) -> list[IndexedTar]:
@@ -81,11 +72,6 @@ def _write_table(path: Path, indexed: Sequence[IndexedTar]) -> None:
     write_atomically(path, json.dumps({"shards": [rows[name] for name in sorted(rows)]}, indent=1) + "\n")
 
 
-def _storage() -> RemoteShards:
-    options = StorageOptions()
-    return RemoteShards(cache_of(options), None, options.storage_seconds)
-
-
 def _index_one(tar: str, index_dir: str | None) -> IndexedTar:
     started = time.process_time()
     try:
@@ -101,7 +87,7 @@ def _index_one(tar: str, index_dir: str | None) -> IndexedTar:
 
 def _scan(tar: str) -> TarIndex:
     if is_remote(tar):
-        return _storage().load_index(tar, digest="")
+        return remote_storage().load_index(tar, digest="")
     if not os.path.isfile(tar):  # opening a pipe would block forever
         raise ValueError("expected a regular file")
     return index_tar(tar)

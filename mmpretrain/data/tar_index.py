@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,6 +183,18 @@ def _split_name(name: bytes) -> tuple[bytes, bytes] | None:
     return key, as_text(extension).lower().encode("utf-8", "surrogateescape")
 
 
+def is_text_alone(extensions: Iterable[str]) -> bool:
+    """Return True if a tar with these members needs no images: captions, with nothing but json beside them."""
+    suffixes = {_suffix(extension) for extension in extensions}
+    # A tar meant to have images would have other members.
+    return not suffixes.isdisjoint(CAPTION_EXTENSIONS) and suffixes <= {*CAPTION_EXTENSIONS, "json"}
+
+
+def _suffix(extension: str) -> str:
+    """Return the kind of a member: `png` for `seg.png`, and `txt` for `txt.gz`."""
+    return extension.removesuffix(".gz").rpartition(".")[2]
+
+
 def _sample_problems(
     keys: list[bytes],
     starts: list[int],
@@ -200,15 +212,15 @@ def _sample_problems(
         seen: set[bytes] = set()
         repeated = [row for row, key in enumerate(keys) if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
         problems.append(f"{len(repeated)} duplicate keys: {named(repeated)}")
-    suffixes = {extension: extension.removesuffix(".gz").rpartition(".")[2] for extension in members}
+    suffixes = {extension: _suffix(extension) for extension in members}
     captions = [extension for extension, suffix in suffixes.items() if suffix in CAPTION_EXTENSIONS]
     wanted = {
         "an image": [extension for extension, suffix in suffixes.items() if suffix in IMAGE_EXTENSIONS],
         # A json may hold the caption, but does not count as one in a tar that has caption members.
         "a caption": captions or [extension for extension, suffix in suffixes.items() if suffix == "json"],
     }
-    if captions and all(suffix in (*CAPTION_EXTENSIONS, "json") for suffix in suffixes.values()):
-        del wanted["an image"]  # a tar meant to have images would have other members
+    if is_text_alone(members):
+        del wanted["an image"]
     for what, extensions in wanted.items():
         present = np.zeros(len(keys), bool)
         for extension in extensions:
