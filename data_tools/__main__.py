@@ -244,7 +244,7 @@ def tokenizer(
     print(f"{output}: {trained.get_vocab_size():,} tokens")
 
 
-for command in (tar_commands.index, tar_commands.verify):
+for command in (tar_commands.index, tar_commands.verify, tar_commands.stats):
     app.command()(command)
 
 

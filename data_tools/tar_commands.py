@@ -93,3 +93,46 @@ def verify(
         print(f"bad samples: {output}")
     if result.num_bad or result.problems:
         raise typer.Exit(1)
+
+
+def stats(
+    tars: Tars,
+    index_dir: IndexDir = None,
+    caption: Caption = "txt",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="A tokenizer.json, a folder with one, or a model of open_clip.", show_default="CLIP's tokenizer"
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="PNG of the histograms.")] = Path("stats.png"),
+    max_samples: Annotated[
+        int, typer.Option(min=1, help="Measure this many evenly spaced samples of a larger set.")
+    ] = 100_000,
+    *,
+    workers: Workers,
+) -> None:
+    """Describe tars: image sizes and formats, caption lengths in tokens, and captions that occur repeatedly.
+
+    Prints a table, and draws histograms. Images are not decoded: their sizes come from their headers.
+
+    Examples:
+
+      python -m data_tools stats data/emoji/train
+
+      python -m data_tools stats 'laion/{00000..00099}.tar' --max-samples 20000 --tokenizer ViT-B-16-SigLIP --output laion.png
+    """
+    from data_tools.histograms import draw_histograms
+    from data_tools.stats import histograms_of, measure_tars, summary, table_rows
+
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output {str(output)!r}: expected a name that ends in .png")
+    found = measure_tars(tars, index_dir, caption, tokenizer, max_samples, workers)
+    first, *notes = summary(found)
+    print(first)
+    columns = (found.title, "minimum", "5 %", "median", "mean", "95 %", "maximum")
+    print_table(columns, table_rows(found), num_text_columns=1)
+    for note in notes:
+        print(note)
+    draw_histograms(histograms_of(found), first, output)
+    print(f"histograms: {output}")
