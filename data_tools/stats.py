@@ -31,6 +31,7 @@ class Stats:
         context_length: number of tokens to which the tokenizer's model cuts a caption.
         repeats: number of captions with each distinct text, int64 [d].
         most_repeated: place of the first caption with the most frequent text, `TAR: KEY`; None without a caption.
+        problems: defects of the tars, each with its path.
     """
 
     num_tars: int
@@ -40,6 +41,7 @@ class Stats:
     context_length: int
     repeats: npt.NDArray[np.int64]
     most_repeated: str | None
+    problems: Sequence[str]
 
     @property
     def is_estimate(self) -> bool:
@@ -101,7 +103,9 @@ def measure_tars(
     most_repeated = None
     if len(repeats):
         most_repeated = _place(table, int(measured.samples[first[np.argmax(repeats)]]), index_dir)
-    return Stats(len(paths), num_samples, num_measured, measured, context_length, repeats, most_repeated)
+    return Stats(
+        len(paths), num_samples, num_measured, measured, context_length, repeats, most_repeated, table.problems
+    )
 
 
 def _tasks(table: ShardTable, ids: npt.NDArray[np.int64]) -> list[Task]:
@@ -142,6 +146,8 @@ def summary(stats: Stats) -> list[str]:
             lines[-1] += f"; one text occurs {stats.repeats.max():,} times, first in {stats.most_repeated}"
     for what, num in sorted(measured.unreadable.items()):
         lines.append(f"unreadable {what}: {num:,}; python -m data_tools verify tells which and why")
+    if len(stats.problems):
+        lines.append(f"problems of tars: {len(stats.problems):,}, the first: {stats.problems[0]}")
     return lines
 
 

@@ -129,10 +129,10 @@ def stats(
         raise ValueError(f"--output {str(output)!r}: expected a name that ends in .png")
     found = measure_tars(tars, index_dir, caption, tokenizer, max_samples, workers)
     first, *notes = summary(found)
+    draw_histograms(histograms_of(found), first, output)  # before a closed pipe can end the command
     print(first)
     columns = (found.title, "minimum", "5 %", "median", "mean", "95 %", "maximum")
     print_table(columns, table_rows(found), num_text_columns=1)
     for note in notes:
         print(note)
-    draw_histograms(histograms_of(found), first, output)
     print(f"histograms: {output}")

@@ -194,3 +194,9 @@ def test_a_damaged_tar_ends_the_command(tmp_path: Path, capsys) -> None:
     (tmp_path / "zip.tar").write_bytes(b"PK" * 1000)
     assert described(tmp_path / "stats.png", tmp_path) == 2
     assert "expected a plain, uncompressed tar" in capsys.readouterr().err
+
+
+def test_problems_of_tars_are_told(tmp_path: Path, capsys) -> None:
+    path = write_tar(tmp_path / "0.tar", [{"jpg": sized(9, 9), "txt": "a"}, {"jpg": sized(9, 9)}])
+    assert described(tmp_path / "stats.png", path) == 0
+    assert f"problems of tars: 1, the first: {path}: 1 samples without a caption" in capsys.readouterr().out
