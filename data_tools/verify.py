@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def verify_tars(
         Unreachable for a remote folder.
     """
     check_caption_field(options.caption, "--caption")
-    paths = expand_tars(tars)
+    paths = list(dict.fromkeys(expand_tars(tars)))  # patterns may overlap
     blocks = _read_blocks(output)
     table = open_table(paths, index_dir) if any(map(is_remote, paths)) else None
     tasks = [(path, None if table is None else remote_row(table, i), blocks.get(path)) for i, path in enumerate(paths)]
@@ -174,25 +174,33 @@ def _verify_one(
     tar, row, block = task
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # the processes share the cores
-    problems: list[str] = []
     try:
         shards = open_tar(tar, index_dir, row)
         index = shards.index(0)
-        wants_image, wants_caption, missing = _wanted(index, options.caption)
-        problems += [*index.problems, *missing]
-        num_samples, text_alone = shards.num_samples, is_text_alone(index.members)
-        result = partial(_VerifiedTar, tar, problems, index.digest, num_samples, wants_image, text_alone)
-        if block is not None and (block.digest, block.options) == (index.digest, options):
-            return result(is_kept=True)
-        bad = []
-        for sample in range(num_samples):
+    except (ValueError, OSError) as error:
+        return _VerifiedTar(tar, [str(error)])
+    wants_image, wants_caption, missing = _wanted(index, options.caption)
+    result = _VerifiedTar(
+        tar,
+        [*index.problems, *missing],
+        index.digest,
+        shards.num_samples,
+        has_images=wants_image,
+        is_text_alone=is_text_alone(index.members),
+    )
+    if block is not None and (block.digest, block.options) == (index.digest, options):
+        return replace(result, is_kept=True)
+    bad = []
+    try:
+        for sample in range(shards.num_samples):
             reason = _reason(shards, sample, wants_image, wants_caption, options)
             if reason is not None:
                 bad.append((shards.key(sample), reason))
-        return result(bad=bad)
-    except (ValueError, OSError) as error:
-        # No property of a sample. Without a block in the output, the next run reads the tar again.
-        return _VerifiedTar(tar, [*problems, f"not read to its end: {error}"])
+    except (
+        OSError
+    ) as error:  # no property of the sample; without a block in the output, the next run reads the tar again
+        return replace(result, problems=[*result.problems, f"not read to its end: {error}"])
+    return replace(result, bad=bad)
 
 
 def _wanted(index: TarIndex, caption: str) -> tuple[bool, bool, list[str]]:

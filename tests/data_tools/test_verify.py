@@ -1,6 +1,7 @@
 """The command `verify`: reasons, problems of whole tars, exit codes and continuation."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -145,6 +146,39 @@ def test_finished_tars_are_not_read_again_unless_they_changed(tmp_path: Path, ca
     assert verified(output, *paths) == 0
     assert "of which 1 were verified before: 0 bad" in capsys.readouterr().out
     assert output.read_bytes().startswith(edited) and len(lines(output)) == 4
+
+
+def test_a_tar_that_cannot_be_read_to_its_end_is_read_again_by_the_next_run(tmp_path: Path, capsys) -> None:
+    paths = [Path(path) for path in write_tars(tmp_path, make_samples(4), [2, 2])]
+    output = tmp_path / "verify.jsonl"
+    assert main(["index", str(tmp_path)]) == 0
+    whole, stat = paths[0].read_bytes(), paths[0].stat()
+    paths[0].write_bytes(whole.replace(b"000001.jpg", b"00000x.jpg"))  # the index says otherwise
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    capsys.readouterr()
+    assert verified(output, tmp_path) == 1
+    assert "not read to its end" in capsys.readouterr().out
+    assert [row["shard"] for row in lines(output)] == [str(paths[1])]
+    paths[0].write_bytes(whole)
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert verified(output, tmp_path) == 0
+    assert "4 samples in 2 tars, of which 1 were verified before: 0 bad" in capsys.readouterr().out
+
+
+def test_a_tar_named_twice_is_read_once(tmp_path: Path, capsys) -> None:
+    path = write_tar(tmp_path / "0.tar", make_samples(2))
+    assert verified(tmp_path / "verify.jsonl", tmp_path, path) == 0
+    assert capsys.readouterr().out == "2 samples in 1 tars: 0 bad\n"
+
+
+def test_the_table_of_reasons_has_a_limit(tmp_path: Path, capsys) -> None:
+    fields = ["".join(chr(97 + number // 26**place % 26) for place in range(3)) for number in range(1010)]
+    path = write_tar(tmp_path / "0.tar", [{"json": {field: 1}} for field in fields])
+    assert verified(tmp_path / "verify.jsonl", path, "--caption", "json.caption") == 1
+    out = capsys.readouterr().out
+    assert out.count("its json has no field") == 1000
+    row = next(line for line in out.splitlines() if "other reasons" in line)
+    assert row.split()[-2] == "10" and len(bad(tmp_path / "verify.jsonl")) == 1010
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 60, -1, -40])
