@@ -72,6 +72,15 @@ def test_each_bad_sample_has_its_reason(tmp_path: Path, capsys) -> None:
     assert "1 samples without a caption" in out and "1 samples without an image" in out
 
 
+def test_reasons_are_counted_apart_from_their_numbers_the_most_frequent_first(tmp_path: Path, capsys) -> None:
+    texts = [" ", b"\xff", b"a\xff", b"ab\xff"]
+    path = write_tar(tmp_path / "0.tar", [{"jpg": JPEG, "txt": text} for text in texts])
+    assert verified(tmp_path / "verify.jsonl", path) == 1
+    rows = [line for line in capsys.readouterr().out.splitlines() if f"{path}: " in line]
+    assert [row.split()[-2] for row in rows] == ["3", "1"]
+    assert "invalid start byte at byte 0" in rows[0] and "000001" in rows[0]
+
+
 def test_images_that_need_more_memory_than_allowed_are_bad(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", make_samples(1))
     assert verified(tmp_path / "a.jsonl", path, "--max-image-bytes", 100) == 1
