@@ -120,7 +120,7 @@ def stats(
 
       python -m data_tools stats data/emoji/train
 
-      python -m data_tools stats 'laion/{00000..00099}.tar' --max-samples 20000 --tokenizer ViT-B-16-SigLIP --output laion.png
+      python -m data_tools stats 'laion/{00000..00099}.tar' --max-samples 20000 --tokenizer tokenizer.json --output laion.png
     """
     from data_tools.histograms import draw_histograms
     from data_tools.stats import histograms_of, measure_tars, summary, table_rows
