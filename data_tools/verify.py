@@ -196,9 +196,8 @@ def _verify_one(
             reason = _reason(shards, sample, wants_image, wants_caption, options)
             if reason is not None:
                 bad.append((shards.key(sample), reason))
-    except (
-        OSError
-    ) as error:  # no property of the sample; without a block in the output, the next run reads the tar again
+    except OSError as error:
+        # No property of the sample: without a block in the output, the next run reads the tar again.
         return replace(result, problems=[*result.problems, f"not read to its end: {error}"])
     return replace(result, bad=bad)
 
