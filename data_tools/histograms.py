@@ -68,6 +68,8 @@ def _draw(place: Axes, histogram: Histogram) -> None:
         place.axvline(histogram.mark[0], color="C3", linewidth=1.2, label=histogram.mark[1])
         place.legend(fontsize=8)
     whole = np.issubdtype(values.dtype, np.integer)
+    if whole and len(np.unique(values)) == 1:
+        place.set_xticks([int(values[0])])  # other ticks would be fractions
     place.xaxis.set_major_formatter(EngFormatter(sep="") if whole else StrMethodFormatter("{x:g}"))
     if histogram.has_log_counts:
         place.set_ylim(bottom=0.7)  # below a count of one

@@ -69,7 +69,7 @@ def verify(
     """Decode every sample of tars as training does, and report what is wrong.
 
     Bad samples are those that training would replace by others: damaged or missing images, empty or missing captions. Each
-    is a line of --output (shard, key, reason). Problems of whole tars are those of `index`. The exit code is 1 if
+    is a line of --output (shard, key, reason, code). Problems of whole tars are those of `index`. The exit code is 1 if
     anything is wrong.
 
     After each tar, --output gets a line with its digest. The same command goes on after the last such tar, and
@@ -87,8 +87,8 @@ def verify(
     kept = f", of which {result.num_kept} were verified before" if result.num_kept else ""
     print(f"{result.num_samples:,} samples in {result.num_tars} tars{kept}: {result.num_bad:,} bad")
     print_table(("tar", "problem"), result.problems)
-    rows = [(each.reason, f"{each.shard}: {each.key}", f"{each.num_samples:,}") for each in result.reasons]
-    print_table(("reason", "first sample", "samples"), rows, num_text_columns=2)
+    rows = [(each.code, each.reason, f"{each.shard}: {each.key}", f"{each.num_samples:,}") for each in result.reasons]
+    print_table(("code", "reason", "first sample", "samples"), rows, num_text_columns=3)
     if result.num_bad:
         print(f"bad samples: {output}")
     if result.num_bad or result.problems:

@@ -50,12 +50,22 @@ class VerifyOptions:
 
 @dataclass
 class Reason:
-    """Samples that are bad for one reason: their number, and the first of them with its own reason."""
+    """Samples that are bad for one reason: their number, and the first of them with its own reason and its code."""
 
     num_samples: int
     shard: str
     key: str
     reason: str
+    code: str
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """Bad sample of a tar: its key, the reason, and its code as in a run's quarantine.jsonl; of two reasons, the first's."""
+
+    key: str
+    reason: str
+    code: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _VerifiedTar:
-    """Result for one tar: (key, reason) of bad samples, None if not all samples were read; and problems of the tar."""
+    """Result for one tar: its bad samples, None if not all samples were read; and problems of the tar."""
 
     tar: str
     problems: Sequence[str]
@@ -99,7 +109,7 @@ class _VerifiedTar:
     has_images: bool = False
     is_text_alone: bool = False
     is_kept: bool = False
-    bad: Sequence[tuple[str, str]] | None = None
+    bad: Sequence[BadLine] | None = None
 
 
 def verify_tars(
@@ -147,8 +157,8 @@ def verify_tars(
             if bad is not None:
                 num_samples += result.num_samples
                 num_bad += len(bad)
-                for key, reason in bad:
-                    _count(reasons, result.tar, key, reason)
+                for line in bad:
+                    _count(reasons, result.tar, line)
     if with_images:
         problems += [
             (tar, f"none of its {num} samples has an image, but other tars have; verify tars of texts by themselves")
@@ -158,14 +168,15 @@ def verify_tars(
     return Verification(len(paths), num_samples, num_kept, num_bad, ordered, problems)
 
 
-def _count(reasons: dict[str, Reason], shard: str, key: str, reason: str) -> None:
-    kind = re.sub(r"0x[0-9a-f]+|\d+", "#", reason)
+def _count(reasons: dict[str, Reason], shard: str, line: BadLine) -> None:
+    kind = re.sub(r"0x[0-9a-f]+|\d+", "#", line.reason)
     if kind not in reasons and len(reasons) >= _MAX_KINDS:
         kind = _OTHER
     if kind in reasons:
         reasons[kind].num_samples += 1
     else:
-        reasons[kind] = Reason(1, shard, key, _OTHER if kind == _OTHER else reason)
+        told, code = (_OTHER, "") if kind == _OTHER else (line.reason, line.code)
+        reasons[kind] = Reason(1, shard, line.key, told, code)
 
 
 def _verify_one(
@@ -193,9 +204,9 @@ def _verify_one(
     bad = []
     try:
         for sample in range(shards.num_samples):
-            reason = _reason(shards, sample, wants_image, wants_caption, options)
-            if reason is not None:
-                bad.append((shards.key(sample), reason))
+            errors = _errors(shards, sample, wants_image, wants_caption, options)
+            if errors:
+                bad.append(BadLine(shards.key(sample), "; ".join(map(str, errors)), errors[0].code))
     except OSError as error:
         # No property of the sample: without a block in the output, the next run reads the tar again.
         return replace(result, problems=[*result.problems, f"not read to its end: {error}"])
@@ -221,25 +232,27 @@ def _wanted(index: TarIndex, caption: str) -> tuple[bool, bool, list[str]]:
     return has_images, has_captions, missing
 
 
-def _reason(shards: Shards, sample: int, wants_image: bool, wants_caption: bool, options: VerifyOptions) -> str | None:
-    """Return why training would refuse a sample; None if it would not. Raises: OSError."""
-    reasons = []
+def _errors(
+    shards: Shards, sample: int, wants_image: bool, wants_caption: bool, options: VerifyOptions
+) -> list[BadSample]:
+    """Return why training would refuse a sample; empty if it would not. Raises: OSError."""
+    errors = []
     if wants_image:
         try:
             data = shards.read(sample, IMAGE_EXTENSIONS)
             decode_image(data, CenterCrop(), _IMAGE_SIZE, max_bytes=options.max_image_bytes)
         except BadSample as error:
-            reasons.append(str(error))
+            errors.append(error)
     if wants_caption:
         try:
             read_captions(shards, sample, options.caption)
         except BadSample as error:
-            reasons.append(str(error))
-    return "; ".join(reasons) or None
+            errors.append(error)
+    return errors
 
 
-def _lines_of(result: _VerifiedTar, bad: Sequence[tuple[str, str]], options: VerifyOptions) -> bytes:
-    rows: list[dict[str, Any]] = [{"shard": result.tar, "key": key, "reason": reason} for key, reason in bad]
+def _lines_of(result: _VerifiedTar, bad: Sequence[BadLine], options: VerifyOptions) -> bytes:
+    rows: list[dict[str, Any]] = [{"shard": result.tar, **asdict(line)} for line in bad]
     counts = {"num_samples": result.num_samples, "num_bad": len(bad)}
     rows.append({"shard": result.tar, "digest": result.digest, **counts, **asdict(options)})
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -276,7 +289,10 @@ def _parsed(output: Path, line: bytes, offset: int) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         raise _not_ours(output, offset) from None
-    keys = {"shard", "key", "reason"}, {"shard", "digest", "num_samples", "num_bad", "caption", "max_image_bytes"}
+    keys = (
+        {"shard", "key", "reason", "code"},
+        {"shard", "digest", "num_samples", "num_bad", "caption", "max_image_bytes"},
+    )
     if not isinstance(row, dict) or set(row) not in keys:
         raise _not_ours(output, offset)
     return row
@@ -288,9 +304,9 @@ def _not_ours(output: Path, offset: int) -> ValueError:
     )
 
 
-def _read_bad(output: Path, block: _Block) -> list[tuple[str, str]]:
-    """Return (key, reason) of the bad samples of a block."""
+def _read_bad(output: Path, block: _Block) -> list[BadLine]:
+    """Return the bad samples of a block."""
     with open(output, "rb") as file:
         file.seek(block.start)
         lines = file.read(block.end - block.start).splitlines()
-    return [(row["key"], row["reason"]) for row in map(json.loads, lines[:-1])]
+    return [BadLine(row["key"], row["reason"], row["code"]) for row in map(json.loads, lines[:-1])]

@@ -32,6 +32,7 @@ from mmpretrain.config.instantiate import find
 from mmpretrain.config.key_help import KeyHelp
 from mmpretrain.config.schema import register_schemas
 from mmpretrain.errors import UsageError, nearest, printable
+from mmpretrain.launchers import adopt_ranks
 from mmpretrain.schedules import SCHEDULE_TEXT
 
 USAGE_EXIT_CODE = 2
@@ -267,6 +268,7 @@ def command(
         @wraps(run)  # Hydra names the job after the function's module
         def job(cfg: DictConfig) -> FailedJob | None:
             try:
+                adopt_ranks()
                 run(read(cfg))
             except (UsageError, OmegaConfBaseException) as error:
                 return _failed(error, USAGE_EXIT_CODE)

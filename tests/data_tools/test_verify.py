@@ -64,6 +64,14 @@ def test_each_bad_sample_has_its_reason(tmp_path: Path, capsys) -> None:
         "000007": "it has no member jpg",
     }.items():
         assert reason in reasons[key]
+    codes = {row["key"]: row["code"] for row in lines(output) if "code" in row}
+    assert [codes[f"{i:06d}"] for i in (1, 3, 4, 5, 6)] == [
+        "image_damaged",
+        "image_format",
+        "caption_empty",
+        "caption_encoding",
+        "member_missing",
+    ]
     assert lines(output)[-1]["num_bad"] == 7
     out = capsys.readouterr().out
     assert "8 samples in 1 tars: 7 bad" in out
