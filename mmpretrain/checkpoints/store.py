@@ -188,19 +188,31 @@ def mark_best(path: Path, keep_last: int) -> None:
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete all checkpoints except the newest `keep_last` and the best one; 0 keeps all.
+    """Delete all checkpoints except the newest `keep_last`, the best one and the one a rollback needs; 0 keeps all.
 
     A kill between saving and pruning leaves surplus checkpoints. A resumed or finished run prunes them. A checkpoint that
     cannot be deleted is named in a warning.
     """
     if keep_last:
-        best = read_name(folder / "best") if (folder / "best").exists() else None
-        for old in _all(folder)[keep_last:]:
-            if old.name != best:
+        newest_first = _all(folder)
+        kept = {read_name(folder / "best")} if (folder / "best").exists() else set()
+        if len(newest_first) > keep_last and (due := load_state(newest_first[0]).get("due_step")):
+            kept.add(path_of(folder, due).name)
+        for old in newest_first[keep_last:]:
+            if old.name not in kept:
                 try:
                     shutil.rmtree(old)
                 except OSError as error:
                     log.warning("the old checkpoint %s cannot be deleted: %s", old, error)
+
+
+def go_back(path: Path) -> None:
+    """Verify a checkpoint, delete those of later steps, and point `latest` to it. Raises: CorruptCheckpoint; OSError."""
+    verify(path)
+    files.write_text(path.parent / "latest", path.name + "\n")
+    newest_first = _all(path.parent)
+    for later in newest_first[: newest_first.index(path)]:
+        shutil.rmtree(later)
 
 
 def write_scores(path: Path, results: Mapping[str, float], best: float | None) -> None:

@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from mmpretrain.config.instantiate import accepts, check_targets
-from mmpretrain.config.schema import EvaluateConfig, TrainConfig
+from mmpretrain.config.schema import EvaluateConfig, SpikeAction, TrainConfig
 from mmpretrain.errors import UsageError, check_number, nearest
 from mmpretrain.schedules import Duration, ScheduledValue
 
@@ -63,6 +63,13 @@ def check_ranges(config: TrainConfig) -> None:
     if trainer.ema_decay is not None:
         check_value("trainer.ema_decay", trainer.ema_decay, at_least=0, below=1)
     check_number("trainer.max_bad_steps", trainer.max_bad_steps, at_least=1)
+    check_number("trainer.spike.threshold", trainer.spike.threshold, above=0)
+    check_number("trainer.spike.window", trainer.spike.window, at_least=2)
+    if trainer.spike.action == SpikeAction.rollback and str(config.checkpoint.every).endswith("min"):
+        raise UsageError(
+            f"trainer.spike.action is rollback, but checkpoint.every is {config.checkpoint.every}, and the run would depend "
+            "on the time that its steps take; expected epochs, samples, steps or %"
+        )
     check_number("checkpoint.keep_last", config.checkpoint.keep_last, at_least=0)
     if data.workers != "auto":
         if not accepts(data.workers, int):

@@ -17,12 +17,14 @@ _MAX_NAME_LENGTH = 80
 # given on the command line are still part of the run's name, so that a sweep over data.root makes separate runs.
 # `source` itself is a key where it is null, which leaves the data to `shards`; its other arguments may not change.
 _PLACES = r"data\.root|data\.train\.[^.]+\.(sources\.[^.]+\.)?(shards|subset|source|source\.path)(\[.*)?"
-# Keys that may change when a run is resumed. None of them affects the results beyond rounding.
+# What a loss spike leads to may change too, for a run that has begun to diverge, and is part of the name like the places.
+_NAMED = rf"{_PLACES}|trainer\.spike\..*"
+# Keys that may change when a run is resumed. The others of them do not affect the results beyond rounding.
 _FREE = re.compile(
     r"run\.(name|dir|sync_to)"
     r"|trainer\.(micro_batch_size|log_every|diagnose_every|eval_every|max_bad_steps|device|dry_run|profile_steps|detect_anomaly)|checkpoint\..*|eval(\..*)?|writer(\..*)?|parallel\..*"
     r"|data\.(workers|timeout_seconds|max_bad_fraction|val_batch_size|val(\..*)?)"
-    r"|data\.(index_dir|cache_dir|cache_bytes|storage_seconds|on_missing_shard)|" + _PLACES
+    r"|data\.(index_dir|cache_dir|cache_bytes|storage_seconds|on_missing_shard)|" + _NAMED
 )
 
 
@@ -55,7 +57,7 @@ def derived_name(overrides: Sequence[Override]) -> str:
         key, value = override.key_or_group, override.get_value_element_as_str()
         # +data.train={images: ...} adds to an earlier override; any other override replaces it.
         values[key] = f"{values[key]}+{value}" if key in values and value.startswith("{") else value
-    named = {k: v for k, v in values.items() if re.fullmatch(_PLACES, k) or not _FREE.fullmatch(k)}
+    named = {k: v for k, v in values.items() if re.fullmatch(_NAMED, k) or not _FREE.fullmatch(k)}
     parts = [f"{key}={value}" for key, value in named.items() if key not in ("experiment", "sweep")]
     # [infonce,mae] becomes infonce+mae, since the name is a folder that is typed in shells.
     parts = [re.sub(r"[\[\]{}()'\" ]", "", part).replace(",", "+") for part in parts]

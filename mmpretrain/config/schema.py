@@ -41,6 +41,23 @@ class RunConfig:
     seed: int = 0
 
 
+class SpikeAction(str, Enum):
+    """What a loss spike leads to: nothing, a skipped step, or the last checkpoint and other samples."""
+
+    none = "none"
+    skip = "skip"
+    rollback = "rollback"
+
+
+@dataclass
+class SpikeConfig:
+    """Loss spikes: what is one, and what it leads to; conf/train.yaml has the defaults."""
+
+    action: SpikeAction = MISSING
+    threshold: float = MISSING
+    window: int = MISSING
+
+
 @dataclass
 class TrainerConfig:
     """Settings of the training loop; conf/train.yaml has the defaults."""
@@ -56,6 +73,7 @@ class TrainerConfig:
     diagnose_every: str | None = MISSING
     eval_every: str = MISSING
     max_bad_steps: int = MISSING
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     device: str = MISSING
     dry_run: bool = MISSING
     profile_steps: int = MISSING

@@ -75,8 +75,9 @@ class StepSampler(Sampler[MicroBatchItem]):
         rank: int,
         world_size: int,
         num_micro_batches: int,
+        passed_over: Mapping[str, int],
     ) -> None:
-        self._streams = streams
+        self._streams, self._passed_over = streams, passed_over
         self._clock = clock
         self._steps = range(first_step, num_steps)
         self._place = (rank, world_size, num_micro_batches)
@@ -85,11 +86,13 @@ class StepSampler(Sampler[MicroBatchItem]):
         for step in self._steps:
             parts, later = {}, {}
             for name, stream in self._streams.items():
-                taken = step_range(stream.batch_size, step, self._clock)
+                passed_over = self._passed_over.get(name, 0)
+                taken = step_range(stream.batch_size, step, self._clock, passed_over)
                 parts[name] = step_positions(stream.order, taken, *self._place)
                 if stream.prefetch_samples:
                     ahead = -(-stream.prefetch_samples // len(taken))
-                    taken = step_range(stream.batch_size, min(step + ahead, self._steps.stop - 1), self._clock)
+                    last = self._steps.stop - 1
+                    taken = step_range(stream.batch_size, min(step + ahead, last), self._clock, passed_over)
                     later[name] = step_positions(stream.order, taken, *self._place)
             for i in range(self._place[2]):
                 item, later_item = ({name: part[i] for name, part in each.items()} for each in (parts, later))
@@ -107,8 +110,11 @@ def build_loader(
     num_micro_batches: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    passed_over: Mapping[str, int] | None = None,
 ) -> DataLoader[Batch]:
     """Build a loader of the micro-batches of one rank, in order: `num_micro_batches` items per step.
+
+    The first step begins after `passed_over` positions that no step takes, by stream.
 
     Raises: ValueError if a stream's batch size is not divisible by `world_size * num_micro_batches`.
     """
@@ -121,7 +127,9 @@ def build_loader(
                 )
     return DataLoader(
         MicroBatches(streams, tokenizer, clock),
-        sampler=StepSampler(streams, clock, first_step, num_steps, rank, world_size, num_micro_batches),
+        sampler=StepSampler(
+            streams, clock, first_step, num_steps, rank, world_size, num_micro_batches, passed_over or {}
+        ),
         batch_size=None,
         num_workers=workers,
         multiprocessing_context="fork" if workers else None,  # other methods import torch in every worker

@@ -200,18 +200,19 @@ class Order:
         return sources, samples
 
 
-def step_range(batch_size: ScheduledValue, step: int, clock: Clock) -> range:
+def step_range(batch_size: ScheduledValue, step: int, clock: Clock, passed_over: int = 0) -> range:
     """Return the stream positions of a step. Steps are contiguous, even where the batch size changes.
 
     Args:
         batch_size: samples per step; may change in stages.
         step: step number, from 0.
         clock: clock that defines the breakpoints of the stages.
+        passed_over: number of positions before the step that no step takes.
     """
     # A stage begins with the first step that starts at or after its breakpoint; the first stage begins at step 0.
     first_steps = [0, *(-(-place // clock.batch_size) for place in batch_size.breakpoint_samples(clock)[1:])]
     sizes = [int(size) for size in batch_size.values]
-    start = 0
+    start = passed_over
     for first, end, size in zip(first_steps, [*first_steps[1:], step + 1], sizes, strict=True):
         if step < end:
             return range(start + (step - first) * size, start + (step - first + 1) * size)

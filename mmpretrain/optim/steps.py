@@ -51,20 +51,25 @@ def grad_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return norms
 
 
-def guarded_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None) -> Tensor:
-    """Clip the gradient to `max_norm`, take a step if the gradient is finite, and clear it.
+def guarded_step(
+    optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None, is_refused: Tensor | None = None
+) -> Tensor:
+    """Clip the gradient to `max_norm`, take a step if the gradient is finite and not refused, and clear it.
 
-    If it is not finite, parameters and moments stay bit-identical. With fused kernels the check does not synchronise with
+    Otherwise parameters and moments stay bit-identical. With fused kernels the check does not synchronise with
     the host.
 
     Args:
         optimizer: the optimiser.
         norm: norm of the gradient, a scalar.
         max_norm: largest norm of the clipped gradient; None: no clipping.
+        is_refused: a float32 scalar, 1 to skip the step whatever its gradient, else 0; None: 0.
 
     Returns: a float32 scalar, 1 if the step was skipped, else 0.
     """
     skipped = (~torch.isfinite(norm)).float()
+    if is_refused is not None:
+        skipped = torch.maximum(skipped, is_refused)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -48,6 +48,12 @@ class Freeze:
         self._trainable = frozenset(name for name, parameter in task.named_parameters() if parameter.requires_grad)
         self._trained = self._trainable
 
+    def reset(self) -> None:
+        """Set `requires_grad` as before the first step, for an optimiser of all parameters that will be trained."""
+        for name, parameter in self._task.named_parameters():
+            parameter.requires_grad_(name in self._trainable)
+        self._trained = self._trainable
+
     def check_trains(self, weights: Mapping[str, ScheduledValue], clock: Clock) -> None:
         """Raises: ValueError if no parameter would be trained at some step of the run."""
         breakpoints = [place for weight in weights.values() for place in weight.breakpoint_samples(clock)]

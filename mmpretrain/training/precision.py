@@ -45,13 +45,10 @@ class LossScale:
         if self.enabled:
             torch._foreach_mul_(gradients, self._scale.reciprocal())
 
-    def update(self, skipped: Tensor) -> None:
-        """Update the scale after a step.
-
-        Args:
-            skipped: 1 if the step was skipped, else 0; float32 scalar.
-        """
+    def update(self, norm: Tensor) -> None:
+        """Update the scale after a step whose gradient, divided by the scale, has this 2-norm, a scalar."""
         if self.enabled:
+            skipped = (~torch.isfinite(norm)).float()
             torch._amp_update_scale_(self._scale, self._good_steps, skipped, _GROWTH, _BACKOFF, _GROWTH_INTERVAL)
 
     def state(self) -> tuple[float | None, int]:

@@ -34,6 +34,16 @@ class TrainState:
     wall_seconds: float = 0.0
     loss_scale: float | None = None
     good_steps: int = 0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    """Losses that `LossSpikes` compares with, by objective."""
+    spike: dict[str, float] = field(default_factory=dict)
+    """z-score of each objective whose loss was a spike in the last step."""
+    passed_over: dict[str, int] = field(default_factory=dict)
+    """Number of each stream's positions that rollbacks passed over."""
+    due_step: int = 0
+    """Step of the last checkpoint that was due, to which a rollback goes; 0 if there is none, or no rollbacks."""
+    num_rollbacks: int = 0
+    """Number of rollbacks to that checkpoint."""
     best: float | None = None
     results: dict[str, float] = field(default_factory=dict)
     pending: dict[str, float] | None = None

@@ -23,11 +23,12 @@ from mmpretrain.checkpoints.background import BackgroundWriter
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError
 from mmpretrain.training import parallel
+from mmpretrain.training.bad_steps import BadSteps
 from mmpretrain.training.ema import Average
-from mmpretrain.training.nonfinite import BadSteps
 from mmpretrain.training.precision import LossScale
 from mmpretrain.training.quarantine import Quarantine
 from mmpretrain.training.resume import TrainState
+from mmpretrain.training.spikes import LossSpikes
 from mmpretrain.training.task import Task
 
 
@@ -38,7 +39,7 @@ class Saver:
         cfg: the configuration.
         fingerprint: describes the training data.
         state: counters and scores.
-        task, optimizer, average, loss_scale, bad_steps, quarantine: the rest of the training state.
+        task, optimizer, average, loss_scale, bad_steps, spikes, quarantine: the rest of the training state.
         started: `time.perf_counter()` at the start of this process's part of the run.
     """
 
@@ -52,6 +53,7 @@ class Saver:
         average: Average | None,
         loss_scale: LossScale,
         bad_steps: BadSteps,
+        spikes: LossSpikes | None,
         quarantine: Quarantine,
         started: float,
     ) -> None:
@@ -60,6 +62,7 @@ class Saver:
         self._background = BackgroundWriter(cfg.parallel.timeout_seconds) if is_sharded else None
         self._fingerprint, self._state, self._task, self._optimizer = fingerprint, state, task, optimizer
         self._average, self._loss_scale, self._bad_steps, self._quarantine = average, loss_scale, bad_steps, quarantine
+        self._spikes = spikes
         self._started, self._earlier_seconds = started, state.wall_seconds
         self.saved_at, self._saved_step = time.perf_counter(), state.step
         self.lock = threading.RLock()
@@ -154,6 +157,8 @@ class Saver:
         state = self._state
         state.bad_steps = float(self._bad_steps.in_a_row)
         state.loss_scale, state.good_steps = self._loss_scale.state()
+        if self._spikes is not None:
+            state.losses, state.spike = self._spikes.state()
         state.wall_seconds = self.wall_seconds
         numbers = {"optimizer": optim.optimizer_numbers(self._optimizer), "fingerprint": self._fingerprint}
         return {**asdict(state), **numbers}

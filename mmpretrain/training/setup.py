@@ -101,7 +101,7 @@ class Setup:
         """Yield this rank's micro-batches from `first_step` on, read in this process when requested."""
         place = distributed.rank(), distributed.world_size(), self.num_micro_batches
         reader = MicroBatches(self.streams, self.tokenizer, self.clock)
-        return map(reader.__getitem__, StepSampler(self.streams, self.clock, first_step, sys.maxsize, *place))
+        return map(reader.__getitem__, StepSampler(self.streams, self.clock, first_step, sys.maxsize, *place, {}))
 
 
 def fingerprint_of(streams: Mapping[str, Stream]) -> dict[str, Any]:

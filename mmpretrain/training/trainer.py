@@ -9,8 +9,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from mmpretrain import distributed, files, optim
 from mmpretrain.batch import Batch
 from mmpretrain.checkpoints import store
 from mmpretrain.config import identity
+from mmpretrain.config.schema import SpikeAction
 from mmpretrain.data.loader import LoaderError, build_loader, received
+from mmpretrain.data.order import step_range
 from mmpretrain.errors import TrainingError
 from mmpretrain.reporting.profiling import profiled
 from mmpretrain.reporting.progress import ProgressBar
@@ -27,16 +30,17 @@ from mmpretrain.reporting.records import finite, is_better
 from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Duration, Schedule, TrainingProgress
 from mmpretrain.training import parallel, resume
+from mmpretrain.training.bad_steps import BadSteps
 from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buffers
 from mmpretrain.training.ema import average_of
 from mmpretrain.training.gradient_watch import GradientWatch
 from mmpretrain.training.init_from import init_from
-from mmpretrain.training.nonfinite import BadSteps
 from mmpretrain.training.precision import LossScale, autocast
 from mmpretrain.training.quarantine import Quarantine
 from mmpretrain.training.resume import TrainState
 from mmpretrain.training.saver import Saver
 from mmpretrain.training.setup import Setup, fingerprint_of
+from mmpretrain.training.spikes import LossSpikes, spikes_in
 from mmpretrain.training.step import StepLosses, forward_backward
 from mmpretrain.training.step_metrics import Window, train_values
 from mmpretrain.training.stop_signal import PREEMPTED_EXIT_CODE, Stopped, StopSignal
@@ -105,7 +109,7 @@ class Trainer:
             if cfg.trainer.diagnose_every is None
             else Duration.parse(cfg.trainer.diagnose_every, "trainer.diagnose_every")
         )
-        fingerprint = fingerprint_of(setup.streams)
+        self.fingerprint = fingerprint_of(setup.streams)
         if setup.freeze.unreached:
             log.info("frozen, since no objective reaches them: %s", ", ".join(setup.freeze.unreached))
         if evaluation.without_data and distributed.is_main():
@@ -113,7 +117,7 @@ class Trainer:
                 "eval: %s find no data set in data.val with what they need, such as a caption, or a label and classes; "
                 "they give no score", ", ".join(evaluation.without_data),
             )  # fmt: skip
-        saved = resume.find_checkpoint(self.folder, self.num_steps, fingerprint)
+        saved = resume.find_checkpoint(self.folder, self.num_steps, self.fingerprint)
         if distributed.is_main():
             store.prune(self.folder / "checkpoints", cfg.checkpoint.keep_last)
         if saved is None:
@@ -123,32 +127,57 @@ class Trainer:
         self.gather_full = parallel.prepare(task, device, self.precision, cfg.parallel)
         if saved is not None:
             resume.load_task(saved, task)
+        self.transfer = Transfer(device)
+        self.rolls_back = cfg.trainer.spike.action == SpikeAction.rollback
+        self.num_workers: int | None = None if cfg.data.workers == "auto" else cfg.data.workers
+        self.writer: RunWriter | None = None
+        self._begin(saved, started)
+        if cfg.checkpoint.best is not None:
+            evaluation.check_best(cfg.checkpoint.best, self.average is not None)
+
+    def _begin(self, saved: Path | None, started: float, **changes: Any) -> None:
+        """Set the training state to that of a checkpoint whose weights are loaded, or of a new run, and read from there on.
+
+        Args:
+            saved: the checkpoint; None for a new run.
+            started: `time.perf_counter()` at the start of this process's part of the run.
+            changes: values of the state that replace those of the checkpoint.
+        """
+        setup, cfg, task, clock, device = self.setup, self.cfg, self.task, self.clock, self.device
         self.optimizer = setup.optimizer()
         parallel.check_optimizer(self.optimizer)
         self.average = average_of(task, self.optimizer, cfg.trainer.ema_decay)
-        if cfg.checkpoint.best is not None:
-            evaluation.check_best(cfg.checkpoint.best, self.average is not None)
-        self.state = TrainState() if saved is None else resume.load(saved, self.optimizer, self.average)
-        self.bad_steps = BadSteps(self.state.bad_steps, cfg.trainer.max_bad_steps, setup.streams, clock, device)
-        self.loss_scale = LossScale(self.precision, device, self.state.loss_scale, self.state.good_steps)
-        setup.freeze.apply(TrainingProgress(self.state.samples, clock), setup.weights(self.state.samples))
-        self.wrapped = parallel.wrap(task, device)
-        workers = self._measured_workers() if cfg.data.workers == "auto" else cfg.data.workers
-        self.loader = build_loader(
-            setup.streams, setup.tokenizer, clock, self.state.step, self.num_steps, distributed.rank(),
-            distributed.world_size(), setup.num_micro_batches, workers, pin_memory=device.type == "cuda",
-        )  # fmt: skip
-        self.transfer = Transfer(device)
-        self.flags = distributed.LateFlags()
-        self.results = self.state.summary()
-        self.quarantine = Quarantine(
-            self.folder / "quarantine.jsonl", cfg.data.max_bad_fraction, self.state.num_refused
+        loaded = TrainState() if saved is None else resume.load(saved, self.optimizer, self.average)
+        self.state = state = replace(loaded, **changes)
+        spike, names = cfg.trainer.spike, list(task.objectives)
+        self.spikes = (
+            None
+            if spike.action == SpikeAction.none
+            else LossSpikes(names, state.losses, state.spike, spike.window, spike.threshold, device)
         )
-        self.saver = Saver(
-            cfg, fingerprint, self.state, task, self.optimizer, self.average, self.loss_scale, self.bad_steps,
-            self.quarantine, started,
+        self.bad_steps = BadSteps(
+            state.bad_steps, cfg.trainer.max_bad_steps, setup.streams, state.passed_over, clock, device
+        )
+        self.loss_scale = LossScale(self.precision, device, state.loss_scale, state.good_steps)
+        setup.freeze.apply(TrainingProgress(state.samples, clock), setup.weights(state.samples))
+        self.wrapped = parallel.wrap(task, device)
+        if self.num_workers is None:
+            self.num_workers = self._measured_workers()
+        self.loader = build_loader(
+            setup.streams, setup.tokenizer, clock, state.step, self.num_steps, distributed.rank(),
+            distributed.world_size(), setup.num_micro_batches, self.num_workers, device.type == "cuda",
+            state.passed_over,
         )  # fmt: skip
-        self.writer: RunWriter | None = None
+        self.flags = distributed.LateFlags()
+        if state.spike and self.spikes is not None:
+            self.flags.post(self.spikes.flags())  # the step's checkpoint was written before they were read
+        self.results = state.summary()
+        self.quarantine = Quarantine(self.folder / "quarantine.jsonl", cfg.data.max_bad_fraction, state.num_refused)
+        self.saver = Saver(
+            cfg, self.fingerprint, state, task, self.optimizer, self.average, self.loss_scale, self.bad_steps,
+            self.spikes, self.quarantine, started,
+        )  # fmt: skip
+        self._mark_due(not state.spike)
         distributed.from_main(self._open_writer)
 
     def _open_writer(self) -> None:
@@ -174,7 +203,8 @@ class Trainer:
                     self._evaluate()
                 elif self.state.is_evaluated(self.num_steps):
                     self._write_results()  # the run is finished but results.json is missing
-                self._loop()
+                while not self._loop():
+                    self._roll_back()
             except Stopped:
                 self.saver.finish()
                 self._end(f"stopped by a signal at step {self.state.step}; {self.saver.rescue()}")
@@ -191,7 +221,8 @@ class Trainer:
         self._close()
         return self.results
 
-    def _loop(self) -> None:
+    def _loop(self) -> bool:
+        """Take steps to the end. Returns: False if the last step's loss is a spike for which the run has to roll back."""
         setup, state, options, device = self.setup, self.state, self.cfg.trainer, self.device
         self.window = Window()
         self.gradient_watch = GradientWatch()
@@ -222,12 +253,16 @@ class Trainer:
                 losses = self._forward_backward(micro_batches, weights, passes, scale)
                 self.loss_scale.unscale(optim.gradients(self.optimizer))
                 norms = optim.grad_norms(self.optimizer)
+                if self.spikes is not None:
+                    self.spikes.measure(losses)
 
                 # Everything that waits for other processes comes before the update, which then cannot be interrupted halfway.
                 before, after = state.samples, state.samples + self.batch_size
                 is_last = state.step + 1 == self.num_steps
                 known = self.flags.read()
                 self.bad_steps.check(known, state.step)
+                if self._is_rollback_due(known):
+                    return False
                 self.quarantine.add(refused)
                 self.window.add(self.batch_size)
                 if options.clip_grad_norm is None and distributed.is_main():
@@ -237,9 +272,10 @@ class Trainer:
                     values |= self._measure(losses, weights, norms, lr_factor, bar)
 
                 with self.saver.step():
-                    skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm)
+                    is_spike = None if self.spikes is None else self.spikes.update()
+                    skipped = optim.guarded_step(self.optimizer, norms["all"], options.clip_grad_norm, is_spike)
                     self.task.after_step(progress, skipped)
-                    self.loss_scale.update(skipped)
+                    self.loss_scale.update(norms["all"])
                     if self.average is not None:
                         self.average.update(progress, skipped)
                     self.bad_steps.update(skipped)
@@ -253,9 +289,14 @@ class Trainer:
                 bar.advance(state.step)
                 profile_step()
                 with self.window.paused():
-                    if is_last or (known.get("stop") and not is_evaluated):
-                        self.bad_steps.check(self.flags.read(), state.step)
-                    if is_evaluated or self._is_save_due(before) or known.get("save") or known.get("stop"):
+                    is_due = self._is_checkpoint_due()
+                    if is_last or (known.get("stop") and not is_evaluated) or (is_due and self.rolls_back):
+                        last = self.flags.read()
+                        self.bad_steps.check(last, state.step)
+                        if self._is_rollback_due(last):
+                            return False
+                        self._mark_due(not spikes_in(last))
+                    if is_due or known.get("save") or known.get("stop"):
                         # Save before the evaluation, which may fail or be killed.
                         self.saver.save()
                     if is_evaluated:
@@ -263,6 +304,7 @@ class Trainer:
                 if known.get("stop") and not is_last:
                     self.saver.finish()
                     self._end(f"stopped by a signal at step {state.step}; the same command goes on from there")
+        return True
 
     def _is_diagnosis_due(self) -> bool:
         """Return True if the next step is the first one, or the first at or after a multiple of `trainer.diagnose_every`."""
@@ -334,15 +376,65 @@ class Trainer:
             {
                 "skipped": skipped,
                 "bad_steps": self.bad_steps.in_a_row,
+                **({} if self.spikes is None else self.spikes.flags()),
                 # `full` fills on the device, which avoids a synchronising copy.
                 "stop": torch.full((), self.stop.received, device=self.device),
                 "save": torch.full((), overdue and distributed.is_main(), device=self.device),
             }
         )
 
-    def _is_save_due(self, before: int) -> bool:
-        every = self.checkpoint_every
-        return every.unit != "min" and self.clock.is_due(every, before, self.state.samples)
+    def _is_checkpoint_due(self) -> bool:
+        """Return True if the last step has a checkpoint, whenever the run is stopped; see `checkpoint.every`."""
+        every, after = self.checkpoint_every, self.state.samples
+        is_saved = every.unit != "min" and self.clock.is_due(every, after - self.batch_size, after)
+        return is_saved or self.state.step == self.num_steps or self.evaluation.is_due(after)
+
+    def _mark_due(self, is_good: bool) -> None:
+        """Note that rollbacks go to the last step's checkpoint if it is due, and the step was no spike."""
+        state = self.state
+        if self.rolls_back and is_good and 0 < state.step != state.due_step and self._is_checkpoint_due():
+            state.due_step, state.num_rollbacks = state.step, 0
+
+    def _is_rollback_due(self, flags: Mapping[str, float]) -> bool:
+        """Return True if the flags of the last step tell of a spike, and there is a checkpoint to go back to."""
+        return self.rolls_back and bool(spikes_in(flags)) and self.state.due_step > 0
+
+    def _roll_back(self) -> None:
+        """Go back to the last checkpoint that was due, and pass over the samples read since then. A collective.
+
+        Raises: TrainingError if the checkpoint cannot be read, or after `trainer.max_bad_steps` rollbacks to it.
+        """
+        state, streams = self.state, self.setup.streams
+        path = store.path_of(self.saver.folder, state.due_step)
+        if state.num_rollbacks == (limit := self.cfg.trainer.max_bad_steps):
+            raise TrainingError(
+                f"step {state.step}: a loss spike again after {limit} rollbacks to step {state.due_step}, the limit is "
+                f"trainer.max_bad_steps = {limit}: lower optimizer.lr, clip the gradient, or raise trainer.spike.threshold"
+            )
+        self.saver.finish()
+        try:
+            distributed.from_main(lambda: store.go_back(path))
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"step {state.step}: a loss spike, but no rollback: {error}") from error
+        passed_over = {
+            name: state.passed_over.get(name, 0)
+            + step_range(stream.batch_size, state.step - 1, self.clock).stop
+            - step_range(stream.batch_size, state.due_step, self.clock).start
+            for name, stream in streams.items()
+        }
+        log.warning(
+            "step %d: rolled back to step %d; the samples of the steps since then are passed over",
+            state.step, state.due_step,
+        )  # fmt: skip
+        self._close()
+        with self.saver.step():
+            self.task.zero_grad(set_to_none=True)
+            resume.load_task(path, self.task)
+            self.setup.freeze.reset()
+            self._begin(
+                path, time.perf_counter(), passed_over=passed_over, num_rollbacks=state.num_rollbacks + 1,
+                wall_seconds=self.saver.wall_seconds,
+            )  # fmt: skip
 
     def _measure(
         self,

@@ -31,6 +31,7 @@ from mmpretrain.schedules import ScheduledValue
 from mmpretrain.training import parallel, step
 from mmpretrain.training.ema import EMA
 from mmpretrain.training.precision import LossScale, autocast
+from mmpretrain.training.spikes import LossSpikes
 from mmpretrain.training.step import forward_backward
 from mmpretrain.training.task import Task
 from mmpretrain.training.transfer import Transfer
@@ -54,19 +55,22 @@ class Steps:
         )
         self.average = EMA(task, ScheduledValue(0.99, "x"))
         self.loss_scale, self.flags = LossScale(Precision.fp16, device, None, 0), LateFlags()
+        self.spikes = LossSpikes(list(task.objectives), {}, {}, 100, 6.0, device)
 
     def step(self) -> None:
         weights = dict.fromkeys(self.task.objectives, 0.5)
         passes = autocast(self.device, Precision.bf16)
-        forward_backward(
+        losses = forward_backward(
             self.wrapped, self.task, self.batches, weights, passes, self.loss_scale.scale, self.transfer.start
         )
         self.loss_scale.unscale(gradients(self.optimizer))
-        skipped = guarded_step(self.optimizer, grad_norms(self.optimizer)["all"], 1.0)
+        norm = grad_norms(self.optimizer)["all"]
+        self.spikes.measure(losses)
+        skipped = guarded_step(self.optimizer, norm, 1.0, self.spikes.update())
         self.task.after_step(self.batches[0].progress, skipped)
-        self.loss_scale.update(skipped)
+        self.loss_scale.update(norm)
         self.average.update(self.batches[0].progress, skipped)
-        self.flags.post({"skipped": skipped, "stop": torch.full((), False, device=self.device)})
+        self.flags.post({"skipped": skipped, **self.spikes.flags(), "stop": torch.full((), False, device=self.device)})
 
 
 class Watch(TorchDispatchMode):

@@ -29,10 +29,10 @@ def test_loss_scale_halves_at_a_bad_step_and_doubles_after_many_good_ones() -> N
     gradients = [torch.full((3,), 2.0**17)]
     scale.unscale(gradients)
     assert gradients[0].tolist() == [2.0] * 3
-    scale.update(torch.tensor(0.0))
-    scale.update(torch.tensor(0.0))
+    scale.update(torch.tensor(3.0))
+    scale.update(torch.tensor(3.0))
     assert scale.state() == (2.0**17, 0)
-    scale.update(torch.tensor(1.0))
+    scale.update(torch.tensor(torch.inf))
     assert scale.state() == (2.0**16, 0)
     idle = LossScale("bf16", torch.device("cpu"), None, 0)
     idle.unscale(gradients)

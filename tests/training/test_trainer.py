@@ -2,142 +2,14 @@
 
 import json
 import math
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests import runs
-
-# ---------------------------------------------------------------------------------------------- the non-finite guard
-
-# A loss that is not a number for the samples numbered `first` to `last`.
-OBJECTIVE = """
-import torch
-from torch import nn
-
-
-class Fragile(nn.Module):
-    def __init__(self, model, first: int, last: int, stream: str = "pairs") -> None:
-        super().__init__()
-        self.streams = (stream,)
-        self.first, self.last = first, last
-
-    def count(self, batch):
-        return torch.tensor(len(batch.streams[self.streams[0]]))
-
-    def loss(self, encodings):
-        (stream,) = self.streams
-        ids = encodings.samples(stream).ids
-        is_bad = (ids >= self.first) & (ids <= self.last)
-        factor = torch.where(is_bad, torch.nan, 1.0)[:, None]
-        return (encodings.image_embedding(stream) * factor).square().sum()
-"""
-OBJECTIVE_YAML = """
-fragile:
-  _target_: fragile.Fragile
-  first: 1000
-  last: 1000
-"""
-
-
-@pytest.fixture
-def fragile(tmp_path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Overrides and environment of a run with the fragile objective."""
-    (tmp_path / "fragile.py").write_text(OBJECTIVE)
-    group = tmp_path / "conf" / "objective"
-    group.mkdir(parents=True)
-    (group / "fragile.yaml").write_text(OBJECTIVE_YAML)
-    overrides = (f"hydra.searchpath=[file://{tmp_path}/conf]", "objective=[infonce,fragile]", "eval=[]")
-    return overrides, {"PYTHONPATH": str(tmp_path)}
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_step_with_a_gradient_that_is_not_finite_changes_nothing(
-    world_size: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
-) -> None:
-    overrides, environment = fragile
-    commands = runs.start_group(
-        tmp_path, world_size, f"data.root={pairs}", *overrides, "trainer.duration=12steps", "trainer.micro_batch_size=4",
-        "checkpoint.every=1steps", "checkpoint.keep_last=0", "objective.fragile.first=7", "objective.fragile.last=7",
-        environment=environment,
-    )  # fmt: skip
-    finished = [command.wait() for command in commands]
-    assert [each.code for each in finished] == [0] * world_size, finished[0].stderr
-
-    (skipped,) = re.findall(r"step (\d+) skipped.*samples of pairs: (.*)", finished[0].stderr)
-    step, keys = int(skipped[0]), [name.rpartition(":")[2] for name in skipped[1].split(", ")]
-    assert len(keys) == runs.BATCH_SIZE
-    assert "000007" in keys
-    assert all(name.startswith(f"{pairs}/train/") for name in skipped[1].split(", "))
-
-    saved = [path / name for path in runs.checkpoints(tmp_path / "run") for name in ("model.safetensors",)]
-    models = [path.read_bytes() for path in saved]
-    moments = [path.with_name("optimizer.safetensors").read_bytes() for path in saved]
-    for before in range(len(models) - 1):
-        is_skipped = before + 2 == step
-        assert (models[before] == models[before + 1]) == is_skipped
-        assert (moments[before] == moments[before + 1]) == is_skipped
-    assert all(tensor.isfinite().all() for tensor in load_file(saved[-1]).values())
-    (record,) = [record for record in runs.records(tmp_path / "run") if record["step"] == step]
-    assert record["train/grad_norm"] is None
-    assert record["train/fragile_loss"] is None
-    assert math.isfinite(record["train/infonce_loss"])
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_too_many_bad_steps_in_a_row_end_the_run_in_one_line(
-    world_size: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
-) -> None:
-    overrides, environment = fragile
-    commands = runs.start_group(
-        tmp_path, world_size, f"data.root={pairs}", *overrides, "trainer.duration=12steps", "trainer.max_bad_steps=3",
-        "objective.fragile.first=0", "objective.fragile.last=199", environment=environment,
-    )  # fmt: skip
-    for command in commands:
-        finished = command.wait()
-        assert finished.code == 1
-        (line,) = [line for line in finished.stderr.splitlines() if "error: " in line]
-        assert "3 steps in a row" in line
-        assert "trainer.max_bad_steps = 3" in line
-        assert "Traceback" not in finished.stderr
-    skipped = re.findall(r"step (\d+) skipped", (tmp_path / "run" / "train.log").read_text())
-    assert skipped == ["1", "2", "3"]
-
-
-def test_a_stopped_run_has_named_every_skipped_step(
-    fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
-) -> None:
-    overrides, environment = fragile
-    run = tmp_path / "run"
-    command = runs.start_train(
-        tmp_path, f"data.root={pairs}", *overrides, "trainer.duration=100ksteps", "trainer.max_bad_steps=100000",
-        "objective.fragile.first=0", "objective.fragile.last=199", environment=environment,
-    )  # fmt: skip
-    command.wait_for(lambda: runs.num_records(run) >= 1, "a step")
-    command.send(signal.SIGTERM)
-    assert command.wait().code == 85
-    skipped = re.findall(r"step (\d+) skipped", (run / "train.log").read_text())
-    saved = json.loads((runs.checkpoints(run)[-1] / "state.json").read_text())["step"]
-    assert [int(step) for step in skipped] == list(range(1, saved + 1))
-
-
-def test_bad_steps_apart_from_each_other_do_not_end_the_run(
-    fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
-) -> None:
-    overrides, environment = fragile
-    # Four samples in two epochs, of which no three steps in a row can be made.
-    finished = runs.train(
-        tmp_path, f"data.root={pairs}", *overrides, "trainer.duration=25steps", "trainer.max_bad_steps=3",
-        "objective.fragile.first=40", "objective.fragile.last=41", environment=environment,
-    )  # fmt: skip
-    assert finished.code == 0, finished.stderr
-    assert 2 <= finished.stderr.count("skipped, its gradient is not finite") <= 4
-
 
 # ---------------------------------------------------------------------------------------------- refused samples
 
