@@ -4,7 +4,7 @@ checkpoints/step_00001000/model.safetensors      state of the task: model.* and 
                           optimizer.safetensors  <parameter>/exp_avg, /exp_avg_sq, /step
                           ema.safetensors        averaged weights, in runs with a moving average
                           state.json             progress of the run
-                          manifest.json          SHA-256 and size of each file above
+                          manifest.json          SHA-256 and size of each file above, and the number of this format
                           scores.json            scores of the step's evaluation, which is done after saving
 
 Where weights are sharded, each .safetensors file is a folder of them, one for each shard (see `tensor_files`).
@@ -32,6 +32,7 @@ from mmpretrain.checkpoints import tensor_files
 
 log = logging.getLogger(__name__)
 
+_FORMAT = 1
 _NEEDED = ("model", "optimizer")
 _FILE = re.compile(r"\w+\.safetensors|\w+/shard-[\w-]+\.safetensors|state\.json")
 _MAX_NAME_BYTES = 200
@@ -167,7 +168,8 @@ def finish(partial: Path, state: Mapping[str, Any], manifest: Mapping[str, Entry
     # A shard that is missing from the folder and the manifest would look like smaller tensors.
     shards = Counter(name.partition("/")[0] for name in manifest if "/" in name)
     state_file.write_text(json.dumps({**state, **({"shards": shards} if shards else {})}, indent=2) + "\n")
-    manifest_file.write_text(json.dumps({**manifest, **entries(partial, [state_file])}, indent=2) + "\n")
+    listed = {"format": _FORMAT, **manifest, **entries(partial, [state_file])}
+    manifest_file.write_text(json.dumps(listed, indent=2) + "\n")
     for path in (manifest_file, *filter(Path.is_dir, partial.iterdir()), partial):
         files.sync(path)
     path = partial.rename(folder / name)
@@ -217,7 +219,30 @@ def go_back(path: Path) -> None:
 
 def write_scores(path: Path, results: Mapping[str, float], best: float | None) -> None:
     """Write scores.json: the last value of every evaluation and the best score, once the step's evaluation is done."""
-    files.write_text(path / "scores.json", json.dumps({"results": results, "best": best}, indent=2) + "\n")
+    scores = {"results": results, "best": best}
+    listed = {**scores, "sha256": _sha256_of(scores)}  # the manifest has been written before
+    files.write_text(path / "scores.json", json.dumps(listed, indent=2) + "\n")
+
+
+def read_scores(path: Path) -> dict[str, Any] | None:
+    """Return `results` and `best` of scores.json; None if there is none, or, with a warning, if it is damaged."""
+    file = path / "scores.json"
+    if not file.exists():
+        return None
+    try:
+        scores = files.read_json(file)
+    except ValueError as error:
+        log.warning("%s; the step is evaluated again", error)
+        return None
+    # Earlier versions wrote no hash.
+    if set(scores) - {"sha256"} != {"results", "best"} or scores.pop("sha256", None) not in (None, _sha256_of(scores)):
+        log.warning("%s is not as the run wrote it; the step is evaluated again", file)
+        return None
+    return scores
+
+
+def _sha256_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def read_name(path: Path) -> str:
@@ -245,15 +270,23 @@ def clean(folder: Path) -> None:
 def verify(path: Path) -> None:
     """Check a checkpoint's files against its manifest.
 
-    Raises: CorruptCheckpoint that names the first file that is missing, truncated or changed.
+    Raises: CorruptCheckpoint that names the first file that is missing, truncated or changed; ValueError if another version
+        of mmpretrain has written it in another format.
     """
     try:
         manifest = files.read_json(path / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
+    if (version := manifest.pop("format", _FORMAT)) != _FORMAT:  # the first versions wrote no number
+        raise ValueError(
+            f"{path} has format {version}; expected {_FORMAT}: another version of mmpretrain has written it, which can go on"
+        )
+    try:
         parts = {name.split("/")[0].removesuffix(".safetensors") for name in manifest}
         needed = {f"{part}.safetensors" for part in _NEEDED if part not in parts} | {"state.json"}
         expected = {name: _entry(manifest.get(name), name) for name in {*needed, *manifest}}
         shards = Counter(name.partition("/")[0] for name in manifest if "/" in name)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+    except ValueError as error:
         raise CorruptCheckpoint(f"{path}: manifest.json cannot be read ({error})") from error
     for name, (num_bytes, sha256) in expected.items():
         file = path / name

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from mmpretrain import distributed, files, optim
+from mmpretrain import distributed, optim
 from mmpretrain.checkpoints import store
 from mmpretrain.config.instantiate import accepts
 from mmpretrain.data.source import Fingerprint
@@ -85,7 +85,7 @@ def find_checkpoint(folder: Path, num_steps: int, fingerprint: Mapping[str, Any]
 
 
 def read_state(path: Path) -> TrainState:
-    """Read the state of a checkpoint. Raises: ValueError if state.json or scores.json is not as a run writes it."""
+    """Read the state of a checkpoint, with its scores. Raises: ValueError if state.json is not as a run writes it."""
     state = store.load_state(path)
     known = get_type_hints(TrainState)
     for key in ("step", "samples", "fingerprint", "optimizer"):
@@ -97,12 +97,10 @@ def read_state(path: Path) -> TrainState:
             raise ValueError(f"{path / 'state.json'}: {key} is {str(value)[:40]}; expected it as the run wrote it")
     if path != store.path_of(path.parent, state["step"]):
         raise ValueError(f"{path / 'state.json'}: step is {state['step']}; expected the step in its folder's name")
-    scores = path / "scores.json"
-    if scores.exists():  # scores of the step's evaluation, which is done after the checkpoint is written
-        found = files.read_json(scores)
-        if set(found) != {"results", "best"} or not all(accepts(found[key], known[key]) for key in found):
-            raise ValueError(f"{scores} does not hold results and best; expected it as the run wrote it: remove it")
-        state |= {**found, "pending": None}
+    if (scores := store.read_scores(path)) is not None:
+        if not all(accepts(scores[key], known[key]) for key in scores):
+            raise ValueError(f"{path / 'scores.json'} holds other values than a run writes; expected none: remove it")
+        state |= {**scores, "pending": None}
     return TrainState(**{key: value for key, value in state.items() if key in known})
 
 

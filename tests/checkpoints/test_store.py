@@ -94,6 +94,7 @@ def test_zero_keeps_every_checkpoint(tmp_path: Path) -> None:
 def test_manifest_has_the_hash_and_size_of_every_file(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest.pop("format") == 1
     assert set(manifest) == {file.name for file in path.iterdir()} - {"manifest.json"}
     for name, entry in manifest.items():
         assert entry["bytes"] == (path / name).stat().st_size
@@ -128,6 +129,14 @@ def test_damage_is_found(damage: Callable[[Path], None], file: str, message: str
     damage(path / file)
     with pytest.raises(store.CorruptCheckpoint, match=message):
         store.verify(path)
+
+
+def test_a_checkpoint_in_another_format_is_refused_not_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    manifest = save(tmp_path, 2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match="step_00000002 has format 2; expected 1: another version of mmpretrain"):
+        store.find_latest(tmp_path)
 
 
 def test_newest_that_verifies_is_found_with_a_warning_for_each_that_does_not(

@@ -436,6 +436,39 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(
     assert runs.exact_outcome(run) == runs.exact_outcome(short_run / "run")
 
 
+@pytest.mark.slow
+def test_a_flipped_byte_or_a_missing_file_never_changes_how_a_run_ends(pairs: Path, tmp_path: Path) -> None:
+    """Each file of the newest checkpoint in turn, the middle byte; the checkpoint before it is whole."""
+    settings = (
+        f"data.root={pairs}", *SHORT, "trainer.eval_every=2steps", "eval=[retrieval]", "trainer.ema_decay=0.9",
+        "checkpoint.best=eval-val/image_to_text_R1",
+    )  # fmt: skip
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    assert runs.train(stopped, *settings).code == 0
+    whole = tmp_path / "whole"
+    shutil.copytree(stopped, whole)
+    longer = (*settings, "schedule=constant", "trainer.duration=6steps")
+    finished = runs.train(whole, *longer)
+    assert finished.code == 0, finished.stderr
+    expected = runs.exact_outcome(whole / "run")
+    newest = runs.checkpoints(stopped / "run")[-1]
+    names = sorted(path.name for path in newest.iterdir())
+    assert names == [
+        "ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "scores.json", "state.json"
+    ]  # fmt: skip
+    for name in names:
+        for damage in (corrupt, Path.unlink):
+            folder = tmp_path / f"{damage.__name__}-{name}"
+            shutil.copytree(stopped, folder)
+            damage(folder / "run" / "checkpoints" / newest.name / name)
+            finished = runs.train(folder, *longer)
+            assert finished.code == 0, (name, finished.stderr)
+            is_passed_over = "checkpoint passed over" in finished.stderr
+            assert is_passed_over == (name != "scores.json"), finished.stderr
+            assert runs.exact_outcome(folder / "run") == expected, (name, damage)
+
+
 def test_leftovers_of_a_save_are_removed(short_run: Path, pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run / "run", run)
