@@ -3,7 +3,8 @@
 import json
 import logging
 import resource
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,3 +124,48 @@ def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(pairs: Path, tm
     assert "resumed from" in finished.stderr
     assert [record["step"] for record in runs.records(tmp_path / "run")] == list(range(1, 121))
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 120
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A mounted tmpfs of 64 MiB, room for three checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"needs the right to mount: {mount.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_disk_that_fills_up_keeps_the_checkpoint_before(
+    world_size: int, small_disk: Path, pairs: Path, tmp_path: Path
+) -> None:
+    parallel = "fsdp" if world_size > 1 else "ddp"
+    overrides = (
+        f"data.root={pairs}", "trainer.duration=30steps", "checkpoint.every=3steps", "checkpoint.keep_last=0", "eval=[]",
+        "writer=[]", f"parallel={parallel}",
+    )  # fmt: skip
+    run = small_disk / "run"
+    stopped = [command.wait() for command in runs.start_group(small_disk, world_size, *overrides)]
+    assert [finished.code for finished in stopped] == [1] * world_size, stopped[0].stderr
+    (line,) = [line for line in stopped[0].stderr.splitlines() if "error:" in line]
+    standing = runs.checkpoints(run)[-1]
+    assert "No space left on device" in line
+    assert f"the one of step {int(standing.name.removeprefix('step_'))} still stands" in line
+    assert store.find_latest(run / "checkpoints") == standing
+    subprocess.run(["mount", "-o", "remount,size=1g", small_disk], check=True)
+    for finished in [command.wait() for command in runs.start_group(small_disk, world_size, *overrides)]:
+        assert finished.code == 0, finished.stderr
+
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for finished in [command.wait() for command in runs.start_group(whole, world_size, *overrides)]:
+        assert finished.code == 0, finished.stderr
+    assert runs.exact_outcome(run) == runs.exact_outcome(whole / "run")

@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from safetensors.torch import load, load_file
 from mmpretrain.checkpoints.store import save
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.training.resume import check_fingerprint
+from mmpretrain.training.stop_signal import PREEMPTED_EXIT_CODE
 from tests import runs
 
 NUM_STEPS = 20
 CHECKPOINT_EVERY = 5
 LENGTH = (f"trainer.duration={NUM_STEPS}steps", f"checkpoint.every={CHECKPOINT_EVERY}steps")
+
+KILL = (signal.SIGKILL,)
 
 Whole = Callable[..., dict[str, Any]]
 
@@ -132,20 +135,29 @@ def test_a_run_that_is_killed_while_shards_are_written_goes_on_from_the_checkpoi
     assert runs.exact_outcome(run) == whole(2, *sharded)
 
 
-def kill_at_random_moments(folder: Path, settings: tuple[str, ...], times: int) -> None:
-    """Start a run over and over, and kill it after some more steps, or in the middle of a save."""
+def interrupt_at_random_moments(
+    folder: Path, settings: tuple[str, ...], times: int, world_size: int = 1, signals: Sequence[signal.Signals] = KILL
+) -> None:
+    """Start a run over and over, and kill or stop it after some more steps, or in the middle of a save."""
     run, moments, during_saves = folder / "run", random.Random(0), 0
     for number in range(times):
-        (command,) = runs.start_group(folder, 1, *settings)
+        commands = runs.start_group(folder, world_size, *settings)
         first, steps, in_save = runs.num_records(run), moments.randrange(3), number % 2 == 1
-        command.wait_for(
+        commands[0].wait_for(
             lambda first=first, steps=steps, in_save=in_save: (
                 runs.num_records(run) > first + steps and (not in_save or list(run.glob("checkpoints/.partial-*")))
             ),
             "some steps",
         )
-        kill([command])
-        during_saves += bool(list(run.glob("checkpoints/.partial-*")))
+        if (sent := signals[number % len(signals)]) == signal.SIGKILL:
+            kill(commands)
+            during_saves += bool(list(run.glob("checkpoints/.partial-*")))
+        else:  # a launcher tells all processes, or one of them comes first
+            for command in moments.sample(commands, moments.randint(1, world_size)):
+                command.send(sent)
+            finished = [command.wait() for command in commands]
+            assert [each.code for each in finished] == [PREEMPTED_EXIT_CODE] * world_size, finished[0].stderr
+            during_saves += in_save
         assert not (run / "results.json").exists(), "the run ended before it was killed"
     assert during_saves > 0
 
@@ -153,13 +165,29 @@ def kill_at_random_moments(folder: Path, settings: tuple[str, ...], times: int) 
 @pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_always_leave_a_run_that_resumes(times: int, pairs: Path, tmp_path: Path) -> None:
     settings = (f"data.root={pairs}", f"trainer.duration={8 * times}steps", "checkpoint.every=1steps")
-    kill_at_random_moments(tmp_path, settings, times)
+    interrupt_at_random_moments(tmp_path, settings, times)
     assert runs.train(tmp_path, *settings).code == 0
     assert not list((tmp_path / "run" / "checkpoints").glob(".partial-*"))
 
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     assert runs.train(undisturbed, *settings).code == 0
+    assert runs.exact_outcome(tmp_path / "run") == runs.exact_outcome(undisturbed / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_fifty_interruptions_of_two_processes_change_nothing(
+    number: signal.Signals, pairs: Path, tmp_path: Path
+) -> None:
+    settings = (f"data.root={pairs}", "trainer.duration=400steps", "checkpoint.every=1steps")
+    interrupt_at_random_moments(tmp_path, settings, 50, 2, [number])
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    for folder in (tmp_path, undisturbed):
+        for command in runs.start_group(folder, 2, *settings):
+            finished = command.wait()
+            assert finished.code == 0, finished.stderr
     assert runs.exact_outcome(tmp_path / "run") == runs.exact_outcome(undisturbed / "run")
 
 
