@@ -73,8 +73,17 @@ def fragile(tmp_path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
 SPIKES = ("objective.fragile.fault=spike", "trainer.spike.window=5", "trainer.spike.threshold=50")
 
 
-@pytest.mark.parametrize("fault", ["loss", "gradient", "spike"])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "world_size"),
+    [
+        ("loss", 2),
+        ("gradient", 1),
+        ("spike", 2),
+        pytest.param("loss", 1, marks=pytest.mark.slow),
+        pytest.param("gradient", 2, marks=pytest.mark.slow),
+        pytest.param("spike", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_bad_step_changes_nothing(
     fault: str, world_size: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:

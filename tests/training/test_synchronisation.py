@@ -98,6 +98,7 @@ def test_a_layer_that_waits_or_mixes_devices_or_precisions_fails(library: Path) 
     assert {fault for fault, case in cases.items() if expected[fault] in (errors[case] or "")} == set(expected), errors
 
 
+@pytest.mark.slow
 def test_selective_checkpointing_saves_what_attention_by_segments_returns(library: Path) -> None:
     cases = {way: f"one{way}:infonce" for way in ("", "-selective", "-blocks")}
     outcomes = outcomes_of([*cases.values()], library)
