@@ -26,9 +26,22 @@ def main(arguments: list[str] | None = None) -> int:
 @app.command()
 def build(
     pairs: Annotated[
-        Path,
+        Path | None,
         typer.Argument(help="TSV, CSV, JSONL or Parquet; or a folder: images with .txt beside them, or class folders."),
-    ],
+    ] = None,
+    *,
+    coco: Annotated[
+        Path | None, typer.Option(help="In place of PAIRS: a captions JSON of COCO; all texts of an image are kept.")
+    ] = None,
+    torchvision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="In place of PAIRS: a set of torchvision.datasets: CIFAR10.")
+    ] = None,
+    root: Annotated[
+        Path, typer.Option(help="Folder of torchvision's data sets, to which a missing one is downloaded.")
+    ] = Path("data/torchvision"),
+    split: Annotated[
+        str | None, typer.Option(help="Split of torchvision's data set: train, test.", show_default="the set's own")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
     image: Annotated[str, typer.Option(help="Column of image paths, relative to the image root.")] = "image",
     image_root: Annotated[
@@ -44,7 +57,10 @@ def build(
         ),
     ] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="Class list that sets the order of the labels.")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Class list that sets the order of the labels; with --torchvision, names of the classes."),
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="Sentence that makes captions of labels: 'a photo of a {}'. _ becomes a space.")
     ] = None,
@@ -57,7 +73,6 @@ def build(
     background: Annotated[str, typer.Option(help="Colour behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Maximum number of samples per shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
-    *,
     workers: Workers,
 ) -> None:
     """Build shuffled, equal-sized WebDataset shards of images and captions.
@@ -76,13 +91,25 @@ def build(
       python -m data_tools build flowers/ --template 'a photo of a {}, a flower' --output data/flowers
 
       python -m data_tools build captions.jsonl --image-root /data/photos --output data/photos
+
+      python -m data_tools build --coco captions_train2017.json --image-root train2017 --output data/coco/train
+
+      python -m data_tools build --torchvision Flowers102 --split test --output data/flowers/val
     """
-    from data_tools.build import BuildOptions
+    from data_tools.build import BuildOptions, build_torchvision
     from data_tools.build import build as build_shards
     from data_tools.images import WRITTEN_FORMATS, ImageOptions, parse_color
 
     if format is not None and format not in WRITTEN_FORMATS:
         raise ValueError(f"--format {format!r}: expected one of {', '.join(WRITTEN_FORMATS)}")
+    source = pairs or coco
+    if sum(each is not None for each in (pairs, coco, torchvision)) != 1:
+        raise ValueError("expected one source: PAIRS, --coco captions.json or --torchvision NAME")
+    if torchvision is None and split is not None:
+        raise ValueError(f"--split {split!r}: expected --torchvision NAME beside it")
+    if torchvision is not None and (label or image_root):
+        given = f"--label {label!r}" if label else f"--image-root {str(image_root)!r}"
+        raise ValueError(f"{given}: expected a table; --torchvision {torchvision!r} has labels and images of its own")
     captions = tuple(column.strip() for column in caption.split(",") if column.strip())
     if not captions:
         raise ValueError(f"--caption {caption!r}: expected a column, or several with commas between")
@@ -95,11 +122,21 @@ def build(
         label_column=label,
         classes_file=classes,
         template=template,
+        is_coco=coco is not None,
         image=ImageOptions(image_size, format, parse_color(background), quality, max_image_bytes),
         samples_per_shard=samples_per_shard,
         seed=seed,
     )
-    result = build_shards(pairs, output, options, workers)
+    if source is not None:
+        result = build_shards(source, output, options, workers)
+    else:
+        result, has_names = build_torchvision(str(torchvision), root, split, output, options, workers)
+        if not has_names:
+            print(
+                f"note: {torchvision} does not name its classes, so that captions have their numbers; name them, one a line, "
+                "with --classes names.txt",
+                file=sys.stderr,
+            )
     seconds = time.monotonic() - started
     if result.key_problem is not None:
         print(f"note: keys are row numbers, since {result.key_problem}", file=sys.stderr)
