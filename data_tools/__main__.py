@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from data_tools import tar_commands
-from data_tools.command_line import Workers, run_app
+from data_tools.command_line import Workers, print_table, run_app
 
 app = typer.Typer(
     help="Build, check and describe shards.",
@@ -208,6 +208,53 @@ def build_text(
     )
     if result.num_refused:
         print(f"{result.num_refused} documents refused: {output / 'refused.jsonl'}")
+
+
+@app.command()
+def download(
+    urls: Annotated[Path, typer.Argument(help="TSV, CSV, JSONL or Parquet with URLs; or a folder of Parquet files.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options of img2dataset: -- --retries=2")
+    ] = None,
+    *,
+    output: Annotated[Path, typer.Option(help="Folder for 00000.tar ..., their indexes, Parquet and statistics.")],
+    url: Annotated[str, typer.Option(help="Column of URLs.")] = "url",
+    caption: Annotated[str, typer.Option(help="Column of captions.")] = "caption",
+    columns: Annotated[str, typer.Option(help="Further columns to keep in json: label,licence.")] = "",
+    image_size: Annotated[int, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = 256,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Number of URLs per shard.")] = 10_000,
+    threads: Annotated[int, typer.Option(min=1, help="Number of downloads at a time, per process.")] = 64,
+    img2dataset: Annotated[str, typer.Option(help="The program, or its path in another environment.")] = "img2dataset",
+    workers: Workers,
+) -> None:
+    """Download images by URL with img2dataset, to shards with an index.
+
+    img2dataset needs an environment of its own: pipx install img2dataset. Beside each tar lie its Parquet, with the status
+    of each URL, and its statistics. Images that do not arrive are left out. The same command goes on after a kill.
+
+    Examples:
+
+      python -m data_tools download urls.tsv --output data/web/train
+
+      python -m data_tools download laion.parquet --url URL --caption TEXT --output laion -- --timeout=20 --retries=2
+
+      python -m data_tools download urls.tsv --output web --img2dataset ~/img2dataset/bin/img2dataset
+    """
+    from data_tools.download import DownloadOptions
+    from data_tools.download import download as download_shards
+
+    started = time.monotonic()
+    kept = tuple(column.strip() for column in columns.split(",") if column.strip())
+    options = DownloadOptions(
+        img2dataset, url, caption, kept, image_size, samples_per_shard, threads, tuple(more or ())
+    )
+    result = download_shards(urls, output, options, workers)
+    seconds = time.monotonic() - started
+    print(
+        f"{output}: {result.num_samples:,} of {result.num_urls:,} images in {len(result.tars)} shards, {seconds:.1f} s"
+    )
+    print_table(("failure", "images"), [(reason, f"{count:,}") for reason, count in result.failures.most_common(10)], 1)
+    print_table(("tar", "problem"), [(tar.tar, problem) for tar in result.tars for problem in tar.problems])
 
 
 @app.command()
