@@ -59,7 +59,9 @@ def build(
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(help="Class list that sets the order of the labels; with --torchvision, names of the classes."),
+        typer.Option(
+            help="Class list that sets the order of the labels. Of --torchvision, it may give them other names."
+        ),
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="Sentence that makes captions of labels: 'a photo of a {}'. _ becomes a space.")
@@ -143,7 +145,7 @@ def build(
     if result.list_column is not None:
         print(
             f"note: column {result.list_column!r} has lists of texts; txt holds the first of each, and json has them all: "
-            f"train with data.train.pairs.caption=json.{result.list_column}",
+            f"data.train.pairs.caption=json.{result.list_column} data.val.val.caption=json.{result.list_column}",
             file=sys.stderr,
         )
     named = f", {result.num_classes} classes" if result.num_classes is not None else ""

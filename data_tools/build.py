@@ -106,7 +106,7 @@ def build_torchvision(
         root: folder of torchvision's data sets, to which a missing set is downloaded.
         split: split of the set, as torchvision names it; None: its default.
         output: folder of the build, as of `build`.
-        options: `classes_file` names the classes in the order of their indexes; `template` None is `TEMPLATE`.
+        options: `classes_file` orders the classes, or names them by index; `template` None is `TEMPLATE`.
         workers: number of processes.
 
     Returns: the result, and whether the set or `classes_file` names the classes.

@@ -81,14 +81,25 @@ def read_pairs(path: Path) -> Table:
         table = _READERS[path.suffix](path)
     else:
         expected = "a folder or a file in " + ", ".join(_READERS)
-        hint = "; --coco reads captions of COCO" if path.suffix == ".json" else ""
-        raise ValueError(f"pairs {str(path)!r}: unknown kind {path.suffix!r}; expected {expected}{hint}")
+        raise ValueError(f"pairs {str(path)!r}: unknown kind {path.suffix!r}; expected {expected}{_hint(path)}")
     if not table.rows and not table.refused:
         what = "images" if path.is_dir() else "rows"
         raise ValueError(f"pairs {str(path)!r}: no {what} in it; expected at least one")
     if not table.columns:
         raise ValueError(f"pairs {str(path)!r}: every row is refused, the first because: {table.refused[0][1]}")
     return table
+
+
+def _hint(path: Path) -> str:
+    """Return what to do about a file of a kind that is often given."""
+    hints = {
+        ".json": "--coco reads captions of COCO",
+        ".tar": f"training reads tars as they are: data.train.pairs.shards={path.absolute()}",
+        ".zip": f"unpack it first: unzip {path}",
+        ".tgz": f"unpack it first: tar xzf {path}",
+        ".gz": f"unpack it first: {'tar xzf' if path.name.endswith('.tar.gz') else 'gunzip -k'} {path}",
+    }
+    return f"; {hints[path.suffix]}" if path.suffix in hints else ""
 
 
 def check_fits_memory(path: Path) -> None:

@@ -33,10 +33,10 @@ def read_torchvision(
         name: class of `torchvision.datasets`.
         root: folder of torchvision's data sets.
         split: split of the set, as torchvision names it; None: its default.
-        names: names of the classes, by class index; None: those of the set.
+        names: order of the classes, or other names by class index (see `_name_classes`); None: the set's own.
         folder: folder for PNG files.
 
-    Returns: the table; the classes by class index; and whether they have names. Without names the indexes stand for them.
+    Returns: the table, the classes in the order of `cls`, and whether the set names them; its indexes are the labels if not.
     Raises: ValueError for an unknown set or split, a set that is not for classification, unusable names, or a failed
         download.
     """
@@ -60,13 +60,35 @@ def read_torchvision(
             paths[number] = f"{number:08d}.png" if path is None else os.path.relpath(path, root)
 
     own_names = _class_names(data)
-    if names is None:
-        indexes = [str(index) for index in range(max(labels.values(), default=-1) + 1)]
-        names = Classes(own_names or indexes, [""] * len(own_names or indexes))
-    _check_names(names, max(labels.values(), default=-1), name)
-    rows = [{"image": path, "label": names.labels[labels[number]]} for number, path in paths.items()]
+    num_classes = max(len(own_names), 1 + max(labels.values(), default=-1))
+    by_index, classes = _name_classes(own_names, num_classes, names, name)
+    rows = [{"image": path, "label": by_index[labels[number]]} for number, path in paths.items()]
     table = Table(["image", "label"], root if has_files else folder, rows, list(paths), refused)
-    return table, names, bool(own_names)
+    return table, classes, bool(own_names)
+
+
+def _name_classes(
+    own: Sequence[str], num_classes: int, names: Classes | None, set_name: str
+) -> tuple[Sequence[str], Classes]:
+    """Return the label of each of the set's class indexes, and the classes in the order of `cls`.
+
+    A list with all of the set's own names sets their order, as for tables; any other list names the indexes.
+
+    Raises: ValueError if a class has no name, or not its own.
+    """
+    fix = "name the classes, one a line in the order of their indexes, with --classes names.txt"
+    if names is not None and own and set(own) <= set(names.labels):
+        return own, names
+    if names is None:
+        labels = list(own) or [str(index) for index in range(num_classes)]
+        names = Classes(labels, [""] * len(labels))
+    # A split of a set without names may lack the last classes.
+    if len(names.labels) < num_classes or (own and len(names.labels) > num_classes):
+        raise ValueError(f"--torchvision {set_name!r}: {len(names.labels)} names for {num_classes} classes; {fix}")
+    twice = sorted({label for label in names.labels if names.labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"--torchvision {set_name!r}: two classes are named {twice[0]!r}; {fix}")
+    return names.labels, names
 
 
 def _open(name: str, root: Path, split: str | None) -> Any:
@@ -104,7 +126,7 @@ def _open(name: str, root: Path, split: str | None) -> Any:
         ) from error
     except _UNREADABLE as error:
         raise ValueError(
-            f"--torchvision {name!r}: not in --root {str(root)!r}, and cannot be downloaded to there ({error}); run the "
+            f"--torchvision {name!r}: cannot be read from --root {str(root)!r}, nor downloaded to there ({error}); run the "
             "command where there is a network, and copy that folder"
         ) from error
 
@@ -174,13 +196,3 @@ def _class_names(data: Any) -> list[str]:
         one_line(", ".join(name) if isinstance(name, Sequence) and not isinstance(name, str) else str(name))
         for name in names
     ]
-
-
-def _check_names(names: Classes, highest: int, set_name: str) -> None:
-    """Raise ValueError if a class has no name, or not its own."""
-    fix = "name the classes, one a line in the order of their indexes, with --classes names.txt"
-    if len(names.labels) <= highest:
-        raise ValueError(f"--torchvision {set_name!r}: {len(names.labels)} names for {highest + 1} classes; {fix}")
-    twice = sorted({label for label in names.labels if names.labels.count(label) > 1})
-    if twice:
-        raise ValueError(f"--torchvision {set_name!r}: two classes are named {twice[0]!r}; {fix}")

@@ -72,9 +72,3 @@ def test_other_files_are_refused_in_one_line(
     error = capsys.readouterr().err
     assert f"captions.json': {message}" in error and "expected a captions file of COCO" in error
     assert error.count("\n") == 1
-
-
-def test_a_json_file_is_answered_with_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_coco(tmp_path)
-    assert main(["build", str(tmp_path / "captions.json"), "--output", str(tmp_path / "out")]) == 2
-    assert "unknown kind '.json'" in (error := capsys.readouterr().err) and "--coco reads captions of COCO" in error

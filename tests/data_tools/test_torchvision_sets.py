@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 from data_tools.__main__ import main
 from data_tools.tables import read_pairs
@@ -77,6 +79,29 @@ def test_arrays_become_png_without_loss(tmp_path: Path) -> None:
     assert [sample["cls"] for sample in samples(tmp_path / "val").values()] == [b"1"]
 
 
+def test_pickled_arrays_that_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    images = pixels(2, 3, 32, 32)
+    contents = {
+        "data_batch_1": {"data": images.reshape(2, -1), "labels": [1, 0]},
+        "test_batch": {"data": images.reshape(2, -1), "labels": [1, 0]},
+        "batches.meta": {"label_names": ["airplane", "fire_truck"]},
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [["data_batch_1", None]]
+    )  # torchvision knows the hash of its own files alone
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+    assert build(tmp_path, tmp_path / "out", "CIFAR10") == 0
+    sample = samples(tmp_path / "out")["00000001"]
+    assert sample["txt"] == b"a photo of a fire truck" and sample["cls"] == b"1"
+    with Image.open(io.BytesIO(sample["png"])) as image:
+        assert np.array_equal(np.asarray(image), images[0].transpose(1, 2, 0))
+
+
 def test_the_same_bytes_again(tmp_path: Path) -> None:
     for prefix in ("train", "t10k"):  # torchvision reads neither without the other
         write_mnist(tmp_path, pixels(5, 28, 28), [0, 1, 2, 3, 4], prefix)
@@ -125,6 +150,21 @@ def test_files_of_other_formats_become_png_and_classes_can_be_named(
     assert "--torchvision 'GTSRB': 1 names for 2 classes; name the classes" in capsys.readouterr().err
 
 
+def test_a_class_list_orders_or_renames_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_images(tmp_path / "eurosat" / "2750", ["Forest/1.jpg", "SeaLake/2.jpg"])
+    names = tmp_path / "names.txt"
+    for lines, expected in (
+        ("SeaLake\nPasture\nForest\n", {(b"2", b"a photo of a Forest"), (b"0", b"a photo of a SeaLake")}),
+        ("forest\nlake\n", {(b"0", b"a photo of a forest"), (b"1", b"a photo of a lake")}),
+    ):
+        names.write_text(lines)
+        assert build(tmp_path, tmp_path / "out", "EuroSAT", "--classes", str(names)) == 0
+        assert {(sample["cls"], sample["txt"]) for sample in samples(tmp_path / "out").values()} == expected
+    names.write_text("forest\nlake\nriver\n")
+    assert build(tmp_path, tmp_path / "out", "EuroSAT", "--classes", str(names)) == 2
+    assert "--torchvision 'EuroSAT': 3 names for 2 classes; name the classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -154,5 +194,5 @@ def test_without_a_network_one_line_says_where_the_files_belong(
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # nothing listens there
     assert build(tmp_path / "root", tmp_path / "out", "CIFAR10") == 2
     error = capsys.readouterr().err
-    assert f"--torchvision 'CIFAR10': not in --root '{tmp_path}/root', and cannot be downloaded to there" in error
+    assert f"--torchvision 'CIFAR10': cannot be read from --root '{tmp_path}/root', nor downloaded to there" in error
     assert error.count("\n") == 1
