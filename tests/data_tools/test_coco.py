@@ -9,6 +9,8 @@ import webdataset
 from PIL import Image
 
 from data_tools.__main__ import main
+from mmpretrain.data.fields import read_captions
+from mmpretrain.data.shards import Shards, expand_shards
 
 
 def write_coco(folder: Path, num_images: int = 4) -> dict[str, Any]:
@@ -37,6 +39,10 @@ def test_an_image_and_all_of_its_captions_are_one_sample(tmp_path: Path, capsys:
     assert sorted(found) == ["100", "101", "102", "103"]
     assert found["102"]["txt"] == b"Text 0 of 2."
     assert json.loads(found["102"]["json"])["caption"] == [f"Text {j} of 2." for j in range(5)]
+    shards = Shards(expand_shards(str(tmp_path / "out")))
+    assert all(len(read_captions(shards, i, "json.caption")) == 5 for i in range(4)), (
+        "as training and retrieval read them"
+    )
     assert found["102"]["jpg"] == (tmp_path / "photos" / f"{2:012d}.jpg").read_bytes()
     assert "data.train.pairs.caption=json.caption" in capsys.readouterr().err
 
