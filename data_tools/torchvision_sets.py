@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,8 +14,8 @@ from unittest import mock
 from PIL import Image
 
 from data_tools.classes import Classes, one_line
+from data_tools.pool import run_tasks
 from data_tools.tables import Table
-from mmpretrain.data.decode import BadSample
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _UNREADABLE = (OSError, RuntimeError, ValueError)
@@ -41,29 +42,28 @@ def read_torchvision(
         download.
     """
     data = _open(name, root, split)
-    root = Path(os.path.abspath(root.expanduser()))
-    paths: dict[int, str] = {}
+    paths: dict[int, Path | None] = {}
     labels: dict[int, int] = {}
     refused: list[tuple[int, str]] = []
-    has_files: bool | None = None
-    for number in range(1, len(data) + 1):
-        try:
-            path, image, labels[number] = _read_sample(data, number - 1, name)
-            has_files = path is not None if has_files is None else has_files
-            if has_files != (path is not None):
-                raise BadSample("expected an image file as of the set's first sample, or an array as there")
-            if path is None:
-                image.save(folder / f"{number:08d}.png")
-        except (BadSample, OSError) as error:
-            refused.append((number, str(error)))
-        else:
-            paths[number] = f"{number:08d}.png" if path is None else os.path.relpath(path, root)
+    with _recorded_files() as files:
+        read = partial(_read_sample, data, name, files, folder)
+        samples = run_tasks(read, range(1, len(data) + 1), 1, f"reading {name}")
+        for number, (problem, path, label) in enumerate(samples, start=1):
+            if problem is None and paths and (path is None) != (next(iter(paths.values())) is None):
+                problem = "expected an image file or an array, as of the set's first sample"
+            if problem is None:
+                paths[number], labels[number] = path, label
+            else:
+                refused.append((number, problem))
 
     own_names = _class_names(data)
     num_classes = max(len(own_names), 1 + max(labels.values(), default=-1))
     by_index, classes = _name_classes(own_names, num_classes, names, name)
-    rows = [{"image": path, "label": by_index[labels[number]]} for number, path in paths.items()]
-    table = Table(["image", "label"], root if has_files else folder, rows, list(paths), refused)
+    root = Path(os.path.abspath(root.expanduser()))
+    table = Table(["image", "label"], folder if None in paths.values() else root, refused=refused)
+    for number, path in paths.items():
+        image = f"{number:08d}.png" if path is None else os.path.relpath(path, root)
+        table.add(number, {"image": image, "label": by_index[labels[number]]})
     return table, classes, bool(own_names)
 
 
@@ -105,30 +105,30 @@ def _open(name: str, root: Path, split: str | None) -> Any:
         )
     kind = getattr(datasets, name)
     options = inspect.signature(kind).parameters
-    if not {"root", "download"} <= options.keys():
-        raise ValueError(f"--torchvision {name!r}: torchvision cannot fetch it; build from its folder instead")
     arguments: dict[str, Any] = {"root": str(root)} | _split_argument(name, split, options)
-    try:
-        return kind(**arguments)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--torchvision {name!r}: torchvision reads it with {error.name}: pip install {error.name}"
-        ) from error
-    except _UNREADABLE as missing:
-        if split is not None and "Unknown value" in str(missing):
-            raise ValueError(f"--torchvision {name!r} --split {split!r}: {missing}") from missing
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        return kind(**arguments, download=True)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"--torchvision {name!r}: torchvision reads it with {error.name}: pip install {error.name}"
-        ) from error
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"--torchvision {name!r}: cannot be read from --root {str(root)!r}, nor downloaded to there ({error}); run the "
-            "command where there is a network, and copy that folder"
-        ) from error
+    needed = [
+        each.name for each in options.values() if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    ]
+    if "root" not in options or not set(needed) <= arguments.keys():
+        missing = ", ".join(f"`{each}`" for each in needed if each not in arguments) or "no folder"
+        fix = "name a --split" if needed == ["root", "split"] else "name a set for classification"
+        raise ValueError(f"--torchvision {name!r}: torchvision reads it with {missing}; {fix}")
+    bases = [base for base in kind.__mro__ if issubclass(base, datasets.VisionDataset)]
+    can_download = any("download" in inspect.signature(base).parameters for base in bases)
+    problem: Exception | None = None
+    for download in ({}, {"download": True}) if can_download else ({},):
+        try:
+            return kind(**arguments, **download)
+        except ModuleNotFoundError as error:
+            fix = f"pip install {error.name}"
+            raise ValueError(f"--torchvision {name!r}: torchvision reads it with {error.name}: {fix}") from error
+        except _UNREADABLE as error:
+            if split is not None and "Unknown value" in str(error):
+                raise ValueError(f"--torchvision {name!r} --split {split!r}: {error}") from error
+            problem = error
+    fix = "run the command where there is a network, and copy that folder" if can_download else "put its files there"
+    also = ", nor downloaded to there" if can_download else ""
+    raise ValueError(f"--torchvision {name!r}: cannot be read from --root {str(root)!r}{also} ({problem}); {fix}")
 
 
 def _split_argument(name: str, split: str | None, options: Any) -> dict[str, Any]:
@@ -144,20 +144,26 @@ def _split_argument(name: str, split: str | None, options: Any) -> dict[str, Any
     return {"train": split == "train"}
 
 
-def _read_sample(data: Any, index: int, name: str) -> tuple[Path | None, Any, int]:
-    """Return the file of a sample (None if it has none that is kept), its image and its class index.
+def _read_sample(
+    data: Any, name: str, files: list[Path], folder: Path, number: int
+) -> tuple[str | None, Path | None, int]:
+    """Read the sample of a number from 1; without a file that is kept, write its image to `folder`.
 
-    Raises: BadSample without a class; OSError for a missing file; ValueError for a set that is not for classification.
+    Returns: the reason for refusing it, or None; its file, or None; its class index.
+    Raises: ValueError for a set that is not for classification.
     """
-    with _recorded_files() as files:
-        sample = data[index]
+    files.clear()
+    try:
+        sample = data[number - 1]
+    except OSError as error:
+        return str(error), None, -1
     image, label = sample if isinstance(sample, tuple) and len(sample) == 2 else (None, None)
     if not isinstance(image, Image.Image):
         raise ValueError(
             f"--torchvision {name!r}: its samples are not images with a class; name a set for classification"
         )
     if label is None:
-        raise BadSample("no class")
+        return "no class", None, -1
     try:
         class_index = operator.index(label)
     except TypeError as error:
@@ -166,15 +172,18 @@ def _read_sample(data: Any, index: int, name: str) -> tuple[Path | None, Any, in
             f"--torchvision {name!r}: its labels are of type {kind}; name a set for classification"
         ) from error
     if class_index < 0:
-        raise BadSample(f"class index {class_index}; expected at least 0")
-    return next((file for file in files if file.suffix.lower() in _KEPT_SUFFIXES), None), image, class_index
+        return f"class index {class_index}; expected at least 0", None, -1
+    path = next((file for file in files if file.suffix.lower() in _KEPT_SUFFIXES), None)
+    if path is None:
+        image.save(folder / f"{number:08d}.png")
+    return None, path, class_index
 
 
 @contextmanager
 def _recorded_files() -> Iterator[list[Path]]:
     """List the files that Pillow opens. Those that shards keep are not decoded: a single pixel takes their place.
 
-    A data set tells the file of a sample by no public name; but all of them open it with Pillow.
+    Torchvision has no public name for the file of a sample, but all of its sets open it with Pillow.
     """
     files: list[Path] = []
     real_open = Image.open

@@ -4,10 +4,7 @@ import json
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow
@@ -16,13 +13,9 @@ import pytest
 
 from data_tools.__main__ import main
 from mmpretrain.data.shards import Shards, expand_shards
+from tests.servers import http_server
 
 PROGRAM = os.environ.get("IMG2DATASET") or shutil.which("img2dataset")
-
-
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -30,13 +23,10 @@ def urls(make_pairs, tmp_path: Path) -> Iterator[Path]:
     """A table of 8 images on a local server, of which the last one is missing."""
     folder = make_pairs(8).parent
     (folder / "7.png").unlink()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    lines = [f"http://127.0.0.1:{server.server_port}/{i}.png\tcaption {i}\tkind {i}\n" for i in range(8)]
-    (tmp_path / "urls.tsv").write_text("url\tcaption\tkind\n" + "".join(lines))
-    yield tmp_path / "urls.tsv"
-    server.shutdown()
-    server.server_close()
+    with http_server(folder) as server:
+        lines = [f"{server.url}/{i}.png\tcaption {i}\tkind {i}\n" for i in range(8)]
+        (tmp_path / "urls.tsv").write_text("url\tcaption\tkind\n" + "".join(lines))
+        yield tmp_path / "urls.tsv"
 
 
 def download(urls: Path, output: Path, program: str, *options: str) -> int:

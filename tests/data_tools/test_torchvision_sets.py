@@ -169,7 +169,14 @@ def test_a_class_list_orders_or_renames_the_classes(tmp_path: Path, capsys: pyte
     ("name", "options", "message"),
     [
         ("CIFAR11", (), "--torchvision 'CIFAR11': no such data set; did you mean 'CIFAR10'?"),
-        ("FakeData", (), "--torchvision 'FakeData': torchvision cannot fetch it"),
+        (
+            "FakeData",
+            (),
+            "--torchvision 'FakeData': torchvision reads it with no folder; name a set for classification",
+        ),
+        ("CocoCaptions", (), "--torchvision 'CocoCaptions': torchvision reads it with `annFile`; name a set"),
+        ("EMNIST", (), "--torchvision 'EMNIST': torchvision reads it with `split`; name a --split"),
+        ("ImageFolder", (), "--torchvision 'ImageFolder': cannot be read from --root"),
         ("DTD", ("--split", "tset"), "--torchvision 'DTD' --split 'tset': Unknown value 'tset' for argument split"),
         ("MNIST", ("--split", "val"), "--split 'val': MNIST has the splits train and test"),
         ("EuroSAT", ("--split", "val"), "--split 'val': EuroSAT has no splits"),

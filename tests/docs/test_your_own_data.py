@@ -6,10 +6,7 @@ import os
 import re
 import shlex
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -22,6 +19,7 @@ from data_tools.tables import read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 from tests import runs
 from tests.parquets import table_of
+from tests.servers import http_server
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "your_own_data.md"
 COLOURS = ("red", "green", "blue")
@@ -221,33 +219,15 @@ def test_each_source_trains_and_is_evaluated(section: str, tmp_path: Path) -> No
         assert 0 <= scores["eval-val/text_retrieval_recall@1"] <= 1
 
 
-class QuietHandler(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[None]:
-    """Tables of URLs in `tmp_path`, of images on a local server."""
-    make_table(tmp_path)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for table, urls in (("pairs", "urls"), ("held_out", "held_out_urls")):
-        rows = read_pairs(tmp_path / f"{table}.tsv").rows
-        address = f"http://127.0.0.1:{server.server_port}"
-        write_table(
-            tmp_path / f"{urls}.tsv",
-            [{"url": f"{address}/{row['filepath']}", "caption": row["caption"]} for row in rows],
-        )
-    yield
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("web")
 @pytest.mark.skipif(PROGRAM is None, reason="no img2dataset on PATH, nor named by IMG2DATASET")
 def test_images_by_url_are_downloaded_and_trained_on(tmp_path: Path) -> None:
-    run_data_tools("Images by URL", tmp_path, "--img2dataset", str(PROGRAM))
+    make_table(tmp_path)
+    with http_server(tmp_path) as server:
+        for table, urls in (("pairs", "urls"), ("held_out", "held_out_urls")):
+            rows = read_pairs(tmp_path / f"{table}.tsv").rows
+            given = [{"url": f"{server.url}/{row['filepath']}", "caption": row["caption"]} for row in rows]
+            write_table(tmp_path / f"{urls}.tsv", given)
+        run_data_tools("Images by URL", tmp_path, "--img2dataset", str(PROGRAM))
     assert Shards(expand_shards(str(tmp_path / "data" / "web" / "train"))).num_samples == NUM_TRAIN
     assert "eval-val/text_retrieval_recall@1" in train_and_evaluate("Images by URL", tmp_path)
