@@ -95,15 +95,15 @@ def _open(name: str, root: Path, split: str | None) -> Any:
     """Return the data set as torchvision reads it. Raises: ValueError."""
     from torchvision import datasets
 
-    if name not in datasets.__all__ or not isinstance(getattr(datasets, name), type):
-        near = difflib.get_close_matches(name.lower(), [each.lower() for each in datasets.__all__], n=1, cutoff=0.5)
-        meant = [each for each in datasets.__all__ if [each.lower()] == near]
-        suggestion = f"did you mean {meant[0]!r}? " if meant else ""
+    kinds = {each: getattr(datasets, each) for each in datasets.__all__ if each != "VisionDataset"}
+    kind = kinds.get(name)
+    if not isinstance(kind, type):
+        near = [each for each in kinds if difflib.get_close_matches(name.lower(), [each.lower()], cutoff=0.8)]
+        suggestion = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
             f"--torchvision {name!r}: no such data set; {suggestion}expected a class of torchvision.datasets, such as "
             "CIFAR10, Flowers102 or EuroSAT"
         )
-    kind = getattr(datasets, name)
     options = inspect.signature(kind).parameters
     arguments: dict[str, Any] = {"root": str(root)} | _split_argument(name, split, options)
     needed = [
@@ -125,6 +125,8 @@ def _open(name: str, root: Path, split: str | None) -> Any:
         except _UNREADABLE as error:
             if split is not None and "Unknown value" in str(error):
                 raise ValueError(f"--torchvision {name!r} --split {split!r}: {error}") from error
+            if "pip install" in str(error):
+                raise ValueError(f"--torchvision {name!r}: {error}") from error
             problem = error
     fix = "run the command where there is a network, and copy that folder" if can_download else "put its files there"
     also = ", nor downloaded to there" if can_download else ""
@@ -189,8 +191,9 @@ def _recorded_files() -> Iterator[list[Path]]:
     real_open = Image.open
 
     def open_file(file: Any, *arguments: Any, **options: Any) -> Image.Image:
-        files.append(Path(os.fsdecode(getattr(file, "name", file))))
-        if files[-1].suffix.lower() in _KEPT_SUFFIXES:
+        path = Path(file if isinstance(file, str | os.PathLike) else getattr(file, "name", ""))
+        files.append(path)
+        if path.suffix.lower() in _KEPT_SUFFIXES:
             return Image.new("RGB", (1, 1))
         return real_open(file, *arguments, **options)
 

@@ -128,6 +128,17 @@ def test_splits_listed_in_files(tmp_path: Path) -> None:
     assert "No such file" in json.loads(refusal)["reason"]
 
 
+def test_sets_that_open_their_files_by_path(tmp_path: Path) -> None:
+    folder = tmp_path / "oxford-iiit-pet"
+    data = save_images(folder / "images", ["Abyssinian_1.jpg", "great_pyrenees_2.jpg"])
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "trainval.txt").write_text("Abyssinian_1 1 1 1\ngreat_pyrenees_2 2 2 1\n")
+    assert build(tmp_path, tmp_path / "out", "OxfordIIITPet", "--template", "a {}, a pet") == 0
+    found = [sample for _, sample in sorted(samples(tmp_path / "out").items())]
+    assert [sample["jpg"] for sample in found] == list(data.values())
+    assert [sample["txt"] for sample in found] == [b"a Abyssinian, a pet", b"a Great Pyrenees, a pet"]
+
+
 def test_files_of_other_formats_become_png_and_classes_can_be_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
