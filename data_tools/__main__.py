@@ -11,7 +11,7 @@ from data_tools import tar_commands
 from data_tools.command_line import Workers, print_table, run_app
 
 app = typer.Typer(
-    help="Build, check and describe shards.",
+    help="Download, build, check and describe shards.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

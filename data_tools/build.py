@@ -79,6 +79,8 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
             )
         if not options.image_root.is_dir():
             raise ValueError(f"--image-root {str(options.image_root)!r}: no such folder")
+    elif options.is_coco:
+        raise ValueError(f"--coco {str(pairs)!r}: expected --image-root FOLDER of its images beside it")
     table = read_coco(pairs) if options.is_coco else read_pairs(pairs)
     if table.has_class_folders and options.label_column is None:
         options = replace(options, label_column="label")

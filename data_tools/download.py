@@ -63,7 +63,7 @@ def download(urls: Path, output: Path, options: DownloadOptions, workers: int) -
     if program is None:
         raise ValueError(
             f"--img2dataset {options.program!r}: no such program; install it in an environment of its own, since it "
-            "needs an older webdataset: pipx install img2dataset"
+            "needs an older webdataset, and Python up to 3.12: pipx install img2dataset"
         )
     table_format = _check_table(urls, options)
     output.mkdir(parents=True, exist_ok=True)

@@ -78,3 +78,9 @@ def test_other_files_are_refused_in_one_line(
     error = capsys.readouterr().err
     assert f"captions.json': {message}" in error and "expected a captions file of COCO" in error
     assert error.count("\n") == 1
+
+
+def test_the_folder_of_the_images_has_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_coco(tmp_path)
+    assert main(["build", "--coco", str(tmp_path / "captions.json"), "--output", str(tmp_path / "out")]) == 2
+    assert "captions.json': expected --image-root FOLDER of its images beside it" in capsys.readouterr().err
