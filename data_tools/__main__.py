@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from data_tools import tar_commands
-from data_tools.command_line import Workers, run_app
+from data_tools.command_line import Workers, print_table, run_app
 
 app = typer.Typer(
-    help="Build, check and describe shards.",
+    help="Download, build, check and describe shards.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -26,9 +26,22 @@ def main(arguments: list[str] | None = None) -> int:
 @app.command()
 def build(
     pairs: Annotated[
-        Path,
+        Path | None,
         typer.Argument(help="TSV, CSV, JSONL or Parquet; or a folder: images with .txt beside them, or class folders."),
-    ],
+    ] = None,
+    *,
+    coco: Annotated[
+        Path | None, typer.Option(help="In place of PAIRS: a captions JSON of COCO; all texts of an image are kept.")
+    ] = None,
+    torchvision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="In place of PAIRS: a set of torchvision.datasets: CIFAR10.")
+    ] = None,
+    root: Annotated[
+        Path, typer.Option(help="Folder of torchvision's data sets, to which a missing one is downloaded.")
+    ] = Path("data/torchvision"),
+    split: Annotated[
+        str | None, typer.Option(help="Split of torchvision's data set: train, test.", show_default="the set's own")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for 000000.tar ..., indexes and manifest.json.")],
     image: Annotated[str, typer.Option(help="Column of image paths, relative to the image root.")] = "image",
     image_root: Annotated[
@@ -44,7 +57,12 @@ def build(
         ),
     ] = "caption",
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="Class list that sets the order of the labels.")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Class list that sets the order of the labels. Of --torchvision, it may give them other names."
+        ),
+    ] = None,
     template: Annotated[
         str | None, typer.Option(help="Sentence that makes captions of labels: 'a photo of a {}'. _ becomes a space.")
     ] = None,
@@ -57,7 +75,6 @@ def build(
     background: Annotated[str, typer.Option(help="Colour behind transparent images: R,G,B or #rrggbb.")] = "#ffffff",
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Maximum number of samples per shard.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the shuffle.")] = 0,
-    *,
     workers: Workers,
 ) -> None:
     """Build shuffled, equal-sized WebDataset shards of images and captions.
@@ -76,13 +93,25 @@ def build(
       python -m data_tools build flowers/ --template 'a photo of a {}, a flower' --output data/flowers
 
       python -m data_tools build captions.jsonl --image-root /data/photos --output data/photos
+
+      python -m data_tools build --coco captions_train2017.json --image-root train2017 --output data/coco/train
+
+      python -m data_tools build --torchvision Flowers102 --split test --output data/flowers/val
     """
-    from data_tools.build import BuildOptions
+    from data_tools.build import BuildOptions, build_torchvision
     from data_tools.build import build as build_shards
     from data_tools.images import WRITTEN_FORMATS, ImageOptions, parse_color
 
     if format is not None and format not in WRITTEN_FORMATS:
         raise ValueError(f"--format {format!r}: expected one of {', '.join(WRITTEN_FORMATS)}")
+    source = pairs or coco
+    if sum(each is not None for each in (pairs, coco, torchvision)) != 1:
+        raise ValueError("expected one source: PAIRS, --coco captions.json or --torchvision NAME")
+    if torchvision is None and split is not None:
+        raise ValueError(f"--split {split!r}: expected --torchvision NAME beside it")
+    if torchvision is not None and (label or image_root):
+        given = f"--label {label!r}" if label else f"--image-root {str(image_root)!r}"
+        raise ValueError(f"{given}: expected a table; --torchvision {torchvision!r} has labels and images of its own")
     captions = tuple(column.strip() for column in caption.split(",") if column.strip())
     if not captions:
         raise ValueError(f"--caption {caption!r}: expected a column, or several with commas between")
@@ -95,18 +124,28 @@ def build(
         label_column=label,
         classes_file=classes,
         template=template,
+        is_coco=coco is not None,
         image=ImageOptions(image_size, format, parse_color(background), quality, max_image_bytes),
         samples_per_shard=samples_per_shard,
         seed=seed,
     )
-    result = build_shards(pairs, output, options, workers)
+    if source is not None:
+        result = build_shards(source, output, options, workers)
+    else:
+        result, has_names = build_torchvision(str(torchvision), root, split, output, options, workers)
+        if not has_names:
+            print(
+                f"note: {torchvision} does not name its classes, so that captions have their numbers; name them, one a line, "
+                "with --classes names.txt",
+                file=sys.stderr,
+            )
     seconds = time.monotonic() - started
     if result.key_problem is not None:
         print(f"note: keys are row numbers, since {result.key_problem}", file=sys.stderr)
     if result.list_column is not None:
         print(
             f"note: column {result.list_column!r} has lists of texts; txt holds the first of each, and json has them all: "
-            f"train with data.train.pairs.caption=json.{result.list_column}",
+            f"data.train.pairs.caption=json.{result.list_column} data.val.val.caption=json.{result.list_column}",
             file=sys.stderr,
         )
     named = f", {result.num_classes} classes" if result.num_classes is not None else ""
@@ -171,6 +210,53 @@ def build_text(
     )
     if result.num_refused:
         print(f"{result.num_refused} documents refused: {output / 'refused.jsonl'}")
+
+
+@app.command()
+def download(
+    urls: Annotated[Path, typer.Argument(help="TSV, CSV, JSONL or Parquet with URLs; or a folder of Parquet files.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options of img2dataset: -- --retries=2")
+    ] = None,
+    *,
+    output: Annotated[Path, typer.Option(help="Folder for 00000.tar ..., their indexes, Parquet and statistics.")],
+    url: Annotated[str, typer.Option(help="Column of URLs.")] = "url",
+    caption: Annotated[str, typer.Option(help="Column of captions.")] = "caption",
+    columns: Annotated[str, typer.Option(help="Further columns to keep in json: label,licence.")] = "",
+    image_size: Annotated[int, typer.Option(min=1, help="Reduce the short side to this many pixels.")] = 256,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Number of URLs per shard.")] = 10_000,
+    threads: Annotated[int, typer.Option(min=1, help="Number of downloads at a time, per process.")] = 64,
+    img2dataset: Annotated[str, typer.Option(help="The program, or its path in another environment.")] = "img2dataset",
+    workers: Workers,
+) -> None:
+    """Download images by URL with img2dataset, to shards with an index.
+
+    img2dataset needs an environment of its own: pipx install img2dataset. Beside each tar lie its Parquet, with the status
+    of each URL, and its statistics. Images that do not arrive are left out. The same command goes on after a kill.
+
+    Examples:
+
+      python -m data_tools download urls.tsv --output data/web/train
+
+      python -m data_tools download laion.parquet --url URL --caption TEXT --output laion -- --timeout=20 --retries=2
+
+      python -m data_tools download urls.tsv --output web --img2dataset ~/img2dataset/bin/img2dataset
+    """
+    from data_tools.download import DownloadOptions
+    from data_tools.download import download as download_shards
+
+    started = time.monotonic()
+    kept = tuple(column.strip() for column in columns.split(",") if column.strip())
+    options = DownloadOptions(
+        img2dataset, url, caption, kept, image_size, samples_per_shard, threads, tuple(more or ())
+    )
+    result = download_shards(urls, output, options, workers)
+    seconds = time.monotonic() - started
+    print(
+        f"{output}: {result.num_samples:,} of {result.num_urls:,} images in {len(result.tars)} shards, {seconds:.1f} s"
+    )
+    print_table(("failure", "images"), [(reason, f"{count:,}") for reason, count in result.failures.most_common(10)], 1)
+    print_table(("tar", "problem"), [(tar.tar, problem) for tar in result.tars for problem in tar.problems])
 
 
 @app.command()

@@ -2,22 +2,26 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, one_line, read_classes, write_classes
+from data_tools.coco import read_coco
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
-from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
+from data_tools.output import CLASSES, REFUSALS, check_output, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
 from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
 from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard
 from data_tools.tables import Table, caption_texts, read_pairs
+from data_tools.torchvision_sets import read_torchvision
 from mmpretrain.data.decode import BadSample
 from mmpretrain.seeds import hash64, permutation
 
 ROWS_PER_CHECK = 64
+TEMPLATE = "a photo of a {}"
 
 FileState = tuple[int, int]
 """Size in bytes and modification time in ns of a file that was read."""
@@ -28,6 +32,7 @@ class BuildOptions:
     """Options that, together with the pairs, determine the bytes of the shards.
 
     `image_root` None is the table's folder. `template` makes captions of the labels, in place of a column of captions.
+    `is_coco` tells that the pairs are a JSON file of COCO captions.
     """
 
     image_column: str = "image"
@@ -37,6 +42,7 @@ class BuildOptions:
     label_column: str | None = None
     classes_file: Path | None = None
     template: str | None = None
+    is_coco: bool = False
     image: ImageOptions = field(default_factory=ImageOptions)
     samples_per_shard: int = 1000
     seed: int = 0
@@ -73,27 +79,64 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
             )
         if not options.image_root.is_dir():
             raise ValueError(f"--image-root {str(options.image_root)!r}: no such folder")
-    table = read_pairs(pairs)
+    elif options.is_coco:
+        raise ValueError(f"--coco {str(pairs)!r}: expected --image-root FOLDER of its images beside it")
+    table = read_coco(pairs) if options.is_coco else read_pairs(pairs)
     if table.has_class_folders and options.label_column is None:
         options = replace(options, label_column="label")
-    if options.template is not None:
-        _add_captions(table, options)
-    elif table.has_class_folders:
+    if table.has_class_folders and options.template is None:
         raise ValueError(
             f"pairs {str(pairs)!r}: images in class folders, without captions; expected --template 'a photo of a {{}}'"
         )
-    table.require(options.image_column, "--image")
     _require_paths(table, options.image_column, pairs)
+    classes = None
+    if options.classes_file is not None:
+        if options.label_column is None:
+            raise ValueError(f"--classes {str(options.classes_file)!r}: expected --label COLUMN beside it")
+        table.require(options.label_column, "--label")
+        classes = read_classes(options.classes_file, options.label_column)
+    return _build_table(pairs, table, output, classes, options, workers)
+
+
+def build_torchvision(
+    name: str, root: Path, split: str | None, output: Path, options: BuildOptions, workers: int
+) -> tuple[BuildResult, bool]:
+    """Build shards of a data set of torchvision, with captions made of the names of its classes.
+
+    Args:
+        name: class of `torchvision.datasets`.
+        root: folder of torchvision's data sets, to which a missing set is downloaded.
+        split: split of the set, as torchvision names it; None: its default.
+        output: folder of the build, as of `build`.
+        options: `classes_file` orders the classes, or names them by index; `template` None is `TEMPLATE`.
+        workers: number of processes.
+
+    Returns: the result, and whether the set or `classes_file` names the classes.
+    Raises: ValueError as of `read_torchvision` and `build`.
+    """
+    check_output(output, [REFUSALS, CLASSES])  # before a download
+    given = read_classes(options.classes_file, "label") if options.classes_file is not None else None
+    options = replace(options, label_column="label", template=options.template or TEMPLATE)
+    with tempfile.TemporaryDirectory(prefix="torchvision-") as folder:
+        table, classes, has_names = read_torchvision(name, root, split, given, Path(folder))
+        # A class without a sample in this split gets the text that it has in others.
+        texts = [text or _caption_of(label, options) for label, text in zip(classes.labels, classes.texts)]
+        title = Path(f"{name} {split}" if split else name)
+        result = _build_table(title, table, output, Classes(classes.labels, texts), options, workers)
+    return result, has_names or given is not None
+
+
+def _build_table(
+    pairs: Path, table: Table, output: Path, classes: Classes | None, options: BuildOptions, workers: int
+) -> BuildResult:
+    """Build shards of a table; `pairs` is its name in messages and in the manifest."""
+    if options.template is not None:
+        _add_captions(table, options)
+    table.require(options.image_column, "--image")
     for column in options.caption_columns:
         table.require(column, "--caption")
-    classes = None
     if options.label_column is not None:
         table.require(options.label_column, "--label")
-        if options.classes_file is not None:
-            classes = read_classes(options.classes_file, options.label_column)
-    elif options.classes_file is not None:
-        raise ValueError(f"--classes {str(options.classes_file)!r}: expected --label COLUMN beside it")
-
     texts = [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
     with locked_output(output, texts):
         return _build(pairs, table, output, texts, classes, options, workers)
@@ -181,8 +224,12 @@ def _add_captions(table: Table, options: BuildOptions) -> None:
     table.require(options.label_column, "--label")
     for row in table.rows:
         label = row.get(options.label_column)
-        row[column] = None if label is None else template.replace("{}", one_line(str(label)).replace("_", " "))
+        row[column] = None if label is None else _caption_of(label, options)
     table.columns.append(column)
+
+
+def _caption_of(label: object, options: BuildOptions) -> str:
+    return str(options.template).replace("{}", one_line(str(label)).replace("_", " "))
 
 
 def _require_paths(table: Table, column: str, pairs: Path) -> None:

@@ -77,11 +77,11 @@ def read_pairs(path: Path) -> Table:
             f"pairs {str(path)!r}: no such file; expected a .tsv, .csv, .jsonl or .parquet file or a folder"
         )
     elif path.suffix in _READERS:
-        _check_fits_memory(path)
+        check_fits_memory(path)
         table = _READERS[path.suffix](path)
     else:
         expected = "a folder or a file in " + ", ".join(_READERS)
-        raise ValueError(f"pairs {str(path)!r}: unknown kind {path.suffix!r}; expected {expected}")
+        raise ValueError(f"pairs {str(path)!r}: unknown kind {path.suffix!r}; expected {expected}{_hint(path)}")
     if not table.rows and not table.refused:
         what = "images" if path.is_dir() else "rows"
         raise ValueError(f"pairs {str(path)!r}: no {what} in it; expected at least one")
@@ -90,7 +90,19 @@ def read_pairs(path: Path) -> Table:
     return table
 
 
-def _check_fits_memory(path: Path) -> None:
+def _hint(path: Path) -> str:
+    """Return what to do about a file of a kind that is often given."""
+    hints = {
+        ".json": "--coco reads captions of COCO",
+        ".tar": f"training reads tars as they are: data.train.pairs.shards={path.absolute()}",
+        ".zip": f"unpack it first: unzip {path}",
+        ".tgz": f"unpack it first: tar xzf {path}",
+        ".gz": f"unpack it first: {'tar xzf' if path.name.endswith('.tar.gz') else 'gunzip -k'} {path}",
+    }
+    return f"; {hints[path.suffix]}" if path.suffix in hints else ""
+
+
+def check_fits_memory(path: Path) -> None:
     """Raise ValueError if a table exceeds a quarter of the memory; its rows take several times its size."""
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     if (num_bytes := path.stat().st_size) > limit:

@@ -107,7 +107,7 @@ def test_wrong_use_is_answered_in_one_line(capsys, arguments: list[str], message
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
-@pytest.mark.parametrize("command", ["build", "build-text", "index", "shapes", "verify", "stats"])
+@pytest.mark.parametrize("command", ["build", "build-text", "index", "download", "shapes", "verify", "stats"])
 def test_help_has_examples(capsys, command: str) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import time
 from pathlib import Path
 
@@ -251,3 +252,20 @@ def test_json_is_valid_unicode() -> None:
     assert json.loads(row_json({"a\ud800": ["x\udfff", {"\ud834\udd1e": "𝄞"}]}).decode()) == {
         "a\ufffd": ["x\ufffd", {"\ufffd\ufffd": "𝄞"}]
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a.json", "--coco reads captions of COCO"),
+        ("a.tar", "training reads tars as they are: data.train.pairs.shards=/"),
+        ("a.tgz", "unpack it first: tar xzf "),
+        ("a.tar.gz", "unpack it first: tar xzf "),
+        ("a.tsv.gz", "unpack it first: gunzip -k "),
+        ("a.zip", "unpack it first: unzip "),
+    ],
+)
+def test_files_of_other_kinds_are_refused_with_what_to_do(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=re.escape(f"; {hint}")):
+        read_pairs(tmp_path / name)

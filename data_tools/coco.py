@@ -1,0 +1,47 @@
+"""Table of a COCO captions file: one row for each image, with the list of its captions."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from data_tools.tables import Table, check_fits_memory
+
+_EXPECTED = "expected a captions file of COCO, with `images` (id, file_name) and `annotations` (image_id, caption)"
+
+
+def read_coco(path: Path) -> Table:
+    """Read the captions of COCO's `captions_*.json`: columns `key` (the image's id), `image` and `caption`, a list.
+
+    Raises: ValueError if the file is not such a file, or holds no image.
+    """
+    if not path.is_file():
+        raise ValueError(f"--coco {str(path)!r}: no such file; {_EXPECTED}")
+    check_fits_memory(path)
+    try:
+        coco = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--coco {str(path)!r}: not JSON ({error}); {_EXPECTED}") from error
+    images, annotations = (_objects(coco, name, path) for name in ("images", "annotations"))
+    captions = defaultdict(list)
+    for annotation in annotations:
+        if "caption" not in annotation:
+            raise ValueError(f"--coco {str(path)!r}: an annotation without a caption; {_EXPECTED}")
+        captions[str(annotation.get("image_id"))].append(annotation["caption"])
+    table = Table(["key", "image", "caption"], path.parent)
+    for number, image in enumerate(images, start=1):
+        key = str(image.get("id"))
+        table.add(number, {"key": key, "image": image.get("file_name"), "caption": _texts(captions[key])})
+    return table
+
+
+def _objects(coco: Any, name: str, path: Path) -> list[dict[str, Any]]:
+    found = coco.get(name) if isinstance(coco, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
+        raise ValueError(f"--coco {str(path)!r}: no list of `{name}` in it; {_EXPECTED}")
+    return found
+
+
+def _texts(captions: list[Any]) -> list[str]:
+    """Return the captions that are texts, without the line ends and blanks that some of COCO's have around them."""
+    return [caption.strip() for caption in captions if isinstance(caption, str) and caption.strip()]
