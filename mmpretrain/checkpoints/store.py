@@ -208,13 +208,25 @@ def prune(folder: Path, keep_last: int) -> None:
                     log.warning("the old checkpoint %s cannot be deleted: %s", old, error)
 
 
-def go_back(path: Path) -> None:
-    """Verify a checkpoint, delete those of later steps, and point `latest` to it. Raises: CorruptCheckpoint; OSError."""
-    verify(path)
-    files.write_text(path.parent / "latest", path.name + "\n")
-    newest_first = _all(path.parent)
-    for later in newest_first[: newest_first.index(path)]:
-        shutil.rmtree(later)
+def go_back(folder: Path, step: int) -> Path:
+    """Delete the checkpoints after the newest valid one of at most `step` steps, point `latest` to it, and return it.
+
+    Raises: CorruptCheckpoint if there is none; OSError.
+    """
+    newest_first = _all(folder)
+    for i, path in enumerate(newest_first):
+        if _place(path) > _place(path_of(folder, step)):
+            continue
+        try:
+            verify(path)
+        except CorruptCheckpoint as error:
+            log.warning("checkpoint passed over: %s; going back to the one before", error)
+            continue
+        files.write_text(folder / "latest", path.name + "\n")
+        for later in newest_first[:i]:
+            shutil.rmtree(later)
+        return path
+    raise CorruptCheckpoint(f"{folder} has no whole checkpoint of at most {step} steps")
 
 
 def write_scores(path: Path, results: Mapping[str, float], best: float | None) -> None:
@@ -255,7 +267,11 @@ def read_name(path: Path) -> str:
 
 def _all(folder: Path) -> list[Path]:
     """Return all checkpoints of a run, newest first."""
-    return sorted(folder.glob("step_*"), key=lambda path: (len(path.name), path.name), reverse=True)
+    return sorted(folder.glob("step_*"), key=_place, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, str]:
+    return len(path.name), path.name
 
 
 def clean(folder: Path) -> None:

@@ -148,6 +148,8 @@ class Trainer:
         parallel.check_optimizer(self.optimizer)
         self.average = average_of(task, self.optimizer, cfg.trainer.ema_decay)
         loaded = TrainState() if saved is None else resume.load(saved, self.optimizer, self.average)
+        if not self.rolls_back:  # other checkpoints will be due by the time that rollbacks are switched on again
+            loaded.due_step = loaded.num_rollbacks = 0
         self.state = state = replace(loaded, **changes)
         spike, names = cfg.trainer.spike, list(task.objectives)
         self.spikes = (
@@ -402,10 +404,11 @@ class Trainer:
     def _roll_back(self) -> None:
         """Go back to the last checkpoint that was due, and pass over the samples read since then. A collective.
 
-        Raises: TrainingError if the checkpoint cannot be read, or after `trainer.max_bad_steps` rollbacks to it.
+        A damaged checkpoint is passed over for the one before.
+
+        Raises: TrainingError if there is no whole checkpoint, or after `trainer.max_bad_steps` rollbacks to it.
         """
         state, streams = self.state, self.setup.streams
-        path = store.path_of(self.saver.folder, state.due_step)
         if state.num_rollbacks == (limit := self.cfg.trainer.max_bad_steps):
             raise TrainingError(
                 f"step {state.step}: a loss spike again after {limit} rollbacks to step {state.due_step}, the limit is "
@@ -413,18 +416,22 @@ class Trainer:
             )
         self.saver.finish()
         try:
-            distributed.from_main(lambda: store.go_back(path))
+            path = distributed.from_main(lambda: store.go_back(self.saver.folder, state.due_step))
         except (OSError, ValueError) as error:
-            raise TrainingError(f"step {state.step}: a loss spike, but no rollback: {error}") from error
+            raise TrainingError(
+                f"step {state.step}: a loss spike, but no rollback: {error}; trainer.spike.action=skip goes on without one"
+            ) from error
+        step = resume.read_state(path).step
+        self.quarantine.flush(state.samples)
         passed_over = {
             name: state.passed_over.get(name, 0)
             + step_range(stream.batch_size, state.step - 1, self.clock).stop
-            - step_range(stream.batch_size, state.due_step, self.clock).start
+            - step_range(stream.batch_size, step, self.clock).start
             for name, stream in streams.items()
         }
         log.warning(
             "step %d: rolled back to step %d; the samples of the steps since then are passed over",
-            state.step, state.due_step,
+            state.step, step,
         )  # fmt: skip
         self._close()
         with self.saver.step():
@@ -432,7 +439,7 @@ class Trainer:
             resume.load_task(path, self.task)
             self.setup.freeze.reset()
             self._begin(
-                path, time.perf_counter(), passed_over=passed_over, num_rollbacks=state.num_rollbacks + 1,
+                path, time.perf_counter(), passed_over=passed_over, due_step=step, num_rollbacks=state.num_rollbacks + 1,
                 wall_seconds=self.saver.wall_seconds,
             )  # fmt: skip
 

@@ -354,6 +354,57 @@ def test_rollbacks_that_meet_spikes_again_end_the_run_in_one_line(
     assert positions(tmp_path) == [16 * step for step in (*range(12), 11, 12, 12, 13)]
 
 
+def test_rollbacks_that_are_switched_on_later_end_at_the_limit_too(
+    fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
+) -> None:
+    overrides, environment = fragile
+    settings = (f"data.root={pairs}", *overrides, *ROLLBACK, "trainer.max_bad_steps=2")
+    # Spikes from step 16 on: the window is full by then.
+    faults = ("objective.fragile.first=240", "objective.fragile.last=100000", "trainer.duration=40steps")
+    first = (*settings, *faults, "trainer.spike.action=none", "trainer.duration=8steps")
+    assert runs.train(tmp_path, *first, environment=environment).code == 0
+    finished = runs.train(tmp_path, *settings, *faults, environment=environment)
+    assert finished.code == 1, finished.stderr
+    assert finished.stderr.count("rolled back to step 12") == 2
+    assert "a loss spike again after 2 rollbacks to step 12" in finished.stderr
+
+
+def test_a_rollback_passes_over_a_damaged_checkpoint(
+    fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
+) -> None:
+    overrides, environment = fragile
+    run = tmp_path / "run"
+    settings = (f"data.root={pairs}", *overrides, *ROLLBACK, "checkpoint.keep_last=0")
+    command = runs.start_train(tmp_path, *settings, environment=environment)
+    command.wait_for(lambda: len(positions_so_far(tmp_path)) >= 9, "step 9")
+    command.send(signal.SIGTERM)
+    assert command.wait().code == 85
+    if "rolled back" in command.stderr:
+        pytest.skip("the signal came after the spike")
+    tensors = run / "checkpoints" / "step_00000008" / "model.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+    finished = runs.train(tmp_path, *settings, environment=environment)
+    assert finished.code == 0, finished.stderr
+    assert "going back to the one before" in finished.stderr and "rolled back to step 4" in finished.stderr
+    assert json.loads((runs.checkpoints(run)[-1] / "state.json").read_text())["passed_over"] == {"pairs": 7 * 16}
+
+
+def test_a_rollback_loses_no_line_of_the_quarantine(
+    fragile: tuple[tuple[str, ...], dict[str, str]], tmp_path: Path
+) -> None:
+    overrides, environment = fragile
+    data = runs.write_pairs(tmp_path / "data", broken=range(0, 200, 7))
+    settings = (f"data.root={data}", *overrides, *ROLLBACK, "data.max_bad_fraction=1")
+    quarantined = []
+    for every in ("1steps", "100steps"):
+        folder = tmp_path / every
+        folder.mkdir()
+        finished = runs.train(folder, *settings, f"trainer.log_every={every}", environment=environment)
+        assert finished.code == 0 and "rolled back" in finished.stderr, finished.stderr
+        quarantined.append(sorted((folder / "run" / "quarantine.jsonl").read_text().splitlines()))
+    assert quarantined[0] == quarantined[1]
+
+
 def test_a_rollback_needs_checkpoints_at_steps(pairs: Path, tmp_path: Path) -> None:
     finished = runs.train(
         tmp_path,
