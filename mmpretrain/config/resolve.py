@@ -11,8 +11,10 @@ from omegaconf.resolvers import oc
 from yaml import YAMLError
 
 from mmpretrain.config.checks import check_known, check_parts, check_ranges
+from mmpretrain.config.config_yaml import to_plain
 from mmpretrain.config.identity import derived_name, flat
 from mmpretrain.config.schema import TrainConfig
+from mmpretrain.data.remote import check_address, is_remote
 from mmpretrain.errors import UsageError
 from mmpretrain.schedules import SCHEDULE_TEXT
 
@@ -24,6 +26,7 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     config: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
     check_known(config)
     config.from_environment = _from_environment(cfg)
+    _check_addresses(config)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UsageError(f"{missing[0]} has no value; give it one: {missing[0]}=...")
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
@@ -33,6 +36,17 @@ def resolve(cfg: DictConfig) -> TrainConfig:
     check_ranges(config)
     check_parts(config)
     return config
+
+
+def _check_addresses(config: TrainConfig) -> None:
+    """Raises: UsageError for an address that holds credentials, which config.yaml and the run's name would show."""
+    for key, value in flat(to_plain(config)).items():
+        for address in value if isinstance(value, list) else [value]:
+            if isinstance(address, str) and is_remote(address):
+                try:
+                    check_address(address, key)
+                except ValueError as error:
+                    raise UsageError(str(error)) from error
 
 
 def _from_environment(cfg: DictConfig) -> dict[tuple[str | int, ...], str]:

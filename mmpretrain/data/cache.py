@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,8 @@ from pathlib import Path
 from mmpretrain.errors import Unreachable
 
 _SUFFIX, _PARTIAL = ".bin", ".partial"
+_FILE = re.compile(r"[0-9a-f]{40}\.(bin|partial)")
+"""Names of the cache's files: others in its folder are not touched."""
 _POLL_SECONDS = 0.02
 _MAX_TOLD_BYTES = 4096
 
@@ -131,7 +134,7 @@ class Cache:
         files = []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
-                if entry.name.endswith((_SUFFIX, _PARTIAL)) and entry.inode() != own:
+                if _FILE.fullmatch(entry.name) and entry.inode() != own:
                     files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
         total = sum(file_size for _, file_size, _ in files)
         for _, file_size, path in sorted(files):

@@ -8,7 +8,7 @@ from pathlib import Path
 import braceexpand
 
 from mmpretrain.data.cache import Cache
-from mmpretrain.data.remote import is_remote
+from mmpretrain.data.remote import check_address, is_remote
 from mmpretrain.data.remote_shards import RemoteShards
 from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.shards import LocalShards, OnMissingShard, Shards, expand_shards
@@ -65,6 +65,7 @@ def open_shards(shards: str | Sequence[str], root: str | None, options: StorageO
             "data.train.<stream>.sources"
         )
     check_number("data.storage_seconds", options.storage_seconds, above=0)
+    check_address(options.index_dir or "", "data.index_dir")
     storage = RemoteShards(cache_of(options), options.index_dir, options.storage_seconds)
 
     def opened() -> tuple[ShardTable, Mapping[int, TarIndex]]:

@@ -5,11 +5,13 @@ Credentials come from the environment, as each file system's library reads them 
 """
 
 import asyncio
+import errno
 import json
 import logging
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,12 +28,23 @@ _SILENT_SECONDS = 20.0
 """Time without a byte after which a request is given up and repeated."""
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_SECRET = re.compile(r"signature|token|credential|secret|password|api-?key|accesskey|^sig$|^key$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"signature|token|credential|secret|passw|pwd|auth|api-?key|accesskey|^sig$|^key$|^pass$", re.IGNORECASE
+)
 _PASSING_STATUS = (408, 425, 429)  # request timeout, too early, too many requests; and all of 500 and above
 _PASSING_ERRORS = frozenset(
-    ("ClientError", "HttpProcessingError", "HTTPClientError", "HttpError", "ResponseParserError", "RequestException")
-)
+    (
+        "ClientError", "HttpProcessingError", "HTTPClientError", "ConnectionError", "HttpError", "ResponseParserError",
+        "RequestException",
+    )
+)  # fmt: skip
 """Names of the base classes of network errors in aiohttp, botocore, gcsfs and requests, which are optional here."""
+_REFUSALS = frozenset(("BotoCoreError", "GoogleAuthError", "DefaultCredentialsError"))
+"""Names of the base classes of errors before a request, such as missing credentials, in botocore and gcsfs."""
+_LASTING = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
+"""Errors of files on this machine that repeating does not mend."""
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +148,7 @@ class Remote:
                 fs.makedirs(fs._parent(place), exist_ok=True)
             _call(fs, "put_file", seconds, str(path), place)
 
-        self._patiently(url, attempt)
+        self._patiently(url, attempt, "written")
 
     def remove(self, folder: str) -> None:
         """Remove a folder and what is in it, if it exists. Raises: Unreachable."""
@@ -144,9 +157,9 @@ class Remote:
             with suppress(FileNotFoundError):
                 _call(fs, "rm", seconds, path, recursive=True)
 
-        self._patiently(folder, attempt)
+        self._patiently(folder, attempt, "removed")
 
-    def _patiently(self, url: str, attempt: Callable[[Any, str, float], Result]) -> Result:
+    def _patiently(self, url: str, attempt: Callable[[Any, str, float], Result], done: str = "read") -> Result:
         """Call `attempt(file system, path, seconds left)` until it succeeds, fails for good, or the deadline is over."""
         deadline = time.monotonic() + self.deadline_seconds
         pause = _FIRST_PAUSE_SECONDS
@@ -161,14 +174,16 @@ class Remote:
                 if not _may_pass(cause):
                     if isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410):
                         raise FileNotFoundError(f"{url} does not exist") from error
-                    if isinstance(cause, OSError) or _status(cause):
+                    if isinstance(cause, OSError) or _status(cause) or _is_of(cause, _REFUSALS):
                         raise Unreachable(
-                            f"{url} cannot be read ({_told(cause)}); check its address and permissions"
+                            f"{url} cannot be {done} ({_told(cause)}); check its address, its permissions and the "
+                            "credentials in the environment"
                         ) from error
                     raise
                 if time.monotonic() + pause > deadline:
                     raise Unreachable(
-                        f"{url} cannot be read, for {self.deadline_seconds:g} seconds (data.storage_seconds): {_told(cause)}"
+                        f"{url} cannot be {done}, for {self.deadline_seconds:g} seconds (data.storage_seconds): "
+                        f"{_told(cause)}"
                     ) from error
                 _logger.debug("%s: %s; trying again in %g s", url, _told(cause), pause)
             time.sleep(pause)
@@ -232,10 +247,16 @@ def _may_pass(error: BaseException) -> bool:
     status = _status(error)
     if status is not None and status >= 400:
         return status in _PASSING_STATUS or status >= 500
-    if isinstance(error, FileNotFoundError | PermissionError):
+    if isinstance(error, FileNotFoundError | PermissionError | shutil.SameFileError):
         return False
-    network = any(kind.__name__ in _PASSING_ERRORS for kind in type(error).__mro__)
-    return network or isinstance(error, OSError | EOFError | asyncio.TimeoutError)
+    if isinstance(error, OSError) and error.errno in _LASTING:
+        return False
+    return _is_of(error, _PASSING_ERRORS) or isinstance(error, OSError | EOFError | asyncio.TimeoutError)
+
+
+def _is_of(error: BaseException, names: Collection[str]) -> bool:
+    """Return True if a class of this error, or of one that it derives from, has one of the names."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
 def _told(error: BaseException) -> str:

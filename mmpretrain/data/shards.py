@@ -325,11 +325,17 @@ class Shards:
 
 
 def _decompressed(content: bytes, extension: str) -> bytes:
-    """Decompress a member. Raises: BadSample if it is damaged, or larger than the limit of its kind."""
+    """Decompress a member. Raises: BadSample if it is damaged or cut off, or larger than the limit of its kind."""
     field = extension.removesuffix(_GZIP)
+    data = b""
     try:
-        data = zlib.decompressobj(wbits=31).decompress(content, field_limit(field) + 1)
+        while content:  # a file may consist of several compressed parts
+            part = zlib.decompressobj(wbits=31)
+            data += part.decompress(content, field_limit(field) + 1 - len(data))
+            check_field_size(field, len(data))
+            if not part.eof:
+                raise zlib.error("it ends too early")
+            content = part.unused_data.lstrip(b"\0")  # gzip ignores zeros behind its data
     except zlib.error as error:
         raise BadSample(f"its {extension} member does not decompress ({error})", "member_damaged") from error
-    check_field_size(field, len(data))
     return data

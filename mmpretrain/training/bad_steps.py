@@ -9,7 +9,7 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.data.order import step_range
 from mmpretrain.data.stream import Stream
-from mmpretrain.errors import TrainingError
+from mmpretrain.errors import TrainingError, printable
 from mmpretrain.schedules import Clock
 from mmpretrain.training.spikes import spikes_in
 
@@ -64,7 +64,7 @@ class BadSteps:
         if distributed.is_main():
             for name, stream in self._streams.items():
                 positions = step_range(stream.batch_size, step - 1, self._clock, self._passed_over.get(name, 0))
-                keys = ", ".join(stream.sample_key(position) for position in positions)
+                keys = ", ".join(printable(stream.sample_key(position)) for position in positions)
                 log.warning("step %d skipped, %s; samples of %s: %s", step, reason, name, keys)
         if flags["bad_steps"] >= self._limit:
             raise TrainingError(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmpretrain import distributed, files
 from mmpretrain.batch import Refused
-from mmpretrain.errors import TrainingError
+from mmpretrain.errors import TrainingError, printable
 from mmpretrain.reporting.records import read_refused
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,6 @@ class Quarantine:
         if (refusal.shard, refusal.key) in self._seen:
             return
         self._seen.add((refusal.shard, refusal.key))
-        log.warning("refused sample %s of %s: %s", refusal.key, refusal.shard, refusal.reason)
+        log.warning("refused sample %s of %s: %s", printable(refusal.key), printable(refusal.shard), refusal.reason)
         with files.naming(self._path), self._path.open("ab", buffering=0) as file:
             files.write_all(file, json.dumps(asdict(refusal)) + "\n")

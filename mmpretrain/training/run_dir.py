@@ -83,7 +83,7 @@ def restored(cfg: TrainConfig, folder: Path) -> AbstractContextManager[None]:
     place = cfg.run.sync_to
     if place is None:
         return nullcontext()
-    copy = RunCopy(folder, place, cfg.data.storage_seconds)
+    copy = RunCopy(folder, place, cfg.data.storage_seconds, cfg.checkpoint.keep_last)
 
     def restore() -> None:
         if (text := copy.configuration()) is not None:

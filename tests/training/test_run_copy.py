@@ -70,15 +70,54 @@ def test_a_run_is_copied_to_a_bucket_and_back(whole: dict[str, Any], pairs: Path
         assert "run.sync_to: s3://bucket/runs/a is the copy of another run (run.seed: 0 -> 7)" in other.stderr
 
 
-def save(folder: Path, step: int) -> Path:
+def save(folder: Path, step: int, **state: int) -> Path:
     tensors: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
-    return store.save(folder / "checkpoints", step, tensors, {"step": step, "samples": step}, keep_last=0)
+    return store.save(folder / "checkpoints", step, tensors, {"step": step, "samples": step, **state}, keep_last=0)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in runs.checkpoints(folder)]
+
+
+@pytest.mark.parametrize(("keep_last", "left"), [(0, [1, 2, 3, 4, 5, 6]), (2, [5, 6])])
+def test_another_machine_keeps_the_checkpoints_that_it_has_not_fetched(
+    keep_last: int, left: list[int], tmp_path: Path
+) -> None:
+    first, second, copy = (tmp_path / name for name in ("first", "second", "copy"))
+    for step in (1, 2, 3, 4):
+        save(first, step, due_step=2)
+    RunCopy(first, str(copy), 1.0, 0).update()
+    there = RunCopy(second, str(copy), 1.0, keep_last)
+    there.restore()
+    assert saved_steps(second) == [2, 4], "the newest, and the one that rollbacks go to"
+    save(second, 5)
+    save(second, 6)
+    if keep_last:
+        store.prune(second / "checkpoints", keep_last)
+    there.update()
+    assert saved_steps(copy) == left
+
+
+def test_a_checkpoint_that_is_written_anew_replaces_its_copy(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    save(run, 1)
+    there = RunCopy(run, str(copy), 1.0, 0)
+    there.update()
+    for content in (5, 6):  # by a process that knows the copy, and by one that starts
+        shutil.rmtree(runs.checkpoints(run)[0])
+        save(run, 1, content=content)
+        (runs.checkpoints(copy)[0] / "of_before").touch()
+        there.update()
+        assert names(runs.checkpoints(copy)[0]) == names(runs.checkpoints(run)[0])
+        assert store.find_latest(copy / "checkpoints") is not None
+        there = RunCopy(run, str(copy), 1.0, 0)
+        there.restore()
 
 
 def test_a_checkpoint_without_its_manifest_is_no_copy_yet(tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     save(run, 1)
-    there = RunCopy(run, str(copy), 1.0)
+    there = RunCopy(run, str(copy), 1.0, 0)
     there.update()
     newer = save(run, 2)
     there.update()
@@ -86,21 +125,21 @@ def test_a_checkpoint_without_its_manifest_is_no_copy_yet(tmp_path: Path) -> Non
         copy / "checkpoints" / newer.name / "manifest.json"
     ).unlink()  # as if the machine had been lost while it was copied
     fresh = tmp_path / "fresh"
-    RunCopy(fresh, str(copy), 1.0).restore()
+    RunCopy(fresh, str(copy), 1.0, 0).restore()
     assert not (fresh / "checkpoints").exists(), "latest names a checkpoint that is not whole"
     there._copied.clear()
     there.update()
-    RunCopy(fresh, str(copy), 1.0).restore()
+    RunCopy(fresh, str(copy), 1.0, 0).restore()
     assert store.find_latest(fresh / "checkpoints") == store.path_of(fresh / "checkpoints", 2)
 
 
 def test_a_folder_that_is_ahead_of_its_copy_stays(tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     save(run, 1)
-    RunCopy(run, str(copy), 1.0).update()
+    RunCopy(run, str(copy), 1.0, 0).update()
     save(run, 2)
     (run / "note").write_text("newer")
-    RunCopy(run, str(copy), 1.0).restore()
+    RunCopy(run, str(copy), 1.0, 0).restore()
     assert store.find_latest(run / "checkpoints") == store.path_of(run / "checkpoints", 2)
 
 
@@ -108,7 +147,7 @@ def test_a_storage_that_is_away_costs_one_warning(tmp_path: Path, caplog: pytest
     run = tmp_path / "run"
     save(run, 1)
     (tmp_path / "file").write_text("")
-    there = RunCopy(run, str(tmp_path / "file" / "copy"), 0.2)
+    there = RunCopy(run, str(tmp_path / "file" / "copy"), 0.2, 0)
     with caplog.at_level(logging.WARNING):
         there.update()
         there.update()
@@ -124,4 +163,13 @@ def test_a_storage_that_is_away_costs_one_warning(tmp_path: Path, caplog: pytest
 )
 def test_places_that_cannot_be_used_are_refused(place: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        RunCopy(tmp_path, place, 1.0)
+        RunCopy(tmp_path, place, 1.0, 0)
+
+
+@pytest.mark.parametrize("place", ["run", "run/copy", "."])
+def test_a_place_that_overlaps_the_runs_folder_is_refused(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="which overlaps the run's folder 'run'; expected another place"):
+        RunCopy(Path("run"), place, 1.0, 0)
