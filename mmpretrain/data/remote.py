@@ -42,7 +42,8 @@ _PASSING_ERRORS = frozenset(
 _REFUSALS = frozenset(("BotoCoreError", "GoogleAuthError", "DefaultCredentialsError"))
 """Names of the base classes of errors before a request, such as missing credentials, in botocore and gcsfs."""
 _LASTING = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EFBIG, errno.ENAMETOOLONG, errno.EINVAL,
+    errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR,
+    errno.EROFS,
 )  # fmt: skip
 """Errors of files on this machine that repeating does not mend."""
 
@@ -228,7 +229,7 @@ def _call(fs: Any, method: str, seconds: float, *args: Any, **kwargs: Any) -> An
 
 def _cause(error: BaseException) -> BaseException:
     """Return the error behind an error: fsspec reports any failure to find out a size as FileNotFoundError."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not isinstance(error, asyncio.TimeoutError):  # which a cancellation causes
         error = error.__cause__
     return error
 

@@ -147,11 +147,12 @@ class RemoteShards:
     def _json(self, place: str) -> dict[str, Any]:
         """Return the JSON object at a path or address; an empty one if there is none. Raises: ValueError."""
         try:
-            text = self._remote.read(place) if is_remote(place) else Path(place).read_bytes()
+            num_bytes = self._remote.size(place)[0] if is_remote(place) else os.path.getsize(place)
+            if num_bytes > MAX_JSON_BYTES:
+                raise ValueError(f"{place} has {num_bytes} bytes; expected at most {MAX_JSON_BYTES}")
+            text = self._remote.read_range(place, 0, num_bytes) if is_remote(place) else Path(place).read_bytes()
         except FileNotFoundError:
             return {}
-        if len(text) > MAX_JSON_BYTES:
-            raise ValueError(f"{place} has {len(text)} bytes; expected at most {MAX_JSON_BYTES}")
         value = parse_json(text, place)
         return value if isinstance(value, dict) else {}
 
@@ -174,7 +175,7 @@ class RemoteShards:
             try:
                 return index_tar(f"/proc/self/fd/{descriptor}")
             except ValueError as error:
-                reason = str(error).partition(": ")[2] or str(error)
+                reason = (str(error).partition(": ")[2] or str(error)).replace(f"/proc/self/fd/{descriptor}", url)
                 raise Unreachable(f"{url}: {reason}") from error
 
     def read_range(self, url: str, digest: str, index: TarIndex, offset: int, size: int) -> bytes:

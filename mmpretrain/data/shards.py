@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.remote import is_remote
 from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.source import Fingerprint, check_field_size, expand_paths, field_limit
 from mmpretrain.data.storage import FileChanged, read_range
@@ -268,6 +269,10 @@ class Shards:
             return self._read(shard, row, sample_id, fields)
         except (Unreachable, FileNotFoundError) as error:
             if not self._replaces_missing:
+                if isinstance(error, FileNotFoundError) and is_remote(self.paths[shard]):
+                    raise FileNotFoundError(
+                        f"{error}; restore it, or replace its samples by others: data.on_missing_shard=replace"
+                    ) from error
                 raise
             self._missing[shard] = str(error)
             raise BadSample(str(error), "shard_missing") from error
@@ -287,9 +292,14 @@ class Shards:
             path, self._digest(shard, index), index, offset - HEADER_BYTES, HEADER_BYTES + size
         )
         if header_sum(block[:HEADER_BYTES]) != index.header_sums[extension][row]:
+            fix = (
+                f"make the index again with python -m data_tools index {path} --index-dir DIR, and put it in place"
+                if is_remote(path)
+                else f"though of the same size and time of modification: remove {index_path(path)}, or "
+                f"{cached_index_path(path)}, and start again"
+            )
             raise FileChanged(
-                f"{path} is not what its index says (another header at byte {offset - HEADER_BYTES}), though of the same "
-                f"size and time of modification: remove {index_path(path)}, or {cached_index_path(path)}, and start again"
+                f"{path} is not what its index says (another header at byte {offset - HEADER_BYTES}), {fix}"
             )
         content = block[HEADER_BYTES:]
         return _decompressed(content, extension) if extension.endswith(_GZIP) else content

@@ -269,16 +269,23 @@ class SampleStream:
                 self._check_readable(i, source.samples, read, fix)
 
     def _check_readable(self, i: int, samples: SampleSource, read: Callable[[int, int], object], fix: str) -> None:
-        reasons: list[str] = []
-        for sample in range(min(_MAX_REPLACEMENTS, samples.num_samples)):
+        first = [*range(min(_MAX_REPLACEMENTS, samples.num_samples))]
+        # A shard that is missing says nothing of the others.
+        spread = np.linspace(0, samples.num_samples - 1, _MAX_REPLACEMENTS, dtype=int).tolist()
+        errors: list[BadSample] = []
+        for sample in [*first, *spread]:
+            if len(errors) == len(first) and any(error.code != "shard_missing" for error in errors):
+                break
             try:
                 read(i, sample)
                 return
             except BadSample as error:
-                reasons.append(str(error))
+                errors.append(error)
+        if all(error.code == "shard_missing" for error in errors):
+            fix = "restore the shards"
         raise ValueError(
-            f"data.train.{self.name}: none of the first {len(reasons)} samples of {samples.location(0)} can be used; "
-            f"of the first (key {samples.key(0)!r}): {reasons[0]}; {fix}"
+            f"data.train.{self.name}: none of the first {len(first)} samples of {samples.location(0)} can be used; "
+            f"of the first (key {samples.key(0)!r}): {errors[0]}; {fix}"
         )
 
     def prefetch(self, item: StreamItem, is_urgent: bool) -> None:

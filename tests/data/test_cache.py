@@ -59,6 +59,15 @@ def test_a_file_is_fetched_once_and_the_ones_unused_for_longest_make_room(tmp_pa
         read(cache, "d", 101)
 
 
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(bytes(1000))
+    (tmp_path / "movie.partial").write_bytes(bytes(1000))
+    cache = Cache(tmp_path, 100)
+    for name in "abc":
+        assert read(cache, name, 60) == content(name, 60)
+    assert {path.name for path in tmp_path.iterdir()} >= {"pytorch_model.bin", "movie.partial"}
+
+
 def test_ensure_fetches_what_is_not_there(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 100)
     cache.ensure("a", 10, writes("a", 10))

@@ -202,12 +202,15 @@ def test_what_matches_nothing_is_refused(tmp_path: Path, shards: str | list[str]
 def test_compressed_members_are_read_as_webdataset_reads_them(tmp_path: Path) -> None:
     members = [("a.jpg", b"jpeg"), ("a.txt.gz", gzip.compress(b"a text")), ("b.jpg", b"jpeg"), ("b.txt.gz", b"damaged")]
     members += [("c.jpg", b"jpeg"), ("c.txt.gz", gzip.compress(bytes(20 << 20)))]
+    members += [("d.jpg", b"jpeg"), ("d.txt.gz", gzip.compress(b"first ") + gzip.compress(b"second"))]
+    members += [("e.jpg", b"jpeg"), ("e.txt.gz", gzip.compress(b"a text that is cut off")[:-9])]
     path = write_members(tmp_path / "0.tar", members)
     shards = Shards([str(path)])
     assert not shards.problems and shards.read(0, ["txt"]) == b"a text"
     sample = next(iter(webdataset.WebDataset(str(path), shardshuffle=False).decode()))
     assert sample["txt.gz"] == "a text" or sample.get("txt") == "a text"
-    for i, told in ((1, "does not decompress"), (2, "more than the limit")):
+    assert shards.read(3, ["txt"]) == b"first second"
+    for i, told in ((1, "does not decompress"), (2, "more than the limit"), (4, r"does not decompress \(it ends too")):
         with pytest.raises(BadSample, match=told):
             shards.read(i, ["txt"])
 

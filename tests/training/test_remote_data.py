@@ -149,3 +149,23 @@ def test_a_shard_that_is_gone_is_named(policy: str, indexed: Path, tmp_path: Pat
     assert finished.code == 0, finished.stderr
     lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert lines and all("000001.tar does not exist" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.root=http://user:SECRETPW@127.0.0.1:9/data",
+        "data.index_dir=http://user:SECRETPW@127.0.0.1:9/indexes",
+        "data.train.pairs.shards=['https://host/a.tar?auth=SECRETPW']",
+        "run.sync_to=s3://user:SECRETPW@bucket/run",
+    ],
+)
+def test_an_address_with_credentials_is_refused_and_shown_nowhere(override: str, pairs: Path, tmp_path: Path) -> None:
+    finished = runs.train(tmp_path, f"data.root={pairs}", "trainer.duration=2steps", override)
+    assert finished.code == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith(f"error: {override.partition('=')[0]}: the address on ")
+    assert "expected credentials in the environment" in line
+    shown = [finished.stdout, finished.stderr, *(str(path) for path in tmp_path.rglob("*"))]
+    shown += [path.read_text(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any("SECRETPW" in text for text in shown)
