@@ -3,6 +3,7 @@
 Without torchrun there is one process, and collectives are no-ops.
 """
 
+import faulthandler
 import os
 import re
 import threading
@@ -31,6 +32,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _ALIVE = "mmpretrain/alive/"
 _ANSWER_SECONDS, _LATE_ANSWER_SECONDS = 5.0, 0.1
 _START, _WELCOME_SECONDS = "mmpretrain/start", 1.0
+_timeouts: list[float] = []  # the timeout of a collective, last
 _broken: list[bool] = []  # non-empty after a collective has failed
 
 
@@ -54,6 +56,7 @@ def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:
             )
         else:
             dist.init_process_group(backend, timeout=timeout)
+        _timeouts.append(timeout_seconds)
 
 
 def _own_store(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
@@ -81,8 +84,19 @@ def _own_store(store: dist.Store, rank: int, world_size: int, timeout_seconds: f
                 raise
 
 
+def restart_watchdog() -> None:
+    """Write the stacks of this process to stderr unless the next call follows within the timeout of a collective.
+
+    The training loop calls it in every step. When a rank hangs, the collectives of the others fail first, which ends their
+    watchdogs: only the hanging rank writes its stacks, even if it hangs in C code.
+    """
+    if dist.is_initialized():
+        faulthandler.dump_traceback_later(_timeouts[-1] + _ANSWER_SECONDS / 2, file=2)
+
+
 def shut_down() -> None:
     """Destroy the process group, unless a collective has failed: it would then wait for the lost processes."""
+    faulthandler.cancel_dump_traceback_later()
     if dist.is_initialized() and not _broken:
         dist.destroy_process_group()
 
@@ -105,6 +119,7 @@ def absent_ranks() -> list[int]:
 
     Rank 0 hosts the store through which the processes answer. If it does not respond, the result is [0].
     """
+    faulthandler.cancel_dump_traceback_later()
     if not dist.is_initialized():
         return []
     _broken.append(True)

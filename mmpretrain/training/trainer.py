@@ -232,6 +232,7 @@ class Trainer:
             profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
         ):
             while state.step < self.num_steps:
+                distributed.restart_watchdog()
                 with self.window.waiting():
                     micro_batches = self._next(batches)
                 refused = [refusal for batch in micro_batches for refusal in batch.refused]
@@ -365,6 +366,7 @@ class Trainer:
 
     def _check_stop(self) -> None:
         """Check for signals between evaluation batches. A collective. Raises: Stopped on all ranks if one got a signal."""
+        distributed.restart_watchdog()
         if distributed.all_reduce_max(torch.tensor(float(self.stop.received), device=self.device)) > 0:
             raise Stopped
 
@@ -556,9 +558,7 @@ class Trainer:
             sys.exit(1)
         named = ", ".join(map(str, absent))
         lost = (
-            f"rank {named} is lost: killed, stopped, or waiting for its data"
-            if absent
-            else "a collective failed"
+            f"rank {named} is lost: killed, stopped, or hanging (see its stderr)" if absent else "a collective failed"
         )
         reason = distributed.reason_of(error)
         limit = f"parallel.timeout_seconds = {self.cfg.parallel.timeout_seconds:g}"

@@ -13,16 +13,18 @@ SWEEP = ("-m", "sweep=submitit_local", "hydra.launcher.tasks_per_node=2", "hydra
 SETTINGS = ("trainer.duration=100steps", "checkpoint.every=1000steps")
 
 
-def tasks(folder: Path) -> list[int]:
-    """The processes of a job's tasks, which work in the folder."""
-    found = []
+def tasks(folder: Path) -> dict[str, int]:
+    """The processes of a job's tasks, which work in the folder, by rank."""
+    found = {}
     for entry in Path("/proc").iterdir():
         try:
             if (
                 os.readlink(entry / "cwd") == str(folder)
                 and b"submitit.core._submit" in (entry / "cmdline").read_bytes()
             ):
-                found.append(int(entry.name))
+                rank = re.search(r"SUBMITIT_LOCAL_GLOBALID=(\d+)", (entry / "environ").read_text())
+                assert rank is not None
+                found[rank[1]] = int(entry.name)
         except OSError:  # no process, or one that has just ended
             continue
     return found
@@ -32,7 +34,7 @@ def send_after_some_steps(command: runs.Command, folder: Path, number: signal.Si
     """Send a signal to all tasks, as Slurm and submitit do."""
     before = runs.num_records(folder / "run")
     command.wait_for(lambda: runs.num_records(folder / "run") >= before + 3, "some steps")
-    for task in tasks(folder):
+    for task in tasks(folder).values():
         os.kill(task, number)
 
 
@@ -68,6 +70,23 @@ def test_a_preempted_job_of_two_tasks_ends_as_if_nothing_had_happened(
     assert not finished.errors
     stopped = re.search(r"stopped by a signal at step (\d+)", logs(folder))
     assert stopped is not None and f"at step {stopped[1]}\n" in logs(folder).partition("resumed from")[2]
+    assert runs.exact_outcome(run) == runs.exact_outcome(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_preempted_job_of_which_a_task_is_stopped_goes_on(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "preempted"
+    folder.mkdir()
+    run = folder / "run"
+    command = runs.start_train(folder, *SWEEP, "hydra.launcher.timeout_min=60", f"data.root={pairs}", *SETTINGS)
+    command.wait_for(lambda: runs.num_records(run) >= 3, "some steps")
+    first, second = (tasks(folder)[rank] for rank in ("0", "1"))
+    os.kill(second, signal.SIGSTOP)
+    os.kill(first, signal.SIGUSR2)
+    command.wait_for(lambda: "0" not in tasks(folder), "end of the first task")
+    os.kill(second, signal.SIGKILL)
+    finished = command.wait()
+    assert finished.code == 0, finished.stderr + logs(folder)
     assert runs.exact_outcome(run) == runs.exact_outcome(undisturbed)
 
 
