@@ -166,7 +166,8 @@ class StopSignal:
             return int(requeued.code or 0)
         except (RuntimeError, OSError, subprocess.SubprocessError) as refusal:
             raise TrainingError(
-                f"submitit does not requeue the job ({refusal}); start the same command again, which goes on"
+                f"submitit does not requeue the job ({str(refusal).rstrip('.')}); start the same command again, which "
+                "goes on, or raise hydra.launcher.max_num_timeout"
             ) from refusal
         return 0  # submitit requeues from task 0, which Slurm might kill before if another task failed
 
