@@ -3,10 +3,12 @@
 Without torchrun there is one process, and collectives are no-ops.
 """
 
+import faulthandler
 import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 Result = TypeVar("Result")
@@ -28,6 +31,8 @@ _LOST = re.compile(
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _ALIVE = "mmpretrain/alive/"
 _ANSWER_SECONDS, _LATE_ANSWER_SECONDS = 5.0, 0.1
+_START, _WELCOME_SECONDS = "mmpretrain/start", 1.0
+_timeouts: list[float] = []  # the timeout of a collective, last
 _broken: list[bool] = []  # non-empty after a collective has failed
 
 
@@ -39,12 +44,59 @@ def setup(device: torch.device, timeout_seconds: float = 600.0) -> None:
         timeout_seconds: timeout of a collective.
     """
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_seconds)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=_own_store(store, rank, world_size, timeout_seconds),
+                rank=rank,
+                world_size=world_size,
+            )
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+        _timeouts.append(timeout_seconds)
+
+
+def _own_store(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> dist.Store:
+    """Return the part of torchrun's store that belongs to this start of the group. A collective.
+
+    torchrun keeps its store when it restarts the group, with the keys of processes that have ended: their addresses would be
+    taken for those of the new ones. The counts of restarts are no name of a start, since each agent has its own.
+    """
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set(_START, name)
+        for other in range(1, world_size):
+            number = store.get(f"{name}/{other}").decode()  # waits for it
+            store.set(f"{name}/{number}", "welcome")
+        return dist.PrefixStore(name, store)
+    number, deadline = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    while True:
+        name = store.get(_START).decode()  # may be that of an earlier start, in which nobody answers
+        store.set(f"{name}/{rank}", number)
+        try:
+            store.wait([f"{name}/{number}"], timedelta(seconds=_WELCOME_SECONDS))
+            return dist.PrefixStore(name, store)
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
+
+
+def restart_watchdog() -> None:
+    """Write the stacks of this process to stderr unless the next call follows within the timeout of a collective.
+
+    The training loop calls it in every step. When a rank hangs, the collectives of the others fail first, which ends their
+    watchdogs: only the hanging rank writes its stacks, even if it hangs in C code.
+    """
+    if dist.is_initialized():
+        faulthandler.dump_traceback_later(_timeouts[-1] + _ANSWER_SECONDS / 2, file=2)
 
 
 def shut_down() -> None:
     """Destroy the process group, unless a collective has failed: it would then wait for the lost processes."""
+    faulthandler.cancel_dump_traceback_later()
     if dist.is_initialized() and not _broken:
         dist.destroy_process_group()
 
@@ -67,6 +119,7 @@ def absent_ranks() -> list[int]:
 
     Rank 0 hosts the store through which the processes answer. If it does not respond, the result is [0].
     """
+    faulthandler.cancel_dump_traceback_later()
     if not dist.is_initialized():
         return []
     _broken.append(True)

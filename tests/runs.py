@@ -202,6 +202,18 @@ def _works_in(process: Path, folder: str) -> bool:
         return False
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_listening(port: str) -> bool:
+    """Whether a process listens at a port of this machine."""
+    addresses = [line.split()[1::2] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    addresses += [line.split()[1::2] for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
+    return any(local.endswith(f":{int(port):04X}") and state == "0A" for local, state, *_ in addresses)
+
+
 class Command:
     """A running `python -m module arguments`."""
 

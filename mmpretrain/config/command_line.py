@@ -151,7 +151,13 @@ class FailedJob:
 _failures: list[int] | None = None  # exit codes of this command's failed jobs; None in a launcher's process
 
 
-def _failed(error: Exception, code: int) -> FailedJob:
+def _is_other_task() -> bool:
+    """Return True in all tasks but the first of a sweep's job. The first reports; submitit waits for a result of each."""
+    is_sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    return is_sweep and os.environ.get("RANK", "0") != "0"
+
+
+def _failed(error: Exception, code: int) -> FailedJob | None:
     """Return the result of a failed job in a sweep; otherwise print its error and end this process.
 
     Raises: SystemExit unless in a sweep; the error itself if `MMPRETRAIN_TRACEBACK` is set.
@@ -162,6 +168,8 @@ def _failed(error: Exception, code: int) -> FailedJob:
         raise SystemExit(code)
     if os.environ.get("MMPRETRAIN_TRACEBACK"):
         raise error
+    if _is_other_task():
+        return None
     job = HydraConfig.get()
     return FailedJob(code, f"{_message(error)} (job {job.job.num}: {' '.join(job.overrides.task)})")
 
@@ -276,6 +284,9 @@ def command(
                 return _failed(error, 1)
             except JobFailed as failed:
                 return _failed(failed, failed.code)
+            except SystemExit:
+                if not _is_other_task():
+                    raise
             finally:
                 distributed.shut_down()
             return None

@@ -4,12 +4,14 @@ The sample order determines the content of each micro-batch; workers only decode
 order, so items that were prefetched but not consumed may be dropped when the run is killed.
 """
 
+import faulthandler
 import os
 import queue
 import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,6 +29,7 @@ Item = TypeVar("Item")
 
 _POLL_SECONDS = 1.0
 _DEATH_SECONDS = 10.0  # the kernel may close a killed worker's sockets some time before it reports its end
+_SHOW_STACK, _STACK_SECONDS = signal.SIGRTMIN, 1.0  # a signal that nobody else sends
 
 _CAUSES = {
     signal.SIGKILL: ", with more memory if it ran out",
@@ -189,7 +192,7 @@ def _received(
             except queue.Empty:
                 _check_alive(workers)
                 if time.monotonic() - began > timeout_seconds:
-                    told = _stopped(workers) or f"the {len(workers)} workers are alive, but slow or waiting for storage"
+                    told = _stopped(workers) or _show_stack(iterator, workers)
                     raise LoaderError(
                         f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds): {told}"
                     ) from None
@@ -245,8 +248,26 @@ def _stopped(workers: list[BaseProcess]) -> str:
     return ", ".join(told)
 
 
+def _show_stack(iterator: Any, workers: list[BaseProcess]) -> str:
+    """Make the worker whose item is next write its stacks to stderr, and describe it."""
+    number, *_ = iterator._task_info[iterator._rcvd_idx]
+    pid = workers[number].pid
+    assert pid is not None
+    with suppress(ProcessLookupError):
+        os.kill(pid, _SHOW_STACK)
+    workers[number].join(_STACK_SECONDS)  # gives it the time to write
+    return (
+        f"worker {number} of the data loader (process {pid}) hangs, is slow, or waits for storage, and its stack is above; "
+        "raise the limit if it is only slow"
+    )
+
+
 def ignore_signals(worker: int) -> None:
-    """Ignore signals to the process group in a worker, since the trainer handles them; exit on the trainer's SIGTERM."""
+    """Ignore signals to the process group in a worker, since the trainer handles them; exit on the trainer's SIGTERM.
+
+    On `_SHOW_STACK`, the worker writes its stacks to stderr.
+    """
+    faulthandler.register(_SHOW_STACK, file=2)  # in C, so that it works in a worker that hangs in C
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""Handling of SIGTERM, SIGINT, SIGUSR1 and SIGUSR2: write a checkpoint and exit with code 85.
+"""Handling of SIGTERM, SIGINT, SIGUSR1 and SIGUSR2: write a checkpoint and exit with code 85, or requeue a job of submitit.
 
 Signals are handled from the first import on. This module therefore imports only modules that load quickly.
 """
@@ -7,10 +7,13 @@ import importlib
 import os
 import select
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection
 from types import FrameType, TracebackType
+
+from mmpretrain.errors import TrainingError
 
 PREEMPTED_EXIT_CODE = 85
 _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -21,9 +24,14 @@ _ending, _is_told = threading.Lock(), threading.Event()
 
 
 def _numbers() -> list[int]:
-    """Return the signals to handle. Those for users may have a handler of a launcher already, such as submitit's."""
+    """Return the signals to handle. Those for users may have a handler already, such as submitit's."""
     taken = [number for number in _FOR_USERS if signal.getsignal(number) not in (signal.SIG_DFL, _exit_on)]
     return [number for number in _NUMBERS if number not in taken]
+
+
+def _requeuing() -> list[int]:
+    """Return the signals for users whose handler is submitit's. It requeues the job from task 0, wherever that stands."""
+    return [number for number in _FOR_USERS if "SUBMITIT_EXECUTOR" in os.environ and callable(signal.getsignal(number))]
 
 
 class Stopped(Exception):
@@ -92,6 +100,9 @@ class StopSignal:
     A second SIGINT goes to the previous handler, which ends a command immediately. Other repeated signals are ignored, since
     launchers forward duplicates.
 
+    In a job of submitit, its handler is called when the loop has saved (see `exit_code`). There SIGTERM only asks for a
+    checkpoint, since Slurm sends it before submitit's signal, or before it kills and requeues the job itself.
+
     Args:
         answer: function called in another thread twice a second from the first signal to the end of the block, with the
             number of seconds since that signal. It may end the process if the training loop hangs.
@@ -102,14 +113,25 @@ class StopSignal:
         self._answer = answer
         self._began: float | None = None
         self._num_interrupts = 0
+        self._requeuing: list[int] = []
+        self._requeue_number: int | None = None
+        self._is_save_asked = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        if number == signal.SIGTERM and self._requeuing:
+            self._is_save_asked = True
+            return
+        self._note(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
-    def _hear(self, number: int | None) -> None:
+    def _note(self, number: int | None) -> None:
         self.received = True
+        if number in self._requeuing:
+            self._requeue_number = number
+
+    def _hear(self, number: int | None) -> None:
+        self._note(number)
         if self._began is None:
             self._began = time.monotonic()
         self._num_interrupts += number == signal.SIGINT
@@ -119,9 +141,35 @@ class StopSignal:
             os.write(self._listener.previous, bytes([number]))
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in _numbers()}
-        self._listener = _Listener(self._hear, self._previous)
+        self._requeuing = _requeuing()
+        self._previous = {number: signal.signal(number, self._receive) for number in {*_numbers(), *self._requeuing}}
+        self._listener = _Listener(self._hear, self._previous.keys() - ({signal.SIGTERM} if self._requeuing else set()))
         return self
+
+    def take_save(self) -> bool:
+        """Return True once after a signal that asks for a checkpoint, but not for the end."""
+        asked, self._is_save_asked = self._is_save_asked, False
+        return asked
+
+    def exit_code(self) -> int:
+        """Let submitit requeue the job if it has sent the signal, and return the exit code.
+
+        Raises: TrainingError if the job is not requeued.
+        """
+        if self._requeue_number is None:
+            return PREEMPTED_EXIT_CODE
+        handler = self._previous[self._requeue_number]
+        assert callable(handler)  # see `_requeuing`
+        try:
+            handler(self._requeue_number, None)
+        except SystemExit as requeued:
+            return int(requeued.code or 0)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as refusal:
+            raise TrainingError(
+                f"submitit does not requeue the job ({str(refusal).rstrip('.')}); start the same command again, which "
+                "goes on, or raise hydra.launcher.max_num_timeout"
+            ) from refusal
+        return 0  # submitit requeues from task 0, which Slurm might kill before if another task failed
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

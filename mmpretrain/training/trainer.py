@@ -234,6 +234,7 @@ class Trainer:
             profiled(self.folder / "profile", options.profile_steps if distributed.is_main() else 0) as profile_step,
         ):
             while state.step < self.num_steps:
+                distributed.restart_watchdog()
                 with self.window.waiting():
                     micro_batches = self._next(batches)
                 refused = [refusal for batch in micro_batches for refusal in batch.refused]
@@ -367,6 +368,7 @@ class Trainer:
 
     def _check_stop(self) -> None:
         """Check for signals between evaluation batches. A collective. Raises: Stopped on all ranks if one got a signal."""
+        distributed.restart_watchdog()
         if distributed.all_reduce_max(torch.tensor(float(self.stop.received), device=self.device)) > 0:
             raise Stopped
 
@@ -381,7 +383,9 @@ class Trainer:
                 **({} if self.spikes is None else self.spikes.flags()),
                 # `full` fills on the device, which avoids a synchronising copy.
                 "stop": torch.full((), self.stop.received, device=self.device),
-                "save": torch.full((), overdue and distributed.is_main(), device=self.device),
+                "save": torch.full(
+                    (), self.stop.take_save() or (overdue and distributed.is_main()), device=self.device
+                ),
             }
         )
 
@@ -529,21 +533,23 @@ class Trainer:
         if not self.saver.can_rescue() and seconds < limit:
             self.saver.lock.release()
             return
+        code = PREEMPTED_EXIT_CODE
         try:
             log.warning("stopped by a signal at step %d; %s", self.state.step, self.saver.rescue())
             self._close()
+            code = self.stop.exit_code()
         except Exception:  # the process must end after any error
             traceback.print_exc()
         finally:
             for worker in multiprocessing.active_children():  # a stopped worker would outlive this process
                 worker.kill()
-            os._exit(PREEMPTED_EXIT_CODE)
+            os._exit(code)
 
     def _end(self, message: str) -> NoReturn:
-        """Log a message and exit with code 85 after a signal."""
+        """Log a message and exit after a signal, with code 85 or the one of a job that is requeued."""
         log.warning(message)
         self._close()
-        sys.exit(PREEMPTED_EXIT_CODE)
+        sys.exit(self.stop.exit_code())
 
     def _end_alone(self, error: RuntimeError) -> NoReturn:
         """End after another process was lost: save a checkpoint if possible, and report the lost ranks.
@@ -558,7 +564,9 @@ class Trainer:
         if any(rank not in absent for rank in range(distributed.rank())):  # a lower rank reports
             sys.exit(1)
         named = ", ".join(map(str, absent))
-        lost = f"rank {named} is lost: killed, stopped, or waiting for its data" if absent else "a collective failed"
+        lost = (
+            f"rank {named} is lost: killed, stopped, or hanging (see its stderr)" if absent else "a collective failed"
+        )
         reason = distributed.reason_of(error)
         limit = f"parallel.timeout_seconds = {self.cfg.parallel.timeout_seconds:g}"
         raise TrainingError(f"step {step}: {lost} ({reason}; {limit}); {rescued}") from error

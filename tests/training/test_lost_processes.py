@@ -25,6 +25,7 @@ import os
 import threading
 from pathlib import Path
 
+from mmpretrain.data.transforms import RandomResizedCrop
 from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.reporting.writers import RunWriter
@@ -57,17 +58,30 @@ class FailingWriter(HangingEncoder):
         RunWriter.close = close
 
 
+def wait_forever():
+    threading.Event().wait()
+
+
+class HangingInfoNCE(InfoNCE):
+    def after_step(self, *args):
+        super().after_step(*args)
+        if Path("hang").exists() and os.environ["RANK"] == "1":
+            wait_forever()
+
+
+class HangingCrop(RandomResizedCrop):
+    def __call__(self, *args, **kwargs):
+        if Path("hang").exists():
+            wait_forever()
+        return super().__call__(*args, **kwargs)
+
+
 class DyingInfoNCE(InfoNCE):
     def after_step(self, *args):
         super().after_step(*args)
         if Path("die").exists() and os.environ["RANK"] == "1":
             os._exit(9)
 """
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def start(
@@ -120,7 +134,7 @@ def test_a_worker_that_is_killed_or_stopped_is_named(
     number: signal.Signals, expected: str, pairs: Path, tmp_path: Path
 ) -> None:
     (command,) = train_some_steps(tmp_path, pairs, "data.workers=2", "data.timeout_seconds=2")
-    os.kill(children(command.pid)[0], number)
+    os.kill(runs.children(command.pid)[0], number)
     finished = command.wait()
     assert finished.code == 1, finished.stderr
     assert "Traceback" not in finished.stderr
@@ -149,6 +163,38 @@ def test_a_rank_that_is_killed_or_stopped_is_named(
     assert re.search(rf"error: step \d+: rank {lost} is lost", left.stderr), left.stderr
     if lost == 1:
         goes_on(tmp_path, pairs, left.stderr)
+
+
+# The line of `OWN_CODE` in which a rank or a worker hangs.
+WHERE = re.compile(r"own.py\", line \d+ in wait_forever")
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_shows_where(pairs: Path, tmp_path: Path) -> None:
+    objective = ("objective=[infonce]", "objective.infonce._target_=own.HangingInfoNCE")
+    commands = train_some_steps(tmp_path, pairs, *objective, "parallel.timeout_seconds=4", world_size=2)
+    (tmp_path / "hang").touch()
+    left = commands[0].wait()
+    assert left.code == 1, left.stderr
+    assert re.search(r"error: step \d+: rank 1 is lost: .* hanging \(see its stderr\)", left.stderr), left.stderr
+    assert "most recent call first" not in left.stderr
+    assert WHERE.search(commands[1].stderr), commands[1].stderr
+    kill(commands[1])
+
+
+def test_a_worker_that_hangs_is_named_and_shows_where(pairs: Path, tmp_path: Path) -> None:
+    transform = ("data.train.pairs.transform._target_=own.HangingCrop",)
+    (command,) = train_some_steps(tmp_path, pairs, *transform, "data.workers=2", "data.timeout_seconds=2")
+    (tmp_path / "hang").touch()
+    finished = command.wait()
+    assert finished.code == 1, finished.stderr
+    assert re.search(
+        r"error: step \d+: no batch came in 2 seconds .*: worker \d of the data loader \(process \d+\) hangs",
+        finished.stderr,
+    ), finished.stderr
+    assert len(WHERE.findall(finished.stderr)) == 1
+    (saved,) = runs.checkpoints(tmp_path / "run")
+    assert f"goes on from step {int(saved.name.removeprefix('step_'))}" in finished.stderr
 
 
 def test_a_rank_that_is_lost_before_training_is_named(pairs: Path, tmp_path: Path) -> None:
@@ -210,16 +256,10 @@ def test_signals_at_any_moment_of_the_start_end_with_85(pairs: Path, tmp_path: P
         assert command.wait().code == 85, name
 
 
-def is_listening(port: str) -> bool:
-    addresses = [line.split()[1::2] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    addresses += [line.split()[1::2] for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
-    return any(local.endswith(f":{int(port):04X}") and state == "0A" for local, state, *_ in addresses)
-
-
 def test_a_signal_while_other_ranks_are_waited_for_ends_with_85(pairs: Path, tmp_path: Path) -> None:
     environment = runs.group(2)[0]
     (alone,) = start(tmp_path, pairs, environment=environment)
-    alone.wait_for(lambda: is_listening(environment["MASTER_PORT"]), "the group's store")
+    alone.wait_for(lambda: runs.is_listening(environment["MASTER_PORT"]), "the group's store")
     sent = time.monotonic()
     alone.send(signal.SIGTERM)
     finished = alone.wait()
@@ -241,7 +281,7 @@ def test_a_signal_while_another_rank_is_stopped_saves_the_last_whole_step(pairs:
 
 def test_a_signal_while_a_worker_is_stopped_saves_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
     (command,) = train_some_steps(tmp_path, pairs, "data.workers=2")
-    workers = children(command.pid)
+    workers = runs.children(command.pid)
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
     command.send(signal.SIGTERM)
