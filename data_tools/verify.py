@@ -5,15 +5,17 @@ block is appended when its tar is finished. The same command again reads no tar 
 the same options.
 """
 
+import fcntl
 import json
 import multiprocessing
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -129,16 +131,17 @@ def verify_tars(
     """
     check_caption_field(options.caption, "--caption")
     paths = list(dict.fromkeys(expand_tars(tars)))  # patterns may overlap
-    blocks = _read_blocks(output)
     table = open_table(paths, index_dir) if any(map(is_remote, paths)) else None
-    tasks = [(path, None if table is None else remote_row(table, i), blocks.get(path)) for i, path in enumerate(paths)]
     reasons: dict[str, Reason] = {}
     problems: list[tuple[str, str]] = []
     num_samples = num_kept = num_bad = 0
     with_images: set[str] = set()
     of_texts: dict[str, int] = {}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "ab") as file:
+    with _appending(output) as file:
+        blocks = _read_blocks(output)
+        tasks = [
+            (path, None if table is None else remote_row(table, i), blocks.get(path)) for i, path in enumerate(paths)
+        ]
         for result in run_tasks(
             partial(_verify_one, index_dir=index_dir, options=options), tasks, workers, "verifying"
         ):
@@ -166,6 +169,22 @@ def verify_tars(
         ]
     ordered = sorted(reasons.values(), key=lambda reason: -reason.num_samples)
     return Verification(len(paths), num_samples, num_kept, num_bad, ordered, problems)
+
+
+@contextmanager
+def _appending(output: Path) -> Iterator[BinaryIO]:
+    """Open and lock the output. Raises: ValueError if another process writes to it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(output):
+        os.close(open_regular(output))  # opening a pipe to write would wait for a reader
+    with open(output, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--output {str(output)!r}: another verify is writing to it; wait for it, or name another file"
+            ) from error
+        yield file
 
 
 def _count(reasons: dict[str, Reason], shard: str, line: BadLine) -> None:

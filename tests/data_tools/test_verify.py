@@ -1,5 +1,6 @@
 """The command `verify`: reasons, problems of whole tars, exit codes and continuation."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -253,6 +254,16 @@ def test_a_file_of_something_else_is_not_touched(tmp_path: Path, capsys, content
     assert verified(output, path) == 2
     assert "the line at byte 0 is not of verify; name a new file" in capsys.readouterr().err
     assert output.read_bytes() == content
+
+
+def test_two_commands_do_not_write_to_one_file(tmp_path: Path, capsys) -> None:
+    write_tars(tmp_path, make_samples(2), [2])
+    output = tmp_path / "verify.jsonl"
+    with open(output, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert verified(output, tmp_path) == 2
+    assert "another verify is writing to it; wait for it, or name another file" in capsys.readouterr().err
+    assert verified(output, tmp_path) == 0
 
 
 def test_a_malformed_caption_field_is_refused(tmp_path: Path, capsys) -> None:
