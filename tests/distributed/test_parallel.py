@@ -90,13 +90,16 @@ def test_a_whole_checkpoint_goes_on_sharded(pool: Callable[[int], Pool], tmp_pat
         assert_same(found, expected[3:])
 
 
-@pytest.mark.parametrize(("mix", "kind"), [("coca", "blocks"), ("clip_mae_mlm", "selective")])
+@pytest.mark.parametrize(
+    ("mix", "kind"), [("coca", "blocks"), pytest.param("clip_mae_mlm", "selective", marks=pytest.mark.slow)]
+)
 def test_activation_checkpointing_changes_nothing(pool: Callable[[int], Pool], mix: str, kind: str) -> None:
     assert_same(train(MIXES[mix], spread("ddp", kind), 2, NUM_STEPS), on_one_process(mix))
     for found in pool(2).run(train, MIXES[mix], spread("fsdp", kind), 1, NUM_STEPS):
         assert_same(found, on_one_process(mix))
 
 
+@pytest.mark.slow
 def test_copies_of_shards_give_the_losses_of_one_process(pool: Callable[[int], Pool], tmp_path: Path) -> None:
     objectives = MIXES["clip_mae_mlm"]
     expected = train(objectives, spread(), 1, 6)

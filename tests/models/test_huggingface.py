@@ -177,6 +177,7 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_its_checkpoint_needs_no_folder(pairs: Path, tmp_path: Path) -> None:
     bert = with_tokenizer(tmp_path / "bert")
     common = [

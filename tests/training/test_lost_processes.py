@@ -148,7 +148,7 @@ def test_a_worker_that_is_killed_or_stopped_is_named(
         (0, signal.SIGKILL),
         pytest.param(0, signal.SIGSTOP, marks=pytest.mark.slow),
         (1, signal.SIGKILL),
-        (1, signal.SIGSTOP),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_is_killed_or_stopped_is_named(

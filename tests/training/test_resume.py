@@ -162,8 +162,9 @@ def interrupt_at_random_moments(
     assert during_saves > 0
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_always_leave_a_run_that_resumes(times: int, pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_kills_at_random_moments_always_leave_a_run_that_resumes(pairs: Path, tmp_path: Path) -> None:
+    times = 20
     settings = (f"data.root={pairs}", f"trainer.duration={8 * times}steps", "checkpoint.every=1steps")
     interrupt_at_random_moments(tmp_path, settings, times)
     assert runs.train(tmp_path, *settings).code == 0

@@ -61,15 +61,10 @@ def test_a_step_of_each_objective_alone_runs_on_fake_cuda_tensors(library: Path)
     assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy",
-    [
-        "one",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("ddp", "fsdp", "hsdp", "one-selective", "fsdp-blocks")
-        ),
-    ],
+    ["one", "ddp", "fsdp", "hsdp", "one-selective", "fsdp-blocks"],
 )
 def test_a_step_of_a_mix_runs_on_fake_cuda_tensors(strategy: str, library: Path) -> None:
     cases = [f"{strategy}:{'+'.join(mix)}" for mix in MIXES]
