@@ -315,6 +315,14 @@ def train_group(folder: Path, world_size: int, *overrides: str) -> list[Finished
     return [rank.wait() for rank in start_group(folder, world_size, *overrides)]
 
 
+def trained_group(folder: Path, world_size: int, *overrides: str) -> Path:
+    """`train_group` in a new folder, which must succeed. Returns: the run's directory."""
+    folder.mkdir()
+    for rank in train_group(folder, world_size, *overrides):
+        assert rank.code == 0, rank.stderr
+    return folder / "run"
+
+
 # ---------------------------------------------------------------------------------------------- what a run left
 
 

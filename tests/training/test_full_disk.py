@@ -164,8 +164,5 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before(
     for finished in [command.wait() for command in runs.start_group(small_disk, world_size, *overrides)]:
         assert finished.code == 0, finished.stderr
 
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    for finished in [command.wait() for command in runs.start_group(whole, world_size, *overrides)]:
-        assert finished.code == 0, finished.stderr
-    assert runs.exact_outcome(run) == runs.exact_outcome(whole / "run")
+    whole = runs.trained_group(tmp_path / "whole", world_size, *overrides)
+    assert runs.exact_outcome(run) == runs.exact_outcome(whole)

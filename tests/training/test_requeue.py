@@ -46,11 +46,7 @@ def logs(folder: Path) -> str:
 @pytest.fixture
 def undisturbed(pairs: Path, tmp_path: Path) -> Path:
     """The run of two processes that nothing has interrupted."""
-    folder = tmp_path / "undisturbed"
-    folder.mkdir()
-    for rank in runs.train_group(folder, 2, f"data.root={pairs}", *SETTINGS):
-        assert rank.code == 0, rank.stderr
-    return folder / "run"
+    return runs.trained_group(tmp_path / "undisturbed", 2, f"data.root={pairs}", *SETTINGS)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from tests import runs
 NUM_STEPS = 20
 CHECKPOINT_EVERY = 5
 LENGTH = (f"trainer.duration={NUM_STEPS}steps", f"checkpoint.every={CHECKPOINT_EVERY}steps")
-
-KILL = (signal.SIGKILL,)
 
 Whole = Callable[..., dict[str, Any]]
 
@@ -136,25 +134,29 @@ def test_a_run_that_is_killed_while_shards_are_written_goes_on_from_the_checkpoi
 
 
 def interrupt_at_random_moments(
-    folder: Path, settings: tuple[str, ...], times: int, world_size: int = 1, signals: Sequence[signal.Signals] = KILL
+    folder: Path,
+    settings: tuple[str, ...],
+    times: int,
+    world_size: int = 1,
+    number: signal.Signals = signal.SIGKILL,
 ) -> None:
     """Start a run over and over, and kill or stop it after some more steps, or in the middle of a save."""
     run, moments, during_saves = folder / "run", random.Random(0), 0
-    for number in range(times):
+    for i in range(times):
         commands = runs.start_group(folder, world_size, *settings)
-        first, steps, in_save = runs.num_records(run), moments.randrange(3), number % 2 == 1
+        first, steps, in_save = runs.num_records(run), moments.randrange(3), i % 2 == 1
         commands[0].wait_for(
             lambda first=first, steps=steps, in_save=in_save: (
                 runs.num_records(run) > first + steps and (not in_save or list(run.glob("checkpoints/.partial-*")))
             ),
             "some steps",
         )
-        if (sent := signals[number % len(signals)]) == signal.SIGKILL:
+        if number == signal.SIGKILL:
             kill(commands)
             during_saves += bool(list(run.glob("checkpoints/.partial-*")))
         else:  # a launcher tells all processes, or one of them comes first
             for command in moments.sample(commands, moments.randint(1, world_size)):
-                command.send(sent)
+                command.send(number)
             finished = [command.wait() for command in commands]
             assert [each.code for each in finished] == [PREEMPTED_EXIT_CODE] * world_size, finished[0].stderr
             during_saves += in_save
@@ -182,7 +184,7 @@ def test_fifty_interruptions_of_two_processes_change_nothing(
     number: signal.Signals, pairs: Path, tmp_path: Path
 ) -> None:
     settings = (f"data.root={pairs}", "trainer.duration=400steps", "checkpoint.every=1steps")
-    interrupt_at_random_moments(tmp_path, settings, 50, 2, [number])
+    interrupt_at_random_moments(tmp_path, settings, 50, 2, number)
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
     for folder in (tmp_path, undisturbed):
