@@ -137,7 +137,9 @@ def preprocess_of(model: ImageTextModel, max_image_bytes: int = MAX_IMAGE_BYTES)
     """Return the preprocessing of a model's images in evaluation; None if it has no image encoder."""
     if model.image is None:
         return None
-    return Preprocess(model.image.image_size, model.num_channels, model.squash, max_image_bytes)
+    return Preprocess(
+        model.image.image_size, model.num_channels, model.squash, max_image_bytes, model.interpolation, model.crop_pct
+    )
 
 
 def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:

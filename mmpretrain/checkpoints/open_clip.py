@@ -1,6 +1,7 @@
 """Conversion to and from open_clip's parameter names and shapes, for export and `init_from`."""
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import OpenClipHFText, OpenClipResNet, OpenClipText, OpenClipVision, model_config
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
+
+log = logging.getLogger(__name__)
 
 _TIMM_TO_OPEN_CLIP = (
     (r"^image\.trunk\.cls_token$", "visual.class_embedding"),
@@ -142,14 +145,19 @@ def open_clip_config(model: ImageTextModel, node: Mapping[str, Any]) -> dict[str
         model: model with towers that open_clip supports.
         node: configuration that the model was built from.
     """
-    of_images = ("image_mean", "image_std", "squash")
+    of_images = ("image_mean", "image_std", "squash", "interpolation")
     arguments = {key: value for key, value in node.items() if key not in ("_target_", *of_images)}
     own = isinstance(model.text, OpenClipText | OpenClipHFText)
+    if model.crop_pct != 1:
+        log.warning(
+            "model.crop_pct is %s, which open_clip has no setting for; its transform crops less", model.crop_pct
+        )
     mean, std = (tensor.flatten().div(255).tolist() for tensor in (model.pixel_mean, model.pixel_std))
     return {
         "model_cfg": model_config(**arguments) if own else _config_of_shapes(model),
         "preprocess_cfg": {
-            "mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "squash" if model.squash else "shortest",
+            "mean": mean, "std": std, "interpolation": model.interpolation,
+            "resize_mode": "squash" if model.squash else "shortest",
         },
     }  # fmt: skip
 

@@ -1,9 +1,10 @@
 """Decoding of image bytes to uint8 pixels, with limits and checks for damage.
 
-JPEGs are decoded by simplejpeg, at 1/2, 1/4 or 1/8 scale if the crop stays at least as large as the target; all other
-images are decoded by Pillow. A JPEG is refused if libjpeg reports missing or overwritten data. JPEG and WebP have no
-checksums, so two kinds of damage go undetected: overwritten JPEG data that happen to decode to the right number of
-blocks, and damage to a WebP of full length. Both paths share one uint8 resize (bicubic, antialiased).
+JPEGs are decoded by simplejpeg, for training at 1/2, 1/4 or 1/8 scale if the crop stays at least as large as the target;
+all other images are decoded by Pillow. A JPEG is refused if libjpeg reports missing or overwritten data. JPEG and WebP
+have no checksums, so two kinds of damage go undetected: overwritten JPEG data that happen to decode to the right number
+of blocks, and damage to a WebP of full length. `decode_image` crops and resizes for training (bicubic, antialiased);
+evaluation resizes whole images as the model prescribes (see `mmpretrain.data.preprocess`).
 """
 
 import io
@@ -92,7 +93,8 @@ def check_size(height: int, width: int) -> None:
         raise BadSample(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}", "image_size")
 
 
-_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # per pixel in Pillow; 4 otherwise
+_STORED_RGB_BYTES = 4  # per pixel in Pillow
+_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # likewise; other modes as RGB
 _WEBP_BYTES = 9  # additional memory of libwebp, per pixel
 
 
@@ -108,7 +110,7 @@ def check_memory(
         max_bytes: memory limit, in bytes.
         option: option that sets the limit, named in the message.
     """
-    stored = _STORED_BYTES.get(image.mode, 4)
+    stored = _STORED_BYTES.get(image.mode, _STORED_RGB_BYTES)
     each = stored + (5 if channels == 1 else channels)  # torch resizes one channel as if it were four
     if image.format == "WEBP":
         each += _WEBP_BYTES
@@ -134,12 +136,22 @@ def _strip_bytes(image: Image.Image) -> int:
     return int(rows * image.width * pixel_bits) // 8 + stored
 
 
+def check_resized(height: int, width: int, max_bytes: int) -> None:
+    """Raise BadSample if resizing an image to height x width pixels would take more than `max_bytes` of memory."""
+    _check_bytes(height, width, _STORED_RGB_BYTES * height * width, max_bytes, to="resize to")
+
+
 def _check_bytes(
-    height: int, width: int, num_bytes: float, max_bytes: int, option: str = "data.max_image_bytes"
+    height: int,
+    width: int,
+    num_bytes: float,
+    max_bytes: int,
+    option: str = "data.max_image_bytes",
+    to: str = "decode",
 ) -> None:
     if num_bytes > max_bytes:
         raise BadSample(
-            f"{width} x {height} pixels take {num_bytes / 2**20:.0f} MiB to decode, more than the limit of "
+            f"{width} x {height} pixels take {num_bytes / 2**20:.0f} MiB to {to}, more than the limit of "
             f"{max_bytes / 2**20:.0f} ({option})",
             "image_size",
         )
@@ -160,7 +172,7 @@ def _keeps_coefficients(data: bytes) -> bool:
     return False
 
 
-_DEEP_GREY = ("I;16", "I;16B", "I;16L", "I")  # Pillow's conversions clip such values at 255
+DEEP_GREY = ("I;16", "I;16B", "I;16L", "I")  # Pillow's conversions clip such values at 255
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -172,7 +184,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
         if image.mode == "RGB" and "transparency" not in image.info:
             image.load()
             return image
-        if image.mode in _DEEP_GREY:
+        if image.mode in DEEP_GREY:
             grey = (np.asarray(image).clip(0, 65535).astype(np.uint32) + 128) // 257  # x / 257, rounded
             return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -188,7 +200,7 @@ def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Imag
 
 def _with_transparency(image: Image.Image) -> Image.Image:
     """Convert an image to RGBA. Raises: BadSample if the pixels cannot be decoded."""
-    if image.mode in _DEEP_GREY:
+    if image.mode in DEEP_GREY:
         return to_rgb(image).convert("RGBA")
     try:
         return image.convert("RGBA")
@@ -198,7 +210,7 @@ def _with_transparency(image: Image.Image) -> Image.Image:
         raise _damaged("the image does not decode", error) from error
 
 
-def _jpeg_factor(crop: Crop, size: int) -> int:
+def _jpeg_factor(crop: Crop, size: float) -> int:
     """Return the largest scale divisor of libjpeg, 1, 2, 4 or 8, at which the crop's sides stay at least `size`.
 
     Scales that are not powers of two lose quality.
@@ -207,9 +219,18 @@ def _jpeg_factor(crop: Crop, size: int) -> int:
 
 
 def _decode_jpeg(
-    data: bytes, plan: Callable[[int, int], Crop], size: int, max_bytes: int
+    data: bytes, plan: Callable[[int, int], Crop], size: float, max_bytes: int, pixel_bytes: int = 3
 ) -> tuple[np.ndarray, Crop] | None:
-    """Return (pixels, uint8 [h, w, 3]; crop in those pixels), or None to leave the JPEG to Pillow. Raises: BadSample."""
+    """Decode an RGB or grey JPEG at the scale that leaves at least `size` pixels on each side of the crop.
+
+    Args:
+        pixel_bytes: memory that a decoded pixel takes here and in later copies, for the limit of `max_bytes`.
+
+    Returns: (pixels, uint8 [h, w, 3]; crop in those pixels), or None if the JPEG is left to Pillow.
+    Raises: BadSample.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
     try:
         height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data)
     except (ValueError, KeyError):  # KeyError: an unknown subsampling
@@ -219,7 +240,7 @@ def _decode_jpeg(
     check_size(height, width)
     crop = plan(height, width)
     factor = _jpeg_factor(crop, size)
-    decoded_bytes = 3 * (height // factor + 1) * (width // factor + 1)
+    decoded_bytes = pixel_bytes * (height // factor + 1) * (width // factor + 1)
     if decoded_bytes + 6 * height * width > max_bytes and _keeps_coefficients(data):  # full size at any scale
         decoded_bytes += _COEFFICIENT_BYTES.get(subsampling, 6) * height * width
     _check_bytes(height, width, decoded_bytes, max_bytes)
@@ -340,18 +361,55 @@ def decode_image(
     Raises: BadSample if the bytes are not a decodable image of an allowed format and size.
     """
     data = with_end_marker(data)
-    is_jpeg = data[:2] == b"\xff\xd8"
-    decoded = _decode_jpeg(data, plan, size, max_bytes) if is_jpeg and channels == 3 else None
+    decoded = _decode_jpeg(data, plan, size, max_bytes) if channels == 3 else None
     if decoded is None:
-        image = open_image(data)
-        if _is_animated(image):
-            raise BadSample(f"an animated {image.format}; expected a single image", "image_animated")
-        check_memory(image, data, channels, max_bytes)
-        check_jpeg(image, data)
+        image = _checked_image(data, channels, max_bytes)
         pixels, crop = pixels_of(image, channels), plan(image.height, image.width)
     else:
         pixels, crop = decoded
     return resized(pixels, crop, size, out)
+
+
+def decode_whole(data: bytes, channels: int = 3, max_bytes: int = MAX_IMAGE_BYTES) -> Image.Image:
+    """Decode an image at its full size, in the mode of its file; a grey JPEG in RGB.
+
+    Args:
+        data, channels, max_bytes: as in `decode_image`.
+
+    Raises: BadSample if the bytes are not a decodable image of an allowed format and size.
+    """
+    data = with_end_marker(data)
+    pixel_bytes = 3 + _STORED_RGB_BYTES
+    decoded = _decode_jpeg(data, _whole, math.inf, max_bytes, pixel_bytes) if channels == 3 else None
+    if decoded is not None:
+        return Image.fromarray(decoded[0])
+    image = _checked_image(data, channels, max_bytes)
+    load(image)
+    return image
+
+
+def _whole(height: int, width: int) -> Crop:
+    return Crop(0, 0, height, width)
+
+
+def _checked_image(data: bytes, channels: int, max_bytes: int) -> Image.Image:
+    """Open an image, check that decoding takes at most `max_bytes`, and that a JPEG is undamaged. Raises: BadSample."""
+    image = open_image(data)
+    if _is_animated(image):
+        raise BadSample(f"an animated {image.format}; expected a single image", "image_animated")
+    check_memory(image, data, channels, max_bytes)
+    check_jpeg(image, data)
+    return image
+
+
+def load(image: Image.Image) -> None:
+    """Decode the pixels of an opened image. Raises: BadSample if they cannot be decoded."""
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
+        raise _damaged("the image does not decode", error) from error
 
 
 def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
@@ -359,12 +417,7 @@ def pixels_of(image: Image.Image, channels: int = 3) -> np.ndarray:
 
     Pixels are converted in strips, since Pillow's conversions would hold several copies of a large image at once.
     """
-    try:
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow raises many exceptions, as in `open_image`
-        raise _damaged("the image does not decode", error) from error
+    load(image)
     pixels = np.empty((image.height, image.width, channels), np.uint8)
     height = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, height):

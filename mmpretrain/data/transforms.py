@@ -20,18 +20,11 @@ def _center(height: int, width: int, crop_height: int, crop_width: int) -> Crop:
 
 
 class CenterCrop:
-    """Take the largest centred square, as evaluation does."""
+    """Take the largest centred square."""
 
     def __call__(self, height: int, width: int, seed: int = 0) -> Crop:
         side = min(height, width)
         return _center(height, width, side, side)
-
-
-class WholeImage:
-    """Take the whole image, whatever its shape, as SigLIP's evaluation does."""
-
-    def __call__(self, height: int, width: int, seed: int = 0) -> Crop:
-        return Crop(0, 0, height, width)
 
 
 class RandomResizedCrop:

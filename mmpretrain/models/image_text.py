@@ -1,7 +1,7 @@
 """The pre-trained model: an image encoder, a text encoder, and a shared embedding space."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,9 @@ class ImageTextModel(nn.Module):
             projection's output width.
         image_mean, image_std: mean and standard deviation per channel that normalise pixels in [0, 1]. Their number is that
             of the image encoder's input channels: 3 (colour), 1 (grey) or 4 (colour and alpha).
-        squash: if True, evaluation resizes the whole image to a square; if False, it crops the largest centred square.
+        squash: if True, evaluation resizes both sides of an image to the same length; if False, it keeps the aspect ratio.
+        interpolation: interpolation of evaluation's resize, `bicubic` or `bilinear`.
+        crop_pct: evaluation resizes the shorter side to image_size / crop_pct, rounded down, and crops the centre.
 
     Attributes that an encoder leaves out get their defaults (see `models.encoders`).
 
@@ -43,9 +45,12 @@ class ImageTextModel(nn.Module):
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
         squash: bool = False,
+        interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+        crop_pct: float = 1.0,
     ) -> None:
         super().__init__()
         check_number("model.embed_dim", embed_dim, at_least=1)
+        check_number("model.crop_pct", crop_pct, above=0, at_most=1)
         if image is not None:
             complete_image_encoder(image)
         if text is not None:
@@ -54,6 +59,8 @@ class ImageTextModel(nn.Module):
         self.text: TextEncoder | None = text
         self.embed_dim = embed_dim
         self.squash = squash
+        self.interpolation: Literal["bicubic", "bilinear"] = interpolation
+        self.crop_pct = crop_pct
         self.image_projection = None if image is None or image.projects else _projection(image.width, embed_dim)
         self.text_projection = None if text is None or text.projects else _projection(text.width, embed_dim)
         # As buffers they are copied to the device once. Created in the forward pass, each copy would stall the host.

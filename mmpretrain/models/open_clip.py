@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import open_clip
 import torch
@@ -40,6 +40,7 @@ def open_clip_model(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     squash: bool | None = None,
+    interpolation: Literal["bicubic", "bilinear"] | None = None,
 ) -> ImageTextModel:
     """Build a model of open_clip with random weights; `init_from` loads trained ones.
 
@@ -49,7 +50,7 @@ def open_clip_model(
         context_length: largest number of tokens of a text; None: the model's own.
         vision, text: overrides of the model's `vision_cfg` and `text_cfg`; `text.causal` sets `no_causal_mask` to its
             negation.
-        image_mean, image_std, squash: see `ImageTextModel`; None: the values of the model's published weights.
+        image_mean, image_std, squash, interpolation: see `ImageTextModel`; None: the values of the model's published weights.
 
     Raises: ValueError if open_clip does not know the name or rejects an argument, or a tower cannot be wrapped.
     """
@@ -84,6 +85,7 @@ def open_clip_model(
         image_mean=tuple(preprocess["mean"] if image_mean is None else image_mean),
         image_std=tuple(preprocess["std"] if image_std is None else image_std),
         squash=preprocess["resize_mode"] == "squash" if squash is None else squash,
+        interpolation=interpolation or ("bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"),
     )
 
 
@@ -100,13 +102,13 @@ def _image_encoder(visual: Any, name: str) -> Any:
 
 
 def _published_preprocess(name: str) -> dict[str, Any]:
-    """Return the mean, std and resize mode of a model's first published weights; empty if none are published.
+    """Return the mean, std, resize mode and interpolation of a model's first published weights; empty if none are published.
 
     For three models of open_clip the values differ between published weights.
     """
     tags = open_clip.list_pretrained_tags_by_model(name)
     config = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
-    return {key: config[key] for key in ("mean", "std", "resize_mode") if config.get(key) is not None}
+    return {key: config[key] for key in ("mean", "std", "resize_mode", "interpolation") if config.get(key) is not None}
 
 
 def model_config(
