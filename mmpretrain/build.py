@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mmpretrain import distributed
 from mmpretrain.checkpoints.load import fit_tokenizer, preprocess_of
 from mmpretrain.config import checks, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
-from mmpretrain.config.schema import EvalSetConfig, StreamConfig, TrainConfig
+from mmpretrain.config.schema import EvalSetConfig, SplitConfig, StreamConfig, TrainConfig
 from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.remote import is_remote
@@ -301,16 +302,29 @@ def build_eval_sets(
     for name, data in sets.items():
         if data.caption is not None:
             check_caption_field(data.caption, f"data.val.{name}.caption")
+        for field, path in data.fields.items():
+            if not re.fullmatch(r"json(\.[^.]+)+", str(path)):
+                raise ValueError(
+                    f"data.val.{name}.fields.{field} is {path!r}; expected a field of json, such as json.{field}"
+                )
+
+    def samples_of(key: str, data: EvalSetConfig | SplitConfig) -> SampleSource:
+        return _samples(key, data.shards, data.source, root, storage, lookup=lookup)
+
     eval_sets = {
         name: EvalSet(
             name=name,
-            shards=_samples(f"data.val.{name}", data.shards, data.source, root, storage, lookup=lookup),
-            preprocess=preprocess_of(model, max_image_bytes),
+            shards=samples_of(f"data.val.{name}", data),
+            preprocess=preprocess_of(model, max_image_bytes) if data.images else None,
             caption=data.caption,
             label=data.label,
             classes=None
             if data.classes is None
             else read_classes(_local(data.classes, root), data.class_column, data.text_column, data.templates),
+            fields=data.fields,
+            train=None
+            if data.train.shards is data.train.source is None
+            else samples_of(f"data.val.{name}.train", data.train),
         )
         for name, data in sets.items()
     }

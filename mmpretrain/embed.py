@@ -142,7 +142,7 @@ def _of_images(
     images: _Images, loaded: Loaded, workers: int, batches: Sequence[range]
 ) -> Generator[Tensor, None, None]:
     """Yield embeddings [b, e] of each batch of images. Rows of images that cannot be decoded are NaN."""
-    for (batch, embedded), numbers in zip(
+    for (batch, embedded, _), numbers in zip(
         embed_batches(loaded.model, images, batches, loaded.preprocess, workers), batches, strict=True
     ):
         for number, reason in batch.refused:

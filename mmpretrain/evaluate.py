@@ -6,15 +6,18 @@ import typing
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints import untrusted
 from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
 from mmpretrain.config import checks, command_line
-from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision
+from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision, SplitConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, chosen_sets, evaluate
 from mmpretrain.reporting.progress import print_results
+from mmpretrain.reporting.records import finite, intervals_of
+from mmpretrain.scores import Score
 from mmpretrain.training.precision import autocast
 
 log = logging.getLogger(__name__)
@@ -25,12 +28,11 @@ def main(cfg: EvaluateConfig) -> None:
     """Run the command."""
     with errors.usage_errors():
         checks.check_evaluators(cfg.eval)
-        for name, data in cfg.data.val.items():
-            checks.check_source(data.source, f"data.val.{name}.source")
+        checks.check_eval_sources(cfg.data.val)
         run(cfg)
 
 
-def run(cfg: EvaluateConfig) -> Mapping[str, float]:
+def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
     """Evaluate a checkpoint on the given data sets, or else on the run's own. Raises: ValueError for a usage error."""
     device = build.device_of(cfg.device)
     distributed.setup(device)
@@ -72,22 +74,32 @@ def run(cfg: EvaluateConfig) -> Mapping[str, float]:
         )
     if distributed.is_main():
         results = {**scores, "samples": loaded.state.get("samples", 0)}
+        intervals = intervals_of(scores)
         if cfg.output is not None:
-            files.write_text(Path(cfg.output), json.dumps(results, indent=2) + "\n")
-        print_results(results, loaded.path.parent.parent)
+            text = json.dumps({**finite(results), "intervals": intervals}, indent=2)
+            files.write_text(Path(cfg.output), text + "\n")
+        print_results(results, loaded.path.parent.parent, intervals)
     return scores
 
 
 def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:
     """Return the data sets of the run's `data.val`. Paths of shards, sources and classes are not restricted."""
-    annotations, sets = typing.get_type_hints(EvalSetConfig), {}
+    sets = {}
     for name, fields in loaded.setting("data.val", Mapping[str, Mapping]).items():
-        for key, value in fields.items():
-            if key not in annotations:
-                raise ValueError(f"config.yaml: data.val.{name} has {key!r}; {errors.nearest(key, list(annotations))}")
-            checked(value, f"data.val.{name}.{key}", annotations[key])
-        sets[name] = EvalSetConfig(**fields)
+        split = SplitConfig(**_checked_fields(fields.get("train", {}), f"data.val.{name}.train", SplitConfig))
+        rest = {key: value for key, value in fields.items() if key != "train"}
+        sets[name] = EvalSetConfig(**_checked_fields(rest, f"data.val.{name}", EvalSetConfig), train=split)
     return sets
+
+
+def _checked_fields(fields: Any, path: str, kind: type) -> Mapping[str, Any]:
+    """Return the fields of a part of the run's configuration. Raises: ValueError if one is unknown or of another type."""
+    annotations = typing.get_type_hints(kind)
+    for key, value in checked(fields, path, Mapping[str, Any]).items():
+        if key not in annotations:
+            raise ValueError(f"config.yaml: {path} has {key!r}; {errors.nearest(key, list(annotations))}")
+        checked(value, f"{path}.{key}", annotations[key])
+    return typing.cast(Mapping[str, Any], fields)
 
 
 if __name__ == "__main__":

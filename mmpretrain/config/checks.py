@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from mmpretrain.config.instantiate import accepts, check_targets
-from mmpretrain.config.schema import EvaluateConfig, SpikeAction, TrainConfig
+from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, SpikeAction, TrainConfig
 from mmpretrain.errors import UsageError, check_number, nearest
 from mmpretrain.schedules import Duration, ScheduledValue
 
@@ -122,8 +122,7 @@ def check_parts(config: TrainConfig) -> None:
         check_source(stream.source, f"data.train.{name}.source")
         for source_name, source in stream.sources.items():
             check_source(source.source, f"data.train.{name}.sources.{source_name}.source")
-    for name, data in config.data.val.items():
-        check_source(data.source, f"data.val.{name}.source")
+    check_eval_sources(config.data.val)
     for name, node in config.objective.items():
         if not isinstance(node, dict) or "_target_" not in node:
             raise UsageError(
@@ -136,6 +135,13 @@ def check_parts(config: TrainConfig) -> None:
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)
     _check_named("writer", "metric writer", config.writer, runtime=("folder", "step", "samples"))
+
+
+def check_eval_sources(sets: Mapping[str, EvalSetConfig]) -> None:
+    """Check the sources of held-out data sets, as `check_source` does. Raises: UsageError."""
+    for name, data in sets.items():
+        check_source(data.source, f"data.val.{name}.source")
+        check_source(data.train.source, f"data.val.{name}.train.source")
 
 
 def check_source(node: Mapping[str, Any] | None, path: str) -> None:

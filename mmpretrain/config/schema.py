@@ -163,6 +163,16 @@ class StreamConfig:
 
 
 @dataclass
+class SplitConfig:
+    """Samples that an evaluator learns from: either `shards` or `source`."""
+
+    shards: Any = None
+    """Tars of the training split, with the same fields, for linear_probe, knn and few_shot; null: these do not apply."""
+    source: dict[str, Any] | None = None
+    """Samples of the training split that are stored otherwise, instead of `shards`."""
+
+
+@dataclass
 class EvalSetConfig:
     """One held-out data set: either `shards` or `source`."""
 
@@ -182,6 +192,11 @@ class EvalSetConfig:
     """Column of the class list that holds a text for each class, used as it is; null: templates."""
     templates: Any = "openai"
     """Prompts for class names: `openai` or `simple` (open_clip's sets), or a list of sentences with {} for the name."""
+    images: bool = True
+    """false: the samples have no images; only evaluators of texts apply."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Further fields of json that evaluators ask for, by the name that they use, such as {group: json.country}."""
+    train: SplitConfig = field(default_factory=SplitConfig)
 
 
 @dataclass

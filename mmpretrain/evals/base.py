@@ -15,6 +15,7 @@ from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, emb
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Clock, Duration
+from mmpretrain.scores import Score
 from mmpretrain.training.task import Task
 
 _TOWERS = ("image", "text")
@@ -62,15 +63,46 @@ class Context:
         """Names of the data sets with captions."""
         return [name for name, data in self.sets.items() if data.caption is not None]
 
+    @property
+    def pair_sets(self) -> list[str]:
+        """Names of the data sets with images and captions."""
+        return [name for name in self.captioned_sets if name in self.image_sets]
+
+    @property
+    def image_sets(self) -> list[str]:
+        """Names of the data sets with images."""
+        return [name for name, data in self.sets.items() if data.preprocess is not None]
+
+    @property
+    def labelled_sets(self) -> list[str]:
+        """Names of the data sets with images and labels."""
+        return [name for name in self.image_sets if self.sets[name].label is not None]
+
+    @property
+    def trainable_sets(self) -> list[str]:
+        """Names of the data sets with images, labels and a training split."""
+        return [name for name in self.labelled_sets if self.sets[name].train is not None]
+
     def embedded(self, name: str) -> Embedded:
         """Return the embeddings of the data set `name`. The first call is a collective."""
         if name not in self._embedded:
-            with self.autocast:
-                self._embedded[name] = embed(
-                    self.model, self.tokenizer, self.sets[name], self.batch_size, self.workers, self.timeout_seconds,
-                    self.check_stop,
-                )  # fmt: skip
+            self._embedded[name] = self._embed(self.sets[name])
         return self._embedded[name]
+
+    def embedded_train(self, name: str) -> Embedded:
+        """Return the embeddings of the training split of the data set `name`. The first call is a collective."""
+        split = f"{name}.train"
+        if split not in self._embedded:
+            data = self.sets[name]
+            assert data.train is not None
+            self._embedded[split] = self._embed(replace(data, name=split, shards=data.train, caption=None, train=None))
+        return self._embedded[split]
+
+    def _embed(self, data: EvalSet) -> Embedded:
+        with self.autocast:
+            return embed(
+                self.model, self.tokenizer, data, self.batch_size, self.workers, self.timeout_seconds, self.check_stop
+            )
 
     def image(self, name: str, row: int) -> Tensor:
         """Return the preprocessed image of a row of `embedded(name).images`, uint8 [c, h, w]."""
@@ -104,37 +136,43 @@ class Evaluator(Protocol):
         """Return the names of the data sets in `context.sets` that have the fields that this evaluator needs."""
         ...
 
-    def __call__(self, name: str, context: Context) -> dict[str, float]:
-        """Return the scores on the data set `name`, by metric. They must be the same on every rank. A collective."""
+    def __call__(self, name: str, context: Context) -> Mapping[str, float | Score]:
+        """Return the scores on the data set `name`, by metric, which are the same on every rank. A collective.
+
+        A `Score` is a number with confidence intervals.
+        """
         ...
 
 
 @torch.no_grad()
-def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str, float]:
+def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str, Score]:
     """Run evaluators on their data sets. A collective.
 
-    Returns: values by `eval-<data set>/<metric>`.
+    Returns: scores by `eval-<data set>/<metric>`.
     Raises: ValueError if an evaluator names a data set that is not applicable; UsageError if its scores are no numbers.
     """
-    scores: dict[str, float] = {}
+    scores: dict[str, Score] = {}
     was_training = context.model.training
     context.model.eval()
     try:
         for name, evaluator in evaluators.items():
             for data in chosen_sets(name, evaluator, context):
                 context.check_stop()
-                numbers = _numbers(evaluator(data, context), name)
-                scores |= {f"eval-{data}/{metric}": value for metric, value in numbers.items()}
+                found = _scores(evaluator(data, context), name)
+                scores |= {f"eval-{data}/{metric}": score for metric, score in found.items()}
     finally:
         context.model.train(was_training)
     return scores
 
 
-def _numbers(scores: object, name: str) -> dict[str, float]:
-    """Convert an evaluator's scores to floats: numbers, or arrays and tensors of one number each."""
+def _scores(scores: object, name: str) -> dict[str, Score]:
+    """Return an evaluator's scores; numbers, and arrays and tensors of one number, become scores without intervals."""
     if isinstance(scores, Mapping):
         try:
-            return {str(metric): float(value) for metric, value in scores.items()}
+            return {
+                str(metric): value if isinstance(value, Score) else Score(float(value))
+                for metric, value in scores.items()
+            }
         except (TypeError, ValueError, RuntimeError):
             pass
     raise UsageError(f"eval.{name} returned {str(scores)[:200]}; expected a dictionary with a number for each metric")
@@ -200,7 +238,7 @@ class Evaluation:
 
     def run(
         self, task: Task, samples: int, writer: RunWriter | None, check_stop: CheckStop = go_on
-    ) -> dict[str, float]:
+    ) -> dict[str, Score]:
         """Run the evaluators that are due after the step that ends at `samples` samples. A collective.
 
         Args:

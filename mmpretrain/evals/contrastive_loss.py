@@ -29,7 +29,7 @@ class ContrastiveLoss:
         """Return the data sets with captions; none if the run has no logit_scale."""
         if context.logit_scale is None:
             return []
-        return context.captioned_sets
+        return context.pair_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Return `contrastive_loss` of each image paired with its first caption."""

@@ -1,10 +1,11 @@
 """Embeddings of images and texts, for evaluators and the command `embed`, computed in parallel over the ranks."""
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.fields import read_captions, read_label
+from mmpretrain.data.fields import read_captions, read_json_field, read_label
 from mmpretrain.data.image_batches import ImageBatch, Read, image_batches, split
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
@@ -46,9 +47,10 @@ class Classes:
 class EvalSet:
     """One held-out data set.
 
-    `preprocess` is None if the model has no image encoder; images are then not read.
+    `preprocess` is None if the model has no image encoder, or the data set has no images; they are then not read.
     `caption` is `txt` or `json.<path>`. `label` is `cls` (an integer) or `json.<path>` (an integer or a class name).
-    Either is None if the data set has none.
+    `fields` are further fields that evaluators ask for, `json.<path>` each. `train` is the training split, with the same
+    fields. Any of these is None or empty if the data set has none.
     """
 
     name: str
@@ -57,6 +59,8 @@ class EvalSet:
     caption: str | None = None
     label: str | None = None
     classes: Classes | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    train: SampleSource | None = None
 
 
 @dataclass(frozen=True)
@@ -66,20 +70,24 @@ class Embedded:
     The width e is 0 for images if the model has no image encoder, and for texts if it has no text encoder.
 
     - `images`: image embeddings of unit length, float32 [n, e].
+    - `features`: pooled states of the image encoder, before the projection, float32 [n, width].
     - `texts`: embeddings of the distinct texts, of unit length, float32 [m, e].
     - `captions`: the distinct texts [m].
     - `samples`: index of each image's sample in the data set, int64 [n].
     - `pairs`: indices (image, text) of matching pairs, int64 [p, 2].
     - `labels`: class of each image, int64 [n]; -1 if unknown.
+    - `fields`: values of each of the data set's `fields` [n].
     - `refused`: samples that could not be read and are left out.
     """
 
     images: Tensor
+    features: Tensor
     texts: Tensor
     captions: Sequence[str]
     samples: Tensor
     pairs: Tensor
     labels: Tensor
+    fields: Mapping[str, Sequence[Any]]
     refused: Sequence[Refused]
 
     @cached_property
@@ -91,17 +99,23 @@ class Embedded:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of a data set's samples, which writes the image and returns (captions, label). A missing label is -1."""
+    """Reader of a data set's samples, which writes the image and returns the other fields. A missing label is -1."""
 
     data: EvalSet
 
-    def __call__(self, sample: int, out: Tensor | None = None) -> tuple[list[str], int]:
-        """Write the image of a sample to `out`, uint8 [c, h, w], and return (captions, label). Raises: BadSample."""
+    def __call__(self, sample: int, out: Tensor | None = None) -> tuple[list[str], int, list[Any]]:
+        """Write the image of a sample to `out`, uint8 [c, h, w].
+
+        Returns: (captions, label, values of `fields`).
+        Raises: BadSample.
+        """
         data = self.data
         if data.preprocess is not None:
             data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS), out)
         captions = [] if data.caption is None else read_captions(data.shards, sample, data.caption)
-        return captions, self._label(sample)
+        member = data.shards.read(sample, ("json",)) if data.fields else b""
+        values = [read_json_field(member, path.removeprefix("json.")) for path in data.fields.values()]
+        return captions, self._label(sample), values
 
     def _label(self, sample: int) -> int:
         data = self.data
@@ -134,7 +148,7 @@ def embed_batches(
     preprocess: Preprocess | None,
     workers: int,
     timeout_seconds: float = 600.0,
-) -> Generator[tuple[ImageBatch, Tensor], None, None]:
+) -> Generator[tuple[ImageBatch, Tensor, Tensor], None, None]:
     """Read and embed batches of images.
 
     Args:
@@ -145,17 +159,25 @@ def embed_batches(
         workers: number of decoding processes.
         timeout_seconds: longest time that reading a batch may take, in seconds.
 
-    Returns: generator of (batch, embeddings of its k readable images, float32 [k, e] of unit length on the model's device);
-        close it if it is not read to its end.
+    Returns: generator of (batch, embeddings of its k readable images, float32 [k, e] of unit length, their pooled states
+        before the projection, float32 [k, width]) on the model's device; close it if it is not read to its end.
     Raises: LoaderError if a worker is lost.
     """
     channels, size = (1, 1) if preprocess is None else (preprocess.channels, preprocess.image_size)
     with closing(image_batches(read, batches, channels, size, workers, timeout_seconds)) as loaded:
         for batch in loaded:
             if preprocess is None or not batch.samples:
-                yield batch, torch.zeros(len(batch.samples), model.image_embed_dim, device=model.device)
+                count, width = len(batch.samples), _image_width(model)
+                none = torch.zeros(count, model.image_embed_dim, device=model.device)
+                yield batch, none, torch.zeros(count, width, device=model.device)
             else:
-                yield batch, model.embed_images(batch.images).float()
+                with torch.no_grad():
+                    pooled = model.encode_image(batch.images.to(model.device)).pooled
+                yield batch, model.embed_pooled_images(pooled).float(), pooled.float()
+
+
+def _image_width(model: ImageTextModel) -> int:
+    return 0 if model.image is None else model.image.width
 
 
 def embed_texts(
@@ -215,36 +237,44 @@ def embed(
     device = model.device
     share = range(data.shards.num_samples)[distributed.share(data.shards.num_samples)]
     batches = embed_batches(model, _Reader(data), split(share, batch_size), data.preprocess, workers, timeout_seconds)
-    images, captions, labels, samples, refused = [], [], [], [], []
+    images, features, values, samples, refused = [], [], [], [], []
     with closing(batches):
         for _ in range(_num_batches(data.shards.num_samples, batch_size)):
             check_stop()
             if (embedded := next(batches, None)) is None:
                 continue
-            batch, rows = embedded
+            batch, rows, pooled = embedded
             for sample, reason in batch.refused:
                 refused.append(Refused(data.name, data.shards.location(sample), data.shards.key(sample), reason))
             images.append(rows)
-            captions += [texts for texts, _ in batch.values]
-            labels += [label for _, label in batch.values]
+            features.append(pooled)
+            values += batch.values
             samples += batch.samples
-    local = torch.cat(images) if images else torch.zeros(0, model.image_embed_dim, device=device)
-    gathered = distributed.gather_objects((captions, labels, refused, samples))
-    all_refused = [refusal for part in gathered for refusal in part[2]]
+    gathered = distributed.gather_objects((values, refused, samples))
+    all_refused = [refusal for part in gathered for refusal in part[1]]
     _tell_refused(data, all_refused)
-    all_captions = [texts for part in gathered for texts in part[0]]
+    all_values = [each for part in gathered for each in part[0]]
+    all_captions = [texts for texts, _, _ in all_values]
     distinct = {text: None for texts in all_captions for text in texts}
     number = {text: i for i, text in enumerate(distinct)}
     pairs = [(i, number[text]) for i, texts_of in enumerate(all_captions) for text in texts_of]
     return Embedded(
-        images=local.new_zeros(len(all_captions), 0) if model.image is None else distributed.gather_ragged_rows(local),
+        images=_gathered(images, len(all_values), model.image_embed_dim, device),
+        features=_gathered(features, len(all_values), _image_width(model), device),
         texts=embed_texts(model, tokenizer, list(distinct), batch_size, check_stop),
         captions=list(distinct),
-        samples=torch.tensor([sample for part in gathered for sample in part[3]], dtype=torch.int64),
+        samples=torch.tensor([sample for part in gathered for sample in part[2]], dtype=torch.int64),
         pairs=torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2),
-        labels=torch.tensor([label for part in gathered for label in part[1]], dtype=torch.int64, device=device),
+        labels=torch.tensor([label for _, label, _ in all_values], dtype=torch.int64, device=device),
+        fields={name: [fields[i] for _, _, fields in all_values] for i, name in enumerate(data.fields)},
         refused=all_refused,
     )
+
+
+def _gathered(parts: Sequence[Tensor], count: int, width: int, device: torch.device) -> Tensor:
+    """Return the rows of all ranks, float32 [count, width]. A collective unless the width is 0."""
+    local = torch.cat([torch.zeros(0, width, device=device), *parts])
+    return local.new_zeros(count, 0) if width == 0 else distributed.gather_ragged_rows(local)
 
 
 def check_readable(data: EvalSet) -> None:

@@ -25,7 +25,7 @@ class Gallery:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with captions."""
-        return context.captioned_sets
+        return context.pair_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Show the pictures `text_to_image` and `image_to_text`. There are no scores."""

@@ -26,7 +26,7 @@ class PatchSimilarity:
         image = context.model.image_encoder
         if not image.is_vit or image.num_prefix_tokens == 0 or not getattr(image, "pools_token", True):
             return []
-        return context.captioned_sets
+        return context.pair_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Show the picture `patch_similarity`. There are no scores."""

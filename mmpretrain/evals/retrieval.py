@@ -8,6 +8,7 @@ from torch import Tensor
 from mmpretrain import distributed
 from mmpretrain.errors import UsageError, check_number
 from mmpretrain.evals.base import Context
+from mmpretrain.scores import Score, mean_score
 
 
 def match_ranks(queries: Tensor, gallery: Tensor, pairs: Tensor, chunk_size: int = 1024) -> Tensor:
@@ -62,25 +63,26 @@ class Retrieval:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with captions."""
-        return context.captioned_sets
+        return context.pair_sets
 
-    def __call__(self, name: str, context: Context) -> dict[str, float]:
+    def __call__(self, name: str, context: Context) -> dict[str, Score]:
         """Return `text_retrieval_recall@k` (image to text) and `image_retrieval_recall@k` (text to image)."""
         embedded = context.embedded(name)
         images, texts, pairs = embedded.images, embedded.texts, embedded.pairs
+        of_texts = embedded.labels.new_full((len(texts),), -1)
+        of_texts[pairs[:, 1].flip(0)] = embedded.labels[pairs[:, 0].flip(0)]  # the class of a text's first image
         return {
-            **self._recalls("text_retrieval", images, texts, pairs),
-            **self._recalls("image_retrieval", texts, images, pairs.flip(1)),
+            **self._recalls("text_retrieval", images, texts, pairs, embedded.labels),
+            **self._recalls("image_retrieval", texts, images, pairs.flip(1), of_texts),
         }
 
-    def _recalls(self, name: str, queries: Tensor, gallery: Tensor, pairs: Tensor) -> dict[str, float]:
-        """Compute the recalls from each rank's share of the queries. Hits are summed as integers."""
-        asked = pairs[:, 0].unique()[distributed.rank() :: distributed.world_size()]
+    def _recalls(self, name: str, queries: Tensor, gallery: Tensor, pairs: Tensor, classes: Tensor) -> dict[str, Score]:
+        """Compute the recalls from each rank's share of the queries, whose `classes` are int64 [q]."""
+        asked = pairs[:, 0].unique()
+        mine = asked[distributed.share(len(asked))]
         number = torch.full((len(queries),), -1, dtype=torch.int64, device=pairs.device)
-        number[asked] = torch.arange(len(asked), device=pairs.device)
-        mine = pairs[number[pairs[:, 0]] >= 0]
-        mine = torch.stack([number[mine[:, 0]], mine[:, 1]], dim=1)
-        ranks = match_ranks(queries[asked], gallery, mine, self.chunk_size)
-        hits = torch.stack([(ranks < k).sum() for k in self.ks] + [torch.tensor(len(ranks), device=ranks.device)])
-        *counts, total = distributed.all_reduce_sum(hits).tolist()
-        return {f"{name}_recall@{k}": count / max(1, total) for k, count in zip(self.ks, counts, strict=True)}
+        number[mine] = torch.arange(len(mine), device=pairs.device)
+        matches = pairs[number[pairs[:, 0]] >= 0]
+        matches = torch.stack([number[matches[:, 0]], matches[:, 1]], dim=1)
+        ranks = distributed.gather_ragged_rows(match_ranks(queries[mine], gallery, matches, self.chunk_size))
+        return {f"{name}_recall@{k}": mean_score(ranks < k, classes[asked]) for k in self.ks}

@@ -14,8 +14,10 @@ from mmpretrain import distributed
 from mmpretrain.config.instantiate import accepts
 from mmpretrain.errors import check_number
 from mmpretrain.evals.base import Context
+from mmpretrain.evals.class_scores import class_scores, right_class_ranks
 from mmpretrain.evals.embeddings import Classes
 from mmpretrain.reporting import pictures
+from mmpretrain.scores import Score
 
 _TEMPLATE_SETS = {
     "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
@@ -74,38 +76,6 @@ def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
     return [partial(template.replace, "{}") for template in templates]
 
 
-def right_class_ranks(similarities: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of wrong classes ranked before each image's right class. Ties count against the model.
-
-    Args:
-        similarities: similarities of images and classes [n, C]. NaN also counts against the model.
-        labels: true classes, int64 [n].
-
-    Returns: int64 [n]; 0 is a hit at rank one.
-    """
-    others = ~(similarities < similarities.gather(1, labels[:, None]))
-    return others.sum(1) - others.gather(1, labels[:, None])[:, 0].long()
-
-
-def class_scores(ranks: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Return `acc1`, `acc5` and `mean_per_class_recall`.
-
-    Args:
-        ranks: result of `right_class_ranks`, int64 [n].
-        labels: true classes, int64 [n].
-        num_classes: number of classes C.
-    """
-    hits = (ranks < 1).double()
-    per_class = torch.zeros(num_classes, dtype=torch.float64, device=labels.device)
-    counts = torch.bincount(labels, minlength=num_classes)
-    recall = per_class.scatter_add(0, labels, hits)[counts > 0] / counts[counts > 0]
-    return {
-        "acc1": float(hits.mean()),
-        "acc5": float((ranks < 5).double().mean()),
-        "mean_per_class_recall": float(recall.mean()),
-    }
-
-
 class ZeroShot:
     """Classify images by the mean of each class's text embeddings.
 
@@ -124,9 +94,9 @@ class ZeroShot:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with classes and labels."""
-        return [name for name, data in context.sets.items() if data.classes is not None and data.label is not None]
+        return [name for name in context.labelled_sets if context.sets[name].classes is not None]
 
-    def __call__(self, name: str, context: Context) -> dict[str, float]:
+    def __call__(self, name: str, context: Context) -> dict[str, Score]:
         """Return `acc1`, `acc5` and `mean_per_class_recall`, and show the picture `confusion`."""
         classes = context.sets[name].classes
         assert classes is not None
@@ -140,7 +110,7 @@ class ZeroShot:
             counts, shown = _confusion(predicted, embedded.labels)
             picture = pictures.confusion(counts.cpu().numpy(), [classes.names[i] for i in shown], shown)
             context.show(name, "confusion", picture)
-        return class_scores(ranks, embedded.labels, len(classes.names))
+        return class_scores(ranks, embedded.labels)
 
     def _classify(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predicted class of each image and the rank of its right class, int64 [n] each. A collective.

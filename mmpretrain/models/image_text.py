@@ -154,7 +154,11 @@ class ImageTextModel(nn.Module):
         A model without text encoder has no shared space: its embeddings are the pooled states [b, width] at unit length,
         unless the encoder has a projection of its own.
         """
-        pooled = self.encode_image(images.to(self.device)).pooled
+        return self.embed_pooled_images(self.encode_image(images.to(self.device)).pooled)
+
+    @torch.no_grad()
+    def embed_pooled_images(self, pooled: Tensor) -> Tensor:
+        """Return the embeddings [b, e] of images with pooled states [b, width], as `embed_images` does."""
         return self.project_image(pooled) if self._is_projected(self.image_projection) else _unit(pooled)
 
     @torch.no_grad()

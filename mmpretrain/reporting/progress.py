@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mmpretrain.errors import printable
+from mmpretrain.scores import Interval
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +68,29 @@ class ProgressBar:
             )
 
 
-def print_results(results: Mapping[str, float | None], folder: Path) -> None:
-    """Print the table of results and the locations of checkpoints, report and curves."""
-    table = Table(title=printable(str(folder)), title_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
+Intervals = Mapping[str, Mapping[str, Interval]]
+"""95 % confidence intervals by metric and by the unit that is resampled, as `records.read_intervals` returns them."""
+
+
+def table_of(results: Mapping[str, float | None], intervals: Intervals) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and the rows of a table of results, with a column for each kind of confidence interval."""
+    units = dict.fromkeys(unit for name in results for unit in intervals.get(name, {}))
+    rows = []
     for name, value in results.items():
-        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        table.add_row(printable(name), shown)
+        text = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        bounds = [intervals.get(name, {}).get(unit) for unit in units]
+        rows.append([name, text, *("" if each is None else f"{each[0]:.3f}–{each[1]:.3f}" for each in bounds)])
+    return ["metric", "value", *(f"95% by {unit}" for unit in units)], rows
+
+
+def print_results(results: Mapping[str, float | None], folder: Path, intervals: Intervals) -> None:
+    """Print the table of results and the locations of checkpoints, report and curves."""
+    columns, rows = table_of(results, intervals)
+    table = Table(title=printable(str(folder)), title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(printable, row))
     console = Console(markup=False, emoji=False)  # names may contain rich's markup characters
     console.print(table)
     console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)

@@ -1,5 +1,7 @@
-"""Readers of the files that a run leaves: metrics.jsonl, results.json and quarantine.jsonl."""
+"""Files that a run leaves: metrics.jsonl, results.json, intervals.json and quarantine.jsonl."""
 
+import json
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -7,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mmpretrain import files
+from mmpretrain.scores import Interval, Score
 
+log = logging.getLogger(__name__)
+
+_INTERVALS = "intervals.json"
 _MAX_RECORDS_BYTES = 2 << 30  # about ten million refused samples
 _LARGEST = sys.float_info.max
 
@@ -53,6 +59,40 @@ def read_results(path: Path) -> dict[str, float | None]:
     results = files.read_json(path)
     _check_numbers(results, str(path))
     return results
+
+
+def write_intervals(folder: Path, scores: Mapping[str, Score]) -> None:
+    """Write the confidence intervals of scores to FOLDER/intervals.json. Those of other metrics in the file are kept."""
+    text = json.dumps({**read_intervals(folder), **intervals_of(scores)}, indent=2)
+    files.write_text(folder / _INTERVALS, text + "\n")
+
+
+def intervals_of(scores: Mapping[str, Score]) -> dict[str, dict[str, Interval]]:
+    """Return the confidence intervals of scores, as `read_intervals` does. Those that are not finite are left out."""
+    found = {
+        name: {unit: bounds for unit, bounds in score.intervals.items() if all(map(math.isfinite, bounds))}
+        for name, score in scores.items()
+    }
+    return {name: units for name, units in found.items() if units}
+
+
+def read_intervals(folder: Path) -> dict[str, dict[str, Interval]]:
+    """Read FOLDER/intervals.json: {metric: {unit that is resampled: (low, high)}}.
+
+    Returns: the intervals; an empty dictionary if there is no file or, with a warning, if it is damaged.
+    """
+    path = folder / _INTERVALS
+    if not path.exists():
+        return {}
+    try:
+        found = files.read_json(path)
+        return {
+            str(name): {str(unit): (float(low), float(high)) for unit, (low, high) in units.items()}
+            for name, units in found.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("%s is not as the run wrote it (%s); its intervals are left out", path, error)
+        return {}
 
 
 def read_refused(path: Path) -> list[dict[str, str]]:

@@ -13,7 +13,8 @@ from mmpretrain import files
 from mmpretrain.config import config_yaml
 from mmpretrain.reporting import pictures
 from mmpretrain.reporting.overview import overview
-from mmpretrain.reporting.records import read_metrics, read_refused, read_results
+from mmpretrain.reporting.progress import table_of
+from mmpretrain.reporting.records import read_intervals, read_metrics, read_refused, read_results
 
 FILE = "report.html"
 _PNG = b"\x89PNG\r\n"
@@ -50,7 +51,7 @@ def write(folder: Path) -> Path:
         _section(
             "Run", _table(overview(config_yaml.from_yaml(configuration, str(folder / "config.yaml")), facts, results))
         ),
-        _section("Scores", _table({name: _number(value) for name, value in scores.items()}, "number")),
+        _section("Scores", _scores(*table_of(scores, read_intervals(folder)))),
         _section("Curves", "".join(_curves(records))),
         _section("Throughput", _picture(_throughput(records), "pairs per second, and the part of time spent waiting")),
         _section("Pictures", "".join(_saved_pictures(folder / "pictures"))),
@@ -70,18 +71,22 @@ def _section(title: str, content: str) -> str:
     return f"<h2>{title}</h2>{content or '<p>none</p>'}"
 
 
-def _table(values: Mapping[str, str], kind: str = "text") -> str:
+def _table(values: Mapping[str, str]) -> str:
     rows = "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="{kind}">{html.escape(value)}</td></tr>'
-        for name, value in values.items()
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items()
     )
     return f"<table>{rows}</table>"
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+def _scores(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = [
+        f"<td>{html.escape(name)}</td>" + "".join(f'<td class="number">{html.escape(value)}</td>' for value in values)
+        for name, *values in rows
+    ]
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _embedded(data: bytes) -> str:

@@ -29,7 +29,7 @@ from mmpretrain.data.tokenizer import tokenizer_files
 from mmpretrain.models.huggingface import CONFIG_FILE
 from mmpretrain.reporting import report
 from mmpretrain.reporting.progress import print_results
-from mmpretrain.reporting.records import read_results
+from mmpretrain.reporting.records import read_intervals, read_results
 from mmpretrain.schedules import Clock, Duration, Schedule, TrainingProgress, first_difference, scheduled_values
 from mmpretrain.training import resume
 from mmpretrain.training.run_copy import RunCopy
@@ -262,4 +262,4 @@ def conclude(results: Mapping[str, float | None], folder: Path, rewrite: bool) -
     if distributed.is_main():
         if rewrite or not (folder / report.FILE).exists():
             report.write(folder)
-        print_results(results, folder)
+        print_results(results, folder, read_intervals(folder))

@@ -26,9 +26,10 @@ from mmpretrain.data.order import step_range
 from mmpretrain.errors import TrainingError
 from mmpretrain.reporting.profiling import profiled
 from mmpretrain.reporting.progress import ProgressBar
-from mmpretrain.reporting.records import finite, is_better
+from mmpretrain.reporting.records import finite, is_better, write_intervals
 from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Duration, Schedule, TrainingProgress
+from mmpretrain.scores import Score
 from mmpretrain.training import parallel, resume
 from mmpretrain.training.bad_steps import BadSteps
 from mmpretrain.training.diagnose import diagnose, show_examples, unchanged_buffers
@@ -78,7 +79,7 @@ class Evaluation(Protocol):
 
     def run(
         self, task: Task, samples: int, writer: RunWriter | None, check_stop: Callable[[], None]
-    ) -> dict[str, float]:
+    ) -> dict[str, Score]:
         """Run the evaluators that are due, and return their scores."""
         ...
 
@@ -502,16 +503,18 @@ class Trainer:
             store.write_scores(path, state.results, state.best)
         state.pending = None
 
-    def _scores(self) -> dict[str, float]:
+    def _scores(self) -> dict[str, Score]:
         """Return the scores of the evaluators that are due, also for the averaged weights if there are any. A collective."""
         samples = self.state.samples
         scores = self.evaluation.run(self.gather_full(), samples, self.writer, self._check_stop)
         if scores and self.average is not None:
             with self.average.applied():
                 averaged = self.evaluation.run(self.gather_full(), samples, None, self._check_stop)
-            scores |= {name.replace("/", "-ema/", 1): value for name, value in averaged.items()}
+            scores |= {name.replace("/", "-ema/", 1): score for name, score in averaged.items()}
         if scores:
             log.info("step %d  %s", self.state.step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+            if distributed.is_main():
+                write_intervals(self.folder, scores)
         return scores
 
     def _is_best(self, scores: Mapping[str, float]) -> bool:

@@ -464,7 +464,7 @@ def test_names_and_folders_reach_the_terminal_as_they_are(
     (run / "results.json").write_text(json.dumps({SPOOF: 1.0, "$\\frac{$": 2.0}))
     run.with_name("a[").mkdir()
     renamed = run.rename(run.with_name("a[") / "b] :smile:")  # its path has the mark [/b] in it
-    print_results(json.loads((renamed / "results.json").read_text()), renamed)
+    print_results(json.loads((renamed / "results.json").read_text()), renamed, {})
     assert analysis(["compare", str(renamed), "--curves", str(run.with_name("curves.png"))]) == 0
     shown = capsys.readouterr().out
     assert "\x1b[2J" not in shown and "\x07" not in shown and "\u202e" not in shown

@@ -18,7 +18,7 @@ from mmpretrain.errors import UsageError
         (["trainer.batchsize=1"], "unknown configuration key 'trainer.batchsize'; did you mean 'batch_size'?"),
         (
             ["eval=[nope]"],
-            "there is no eval 'nope'; expected one of: contrastive_loss, gallery, patch_similarity, projector, "
+            "there is no eval 'nope'; expected one of: contrastive_loss, few_shot, gallery, knn, linear_probe, patch_similarity, projector, "
             "retrieval, zero_shot",
         ),
         (

@@ -20,6 +20,7 @@ from mmpretrain.evals.base import Context, evaluate
 from mmpretrain.evals.embeddings import Classes, Embedded, EvalSet
 from mmpretrain.evals.zero_shot import ZeroShot
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.scores import Score
 from tests import tiny
 from tests.tars import write_tars
 
@@ -76,11 +77,13 @@ def embedded(images: Tensor, texts: Tensor, pairs: Sequence[tuple[int, int]]) ->
     """A data set whose embeddings are known."""
     return Embedded(
         images=F.normalize(images, dim=-1),
+        features=images,
         texts=F.normalize(texts, dim=-1),
         captions=[f"text {number}" for number in range(len(texts))],
         samples=torch.arange(len(images)),
         pairs=torch.tensor(pairs),
         labels=torch.full((len(images),), -1),
+        fields={},
         refused=[],
     )
 
@@ -94,7 +97,7 @@ def many_images(folder: Path, num_images: int = 50_001, num_classes: int = 40) -
     return make_context(data=make_set(folder, label="cls", classes=classes), _embedded={"val": data})
 
 
-def classify_many(folder: Path) -> tuple[dict[str, float], dict[str, str], int]:
+def classify_many(folder: Path) -> tuple[dict[str, Score], dict[str, str], int]:
     """Return (scores, hashes of the pictures, number of operations) of zero-shot classification on this rank."""
     context = many_images(folder)
     with FlopCounterMode(display=False) as counter:

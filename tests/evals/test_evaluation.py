@@ -180,7 +180,7 @@ def evaluation(folder: Path) -> Evaluation:
 def test_scores_become_floats(tmp_path: Path, score: Any) -> None:
     evaluator = type("Mine", (Precision,), {"__call__": lambda self, name, context: {"x": score}})()
     (value,) = evaluate({"mine": evaluator}, make_context(data=make_set(tmp_path))).values()
-    assert type(value) is float and value == float(score)
+    assert isinstance(value, float) and value == float(score)
 
 
 @pytest.mark.parametrize("scores", [3.0, None, {"x": "abc"}, {"x": None}, {"x": torch.ones(2)}, {"x": [1.0]}])

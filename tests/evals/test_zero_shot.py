@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmpretrain.evals.class_scores import class_scores, right_class_ranks
 from mmpretrain.evals.embeddings import Classes, embed_texts
-from mmpretrain.evals.zero_shot import ZeroShot, class_scores, read_classes, right_class_ranks
+from mmpretrain.evals.zero_shot import ZeroShot, read_classes
 from mmpretrain.reporting import pictures
 from tests.evals.held_out import LABELS, TOKENIZER, make_context, make_model, make_set
 
@@ -109,7 +110,7 @@ def test_scores_are_counted_with_ties_against_the_model() -> None:
         ]
     )
     labels = torch.tensor([0, 0, 4, 4, 3, 2, 2, 2])
-    scores = class_scores(right_class_ranks(similarity, labels), labels, 7)
+    scores = class_scores(right_class_ranks(similarity, labels), labels)
     # Classes 1, 5 and 6 have no image, and no recall that could enter the mean.
     assert scores == pytest.approx({"acc1": 2 / 8, "acc5": 5 / 8, "mean_per_class_recall": (1 / 2 + 1 / 3 + 0 + 0) / 4})
 
