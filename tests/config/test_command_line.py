@@ -16,11 +16,7 @@ from mmpretrain.errors import UsageError
     ("overrides", "line"),
     [
         (["trainer.batchsize=1"], "unknown configuration key 'trainer.batchsize'; did you mean 'batch_size'?"),
-        (
-            ["eval=[nope]"],
-            "there is no eval 'nope'; expected one of: contrastive_loss, few_shot, gallery, knn, linear_probe, patch_similarity, projector, "
-            "retrieval, zero_shot",
-        ),
+        (["writer=[nope]"], "there is no writer 'nope'; expected one of: mlflow, tensorboard, wandb"),
         (
             ["objective.infonce.config_path=x"],
             "objective.infonce.config_path is an argument that no YAML gives a value; add it: "
