@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.checkpoints.load import fit_tokenizer, preprocess_of
+from mmpretrain.checkpoints.loaded import fit_tokenizer, preprocess_of
 from mmpretrain.config import checks, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
 from mmpretrain.config.schema import EvalSetConfig, SplitConfig, StreamConfig, TrainConfig

@@ -18,7 +18,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mmpretrain import build, distributed, errors, files
-from mmpretrain.checkpoints.load import Loaded, load_checkpoint
+from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.checkpoints.loaded import Loaded
 from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EmbedConfig, Precision
 from mmpretrain.data.image_batches import split
@@ -66,8 +67,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # Inputs that the embeddings depend on. If any of them changed, earlier output is not reused.
     work = {
-        "checkpoint": hashlib.sha256((loaded.path / "manifest.json").read_bytes()).hexdigest(),
-        "ema": cfg.ema,
+        "weights": loaded.fingerprint,
         "precision": precision,
     }
     written = []

@@ -10,7 +10,8 @@ from typing import Any
 
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints import untrusted
-from mmpretrain.checkpoints.load import Loaded, checked, load_checkpoint
+from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.checkpoints.loaded import Loaded, checked
 from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision, SplitConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
@@ -73,12 +74,12 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
             "give one, such as +data.val.mine.shards=... with a caption, or a label and classes"
         )
     if distributed.is_main():
-        results = {**scores, "samples": loaded.state.get("samples", 0)}
+        results = {**scores, "samples": loaded.num_samples}
         intervals = intervals_of(scores)
         if cfg.output is not None:
             text = json.dumps({**finite(results), "intervals": intervals}, indent=2)
             files.write_text(Path(cfg.output), text + "\n")
-        print_results(results, loaded.path.parent.parent, intervals)
+        print_results(results, loaded.folder, intervals)
     return scores
 
 

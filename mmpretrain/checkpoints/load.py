@@ -6,17 +6,15 @@ no model larger than its weights is built. SECURITY.md describes the scope of th
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmpretrain.checkpoints import store, untrusted
+from mmpretrain.checkpoints import foreign, store, untrusted
+from mmpretrain.checkpoints.loaded import Loaded, fit_tokenizer, preprocess_of
 from mmpretrain.config import config_yaml, instantiate
-from mmpretrain.data.decode import MAX_IMAGE_BYTES
-from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.encoders import TextEncoder
 from mmpretrain.models.image_text import ImageTextModel
@@ -24,40 +22,6 @@ from mmpretrain.models.image_text import ImageTextModel
 # Numbers of elements below which a model or its buffers are never refused as too large.
 _SMALL_MODEL = 1 << 16
 _SMALL_BUFFERS = 1 << 28
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint's model, preprocessing, tokenizer, configuration and state."""
-
-    model: ImageTextModel
-    preprocess: Preprocess | None
-    """Preprocessing of images; None if the model has no image encoder."""
-    tokenizer: Tokenizer
-    scalars: Mapping[str, float]
-    """`logit_scale` (not its logarithm) and `logit_bias` of the first objective that learns them."""
-    config: Mapping[str, Any]
-    """Unresolved content of the run's config.yaml; use `setting` to read a checked value."""
-    path: Path
-    state: Mapping[str, Any]
-
-    def setting(self, key: str, annotation: Any) -> Any:
-        """Return a value of the run's configuration by its full name. Raises: ValueError if it does not have that type."""
-        value: Any = self.config
-        for name in key.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return checked(value, key, annotation)
-
-
-def checked(value: Any, key: str, annotation: Any) -> Any:
-    """Return a value of a run's configuration. Raises: ValueError if it has another type or an interpolation."""
-    for path, leaf in untrusted.leaves(value, key):
-        untrusted.check_text(leaf, f"config.yaml: {path}")
-    if not instantiate.accepts(value, annotation):
-        raise ValueError(
-            f"config.yaml: {key} is {value!r}; expected {instantiate.expected_type(annotation)}, as the run wrote it"
-        )
-    return value
 
 
 def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
@@ -133,54 +97,18 @@ def _numel(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def preprocess_of(model: ImageTextModel, max_image_bytes: int = MAX_IMAGE_BYTES) -> Preprocess | None:
-    """Return the preprocessing of a model's images in evaluation; None if it has no image encoder."""
-    if model.image is None:
-        return None
-    return Preprocess(
-        model.image.image_size, model.num_channels, model.squash, max_image_bytes, model.interpolation, model.crop_pct
-    )
-
-
-def fit_tokenizer(tokenizer: Tokenizer, text: TextEncoder) -> None:
-    """Check that a text encoder accepts a tokenizer's ids, and set its padding id if it adopts the tokenizer's.
-
-    Raises: ValueError if context length, vocabulary size or special ids do not fit.
-    """
-    if text.adopts_padding and tokenizer.pad_id is not None:
-        text.pad_id = tokenizer.pad_id
-    if tokenizer.context_length > text.context_length:
-        raise ValueError(
-            f"data.tokenizer.context_length is {tokenizer.context_length}; expected at most model.text.context_length = "
-            f"{text.context_length}: leave it out, or make the encoder's larger"
-        )
-    if tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(
-            f"model.text.vocab_size is {text.vocab_size}; expected at least the tokenizer's {tokenizer.vocab_size}: set it so"
-        )
-    for key, wanted, given in (
-        ("pad_id", text.pad_id, tokenizer.pad_id),
-        ("eos_id", text.end_id, tokenizer.end_id),
-    ):
-        if key == "pad_id" and given is None and text.adopts_padding:
-            continue  # a tokenizer without padding: the encoder uses its own
-        if wanted is not None and given != wanted:
-            raise ValueError(
-                f"the text encoder's {key} is {wanted}, and the tokenizer's is {given}; expected the same: "
-                f"model.text.{key}={given}, or another data.tokenizer"
-            )
-
-
 def load_checkpoint(
     run_or_checkpoint: str | Path,
     device: torch.device | str = "cpu",
     trust: Sequence[str] = (),
     ema: bool = False,
 ) -> Loaded:
-    """Build a checkpoint's model and load its weights. Objectives are not built. The network is never used.
+    """Build a checkpoint's model and load its weights. Objectives are not built.
+
+    The network is only used for published weights of open_clip and timm.
 
     Args:
-        run_or_checkpoint: a run's directory, or one of its checkpoints.
+        run_or_checkpoint: a run's directory, or one of its checkpoints; or a model of another library, as `foreign` reads it.
         device: device of the model.
         trust: names beyond mmpretrain's own that the checkpoint's configuration may use: modules, which are then imported,
             folders and hub names, spelled as in the configuration, and types of models of Hugging Face.
@@ -189,6 +117,10 @@ def load_checkpoint(
     Raises: ValueError if there is no valid checkpoint, it has no averaged weights, its configuration names other parts, or
         its files are not as a run writes them.
     """
+    if foreign.is_foreign(run_or_checkpoint):
+        if ema:
+            raise ValueError(f"{run_or_checkpoint} has no averaged weights; leave out ema")
+        return foreign.load(str(run_or_checkpoint), device)
     folder, path = find(run_or_checkpoint)
     source = folder / "config.yaml"
     saved = config_yaml.read(source)
@@ -221,8 +153,8 @@ def load_checkpoint(
         tokenizer=tokenizer,
         scalars=_scalars(tensors, list(saved["objective"]), path),
         config=saved,
-        path=path,
-        state=store.load_state(path),
+        folder=path.absolute().parent.parent,
+        num_samples=store.load_state(path).get("samples", 0),
     )
 
 

@@ -93,7 +93,8 @@ def print_results(results: Mapping[str, float | None], folder: Path, intervals: 
         table.add_row(*map(printable, row))
     console = Console(markup=False, emoji=False)  # names may contain rich's markup characters
     console.print(table)
-    console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)
+    if (folder / "checkpoints").is_dir():
+        console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)
     if (folder / "report.html").is_file():
         console.print(f"report:      {folder / 'report.html'}", soft_wrap=True)
     if (folder / "tensorboard").is_dir():

@@ -1,29 +1,22 @@
 """Initial weights of a run from another run, a file, or a pretrained model of open_clip."""
 
 import logging
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 
-import open_clip
-from open_clip.factory import load_state_dict
-from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.load import find
 from mmpretrain.checkpoints.open_clip import from_open_clip
+from mmpretrain.checkpoints.weights import published_weights, read_weights
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
 
 _NAMED = 8
-# Errors of a file without weights: another format, other objects, or no object (StopIteration in open_clip).
-_UNREADABLE = (
-    SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, StopIteration,
-)  # fmt: skip
 _IMAGE_POSITIONS = ("model.image.trunk.pos_embed", "model.image.visual.positional_embedding")
 
 
@@ -93,16 +86,10 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
     path = Path(source)
     if path.is_dir():
         return store.load_tensors(find(path)[1], "model")
-    file = path if path.is_file() else _download(source)
     try:
-        tensors: dict[str, Tensor] = load_state_dict(str(file))
-        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise TypeError("not all of it are tensors")
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"init_from={source}: its weights cannot be read ({type(error).__name__}); "
-            "expected a .safetensors, or a .pt that holds tensors alone"
-        ) from error
+        tensors = read_weights(path if path.is_file() else published_weights(source))
+    except ValueError as error:
+        raise ValueError(f"init_from={source}: {error}") from error
     if any(name.startswith(("model.", "objectives.")) for name in tensors):
         return tensors
     renamed = from_open_clip(task.model, tensors)
@@ -112,23 +99,3 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
         learned = [name for name in task.state_dict() if name.startswith("objectives.") and name.endswith(f".{leaf}")]
         ours |= {name: tensor.reshape(1) for name in learned or [f"objectives.{leaf}"]}
     return ours
-
-
-def _download(source: str) -> Path:
-    """Download the weights of an open_clip `<model>/<tag>`. Raises: ValueError if it is unknown or the download fails."""
-    name, _, tag = source.partition("/")
-    config = open_clip.get_pretrained_cfg(name, tag)
-    if not config:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        known = (
-            f"{name} has the tags {', '.join(tags)}"
-            if tags
-            else "expected a run, a file, or a <model>/<tag> of open_clip"
-        )
-        raise ValueError(f"init_from={source}: there is no such run or file, and open_clip does not know it; {known}")
-    try:
-        return Path(open_clip.download_pretrained(config))
-    except Exception as error:  # huggingface_hub, urllib and requests raise different exceptions
-        raise ValueError(
-            f"init_from={source}: open_clip cannot fetch it ({str(error).splitlines()[0]}); give the file itself"
-        ) from error
