@@ -6,11 +6,14 @@ Without torchrun there is one process, and collectives are no-ops.
 import faulthandler
 import os
 import re
+import statistics
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +36,7 @@ _ALIVE = "mmpretrain/alive/"
 _ANSWER_SECONDS, _LATE_ANSWER_SECONDS = 5.0, 0.1
 _START, _WELCOME_SECONDS = "mmpretrain/start", 1.0
 _timeouts: list[float] = []  # the timeout of a collective, last
+_restarts: deque[float] = deque(maxlen=4)  # times of the last calls of `restart_watchdog`, in seconds
 _broken: list[bool] = []  # non-empty after a collective has failed
 
 
@@ -85,18 +89,34 @@ def _own_store(store: dist.Store, rank: int, world_size: int, timeout_seconds: f
 
 
 def restart_watchdog() -> None:
-    """Write the stacks of this process to stderr unless the next call follows within the timeout of a collective.
+    """Write the stacks of this process to stderr if the next call comes later than the timeout of a collective.
 
-    The training loop calls it in every step. When a rank hangs, the collectives of the others fail first, which ends their
-    watchdogs: only the hanging rank writes its stacks, even if it hangs in C code.
+    A run calls it at its start and in every step. When a rank hangs, the collectives of the
+    others, which begin within a step, fail first, and that ends their watchdogs: only the hanging rank writes its stacks,
+    even if it hangs in C code. The usual time of a step is therefore added.
     """
     if dist.is_initialized():
-        faulthandler.dump_traceback_later(_timeouts[-1] + _ANSWER_SECONDS / 2, file=2)
+        _restarts.append(time.monotonic())
+        usual = (
+            statistics.median(after - before for before, after in pairwise(_restarts)) if len(_restarts) > 1 else 0.0
+        )
+        faulthandler.dump_traceback_later(_timeouts[-1] + usual + _ANSWER_SECONDS / 2, file=2)
+
+
+def stop_watchdog() -> None:
+    """End the watchdog of `restart_watchdog`: what follows may take longer than the timeout of a collective."""
+    _restarts.clear()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def within_timeout(seconds: float) -> float:
+    """Return at most .9 of the timeout of a collective: a rank that waits so long can say why before the others fail."""
+    return min(seconds, 0.9 * _timeouts[-1]) if dist.is_initialized() and world_size() > 1 else seconds
 
 
 def shut_down() -> None:
     """Destroy the process group, unless a collective has failed: it would then wait for the lost processes."""
-    faulthandler.cancel_dump_traceback_later()
+    stop_watchdog()
     if dist.is_initialized() and not _broken:
         dist.destroy_process_group()
 
@@ -119,7 +139,7 @@ def absent_ranks() -> list[int]:
 
     Rank 0 hosts the store through which the processes answer. If it does not respond, the result is [0].
     """
-    faulthandler.cancel_dump_traceback_later()
+    stop_watchdog()
     if not dist.is_initialized():
         return []
     _broken.append(True)

@@ -56,6 +56,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         check_writers(cfg.writer)
         device = build.device_of(cfg.trainer.device, "trainer.device")
         distributed.setup(device, cfg.parallel.timeout_seconds)
+        distributed.restart_watchdog()
         schedule: Schedule = instantiate.instantiate(cfg.schedule, cfg.run.seed, "schedule")
         folder = Path(str(cfg.run.dir))
         task, weights = build.build_task(cfg)
@@ -73,6 +74,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
             log.info("%s is finished; for another run change run.name or an override", folder)
             run_dir.conclude(scores, folder, rewrite=False)
             return scores
+        distributed.restart_watchdog()
         trainer = Trainer(Setup(cfg, clock, task, weights, streams, tokenizer), schedule, evaluation)
         if distributed.is_main():
             # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.

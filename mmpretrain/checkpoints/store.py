@@ -211,20 +211,28 @@ def prune(folder: Path, keep_last: int) -> None:
 def go_back(folder: Path, step: int) -> Path:
     """Delete the checkpoints after the newest valid one of at most `step` steps, point `latest` to it, and return it.
 
+    Corrupt ones of at most `step` steps are renamed to `corrupt_*`. `best` is deleted with the checkpoint that it names.
+
     Raises: CorruptCheckpoint if there is none; OSError.
     """
-    newest_first = _all(folder)
-    for i, path in enumerate(newest_first):
+    corrupt: list[Path] = []
+    for path in _all(folder):
         if _place(path) > _place(path_of(folder, step)):
             continue
         try:
             verify(path)
         except CorruptCheckpoint as error:
             log.warning("checkpoint passed over: %s; going back to the one before", error)
+            corrupt.append(path)
             continue
         files.write_text(folder / "latest", path.name + "\n")
-        for later in newest_first[:i]:
-            shutil.rmtree(later)
+        _set_aside(corrupt)
+        for later in _all(folder):
+            if _place(later) > _place(path):
+                shutil.rmtree(later)
+        best = folder / "best"
+        if best.exists() and not (folder / read_name(best)).exists():
+            best.unlink()
         return path
     raise CorruptCheckpoint(f"{folder} has no whole checkpoint of at most {step} steps")
 
@@ -351,15 +359,21 @@ def find_latest(folder: Path, set_aside: bool = False) -> Path | None:
             log.warning("checkpoint passed over: %s; going on from the one before", error)
             corrupt.append(path)
             continue
-        for bad in corrupt if set_aside else ():
-            shutil.rmtree(bad.with_name(f"corrupt_{bad.name}"), ignore_errors=True)
-            bad.rename(bad.with_name(f"corrupt_{bad.name}"))
+        if set_aside:
+            _set_aside(corrupt)
         return path
     if corrupt:
         raise CorruptCheckpoint(
             f"none of the {len(corrupt)} checkpoints in {folder} verifies; restore one, or remove the folder to begin anew"
         )
     return None
+
+
+def _set_aside(corrupt: Iterable[Path]) -> None:
+    """Rename corrupt checkpoints to `corrupt_*`, so that they are not found again."""
+    for bad in corrupt:
+        shutil.rmtree(bad.with_name(f"corrupt_{bad.name}"), ignore_errors=True)
+        bad.rename(bad.with_name(f"corrupt_{bad.name}"))
 
 
 def has(path: Path, part: str) -> bool:

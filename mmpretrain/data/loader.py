@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mmpretrain import distributed
 from mmpretrain.batch import Batch
 from mmpretrain.data.order import step_positions, step_range
 from mmpretrain.data.stream import Stream, StreamItem
@@ -155,7 +156,8 @@ def received(loader: DataLoader[Item], timeout_seconds: float) -> Generator[Item
 
     Args:
         loader: the loader; its workers are started by this call.
-        timeout_seconds: maximum time to wait for one item from the workers.
+        timeout_seconds: maximum time to wait for one item from the workers; in a group at most .9 of the timeout of its
+            collectives, so that the rank whose worker hangs tells of it before the others fail.
 
     Raises: LoaderError if a worker was killed or does not respond; any exception that a worker raises. All workers are
         killed first.
@@ -167,7 +169,7 @@ def received(loader: DataLoader[Item], timeout_seconds: float) -> Generator[Item
     if threading.current_thread() is threading.main_thread():
         # PyTorch's handler would raise the error of a dead worker anywhere in this process, even during a save.
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    return _received(iterator, iterator._workers, timeout_seconds)
+    return _received(iterator, iterator._workers, distributed.within_timeout(timeout_seconds))
 
 
 def _received(
@@ -194,7 +196,8 @@ def _received(
                 if time.monotonic() - began > timeout_seconds:
                     told = _stopped(workers) or _show_stack(iterator, workers)
                     raise LoaderError(
-                        f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds): {told}"
+                        f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds, and in a group at most .9 of "
+                        f"parallel.timeout_seconds): {told}"
                     ) from None
                 continue
             if isinstance(item, StopIteration):

@@ -45,12 +45,13 @@ class BadSteps:
         """Update the count after a step; `skipped` is a float32 scalar of 0 or 1."""
         self.in_a_row = (self.in_a_row + 1) * skipped
 
-    def check(self, flags: Mapping[str, float], step: int) -> None:
+    def check(self, flags: Mapping[str, float], step: int, is_taken_back: bool) -> None:
         """Log the samples of a skipped step.
 
         Args:
             flags: `skipped`, `bad_steps` (in a row, this one included) and spikes of the step; empty if they are not known.
             step: its number, from 1.
+            is_taken_back: whether the run rolls back, which has a limit of its own.
 
         Raises: TrainingError at the limit.
         """
@@ -66,7 +67,7 @@ class BadSteps:
                 positions = step_range(stream.batch_size, step - 1, self._clock, self._passed_over.get(name, 0))
                 keys = ", ".join(printable(stream.sample_key(position)) for position in positions)
                 log.warning("step %d skipped, %s; samples of %s: %s", step, reason, name, keys)
-        if flags["bad_steps"] >= self._limit:
+        if flags["bad_steps"] >= self._limit and not is_taken_back:
             raise TrainingError(
                 f"{int(flags['bad_steps'])} steps in a row were skipped, the last one since {reason}; the limit is "
                 f"trainer.max_bad_steps = {self._limit}: lower optimizer.lr, clip the gradient, or look at the samples "

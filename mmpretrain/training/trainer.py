@@ -221,6 +221,8 @@ class Trainer:
                 if not distributed.is_lost_peer(error):
                     raise
                 self._end_alone(error)
+            finally:
+                distributed.stop_watchdog()
         self._close()
         return self.results
 
@@ -229,6 +231,7 @@ class Trainer:
         setup, state, options, device = self.setup, self.state, self.cfg.trainer, self.device
         self.window = Window()
         self.gradient_watch = GradientWatch()
+        distributed.stop_watchdog()  # forgets how long the start took, which is no step
         with (
             closing(received(self.loader, self.cfg.data.timeout_seconds)) as batches,
             ProgressBar(self.num_steps, state.step, distributed.is_main()) as bar,
@@ -264,7 +267,7 @@ class Trainer:
                 before, after = state.samples, state.samples + self.batch_size
                 is_last = state.step + 1 == self.num_steps
                 known = self.flags.read()
-                self.bad_steps.check(known, state.step)
+                self.bad_steps.check(known, state.step, self._is_rollback_due(known))
                 if self._is_rollback_due(known):
                     return False
                 self.quarantine.add(refused)
@@ -296,7 +299,7 @@ class Trainer:
                     is_due = self._is_checkpoint_due()
                     if is_last or (known.get("stop") and not is_evaluated) or (is_due and self.rolls_back):
                         last = self.flags.read()
-                        self.bad_steps.check(last, state.step)
+                        self.bad_steps.check(last, state.step, self._is_rollback_due(last))
                         if self._is_rollback_due(last):
                             return False
                         self._mark_due(not spikes_in(last))

@@ -161,6 +161,16 @@ def test_damaged_checkpoint_is_set_aside_so_that_its_step_can_be_saved_again(tmp
     assert store.find_latest(tmp_path) == again
 
 
+def test_going_back_sets_damaged_ones_aside_and_forgets_a_best_one_that_is_gone(tmp_path: Path) -> None:
+    for step in (3, 6, 9, 12):
+        save(tmp_path, step, is_best=step == 6)
+    (tmp_path / "step_00000006" / "model.safetensors").write_bytes(b"")
+    assert store.go_back(tmp_path, 9).name == "step_00000009"
+    assert (tmp_path / "best").read_text() == "step_00000006\n"
+    assert store.go_back(tmp_path, 8).name == "step_00000003"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corrupt_step_00000006", "latest", "step_00000003"]
+
+
 def test_where_no_checkpoint_verifies_nothing_is_touched(tmp_path: Path) -> None:
     paths = [save(tmp_path, step) for step in (1, 2)]
     for path in paths:

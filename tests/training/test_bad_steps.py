@@ -250,14 +250,15 @@ def positions(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "positions-0.txt").read_text().split()]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "limit"), [(0, 1), (2, 10)])
 def test_a_rollback_goes_on_from_the_last_checkpoint_with_later_samples(
-    workers: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
+    workers: int, limit: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:
     overrides, environment = fragile
     finished = runs.train(
-        tmp_path, f"data.root={pairs}", *overrides, *ROLLBACK, f"data.workers={workers}", environment=environment
-    )
+        tmp_path, f"data.root={pairs}", *overrides, *ROLLBACK, f"data.workers={workers}",
+        f"trainer.max_bad_steps={limit}", environment=environment,
+    )  # fmt: skip
     assert finished.code == 0, finished.stderr
     assert re.search(r"step 11 skipped, its fragile loss lies \S+ robust standard deviations above", finished.stderr)
     assert "step 11: rolled back to step 8; the samples of the steps since then are passed over" in finished.stderr
@@ -388,6 +389,7 @@ def test_a_rollback_passes_over_a_damaged_checkpoint(
     finished = runs.train(tmp_path, *settings, environment=environment)
     assert finished.code == 0, finished.stderr
     assert "going back to the one before" in finished.stderr and "rolled back to step 30" in finished.stderr
+    assert (run / "checkpoints" / "corrupt_step_00000060").is_dir()
     assert json.loads((runs.checkpoints(run)[-1] / "state.json").read_text())["passed_over"] == {
         "pairs": (89 - 30) * 16
     }

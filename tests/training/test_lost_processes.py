@@ -76,6 +76,31 @@ class HangingCrop(RandomResizedCrop):
         return super().__call__(*args, **kwargs)
 
 
+class HangingCropOfRank1(HangingCrop):
+    def __call__(self, *args, **kwargs):
+        crop = HangingCrop if os.environ["RANK"] == "1" else RandomResizedCrop
+        return crop.__call__(self, *args, **kwargs)
+
+
+class StuckInfoNCE(InfoNCE):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if os.environ["RANK"] == "1":
+            wait_forever()
+
+
+class SlowEncoder(TimmEncoder):
+    def forward(self, *args, **kwargs):
+        threading.Event().wait(0.5)
+        return super().forward(*args, **kwargs)
+
+
+class SlowWriter(TimmEncoder):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        RunWriter.close = lambda self: threading.Event().wait(5.0)
+
+
 class DyingInfoNCE(InfoNCE):
     def after_step(self, *args):
         super().after_step(*args)
@@ -170,9 +195,11 @@ WHERE = re.compile(r"own.py\", line \d+ in wait_forever")
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_and_shows_where(pairs: Path, tmp_path: Path) -> None:
-    objective = ("objective=[infonce]", "objective.infonce._target_=own.HangingInfoNCE")
-    commands = train_some_steps(tmp_path, pairs, *objective, "parallel.timeout_seconds=4", world_size=2)
+@pytest.mark.parametrize("slow", [(), ("model.image._target_=own.SlowEncoder", "trainer.micro_batch_size=1")])
+def test_a_rank_that_hangs_is_named_and_shows_where(slow: tuple[str, ...], pairs: Path, tmp_path: Path) -> None:
+    """Also where the others compute for longer than they are given to answer, before they wait for it."""
+    objective = ("objective=[infonce]", "objective.infonce._target_=own.HangingInfoNCE", "eval=[]", *slow)
+    commands = train_some_steps(tmp_path, pairs, *objective, "parallel.timeout_seconds=6", world_size=2)
     (tmp_path / "hang").touch()
     left = commands[0].wait()
     assert left.code == 1, left.stderr
@@ -195,6 +222,36 @@ def test_a_worker_that_hangs_is_named_and_shows_where(pairs: Path, tmp_path: Pat
     assert len(WHERE.findall(finished.stderr)) == 1
     (saved,) = runs.checkpoints(tmp_path / "run")
     assert f"goes on from step {int(saved.name.removeprefix('step_'))}" in finished.stderr
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_in_a_group_is_named_before_the_others_fail(pairs: Path, tmp_path: Path) -> None:
+    transform = ("data.train.pairs.transform._target_=own.HangingCropOfRank1", "data.workers=1")
+    commands = train_some_steps(tmp_path, pairs, *transform, "parallel.timeout_seconds=6", world_size=2)
+    (tmp_path / "hang").touch()
+    others, hanging = (command.wait() for command in commands)
+    assert others.code == hanging.code == 1, hanging.stderr
+    assert re.search(r"error: step \d+: no batch came in 5.4 seconds .* hangs", hanging.stderr), hanging.stderr
+    assert WHERE.search(hanging.stderr), hanging.stderr
+    assert re.search(r"error: step \d+: rank 1 is lost", others.stderr), others.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_before_the_first_step_shows_where(pairs: Path, tmp_path: Path) -> None:
+    objective = ("objective=[infonce]", "objective.infonce._target_=own.StuckInfoNCE")
+    commands = start(tmp_path, pairs, *objective, "parallel.timeout_seconds=4", world_size=2)
+    assert "error: before training began, rank 1 was lost" in commands[0].wait().stderr
+    commands[1].wait_for(lambda: bool(WHERE.search(commands[1].stderr)), "its stack")
+    kill(commands[1])
+
+
+@pytest.mark.slow
+def test_what_comes_after_the_last_step_may_take_long(pairs: Path, tmp_path: Path) -> None:
+    settings = ("model.image._target_=own.SlowWriter", "trainer.duration=2steps", "parallel.timeout_seconds=1")
+    for command in start(tmp_path, pairs, *settings, "eval=[]", world_size=2):
+        finished = command.wait()
+        assert finished.code == 0, finished.stderr
+        assert "most recent call first" not in finished.stderr
 
 
 def test_a_rank_that_is_lost_before_training_is_named(pairs: Path, tmp_path: Path) -> None:
