@@ -169,11 +169,13 @@ def received(loader: DataLoader[Item], timeout_seconds: float) -> Generator[Item
     if threading.current_thread() is threading.main_thread():
         # PyTorch's handler would raise the error of a dead worker anywhere in this process, even during a save.
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
-    return _received(iterator, iterator._workers, distributed.within_timeout(timeout_seconds))
+    limit = distributed.within_timeout(timeout_seconds)
+    option = "data.timeout_seconds" if limit == timeout_seconds else ".9 of parallel.timeout_seconds"
+    return _received(iterator, iterator._workers, limit, option)
 
 
 def _received(
-    iterator: Iterator[Item], workers: list[BaseProcess], timeout_seconds: float
+    iterator: Iterator[Item], workers: list[BaseProcess], timeout_seconds: float, option: str
 ) -> Generator[Item, None, None]:
     taken: queue.Queue[Item | BaseException] = queue.Queue(maxsize=1)
     is_wanted = True
@@ -195,10 +197,7 @@ def _received(
                 _check_alive(workers)
                 if time.monotonic() - began > timeout_seconds:
                     told = _stopped(workers) or _show_stack(iterator, workers)
-                    raise LoaderError(
-                        f"no batch came in {timeout_seconds:g} seconds (data.timeout_seconds, and in a group at most .9 of "
-                        f"parallel.timeout_seconds): {told}"
-                    ) from None
+                    raise LoaderError(f"no batch came in {timeout_seconds:g} seconds ({option}): {told}") from None
                 continue
             if isinstance(item, StopIteration):
                 return

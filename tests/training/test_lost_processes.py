@@ -231,7 +231,10 @@ def test_a_worker_that_hangs_in_a_group_is_named_before_the_others_fail(pairs: P
     (tmp_path / "hang").touch()
     others, hanging = (command.wait() for command in commands)
     assert others.code == hanging.code == 1, hanging.stderr
-    assert re.search(r"error: step \d+: no batch came in 5.4 seconds .* hangs", hanging.stderr), hanging.stderr
+    assert re.search(
+        r"error: step \d+: no batch came in 5.4 seconds \(.9 of parallel.timeout_seconds\): worker 0 .* hangs",
+        hanging.stderr,
+    ), hanging.stderr
     assert WHERE.search(hanging.stderr), hanging.stderr
     assert re.search(r"error: step \d+: rank 1 is lost", others.stderr), others.stderr
 
