@@ -43,7 +43,7 @@ def published_weights(source: str) -> Path:
             if tags
             else "expected a run, a file, or a <model>/<tag> of open_clip"
         )
-        raise ValueError(f"there is no such run or file, and open_clip does not know it; {known}")
+        raise ValueError(f"there is no such file, and open_clip does not know it; {known}")
     try:
         return Path(open_clip.download_pretrained(config))
     except Exception as error:  # huggingface_hub, urllib and requests raise different exceptions

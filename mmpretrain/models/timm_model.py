@@ -1,8 +1,10 @@
 """Image models of timm by name, with the preprocessing that timm evaluates them with."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import timm.data
 from torch import nn
 
@@ -25,6 +27,9 @@ def timm_model(
 
     Raises: ValueError if timm does not know the name or rejects an argument, or the model's images are not square or padded.
     """
+    if not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models())) or "those of timm.list_models()"
+        raise ValueError(f"model.name is {name!r}; expected a model of timm, such as {near}")
     config = _evaluation_config(name)
     encoder = TimmEncoder(name, image_size or config["input_size"][-1], args)
     return ImageTextModel(
@@ -40,11 +45,10 @@ def timm_model(
 
 
 def _evaluation_config(name: str) -> dict[str, Any]:
-    """Return timm's preprocessing of a model, by its name alone; the defaults for an unknown one."""
-    published = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    config: dict[str, Any] = timm.data.resolve_data_config(
-        pretrained_cfg={} if published is None else published.to_dict()
-    )
+    """Return timm's preprocessing of a model, by its name alone. Raises: ValueError if it cannot be expressed here."""
+    published = timm.get_pretrained_cfg(name)
+    given = {"input_size": (3, 224, 224)} if published is None else published.to_dict()
+    config: dict[str, Any] = timm.data.resolve_data_config(pretrained_cfg=given)
     if config["crop_mode"] == "border" or config["input_size"][-2] != config["input_size"][-1]:
         raise ValueError(
             f"model.name={name} has images of {list(config['input_size'])} and crop_mode {config['crop_mode']}; expected "

@@ -153,7 +153,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere", r"^init_from=nowhere: there is no such run or file, and open_clip does not know it"),
+        ("nowhere", r"^init_from=nowhere: there is no such file, and open_clip does not know it"),
         ("ViT-B-32/nope", r"ViT-B-32 has the tags openai, laion400m_e31"),
         ("/tmp", r"holds no checkpoint"),
     ],
