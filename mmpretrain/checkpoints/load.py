@@ -153,7 +153,7 @@ def load_checkpoint(
         tokenizer=tokenizer,
         scalars=_scalars(tensors, list(saved["objective"]), path),
         config=saved,
-        folder=path.absolute().parent.parent,
+        folder=folder,
         num_samples=store.load_state(path).get("samples", 0),
     )
 

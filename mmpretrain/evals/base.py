@@ -79,6 +79,15 @@ class Context:
         return [name for name in self.image_sets if self.sets[name].label is not None]
 
     @property
+    def classified_sets(self) -> list[str]:
+        """Names of the data sets with images, labels and classes."""
+        return [name for name in self.labelled_sets if self.sets[name].classes is not None]
+
+    def sets_with(self, *fields: str) -> list[str]:
+        """Return the names of the data sets with images and all of these further fields."""
+        return [name for name in self.image_sets if set(fields) <= self.sets[name].fields.keys()]
+
+    @property
     def trainable_sets(self) -> list[str]:
         """Names of the data sets with images, labels and a training split."""
         return [name for name in self.labelled_sets if self.sets[name].train is not None]

@@ -76,6 +76,13 @@ def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
     return [partial(template.replace, "{}") for template in templates]
 
 
+def class_embeddings(classes: Classes, context: Context) -> Tensor:
+    """Return the mean of each class's text embeddings at unit length, float32 [C, e]. A collective."""
+    rows = context.embedded_texts([text for group in classes.texts for text in group])
+    groups = rows.split([len(group) for group in classes.texts])
+    return F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
+
+
 class ZeroShot:
     """Classify images by the mean of each class's text embeddings.
 
@@ -94,17 +101,14 @@ class ZeroShot:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with classes and labels."""
-        return [name for name in context.labelled_sets if context.sets[name].classes is not None]
+        return context.classified_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, Score]:
         """Return `acc1`, `acc5` and `mean_per_class_recall`, and show the picture `confusion`."""
         classes = context.sets[name].classes
         assert classes is not None
         embedded = context.embedded(name)
-        texts = [text for group in classes.texts for text in group]
-        rows = context.embedded_texts(texts)
-        groups = rows.split([len(group) for group in classes.texts])
-        weights = F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
+        weights = class_embeddings(classes, context)
         predicted, ranks = self._classify(embedded.images, embedded.labels, weights)
         if distributed.is_main():
             counts, shown = _confusion(predicted, embedded.labels)

@@ -17,6 +17,9 @@ from mmpretrain.scores import Interval
 log = logging.getLogger(__name__)
 
 
+_FILE_WIDTH = 120  # of a table that is written to a file
+
+
 class ProgressBar:
     """Progress with loss, pairs per second and time left: a bar on a terminal, else one line per logged step."""
 
@@ -88,10 +91,11 @@ def print_results(results: Mapping[str, float | None], folder: Path, intervals: 
     columns, rows = table_of(results, intervals)
     table = Table(title=printable(str(folder)), title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
-    console = Console(markup=False, emoji=False)  # names may contain rich's markup characters
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    console = Console(markup=False, emoji=False, width=width)  # names may contain rich's markup characters
     console.print(table)
     if (folder / "checkpoints").is_dir():
         console.print(f"checkpoints: {folder / 'checkpoints'}", soft_wrap=True)

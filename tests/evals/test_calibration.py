@@ -1,0 +1,70 @@
+"""Calibration of zero-shot probabilities: by hand, and by scipy's minimum."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+from mmpretrain.evals.base import Context, evaluate
+from mmpretrain.evals.calibration import Calibration, best_temperature, calibration_error
+from mmpretrain.evals.embeddings import Classes
+from mmpretrain.evals.zero_shot import class_embeddings
+from tests.evals.held_out import LABELS, embedded, make_context, make_set
+
+CLASSES = Classes(LABELS, [[f"a {name}", f"the {name}"] for name in LABELS])
+
+
+def test_the_error_is_the_weighted_gap_of_accuracy_and_confidence() -> None:
+    probabilities = torch.tensor([[0.9, 0.1], [0.85, 0.15], [0.4, 0.6], [0.2, 0.8], [0.5, 0.5]])
+    labels = torch.tensor([0, 1, 1, 1, 1])
+    # Bins of width .25: (.25, .5] has .5 (wrong), (.5, .75] has .6 (right), (.75, 1] has .9 (right), .85 (wrong), .8 (right).
+    expected = (abs(0 - 0.5) + abs(1 - 0.6) + abs(2 - 2.55)) / 5
+    assert calibration_error(probabilities, labels, 4) == pytest.approx(expected)
+    assert calibration_error(torch.eye(3), torch.arange(3), 15) == 0
+
+
+def test_the_temperature_minimises_the_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(200, 5, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial((logits / 2.5).softmax(1), 1, generator=generator)[:, 0]
+
+    def loss(log_t: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logits / np.exp(log_t), labels))
+
+    expected = np.exp(scipy.optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}).x)
+    assert best_temperature(logits, labels) == pytest.approx(expected, rel=1e-4)
+
+
+def context(folder: Path, logit_scale: float | None) -> Context:
+    data = make_set(folder, label="cls", classes=CLASSES)
+    found = make_context(data=data, logit_scale=logit_scale)
+    texts = class_embeddings(CLASSES, found)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 3, (400,), generator=generator)
+    images = texts[labels] + torch.randn(400, texts.shape[1], generator=generator) * texts.std() * 2
+    rows = replace(embedded(images, torch.zeros(0, texts.shape[1]), []), labels=labels)
+    return replace(found, _embedded={"val": rows})
+
+
+def test_one_temperature_mends_probabilities_that_are_too_sure(tmp_path: Path) -> None:
+    scores = evaluate({"calibration": Calibration()}, context(tmp_path, 500.0))
+    assert scores["eval-val/ece"] > 0.1 > scores["eval-val/ece_scaled"]
+    assert scores["eval-val/nll"] > scores["eval-val/nll_scaled"]
+    assert scores["eval-val/temperature"] > 2
+    low, high = scores["eval-val/ece"].intervals["sample"]
+    assert low < scores["eval-val/ece"] < high
+
+
+def test_a_collapsed_model_has_the_loss_of_chance(tmp_path: Path) -> None:
+    found = context(tmp_path, 100.0)
+    constant = replace(found._embedded["val"], images=torch.zeros_like(found._embedded["val"].images))
+    scores = evaluate({"calibration": Calibration()}, replace(found, _embedded={"val": constant}))
+    assert scores["eval-val/nll"] == pytest.approx(np.log(3)) == scores["eval-val/nll_scaled"]
+
+
+def test_a_run_without_logit_scale_has_no_probabilities(tmp_path: Path) -> None:
+    assert Calibration().applicable_datasets(context(tmp_path, None)) == []
+    assert Calibration().applicable_datasets(context(tmp_path, 1.0)) == ["val"]

@@ -1,0 +1,50 @@
+"""Scores by group: means of the group's images, the worst one, and the gap."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mmpretrain.evals.base import evaluate
+from mmpretrain.evals.embeddings import Classes
+from mmpretrain.evals.fairness import Fairness
+from mmpretrain.evals.zero_shot import class_embeddings
+from tests.evals.held_out import LABELS, embedded, make_context, make_set
+
+CLASSES = Classes(LABELS, [[name] for name in LABELS])
+GROUPS = ["a"] * 4 + ["b/c"] * 4 + ["small"]
+
+
+def test_groups_have_the_accuracy_of_their_images(tmp_path: Path) -> None:
+    data = make_set(tmp_path, label="cls", classes=CLASSES, fields={"group": "json.group"})
+    context = make_context(data=data)
+    texts = class_embeddings(CLASSES, context)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0])
+    predicted = torch.tensor([0, 1, 2, 1, 1, 0, 0, 0, 0])
+    rows = replace(embedded(texts[predicted], texts[:0], []), labels=labels, fields={"group": GROUPS})
+    context = replace(context, _embedded={"val": rows})
+    scores = evaluate({"fairness": Fairness(min_samples=4)}, context)
+    assert scores == {
+        "eval-val/group_acc1_a": 0.75, "eval-val/group_acc1_b_c": 0.5, "eval-val/worst_group_acc1": 0.5,
+        "eval-val/group_acc1_gap": 0.25,
+    }  # fmt: skip
+    assert set(scores["eval-val/worst_group_acc1"].intervals) == {"sample"}
+    assert evaluate({"fairness": Fairness(min_samples=10)}, context) == {}
+
+
+def test_without_classes_the_captions_of_the_images_are_sought(tmp_path: Path) -> None:
+    texts = torch.eye(3, 4)
+    images = texts[[0, 1, 1, 0]]
+    rows = embedded(images, texts, [(0, 0), (1, 1), (2, 2), (3, 0)])
+    rows = replace(rows, fields={"group": ["x", "x", "y", "y"]})
+    data = make_set(tmp_path, fields={"group": "json.group"})
+    scores = evaluate({"fairness": Fairness(min_samples=2)}, make_context(data=data, _embedded={"val": rows}))
+    assert scores["eval-val/group_text_retrieval_recall@1_x"] == 1
+    assert scores["eval-val/group_text_retrieval_recall@1_gap"] == 0.5
+
+
+def test_it_needs_the_field_and_classes_or_captions(tmp_path: Path) -> None:
+    fields = {"group": "json.number"}
+    for lacking in (make_set(tmp_path), make_set(tmp_path, caption=None, fields=fields)):
+        assert Fairness().applicable_datasets(make_context(data=lacking)) == []
+    assert Fairness().applicable_datasets(make_context(data=make_set(tmp_path, fields=fields))) == ["val"]
