@@ -53,7 +53,7 @@ def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "Clip
     (folder / "config.yaml").write_text(config_yaml.to_yaml(plain))
     optimizer = {"model.image_projection.weight/step": torch.ones(())}
     parts = {"model": task.state_dict(), "optimizer": optimizer}
-    store.save(folder / "checkpoints", step, parts, {"samples": 640}, keep_last=0)
+    store.save(folder / "checkpoints", step, parts, {"samples": 128 * step}, keep_last=0)
     return task
 
 

@@ -22,7 +22,8 @@ def test_other_processes_show_no_progress(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_table_has_every_result_and_says_where_things_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tensorboard").mkdir()
+    for name in ("checkpoints", "tensorboard"):
+        (tmp_path / name).mkdir()
     print_results({"eval-val/acc1": 0.51239, "samples": 1234567}, tmp_path, {})
     shown = capsys.readouterr().out
     for fragment in ("eval-val/acc1", "0.5124", "1,234,567", f"{tmp_path}/checkpoints", f"--logdir {tmp_path}"):
