@@ -66,12 +66,12 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         task = task.to(device)
         if cfg.trainer.dry_run:
             return dry_run(Setup(cfg, clock, task, weights, streams, tokenizer))
-        run_copy = run_dir.restored(cfg, folder)
         # Keep the file open until the end of the run: closing it would release the lock.
-        lock = run_dir.open_run(cfg, folder, schedule, clock, streams)
+        lock, run_copy = run_dir.open_run(cfg, folder, schedule, clock, streams)
         if (scores := run_dir.finished(folder, clock, streams, cfg.checkpoint.keep_last)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
-            run_dir.conclude(scores, folder, rewrite=False)
+            with run_copy:  # which an earlier process may have left incomplete
+                run_dir.conclude(scores, folder, rewrite=False)
             return scores
         trainer = Trainer(Setup(cfg, clock, task, weights, streams, tokenizer), schedule, evaluation)
         if distributed.is_main():
