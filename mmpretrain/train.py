@@ -78,9 +78,9 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
             # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.
             run_dir.write_configuration(cfg, folder)
             run_dir.write_facts(trainer.setup, folder)
-    with enough_space(folder), run_copy:
+    with enough_space(folder), run_copy as complete_copy:
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
-            results = trainer.run()
+            results = trainer.run(complete_copy)
         run_dir.conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,105 @@ def test_the_length_of_the_copy_is_checked_like_that_of_the_folder(
     given = ("trainer.duration=20steps", "optimizer.lr=1e-4", f"run.sync_to={copy_of_another}")
     finished = runs.trained(tmp_path, pairs, *given, code=2)
     assert '(trainer.duration: "10steps" -> "20steps": schedule would have had another value' in finished.stderr
+
+
+OWN_STORAGE = """
+import os
+import signal
+import sys
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from mmpretrain.models.vit import TimmEncoder
+
+
+class Slow(LocalFileSystem):
+    protocol = "slow"
+
+    def put_file(self, path1, path2, **kwargs):
+        if Path("hold").exists():
+            Path("hold").read_bytes()  # a pipe: until the test closes it
+        super().put_file(path1, path2, **kwargs)
+
+    def unstrip_protocol(self, name):
+        return f"slow://{self._strip_protocol(name)}"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("slow://"))
+
+
+class Encoder(TimmEncoder):
+    pass
+
+
+def requeue(number, frame):
+    Path("at_requeue").write_text(" ".join(str(path) for path in Path("copy").rglob("manifest.json")))
+    sys.exit(0)
+
+
+fsspec.register_implementation("slow", Slow)
+if "SUBMITIT_EXECUTOR" in os.environ:
+    signal.signal(signal.SIGUSR2, requeue)
+"""
+
+
+def start_with_slow_storage(folder: Path, pairs: Path, **environment: str) -> runs.Command:
+    """A long run that has taken some steps. Its storage stops while the pipe `hold` exists."""
+    (folder / "own.py").write_text(OWN_STORAGE)
+    command = runs.start_train(
+        folder,
+        "trainer.duration=100000steps",
+        "schedule=constant",
+        "checkpoint.every=100000steps",
+        f"data.root={pairs}",
+        "model.image._target_=own.Encoder",
+        f"run.sync_to=slow://{folder / 'copy'}",
+        environment={"PYTHONPATH": str(folder), **environment},
+    )
+    command.wait_for(lambda: runs.num_records(folder / "run") >= 3, "some steps")
+    return command
+
+
+def writer_of(pipe: Path) -> int | None:
+    """A pipe's end to write to, once a process waits at the other end."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        assert error.errno == errno.ENXIO
+        return None
+
+
+def test_further_signals_do_not_end_the_last_copying(pairs: Path, tmp_path: Path) -> None:
+    command, pipe = start_with_slow_storage(tmp_path, pairs), tmp_path / "hold"
+    os.mkfifo(pipe)
+    command.send(signal.SIGTERM)
+    command.wait_for(lambda: "stopped by a signal at step" in command.stderr, "the end")
+    ends: list[int | None] = []
+    command.wait_for(lambda: ends.append(writer_of(pipe)) or ends[-1], "a file that is being copied")
+    command.send(signal.SIGTERM)
+    command.wait_for(lambda: not int(pending(command.pid), 16), "the handler of the signal")
+    pipe.unlink()
+    os.close(ends[-1] or 0)
+    assert command.wait().code == 85
+    assert_copied(tmp_path / "run", tmp_path / "copy")
+
+
+def pending(pid: int) -> str:
+    """The mask of signals that a process has not handled yet."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith("ShdPnd"))
+
+
+def test_a_job_is_requeued_after_the_last_copying(pairs: Path, tmp_path: Path) -> None:
+    command = start_with_slow_storage(tmp_path, pairs, SUBMITIT_EXECUTOR="local")
+    command.send(signal.SIGUSR2)
+    finished = command.wait()
+    assert finished.code == 0, finished.stderr
+    (saved,) = runs.checkpoints(tmp_path / "run")
+    assert (tmp_path / "at_requeue").read_text() == f"copy/checkpoints/{saved.name}/manifest.json"
 
 
 def save(folder: Path, step: int, **state: int) -> Path:
