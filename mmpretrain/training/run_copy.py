@@ -54,9 +54,7 @@ class RunCopy:
         self._remote = Remote(seconds)
         self._copied: dict[str, tuple[int, int]] = {}
         self._elsewhere: set[str] = set()  # checkpoints of the copy that the folder lacks
-        self._stale: set[str] = (
-            set()
-        )  # those that are incomplete or damaged there, or that the folder has with other content
+        self._stale: set[str] = set()  # those that are incomplete or damaged, or that differ from the folder's
         self._pointed: dict[str, str | None] = {}  # checkpoints that `latest` and `best` of the copy name
         self._changing_at = 0.0
         self._has_warned = False
@@ -83,13 +81,15 @@ class RunCopy:
         damaged = set(newer[: newer.index(restored)] if restored else newer)
         if damaged and not restored and not own:
             raise ValueError(
-                f"run.sync_to: none of the {len(damaged)} checkpoints in {self._place} is whole, "
-                f"such as {warnings[0]}; restore one, or remove the copy to begin anew"
+                f"run.sync_to: none of the {len(damaged)} checkpoints in {self._place} is whole ({warnings[0]}); restore "
+                "one, or remove the copy to begin anew"
             )
         if restored:
             due = store.load_state(self._partial(restored)).get("due_step")
-            wanted = {self._pointed["best"], store.path_of(self._checkpoints, due).name if due else None} - {restored}
-            further = [name for name in complete if name in wanted and not self._is_same(name)]
+            wanted = {self._pointed["best"]}
+            if isinstance(due, int) and due > 0:
+                wanted.add(store.path_of(self._checkpoints, due).name)
+            further = [name for name in complete if name in wanted - {restored} and not self._is_same(name)]
             fetched = [name for name in further if self._fetch_checkpoint(names, name, warnings)]
             damaged.update(set(further) - set(fetched))
             self._place_fetched(names, [*fetched, restored])
@@ -294,11 +294,14 @@ class RunCopy:
                 self._pointed[pointer] = name
 
     def _remove_surplus(self) -> None:
-        """Remove the checkpoints that the run has deleted, but none that `latest` or `best` of the copy names."""
-        complete, latest = self._complete(), self._pointed.get("latest")
-        kept = {*self._own(), *self._pointed.values()}
+        """Remove the checkpoints that the run has deleted, but none that `latest` or `best` of the copy names, and none of
+        the newest `keep_last` that are complete there.
+        """
+        own, latest = self._own(), self._pointed.get("latest")
+        kept = {*own, *self._pointed.values()}
         # Checkpoints that another machine has copied become surplus like the folder's own (see `store.prune`).
-        kept |= self._elsewhere.intersection(complete[: self._keep_last or None])
+        before = [name for name in self._complete() if not own or _age(name) <= _age(own[0])]
+        kept |= set(before[: self._keep_last]) if self._keep_last else self._elsewhere
         passed = {name for name in self._stale if latest is not None and _age(name) < _age(latest)}
         for checkpoint in ({_checkpoint_of(name) for name in self._copied} | self._elsewhere | passed) - kept - {""}:
             self._remove(checkpoint)

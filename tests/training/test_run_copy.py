@@ -328,6 +328,20 @@ def test_a_slow_copy_always_has_a_whole_checkpoint(tmp_path: Path) -> None:
     assert not list((run / "checkpoints").glob(".*")), "held no longer"
 
 
+def test_a_slow_copy_has_as_many_whole_checkpoints_as_the_run(tmp_path: Path) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    there = RunCopy(run, str(copy), 1.0, 2)
+    for step in (1, 2):
+        save(run, step)
+    update(there)
+    for step in (3, 4, 5):
+        save(run, step)
+    store.prune(run / "checkpoints", 2)
+    for steps in ([2, 5], [4, 5]):
+        there.update()
+        assert whole_steps(copy) == steps
+
+
 def test_the_best_checkpoint_of_the_copy_stays_until_another_is_copied(tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "copy"
     for step in (1, 2):
@@ -449,7 +463,8 @@ def test_a_copy_without_any_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     update(RunCopy(run, str(copy), 1.0, 0))
     lengthen(runs.checkpoints(copy)[0])
     with pytest.raises(
-        ValueError, match=r"none of the 1 checkpoints in .* is whole, such as .*; restore one, or remove"
+        ValueError,
+        match=r"none of the 1 checkpoints in .* is whole [(].* has \d+ bytes, expected \d+[)]; restore one, or",
     ):
         RunCopy(fresh, str(copy), 1.0, 0).restore()
     assert names(fresh) == set()
