@@ -67,12 +67,12 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         task = task.to(device)
         if cfg.trainer.dry_run:
             return dry_run(Setup(cfg, clock, task, weights, streams, tokenizer))
-        run_copy = run_dir.restored(cfg, folder)
         # Keep the file open until the end of the run: closing it would release the lock.
-        lock = run_dir.open_run(cfg, folder, schedule, clock, streams)
+        lock, run_copy = run_dir.open_run(cfg, folder, schedule, clock, streams)
         if (scores := run_dir.finished(folder, clock, streams, cfg.checkpoint.keep_last)) is not None:
             log.info("%s is finished; for another run change run.name or an override", folder)
-            run_dir.conclude(scores, folder, rewrite=False)
+            with run_copy:  # which an earlier process may have left incomplete
+                run_dir.conclude(scores, folder, rewrite=False)
             return scores
         distributed.restart_watchdog()
         trainer = Trainer(Setup(cfg, clock, task, weights, streams, tokenizer), schedule, evaluation)
@@ -80,9 +80,9 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
             # Written last: after a usage error above, the corrected configuration must not conflict with a saved one.
             run_dir.write_configuration(cfg, folder)
             run_dir.write_facts(trainer.setup, folder)
-    with enough_space(folder), run_copy:
+    with enough_space(folder), run_copy as complete_copy:
         with torch.autograd.set_detect_anomaly(cfg.trainer.detect_anomaly):
-            results = trainer.run()
+            results = trainer.run(complete_copy)
         run_dir.conclude(results, folder, rewrite=True)
     if lock is not None:
         lock.close()

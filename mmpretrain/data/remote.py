@@ -26,6 +26,8 @@ Result = TypeVar("Result")
 
 _SILENT_SECONDS = 20.0
 """Time without a byte after which a request is given up and repeated."""
+_SLOWEST = float(1 << 20)
+"""Bytes a second that the sending of a file is waited for at least, whatever the deadline."""
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRET = re.compile(
@@ -145,9 +147,17 @@ class Remote:
         """Copy a file as it is now to an object, which is replaced. Raises: Unreachable; FileNotFoundError."""
 
         def attempt(fs: Any, place: str, seconds: float) -> None:
-            if not fs.async_impl:  # a file system with folders
-                fs.makedirs(fs._parent(place), exist_ok=True)
-            _call(fs, "put_file", seconds, str(path), place)
+            _make_parent(fs, place)
+            _call(fs, "put_file", max(seconds, path.stat().st_size / _SLOWEST), str(path), place)
+
+        self._patiently(url, attempt, "written")
+
+    def write(self, url: str, content: bytes) -> None:
+        """Write an object, which is replaced. Raises: Unreachable."""
+
+        def attempt(fs: Any, place: str, seconds: float) -> None:
+            _make_parent(fs, place)
+            _call(fs, "pipe_file", seconds, place, content)
 
         self._patiently(url, attempt, "written")
 
@@ -162,12 +172,12 @@ class Remote:
 
     def _patiently(self, url: str, attempt: Callable[[Any, str, float], Result], done: str = "read") -> Result:
         """Call `attempt(file system, path, seconds left)` until it succeeds, fails for good, or the deadline is over."""
-        deadline = time.monotonic() + self.deadline_seconds
+        began = time.monotonic()
         pause = _FIRST_PAUSE_SECONDS
         while True:
             try:
                 fs, path = file_system(url)
-                return attempt(fs, path, max(deadline - time.monotonic(), 0.001))
+                return attempt(fs, path, max(began + self.deadline_seconds - time.monotonic(), 0.001))
             except (Unreachable, ValueError, NotImplementedError):
                 raise
             except Exception as error:  # each file system has exceptions of its own
@@ -181,7 +191,7 @@ class Remote:
                             "credentials in the environment"
                         ) from error
                     raise
-                if time.monotonic() + pause > deadline:
+                if time.monotonic() + pause > began + self.deadline_seconds:  # which may become shorter meanwhile
                     raise Unreachable(
                         f"{url} cannot be {done}, for {self.deadline_seconds:g} seconds (data.storage_seconds): "
                         f"{_told(cause)}"
@@ -196,7 +206,8 @@ def file_system(url: str) -> tuple[Any, str]:
 
     Raises: ValueError for an unknown scheme, or with the package to install.
     """
-    protocol = url.partition("://")[0].lower()
+    protocol, _, rest = url.partition("://")
+    protocol = protocol.lower()
     options: dict[str, Any] = {"use_listings_cache": False}
     try:
         if protocol in ("http", "https"):
@@ -217,7 +228,23 @@ def file_system(url: str) -> tuple[Any, str]:
         raise ValueError(
             f"{protocol}:// needs a package that is not installed ({error}): pip install 'multimodal-pretrain[remote]'"
         ) from error
-    return fs, fs._strip_protocol(url)
+    return fs, fs._strip_protocol(f"{protocol}://{rest}")
+
+
+def canonical(url: str) -> str:
+    """Return an address as `Remote.walk` spells it, without a slash at its end: `gs://bucket/a` for `gcs://bucket/a/`.
+
+    Raises: ValueError (see `file_system`).
+    """
+    fs, path = file_system(url)
+    address: str = fs.unstrip_protocol(path).rstrip("/")
+    return address
+
+
+def _make_parent(fs: Any, path: str) -> None:
+    """Make the folder of an object on a file system that has folders."""
+    if not fs.async_impl:
+        fs.makedirs(fs._parent(path), exist_ok=True)
 
 
 def _call(fs: Any, method: str, seconds: float, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """A run's directory, locked by one run and written by rank 0.
 
-`open_run` locks the directory, `write_configuration` writes config.yaml, `write_facts` writes run.json, `finished` returns
-the scores of a finished run, and `conclude` writes the report. A run is finished once its last step is evaluated.
-`mmpretrain.checkpoints.store` writes checkpoints, and `mmpretrain.reporting.writers` writes metrics.
+`open_run` locks the directory and fetches the run from its copy, `write_configuration` writes config.yaml, `write_facts`
+writes run.json, `finished` returns the scores of a finished run, and `conclude` writes the report. A run is finished once its
+last step is evaluated. `mmpretrain.checkpoints.store` writes checkpoints, and `mmpretrain.reporting.writers` writes metrics.
 """
 
 import fcntl
@@ -35,11 +35,14 @@ from mmpretrain.training import resume
 from mmpretrain.training.run_copy import RunCopy
 from mmpretrain.training.setup import Setup, clock_of, fingerprint_of
 
+log = logging.getLogger(__name__)
+
 
 def open_run(
     cfg: TrainConfig, folder: Path, schedule: Schedule, clock: Clock, streams: Mapping[str, Stream]
-) -> TextIO | None:
-    """Create and lock the run's directory on rank 0, and start logging. A collective.
+) -> tuple[TextIO | None, AbstractContextManager[Callable[[], None]]]:
+    """Create and lock the run's directory on rank 0, fetch the run if the copy of `run.sync_to` is ahead, and start logging.
+    A collective.
 
     Args:
         cfg: the configuration.
@@ -48,10 +51,13 @@ def open_run(
         clock: clock of the run.
         streams: streams that the objectives read.
 
-    Returns: the lock file on rank 0, which holds the lock until it is closed; None on other ranks.
-    Raises: UsageError on all ranks if the directory cannot be written, another process uses it, or it was made with another
-        configuration.
+    Returns: the lock file on rank 0, which holds the lock until it is closed, None on other ranks; and the context in which
+        rank 0 keeps the copy up to date (see `RunCopy.kept_up`).
+    Raises: UsageError on all ranks if the directory cannot be written, another process uses it, or it or the copy was made
+        with another configuration; ValueError if `run.sync_to` is not the place of a run's copy; Unreachable.
     """
+    place = cfg.run.sync_to
+    run_copy = None if place is None else RunCopy(folder, place, cfg.data.storage_seconds, cfg.checkpoint.keep_last)
     lock, refusal = None, None
     if distributed.is_main():
         try:
@@ -70,32 +76,30 @@ def open_run(
     refusal = distributed.broadcast_object(refusal)
     if refusal is not None:
         raise errors.UsageError(refusal)
-    log_to(folder)
-    return lock
+    if run_copy is None:
+        log_to(folder)
+        return lock, nullcontext(lambda: None)
 
-
-def restored(cfg: TrainConfig, folder: Path) -> AbstractContextManager[None]:
-    """Fetch the run from `run.sync_to` if its copy is ahead. A collective.
-
-    Returns: context in which rank 0 keeps the copy up to date.
-    Raises: ValueError if `run.sync_to` is not the place of a run's copy; Unreachable.
-    """
-    place = cfg.run.sync_to
-    if place is None:
-        return nullcontext()
-    copy = RunCopy(folder, place, cfg.data.storage_seconds, cfg.checkpoint.keep_last)
-
-    def restore() -> None:
-        if (text := copy.configuration()) is not None:
+    def restore() -> tuple[str | None, list[str]]:
+        if (text := run_copy.configuration()) is not None:
             saved, now = config_yaml.from_yaml(text, f"{place}/config.yaml"), config_yaml.to_plain(cfg)
             if changed := identity.differences(saved, now, ("trainer.duration",), config_yaml.to_values(cfg)):
                 raise ValueError(
                     f"run.sync_to: {place} is the copy of another run ({'; '.join(changed)}); name another place"
                 )
-        copy.restore()
+        restored, warnings = run_copy.restore()
+        if restored and (refusal := _check_configuration(cfg, folder, schedule, clock, streams)) is not None:
+            raise ValueError(refusal)
+        return restored, warnings
 
-    distributed.from_main(restore)
-    return copy.kept_up() if distributed.is_main() else nullcontext()
+    restored, warnings = distributed.from_main(restore)
+    log_to(folder)  # train.log is one of the files that are fetched
+    if distributed.is_main():
+        for warning in warnings:
+            log.warning("run.sync_to: checkpoint passed over: %s; going on from the one before", warning)
+        if restored:
+            log.info("%s was fetched from %s: %s", folder, place, restored)
+    return lock, run_copy.kept_up() if distributed.is_main() else nullcontext(lambda: None)
 
 
 def _check_links(folder: Path) -> None:

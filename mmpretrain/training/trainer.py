@@ -192,13 +192,18 @@ class Trainer:
         self.writer = RunWriter(self.folder, step, samples, self.cfg.writer)
         self.writer.settings(identity.hparams(self.cfg))
 
-    def run(self) -> dict[str, float]:
+    def run(self, complete_copy: Callable[[], None]) -> dict[str, float]:
         """Train to the end.
+
+        Args:
+            complete_copy: function called after a signal, once the run is saved and while further signals are ignored. If the
+                process hangs, it is called in another thread.
 
         Returns: the last value of every score, and the numbers of steps, samples, seconds and pairs per second.
         Raises: TrainingError if the run cannot continue; SystemExit(85) after a signal, with a checkpoint. If the process
             hangs at a signal, another thread ends it with code 85 without unwinding the stack.
         """
+        self.complete_copy = complete_copy
         with StopSignal(self._answer_signal) as stop:
             self.stop = stop
             try:
@@ -543,6 +548,7 @@ class Trainer:
         try:
             log.warning("stopped by a signal at step %d; %s", self.state.step, self.saver.rescue())
             self._close()
+            self.complete_copy()
             code = self.stop.exit_code()
         except Exception:  # the process must end after any error
             traceback.print_exc()
@@ -555,6 +561,9 @@ class Trainer:
         """Log a message and exit after a signal, with code 85 or the one of a job that is requeued."""
         log.warning(message)
         self._close()
+        with self.saver.lock:  # no hang, which `_answer_signal` would end
+            self.complete_copy()
+        # Last, since the job may be killed as soon as it is requeued.
         sys.exit(self.stop.exit_code())
 
     def _end_alone(self, error: RuntimeError) -> NoReturn:

@@ -3,8 +3,11 @@
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mmpretrain.data.remote import Remote, check_address, is_remote
 from mmpretrain.errors import Unreachable
@@ -137,3 +140,29 @@ def test_what_a_folder_refuses_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Unreachable, match=r"file/a cannot be written .*File exists.*check its address"):
         Remote(30).put(tmp_path / "a", f"file://{tmp_path}/file/a")
+
+
+def test_a_large_file_is_waited_for_past_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(64 << 20)
+    with s3_server(tmp_path / "empty") as environment:
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # which may be connected to another test's server
+        Remote(0.02).put(tmp_path / "a", "s3://bucket/a")
+        assert Remote(30).size("s3://bucket/a")[0] == 64 << 20
+
+
+def test_a_deadline_that_becomes_shorter_holds_for_a_request_that_waits(tmp_path: Path) -> None:
+    class Away(MemoryFileSystem):
+        protocol = "away"
+
+        def cat_file(self, path: str, *args: Any, **kwargs: Any) -> bytes:
+            remote.deadline_seconds = 0.0
+            raise ConnectionError("away")
+
+    fsspec.register_implementation("away", Away, clobber=True)
+    remote = Remote(1e9)
+    with pytest.raises(Unreachable, match=r"away://a cannot be read, for 0 seconds"):
+        remote.read("away://a")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmpretrain import distributed
+from mmpretrain.checkpoints import store
 from mmpretrain.training.stop_signal import StopSignal
 from tests import runs
 from tests.runs import Command
@@ -339,15 +340,21 @@ def test_a_signal_while_another_rank_is_stopped_saves_the_last_whole_step(pairs:
     goes_on(tmp_path, pairs, finished.stderr)
 
 
-def test_a_signal_while_a_worker_is_stopped_saves_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
-    (command,) = train_some_steps(tmp_path, pairs, "data.workers=2")
+def test_a_signal_while_a_worker_is_stopped_saves_and_copies_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
+    (command,) = train_some_steps(tmp_path, pairs, "data.workers=2", f"run.sync_to={tmp_path / 'copy'}")
     workers = runs.children(command.pid)
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)
+    # The batches that were ready are used up first.
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    command.wait_for(lambda: time.time() - metrics.stat().st_mtime > 1.0, "hang")
     command.send(signal.SIGTERM)
     finished = command.wait()
     assert finished.code == 85, finished.stderr
     runs.poll(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), "end of workers", lambda: True)
+    (saved,) = runs.checkpoints(tmp_path / "run")
+    assert store.find_latest(tmp_path / "copy" / "checkpoints") == tmp_path / "copy" / "checkpoints" / saved.name
+    assert runs.records(tmp_path / "copy") == runs.records(tmp_path / "run")
     goes_on(tmp_path, pairs, finished.stderr)
 
 
