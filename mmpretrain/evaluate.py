@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ from mmpretrain.config import checks, command_line
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision, SplitConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, chosen_sets, evaluate
+from mmpretrain.evals.embedding_cache import EmbeddingCache
 from mmpretrain.reporting.progress import print_results
 from mmpretrain.reporting.records import finite, intervals_of
 from mmpretrain.scores import Score
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 @command_line.command("evaluate")
 def main(cfg: EvaluateConfig) -> None:
     """Run the command."""
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("mmpretrain").setLevel(logging.INFO)
     with errors.usage_errors():
         checks.check_evaluators(cfg.eval)
         checks.check_eval_sources(cfg.data.val)
@@ -58,6 +62,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
         batch_size=batch_size,
         workers=cfg.data.workers,
         autocast=autocast(device, precision),
+        cache=_cache(cfg.cache, loaded, precision),
     )
     evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
     idle = [name for name, evaluator in evaluators.items() if not chosen_sets(name, evaluator, context)]
@@ -81,6 +86,16 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
             files.write_text(Path(cfg.output), text + "\n")
         print_results(results, loaded.folder, intervals)
     return scores
+
+
+def _cache(folder: str, loaded: Loaded, precision: Precision) -> EmbeddingCache | None:
+    """Return the cache of embeddings in a folder: `auto` is the user's cache folder, and `none` keeps none."""
+    if folder == "none":
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    tokenizer = loaded.config["data"].get("tokenizer")
+    model = f"{loaded.fingerprint} {precision.value} {json.dumps(tokenizer, sort_keys=True, default=str)}"
+    return EmbeddingCache(home / "mmpretrain" / "embeddings" if folder == "auto" else folder, model)
 
 
 def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:

@@ -1,5 +1,6 @@
 """Fixtures for every test: seeded generators, and real data where a checkout has it."""
 
+import os
 import random
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002, for libraries that still draw from it
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests' commands leave nothing in the user's cache folder, and find nothing there."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

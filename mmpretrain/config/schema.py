@@ -260,6 +260,7 @@ class EvaluateConfig:
 
     checkpoint: str = MISSING
     output: str | None = None
+    cache: str = MISSING
     trust: list[str] = field(default_factory=list)
     ema: bool = MISSING
     device: str = MISSING

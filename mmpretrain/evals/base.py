@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.errors import UsageError, misspelt
+from mmpretrain.evals.embedding_cache import EmbeddingCache
 from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.reporting.writers import RunWriter
@@ -49,6 +50,8 @@ class Context:
     check_stop: CheckStop = go_on
     """Function called before each batch, equally often on all ranks. An exception that it raises ends the evaluation."""
     autocast: AbstractContextManager[object] = field(default_factory=nullcontext)
+    cache: EmbeddingCache | None = None
+    """Embeddings on disk; None: none are kept."""
     shown: Shown = field(default_factory=Shown)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
@@ -108,10 +111,21 @@ class Context:
         return self._embedded[split]
 
     def _embed(self, data: EvalSet) -> Embedded:
-        with self.autocast:
-            return embed(
-                self.model, self.tokenizer, data, self.batch_size, self.workers, self.timeout_seconds, self.check_stop
-            )
+        def compute() -> Embedded:
+            with self.autocast:
+                return embed(
+                    self.model,
+                    self.tokenizer,
+                    data,
+                    self.batch_size,
+                    self.workers,
+                    self.timeout_seconds,
+                    self.check_stop,
+                )
+
+        if self.cache is None:
+            return compute()
+        return self.cache.embedded(data, self.batch_size, self.model.device, compute)
 
     def image(self, name: str, row: int) -> Tensor:
         """Return the preprocessed image of a row of `embedded(name).images`, uint8 [c, h, w]."""

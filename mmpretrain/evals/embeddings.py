@@ -252,7 +252,7 @@ def embed(
             samples += batch.samples
     gathered = distributed.gather_objects((values, refused, samples))
     all_refused = [refusal for part in gathered for refusal in part[1]]
-    _tell_refused(data, all_refused)
+    tell_refused(data, all_refused)
     all_values = [each for part in gathered for each in part[0]]
     all_captions = [texts for texts, _, _ in all_values]
     distinct = {text: None for texts in all_captions for text in texts}
@@ -296,7 +296,7 @@ def check_readable(data: EvalSet) -> None:
     )
 
 
-def _tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:
+def tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:
     """Warn about the refused samples of a data set. Raises: ValueError if all were refused."""
     if not refused:
         return
