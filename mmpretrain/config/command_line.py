@@ -177,7 +177,7 @@ def _failed(error: Exception, code: int) -> FailedJob | None:
 def _say(error: Exception) -> None:
     """Print an error to stderr in one line, or raise it if `MMPRETRAIN_TRACEBACK` is set.
 
-    Under torchrun only local rank 0 prints, since a usage error is the same on all processes.
+    Under torchrun and srun only local rank 0 prints, since a usage error is the same on all processes.
     """
     if os.environ.get("MMPRETRAIN_TRACEBACK"):
         raise error
@@ -276,7 +276,7 @@ def command(
         @wraps(run)  # Hydra names the job after the function's module
         def job(cfg: DictConfig) -> FailedJob | None:
             try:
-                adopt_ranks()
+                adopt_ranks()  # of a task of submitit, which does not start at `_enter`
                 run(read(cfg))
             except (UsageError, OmegaConfBaseException) as error:
                 return _failed(error, USAGE_EXIT_CODE)
@@ -333,14 +333,15 @@ def _enter(name: str, run: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
     try:
+        adopt_ranks()
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
         if (text := _key_help(name, sys.argv[1:])) is not None:
             print(text)
             return
         if "WORLD_SIZE" in os.environ and any(argument in _MULTIRUN for argument in sys.argv):
             raise UsageError(
-                "-m (multirun) was given under torchrun, where every process would start every job; "
-                "run the sweep without torchrun, or give one job at a time to torchrun"
+                "-m (multirun) was given under torchrun or srun, where every process would start every job; "
+                "run the sweep without them, or give them one job at a time"
             )
         run()
     except (UsageError, HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -197,7 +197,8 @@ def _exit_on(number: int, frame: FrameType | None) -> None:
 def _exit(number: int | None) -> None:
     if not _ending.acquire(blocking=False):  # called by both listener and handler: the first call ends the process
         return
-    if os.environ.get("RANK", "0") == "0" and not _is_told.is_set():
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))  # of srun's tasks until they are adopted
+    if rank == "0" and not _is_told.is_set():
         os.write(2, b"stopped by a signal; the same command goes on\n")
     os._exit(PREEMPTED_EXIT_CODE)  # an exception could be caught by code that is being imported
 
