@@ -31,7 +31,10 @@ def _numbers() -> list[int]:
 
 def _requeuing() -> list[int]:
     """Return the signals for users whose handler is submitit's. It requeues the job from task 0, wherever that stands."""
-    return [number for number in _FOR_USERS if "SUBMITIT_EXECUTOR" in os.environ and callable(signal.getsignal(number))]
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return []
+    handlers = {number: signal.getsignal(number) for number in _FOR_USERS}
+    return [number for number, handler in handlers.items() if callable(handler) and handler is not _exit_on]
 
 
 class Stopped(Exception):
@@ -145,6 +148,15 @@ class StopSignal:
         self._previous = {number: signal.signal(number, self._receive) for number in {*_numbers(), *self._requeuing}}
         self._listener = _Listener(self._hear, self._previous.keys() - ({signal.SIGTERM} if self._requeuing else set()))
         return self
+
+    def shared(self) -> int:
+        """Return the number whose maximum the ranks share: 0 without a signal, 1 to end, and the signal to be requeued by."""
+        return self._requeue_number or int(self.received)
+
+    def share(self, largest: float) -> None:
+        """Note the maximum of `shared()` over the ranks: task 0 requeues the job, also if only others had the signal."""
+        if largest > 0:
+            self._note(int(largest))
 
     def take_save(self) -> bool:
         """Return True once after a signal that asks for a checkpoint, but not for the end."""

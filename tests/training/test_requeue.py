@@ -70,6 +70,20 @@ def test_a_preempted_job_of_two_tasks_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
+def test_a_signal_to_another_task_alone_requeues_the_job(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
+    """On several nodes it reaches the tasks at different times."""
+    folder = tmp_path / "preempted"
+    folder.mkdir()
+    command = runs.start_train(folder, *SWEEP, "hydra.launcher.timeout_min=60", f"data.root={pairs}", *SETTINGS)
+    command.wait_for(lambda: runs.num_records(folder / "run") >= 3, "some steps")
+    os.kill(tasks(folder)["1"], signal.SIGUSR2)
+    finished = command.wait()
+    assert finished.code == 0, finished.stderr + logs(folder)
+    assert "resumed from" in logs(folder)
+    assert runs.exact_outcome(folder / "run") == runs.exact_outcome(undisturbed)
+
+
+@pytest.mark.slow
 def test_a_preempted_job_of_which_a_task_is_stopped_goes_on(undisturbed: Path, pairs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "preempted"
     folder.mkdir()
