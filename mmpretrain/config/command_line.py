@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial, wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from traceback import walk_tb
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -149,6 +151,41 @@ class FailedJob:
 
 
 _failures: list[int] | None = None  # exit codes of this command's failed jobs; None in a launcher's process
+
+
+def _keep_jobs_without_result() -> None:
+    """Let submitit return a FailedJob for a job without a result, such as one that was killed, and wait for the others.
+
+    Its launcher would raise the error of the first one, while the other jobs go on.
+    """
+    try:
+        import submitit
+    except ImportError:
+        return
+    results_of = submitit.Job.results
+
+    def results(job: Any) -> list[Any]:
+        """Return the results of the job's tasks, which are unpickled once: a FailedJob prints its message then."""
+        known, found = len(_failures or ()), []
+        without: Any = None
+        for task in map(job.task, range(job.num_tasks)):
+            try:
+                found += results_of(task)
+            except submitit.core.utils.UncompletedJobError:
+                without = without or task
+        if without is None:
+            return found
+        if known == len(_failures or ()):  # no other task has reported why
+            overrides, _, number, *_ = job.submission().args
+            log = os.path.relpath(without.paths.stderr if without.paths.stderr.exists() else without.paths.stdout)
+            FailedJob(
+                1,
+                f"job {number} has no result: a task of it was killed, stopped or failed; see {log}; the same command goes "
+                f"on ({' '.join(overrides)})",
+            )
+        return [JobReturn(status=JobStatus.COMPLETED)]
+
+    cast(Any, submitit.Job).results = results
 
 
 def _is_other_task() -> bool:
@@ -322,6 +359,15 @@ def _uncomposed(error: Exception, arguments: Sequence[str]) -> str:
     )
 
 
+def _of_launcher(error: Exception) -> str:
+    """Return the message for an error of a launcher that could not start the jobs, or has lost a process."""
+    reason = next(iter(str(error).splitlines()), "").rstrip(".")
+    return (
+        f"the launcher of the jobs failed ({type(error).__name__}: {reason}); choose another one with sweep=..., or start "
+        "the same command again, which goes on"
+    )
+
+
 def _enter(name: str, run: Callable[[], None]) -> None:
     """Run the Hydra entry of a command, or print the help for one key.
 
@@ -338,18 +384,25 @@ def _enter(name: str, run: Callable[[], None]) -> None:
         if (text := _key_help(name, sys.argv[1:])) is not None:
             print(text)
             return
-        if "WORLD_SIZE" in os.environ and any(argument in _MULTIRUN for argument in sys.argv):
-            raise UsageError(
-                "-m (multirun) was given under torchrun or srun, where every process would start every job; "
-                "run the sweep without them, or give them one job at a time"
-            )
+        if any(argument in _MULTIRUN for argument in sys.argv):
+            if "WORLD_SIZE" in os.environ:
+                raise UsageError(
+                    "-m (multirun) was given under torchrun or srun, where every process would start every job; "
+                    "run the sweep without them, or give them one job at a time"
+                )
+            _keep_jobs_without_result()
         run()
     except (UsageError, HydraException, OmegaConfBaseException, YAMLError) as error:
         _say(error)
         raise SystemExit(USAGE_EXIT_CODE) from None
     except Exception as error:  # Hydra and OmegaConf raise various exceptions for some overrides
-        if HydraConfig.initialized():  # of a job, not of its composition
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        # A launcher raises the error of a job in another process from its result.
+        if HydraConfig.initialized() or any(frame.f_code.co_name == "return_value" for frame in frames):
             raise
+        if any(frame.f_globals.get("__name__", "").startswith("hydra_plugins.") for frame in frames):
+            _say(JobFailed(_of_launcher(error)))
+            raise SystemExit(1) from None
         _say(UsageError(_uncomposed(error, sys.argv[1:])))
         raise SystemExit(USAGE_EXIT_CODE) from None
     if _failures:
