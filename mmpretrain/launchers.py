@@ -7,6 +7,8 @@ from collections.abc import Mapping, MutableMapping
 from mmpretrain.errors import UsageError
 
 _FIRST_PORT, _NUM_PORTS = 20_000, 10_000
+queued_jobs: set[str] = set()
+"""Jobs of Slurm that this process has submitted for a sweep. They do not end with it."""
 
 
 def adopt_ranks(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import inspect
+import multiprocessing
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ from mmpretrain.config.instantiate import find
 from mmpretrain.config.key_help import KeyHelp
 from mmpretrain.config.schema import register_schemas
 from mmpretrain.errors import UsageError, nearest, printable
-from mmpretrain.launchers import adopt_ranks
+from mmpretrain.launchers import adopt_ranks, queued_jobs
 from mmpretrain.schedules import SCHEDULE_TEXT
 
 USAGE_EXIT_CODE = 2
@@ -166,6 +167,8 @@ def _keep_jobs_without_result() -> None:
 
     def results(job: Any) -> list[Any]:
         """Return the results of the job's tasks, which are unpickled once: a FailedJob prints its message then."""
+        if isinstance(job, submitit.SlurmJob):
+            queued_jobs.add(job.job_id.partition("_")[0])  # of all jobs of the sweep, which are an array
         known, found = len(_failures or ()), []
         without: Any = None
         for task in map(job.task, range(job.num_tasks)):
@@ -321,7 +324,9 @@ def command(
                 return _failed(error, 1)
             except JobFailed as failed:
                 return _failed(failed, failed.code)
-            except SystemExit:
+            except SystemExit as stopped:
+                if multiprocessing.current_process().name.startswith("LokyProcess"):
+                    os._exit(int(stopped.code or 0))  # joblib would give its worker the next job
                 if not _is_other_task():
                     raise
             finally:
@@ -388,7 +393,7 @@ def _enter(name: str, run: Callable[[], None]) -> None:
             if "WORLD_SIZE" in os.environ:
                 raise UsageError(
                     "-m (multirun) was given under torchrun or srun, where every process would start every job; "
-                    "run the sweep without them, or give them one job at a time"
+                    "run the sweep without torchrun or srun, or give them one job at a time"
                 )
             _keep_jobs_without_result()
         run()
