@@ -135,6 +135,17 @@ def test_a_job_without_a_result_is_named_after_the_others_have_ended(
 
 
 @pytest.mark.slow
+def test_a_job_of_which_another_task_was_killed_has_one_message(pairs: Path, tmp_path: Path) -> None:
+    command = runs.start_train(tmp_path, *SWEEP, f"data.root={pairs}", *SETTINGS)
+    command.wait_for(lambda: runs.num_records(tmp_path / "run") >= 3, "some steps")
+    os.kill(tasks(tmp_path)["1"], signal.SIGKILL)
+    finished = command.wait()
+    assert finished.code == 1, finished.stderr
+    (line,) = finished.errors
+    assert "rank 1 is lost: killed" in line and "(job 0: " in line
+
+
+@pytest.mark.slow
 def test_a_job_goes_on_after_its_time_limit_as_often_as_it_may(pairs: Path, tmp_path: Path) -> None:
     # Of so short a limit, submitit takes any moment for its end.
     limits = ("hydra.launcher.timeout_min=10", "+hydra.launcher.max_num_timeout=1")
