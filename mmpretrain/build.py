@@ -27,6 +27,7 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluator
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
+from mmpretrain.launchers import has_own_gpu
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import check_objective, hooks_of
 from mmpretrain.schedules import Clock, Duration, ScheduledValue
@@ -42,6 +43,8 @@ _EMBEDDED = "data/shapes"  # default location of the generated shapes data set
 def device_of(name: str, key: str = "device") -> torch.device:
     """Return this process's device for `auto`, `cpu` or `cuda`, given under `key`.
 
+    Of several GPUs each process has the one of its local rank. A task of srun that sees one GPU has that one.
+
     Raises: ValueError for another name or too few GPUs.
     """
     if name not in ("auto", "cpu", "cuda"):
@@ -50,12 +53,15 @@ def device_of(name: str, key: str = "device") -> torch.device:
         raise ValueError(f"{key} is 'cuda', but torch sees no GPU; expected one, or use {key}=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if distributed.local_world_size() > torch.cuda.device_count():
-        raise ValueError(
-            f"{distributed.local_world_size()} processes were started on a machine with {torch.cuda.device_count()} GPUs; "
-            f"expected at most one for each: lower --nproc-per-node, or use {key}=cpu"
-        )
-    device = torch.device("cuda", distributed.local_rank())
+    index, count = distributed.local_rank(), torch.cuda.device_count()
+    if distributed.local_world_size() > count:
+        if not (count == 1 and has_own_gpu()):
+            raise ValueError(
+                f"{distributed.local_world_size()} processes were started on a machine with {count} GPUs; expected at most "
+                f"one for each: lower --nproc-per-node (torchrun), raise --gpus-per-node (Slurm), or use {key}=cpu"
+            )
+        index = 0
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
 

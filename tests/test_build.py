@@ -78,10 +78,25 @@ def test_the_device_is_the_one_named_or_what_there_is(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(
-        ValueError, match=r"^3 processes were started on a machine with 2 GPUs; .* lower --nproc-per-node"
+        ValueError,
+        match=r"^3 processes were started on a machine with 2 GPUs; .* lower --nproc-per-node .* --gpus-per-node",
     ):
         build.device_of("cuda")
     assert build.device_of("cpu") == torch.device("cpu")
+
+
+def test_a_task_of_srun_uses_the_one_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine with one GPU, as torch would report it.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert build.device_of("cuda") == torch.device("cuda", 0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # torchrun in a task of srun
+    with pytest.raises(ValueError, match=r"^8 processes were started on a machine with 1 GPUs; "):
+        build.device_of("cuda")
 
 
 # ---------------------------------------------------------------------------------------------- task

@@ -92,6 +92,89 @@ def test_a_killed_sweep_is_finished_by_the_same_command(
     assert sorted(undisturbed) == JOBS
 
 
+LONG = ("run.dir=run${run.seed}", "trainer.duration=100000steps", "checkpoint.every=100000steps", "schedule=constant")
+
+
+def start_long_jobs(folder: Path, pairs: Path, launcher: str, seeds: str) -> runs.Command:
+    """A sweep whose jobs of the seeds 0 and 1 have taken some steps."""
+    before = [runs.num_records(folder / f"run{seed}") for seed in (0, 1)]
+    command = runs.start_train(
+        folder, "-m", f"sweep={launcher}", f"run.seed={seeds}", f"data.root={pairs}", *LONG, *LAUNCHERS[launcher]
+    )
+    command.wait_for(
+        lambda: all(runs.num_records(folder / f"run{seed}") >= before[seed] + 3 for seed in (0, 1)), "some steps"
+    )
+    return command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "seeds"), [("joblib", "0,1,2"), ("submitit_local", "0,1")])
+def test_a_signal_to_a_sweep_ends_its_jobs_with_checkpoints(
+    launcher: str, seeds: str, pairs: Path, tmp_path: Path
+) -> None:
+    for start in (0, 1):
+        command = start_long_jobs(tmp_path, pairs, launcher, seeds)
+        command.send(signal.SIGTERM)
+        command.send(signal.SIGTERM)  # as launchers forward it
+        finished = command.wait()
+        assert finished.code == 85, finished.stderr
+        lines = finished.stderr.splitlines()
+        assert lines.count("stopped by a signal; the same command goes on") == 1
+        assert not finished.errors and "Traceback" not in finished.stderr
+        for run in (tmp_path / "run0", tmp_path / "run1"):
+            assert len(runs.checkpoints(run)) == start + 1
+            assert runs.checkpoints(run)[-1].name == f"step_{runs.records(run)[-1]['step']:08d}"
+    assert not (tmp_path / "run2").exists(), "joblib has started another job"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_joblib_is_one_line(pairs: Path, tmp_path: Path) -> None:
+    command = start_long_jobs(tmp_path, pairs, "joblib", "0,1")
+    workers = [
+        each for each in runs.children(command.pid) if b"popen_loky" in Path(f"/proc/{each}/cmdline").read_bytes()
+    ]
+    os.kill(workers[0], signal.SIGKILL)
+    finished = command.wait()
+    assert finished.code == 1, finished.stderr
+    (line,) = finished.errors
+    assert line.startswith("error: the launcher of the jobs failed (TerminatedWorkerError: ")
+
+
+@pytest.mark.slow
+def test_an_error_in_own_code_keeps_its_traceback_from_a_job_in_another_process(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from mmpretrain.objectives.infonce import InfoNCE\n\n\n"
+        "class Broken(InfoNCE):\n    def after_step(self, *args):\n        1 / 0\n"
+    )
+    finished = runs.train(
+        tmp_path, "-m", "sweep=joblib", "run.seed=0,1", "objective.infonce._target_=own.Broken", *LONG, f"data.root={pairs}",
+        environment={"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+    )  # fmt: skip
+    assert finished.code == 1
+    assert "ZeroDivisionError: division by zero" in finished.stderr.splitlines()
+    assert not finished.errors
+
+
+def test_a_signal_to_a_sweep_says_which_jobs_of_slurm_go_on(tmp_path: Path) -> None:
+    # Programs that answer as Slurm's do, since there is no Slurm here.
+    answers = {
+        "srun": "",
+        "sbatch": "Submitted batch job 7",
+        "sacct": "JobID|State|NodeList\n7_0|RUNNING|a\n7_1|RUNNING|a",
+    }
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/{name}.called\nprintf '{answer}\\n'\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = runs.start_train(tmp_path, "-m", "sweep=slurm", "run.seed=0,1", environment=environment)
+    command.wait_for((tmp_path / "sacct.called").exists, "a submitted job")
+    command.send(signal.SIGTERM)
+    finished = command.wait()
+    assert finished.code == 85, finished.stderr
+    message = "stopped by a signal; Slurm's jobs 7 go on; before the same command, wait for them or scancel 7"
+    assert finished.stderr.splitlines()[-1] == message
+
+
 def hparams(run: Path) -> tuple[dict[str, Any], list[str]]:
     """(settings, names of metrics) of a run in TensorBoard's table."""
     events = EventAccumulator(str(run / "tensorboard"))

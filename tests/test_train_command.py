@@ -534,3 +534,11 @@ def test_overrides_that_hydra_fails_on_are_one_line(override: str, reason: str, 
     assert finished.code == 2
     (line,) = finished.stderr.splitlines()
     assert line.startswith(f"error: {override}: these overrides cannot be composed ({reason}: "), line
+
+
+def test_a_launcher_that_cannot_start_jobs_is_one_line(tmp_path: Path) -> None:
+    finished = runs.run("mmpretrain.train", ["-m", "sweep=slurm"], tmp_path, {"PATH": ""})  # without srun
+    assert finished.code == 1
+    (line,) = finished.errors
+    assert line.startswith('error: the launcher of the jobs failed (RuntimeError: Could not detect "srun"'), line
+    assert "Traceback" not in finished.stderr

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import inspect
+import multiprocessing
 import os
 import re
 import sys
@@ -9,11 +10,13 @@ from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial, wraps
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from traceback import walk_tb
+from typing import Any, TypeVar, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +35,7 @@ from mmpretrain.config.instantiate import find
 from mmpretrain.config.key_help import KeyHelp
 from mmpretrain.config.schema import register_schemas
 from mmpretrain.errors import UsageError, nearest, printable
-from mmpretrain.launchers import adopt_ranks
+from mmpretrain.launchers import adopt_ranks, queued_jobs
 from mmpretrain.schedules import SCHEDULE_TEXT
 
 USAGE_EXIT_CODE = 2
@@ -151,6 +154,43 @@ class FailedJob:
 _failures: list[int] | None = None  # exit codes of this command's failed jobs; None in a launcher's process
 
 
+def _keep_jobs_without_result() -> None:
+    """Let submitit return a FailedJob for a job without a result, such as one that was killed, and wait for the others.
+
+    Its launcher would raise the error of the first one, while the other jobs go on.
+    """
+    try:
+        import submitit
+    except ImportError:
+        return
+    results_of = submitit.Job.results
+
+    def results(job: Any) -> list[Any]:
+        """Return the results of the job's tasks, which are unpickled once: a FailedJob prints its message then."""
+        if isinstance(job, submitit.SlurmJob):
+            queued_jobs.add(job.job_id.partition("_")[0])  # of all jobs of the sweep, which are an array
+        known, found = len(_failures or ()), []
+        without: Any = None
+        for task in map(job.task, range(job.num_tasks)):
+            try:
+                found += results_of(task)
+            except submitit.core.utils.UncompletedJobError:
+                without = without or task
+        if without is None:
+            return found
+        if known == len(_failures or ()):  # no other task has reported why
+            overrides, _, number, *_ = job.submission().args
+            log = os.path.relpath(without.paths.stderr if without.paths.stderr.exists() else without.paths.stdout)
+            FailedJob(
+                1,
+                f"job {number} has no result: a task of it was killed, stopped or failed; see {log}; the same command goes "
+                f"on ({' '.join(overrides)})",
+            )
+        return [JobReturn(status=JobStatus.COMPLETED)]
+
+    cast(Any, submitit.Job).results = results
+
+
 def _is_other_task() -> bool:
     """Return True in all tasks but the first of a sweep's job. The first reports; submitit waits for a result of each."""
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
@@ -177,7 +217,7 @@ def _failed(error: Exception, code: int) -> FailedJob | None:
 def _say(error: Exception) -> None:
     """Print an error to stderr in one line, or raise it if `MMPRETRAIN_TRACEBACK` is set.
 
-    Under torchrun only local rank 0 prints, since a usage error is the same on all processes.
+    Under torchrun and srun only local rank 0 prints, since a usage error is the same on all processes.
     """
     if os.environ.get("MMPRETRAIN_TRACEBACK"):
         raise error
@@ -276,7 +316,7 @@ def command(
         @wraps(run)  # Hydra names the job after the function's module
         def job(cfg: DictConfig) -> FailedJob | None:
             try:
-                adopt_ranks()
+                adopt_ranks()  # of a task of submitit, which does not start at `_enter`
                 run(read(cfg))
             except (UsageError, OmegaConfBaseException) as error:
                 return _failed(error, USAGE_EXIT_CODE)
@@ -284,7 +324,9 @@ def command(
                 return _failed(error, 1)
             except JobFailed as failed:
                 return _failed(failed, failed.code)
-            except SystemExit:
+            except SystemExit as stopped:
+                if multiprocessing.current_process().name.startswith("LokyProcess"):
+                    os._exit(int(stopped.code or 0))  # joblib would give its worker the next job
                 if not _is_other_task():
                     raise
             finally:
@@ -322,6 +364,15 @@ def _uncomposed(error: Exception, arguments: Sequence[str]) -> str:
     )
 
 
+def _of_launcher(error: Exception) -> str:
+    """Return the message for an error of a launcher that could not start the jobs, or has lost a process."""
+    reason = next(iter(str(error).splitlines()), "").rstrip(".")
+    return (
+        f"the launcher of the jobs failed ({type(error).__name__}: {reason}); choose another one with sweep=..., or start "
+        "the same command again, which goes on"
+    )
+
+
 def _enter(name: str, run: Callable[[], None]) -> None:
     """Run the Hydra entry of a command, or print the help for one key.
 
@@ -333,22 +384,30 @@ def _enter(name: str, run: Callable[[], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register_schemas()
     try:
+        adopt_ranks()
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
         if (text := _key_help(name, sys.argv[1:])) is not None:
             print(text)
             return
-        if "WORLD_SIZE" in os.environ and any(argument in _MULTIRUN for argument in sys.argv):
-            raise UsageError(
-                "-m (multirun) was given under torchrun, where every process would start every job; "
-                "run the sweep without torchrun, or give one job at a time to torchrun"
-            )
+        if any(argument in _MULTIRUN for argument in sys.argv):
+            if "WORLD_SIZE" in os.environ:
+                raise UsageError(
+                    "-m (multirun) was given under torchrun or srun, where every process would start every job; "
+                    "run the sweep without torchrun or srun, or give them one job at a time"
+                )
+            _keep_jobs_without_result()
         run()
     except (UsageError, HydraException, OmegaConfBaseException, YAMLError) as error:
         _say(error)
         raise SystemExit(USAGE_EXIT_CODE) from None
     except Exception as error:  # Hydra and OmegaConf raise various exceptions for some overrides
-        if HydraConfig.initialized():  # of a job, not of its composition
+        frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+        # A launcher raises the error of a job in another process from its result.
+        if HydraConfig.initialized() or any(frame.f_code.co_name == "return_value" for frame in frames):
             raise
+        if any(frame.f_globals.get("__name__", "").startswith("hydra_plugins.") for frame in frames):
+            _say(JobFailed(_of_launcher(error)))
+            raise SystemExit(1) from None
         _say(UsageError(_uncomposed(error, sys.argv[1:])))
         raise SystemExit(USAGE_EXIT_CODE) from None
     if _failures:

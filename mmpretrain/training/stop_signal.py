@@ -3,17 +3,21 @@
 Signals are handled from the first import on. This module therefore imports only modules that load quickly.
 """
 
+import glob
 import importlib
 import os
 import select
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 from mmpretrain.errors import TrainingError
+from mmpretrain.launchers import queued_jobs
 
 PREEMPTED_EXIT_CODE = 85
 _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -31,7 +35,10 @@ def _numbers() -> list[int]:
 
 def _requeuing() -> list[int]:
     """Return the signals for users whose handler is submitit's. It requeues the job from task 0, wherever that stands."""
-    return [number for number in _FOR_USERS if "SUBMITIT_EXECUTOR" in os.environ and callable(signal.getsignal(number))]
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return []
+    handlers = {number: signal.getsignal(number) for number in _FOR_USERS}
+    return [number for number, handler in handlers.items() if callable(handler) and handler is not _exit_on]
 
 
 class Stopped(Exception):
@@ -146,6 +153,15 @@ class StopSignal:
         self._listener = _Listener(self._hear, self._previous.keys() - ({signal.SIGTERM} if self._requeuing else set()))
         return self
 
+    def shared(self) -> int:
+        """Return the number whose maximum the ranks share: 0 without a signal, 1 to end, and the signal to be requeued by."""
+        return self._requeue_number or int(self.received)
+
+    def share(self, largest: float) -> None:
+        """Note the maximum of `shared()` over the ranks: task 0 requeues the job, also if only others had the signal."""
+        if largest > 0:
+            self._note(int(largest))
+
     def take_save(self) -> bool:
         """Return True once after a signal that asks for a checkpoint, but not for the end."""
         asked, self._is_save_asked = self._is_save_asked, False
@@ -197,9 +213,56 @@ def _exit_on(number: int, frame: FrameType | None) -> None:
 def _exit(number: int | None) -> None:
     if not _ending.acquire(blocking=False):  # called by both listener and handler: the first call ends the process
         return
-    if os.environ.get("RANK", "0") == "0" and not _is_told.is_set():
-        os.write(2, b"stopped by a signal; the same command goes on\n")
+    if any(_jobs()):
+        # Wait for them in a new program. Of this one, threads of joblib would kill the other jobs when the first has ended.
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(_NUMBERS) - {signal.SIGINT})
+        code = (
+            f"import sys; sys.path[:] = {sys.path}; from mmpretrain.training import stop_signal; stop_signal.end_jobs()"
+        )
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    _say_and_exit()
+
+
+def _say_and_exit() -> None:
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))  # of srun's tasks until they are adopted
+    if rank == "0" and not _is_told.is_set():
+        jobs = " ".join(sorted(queued_jobs))
+        end = f"Slurm's jobs {jobs} go on; before the same command, wait for them or scancel {jobs}" if jobs else ""
+        os.write(2, f"stopped by a signal; {end or 'the same command goes on'}\n".encode())
     os._exit(PREEMPTED_EXIT_CODE)  # an exception could be caught by code that is being imported
+
+
+def _children(process: int, program: bytes) -> list[int]:
+    """Return the children of a process whose command line has these bytes. There are none of processes that have ended."""
+    found = []
+    for listing in glob.glob(f"/proc/{process}/task/*/children"):
+        with suppress(OSError), open(listing) as children:
+            for child in children.read().split():
+                with suppress(OSError), open(f"/proc/{child}/cmdline", "rb") as command:
+                    found += [int(child)] if program in command.read() else []
+    return found
+
+
+def _jobs() -> tuple[set[int], set[int]]:
+    """Return the processes on this machine that run jobs of this command's sweep, and those that start them."""
+    workers = set(_children(os.getpid(), b"popen_loky_posix"))  # of joblib
+    controllers = set(_children(os.getpid(), b"submitit.local._local"))
+    tasks = {task for each in controllers for task in _children(each, b"submitit.core._submit")}
+    return workers | tasks, controllers
+
+
+def end_jobs() -> None:
+    """Stop the jobs of a sweep that this process has started, wait until they have saved, and exit with code 85."""
+    # In a task of submitit SIGTERM asks for a checkpoint alone. A second SIGINT, as from a terminal, would end without one.
+    number = signal.SIGUSR2 if os.environ.get("SUBMITIT_PREEMPT_SIGNAL") == "USR1" else signal.SIGUSR1
+    asked: set[int] = set()
+    while any(found := _jobs()):
+        for job in found[0] - asked:
+            with suppress(ProcessLookupError):
+                os.kill(job, number)
+        asked |= found[0]
+        time.sleep(0.05)
+    _say_and_exit()
 
 
 def train() -> None:

@@ -272,6 +272,7 @@ class Trainer:
                 before, after = state.samples, state.samples + self.batch_size
                 is_last = state.step + 1 == self.num_steps
                 known = self.flags.read()
+                self.stop.share(known.get("stop", 0))
                 self.bad_steps.check(known, state.step, self._is_rollback_due(known))
                 if self._is_rollback_due(known):
                     return False
@@ -378,7 +379,9 @@ class Trainer:
     def _check_stop(self) -> None:
         """Check for signals between evaluation batches. A collective. Raises: Stopped on all ranks if one got a signal."""
         distributed.restart_watchdog()
-        if distributed.all_reduce_max(torch.tensor(float(self.stop.received), device=self.device)) > 0:
+        largest = distributed.all_reduce_max(torch.tensor(float(self.stop.shared()), device=self.device)).item()
+        self.stop.share(largest)
+        if largest > 0:
             raise Stopped
 
     def _post_flags(self, skipped: Tensor) -> None:
@@ -391,7 +394,7 @@ class Trainer:
                 "bad_steps": self.bad_steps.in_a_row,
                 **({} if self.spikes is None else self.spikes.flags()),
                 # `full` fills on the device, which avoids a synchronising copy.
-                "stop": torch.full((), self.stop.received, device=self.device),
+                "stop": torch.full((), self.stop.shared(), device=self.device),
                 "save": torch.full(
                     (), self.stop.take_save() or (overdue and distributed.is_main()), device=self.device
                 ),

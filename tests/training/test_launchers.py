@@ -1,6 +1,8 @@
 """Ranks from the variables of srun and submitit."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,28 @@ def of_srun(rank: int, num_tasks: int = 2, **others: str) -> dict[str, str]:
 
 def of_submitit(rank: int) -> dict[str, str]:
     return {
+        "SUBMITIT_EXECUTOR": "local",
         "SUBMITIT_LOCAL_GLOBALID": str(rank),
         "SUBMITIT_LOCAL_LOCALID": str(rank),
         "SUBMITIT_LOCAL_NTASKS": "2",
         "SUBMITIT_LOCAL_JOB_ID": str(os.getpid() + 1),
     }
+
+
+def tasks_of_srun(tasks_per_node: str, numbers: list[list[int]]) -> list[dict[str, str]]:
+    """The variables of all tasks of a step, of which each node has these numbers."""
+    return [
+        of_srun(
+            number,
+            sum(map(len, numbers)),
+            SLURM_LOCALID=str(local),
+            SLURM_NODEID=str(node),
+            SLURM_GTIDS=",".join(map(str, here)),
+            SLURM_STEP_TASKS_PER_NODE=tasks_per_node,
+        )
+        for node, here in enumerate(numbers)
+        for local, number in enumerate(here)
+    ]
 
 
 @pytest.mark.parametrize("launcher", [of_srun, of_submitit])
@@ -71,6 +90,7 @@ def test_the_variables_of_several_nodes() -> None:
     [
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"},  # a batch script
         of_srun(0, 1),
+        of_srun(0, 1, SLURM_DISTRIBUTION="cyclic,pack", SLURM_GTIDS="0"),  # as plain srun sets them
         {**of_srun(1), "WORLD_SIZE": "4"},  # torchrun in a task of srun
         {},
     ],
@@ -82,7 +102,8 @@ def test_what_is_no_task_among_others_stays_as_it_is(environment: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("nodes", "host"), [("a1", "a1"), ("a1,a2", "a1"), ("n[3,5]", "n3"), ("n[03-05]-ib,x", "n03-ib")]
+    ("nodes", "host"),
+    [("a1", "a1"), ("a1,a2", "a1"), ("n[3,5]", "n3"), ("n[03-05]-ib,x", "n03-ib"), ("rack[1-2]n[3-4],x", "rack1n3")],
 )
 def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
     environment = of_srun(0, SLURM_STEP_NODELIST=nodes)
@@ -90,6 +111,60 @@ def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
     assert environment["MASTER_ADDR"] == host
 
 
-def test_tasks_that_are_spread_in_turns_are_refused() -> None:
-    with pytest.raises(UsageError, match="expected consecutive tasks on each node: --distribution=block"):
-        adopt_ranks(of_srun(0, SLURM_DISTRIBUTION="cyclic"))
+@pytest.mark.parametrize(
+    ("tasks_per_node", "numbers"),
+    [("1(x3)", [[0], [1], [2]]), ("2(x2)", [[0, 1], [2, 3]]), ("3,1", [[0, 1, 2], [3]])],
+)
+def test_consecutive_tasks_are_adopted_whatever_srun_calls_their_order(
+    tasks_per_node: str, numbers: list[list[int]]
+) -> None:
+    for environment in tasks_of_srun(tasks_per_node, numbers):
+        environment["SLURM_DISTRIBUTION"] = "cyclic"  # srun's own value for one task on each node
+        adopt_ranks(environment)
+        assert environment["RANK"] == environment["SLURM_PROCID"]
+
+
+@pytest.mark.parametrize(
+    ("tasks_per_node", "numbers"), [("2(x2)", [[0, 2], [1, 3]]), ("3,1", [[0, 2, 3], [1]]), ("1(x2)", [[1], [0]])]
+)
+def test_tasks_that_are_not_consecutive_are_refused_by_all(tasks_per_node: str, numbers: list[list[int]]) -> None:
+    for environment in tasks_of_srun(tasks_per_node, numbers):
+        environment["SLURM_DISTRIBUTION"] = "plane=1"
+        here = environment["SLURM_GTIDS"]
+        with pytest.raises(UsageError, match=rf"^srun has given node \d the tasks {here}; .* --distribution=block$"):
+            adopt_ranks(environment)
+    old = tasks_of_srun("2(x2)", [[0, 2], [1, 3]])[1]
+    del old["SLURM_GTIDS"]
+    with pytest.raises(UsageError, match=r"^srun has given node 0 the tasks 1; "):
+        adopt_ranks(old)
+
+
+def test_a_task_of_submitit_in_a_shell_of_srun_belongs_to_submitit() -> None:
+    shell = of_srun(0, 1, SLURM_DISTRIBUTION="cyclic,pack")
+    for rank in range(2):
+        environment = {**shell, **of_submitit(rank)}
+        adopt_ranks(environment)
+        assert (environment["RANK"], environment["WORLD_SIZE"]) == (str(rank), "2")
+
+
+def test_a_usage_error_of_tasks_of_srun_is_printed_once(tmp_path: Path) -> None:
+    for mistakes in (("trainer.duration=fast",), ("-m", "run.seed=0,1")):
+        started = [runs.start_train(tmp_path, *mistakes, environment=of_srun(rank)) for rank in range(2)]
+        finished = [command.wait() for command in started]
+        assert [each.code for each in finished] == [2, 2]
+        assert [len(each.errors) for each in finished] == [1, 0]
+    assert "-m (multirun) was given under torchrun or srun" in finished[0].errors[0]
+
+
+def test_an_early_signal_to_tasks_of_srun_is_told_once(tmp_path: Path) -> None:
+    code = "from mmpretrain.training import stop_signal as s; s.exit_when_asked(); print(flush=True); input()"
+    outputs = []
+    for rank in range(2):
+        task = subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, **of_srun(rank)}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert task.stdout is not None and task.stdout.readline() == "\n"
+        task.terminate()
+        outputs.append((task.communicate()[1], task.returncode))
+    assert outputs == [("stopped by a signal; the same command goes on\n", 85), ("", 85)]

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 from mmpretrain.training.stop_signal import StopSignal
 
@@ -17,3 +19,12 @@ def test_a_launchers_own_handler_stays() -> None:
             assert stop.received
     finally:
         signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_command_that_a_task_of_submitit_starts_has_no_handler_of_submitit() -> None:
+    code = (
+        "import os, signal; from mmpretrain.training import stop_signal as s; s.exit_when_asked()\n"
+        "with s.StopSignal(print) as stop: os.kill(os.getpid(), signal.SIGTERM); print(stop.received, stop.exit_code())"
+    )
+    environment = {**os.environ, "SUBMITIT_EXECUTOR": "local"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True) == "True 85\n"
