@@ -606,7 +606,7 @@ def test_a_worker_whose_end_follows_its_files_is_named() -> None:
         yield
 
     with pytest.raises(LoaderError, match=r"^worker 0 of the data loader \(process \d+\) was killed by SIGKILL; "):
-        next(_received(broken(), [worker], timeout_seconds=60))
+        next(_received(broken(), [worker], 60, "data.timeout_seconds"))
 
 
 def test_workers_end_when_their_parent_says_so(
