@@ -238,8 +238,9 @@ def _wanted(index: TarIndex, caption: str) -> tuple[bool, bool, list[str]]:
     A tar without any image or caption has this as a problem of its index, not as a reason of every sample.
     """
     field = caption.partition(".")[0]
-    suffixes = {extension.rpartition(".")[2] for extension in index.members}
-    has_images, has_captions = any(extension in index.members for extension in IMAGE_EXTENSIONS), field in index.members
+    extensions = {extension.removesuffix(".gz") for extension in index.members}
+    suffixes = {extension.rpartition(".")[2] for extension in extensions}
+    has_images, has_captions = not extensions.isdisjoint(IMAGE_EXTENSIONS), field in extensions
     names, num = ", ".join(list(index.members)[:10]), index.num_samples
     missing = []
     if not has_images and not suffixes.isdisjoint(IMAGE_EXTENSIONS):

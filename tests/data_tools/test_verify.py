@@ -1,6 +1,7 @@
 """The command `verify`: reasons, problems of whole tars, exit codes and continuation."""
 
 import fcntl
+import gzip
 import json
 import os
 import subprocess
@@ -124,6 +125,17 @@ def test_members_under_other_names_are_one_problem_of_the_tar(tmp_path: Path, ca
     assert "none of the 2 samples has a member jpg, jpeg, png, webp, but: 0.jpg, json" in out
     assert "none of the 2 samples has a member txt, but: 0.jpg, json; name the field: --caption" in out
     assert bad(tmp_path / "a.jsonl") == {}
+
+
+def test_compressed_members_are_read(tmp_path: Path) -> None:
+    text, image = gzip.compress(b"a caption"), gzip.compress(JPEG)
+    damaged = {"b": text[:-3], "c": text + b"junk", "d": b"no gzip", "e": gzip.compress(bytes(17 << 20))}
+    texts = [(f"{key}.txt.gz", content) for key, content in {"a": text, **damaged}.items()]
+    assert verified(tmp_path / "texts.jsonl", write_members(tmp_path / "texts.tar", texts)) == 1
+    assert sorted(bad(tmp_path / "texts.jsonl")) == ["b", "c", "d", "e"]
+    images = [("a.jpg.gz", image), ("a.txt", b"a"), ("b.jpg.gz", image[:-20]), ("b.txt", b"b")]
+    assert verified(tmp_path / "images.jsonl", write_members(tmp_path / "images.tar", images)) == 1
+    assert list(bad(tmp_path / "images.jsonl")) == ["b"]
 
 
 def test_damaged_tars_are_problems_and_others_are_still_read(tmp_path: Path, capsys) -> None:
