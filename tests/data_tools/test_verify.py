@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
+from mmpretrain.data.tar_index import index_tar
 from tests.servers import RangeHandler, http_server
 from tests.tars import encode, make_samples, pairs, write_members, write_tar, write_tars
 
@@ -178,6 +179,40 @@ def test_finished_tars_are_not_read_again_unless_they_changed(tmp_path: Path, ca
     assert output.read_bytes().startswith(edited) and len(lines(output)) == 4
 
 
+def with_large_member(path: Path) -> int:
+    """Write a tar of one large PNG; return a position in it that the digest of its index does not cover."""
+    image = encode(np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8), "PNG")
+    write_members(path, pairs(["a"], image))
+    return path.read_bytes().index(image) + 5000
+
+
+def test_a_tar_damaged_after_it_was_verified_is_read_again(tmp_path: Path, capsys) -> None:
+    tar, output = tmp_path / "0.tar", tmp_path / "verify.jsonl"
+    position = with_large_member(tar)
+    assert verified(output, tar) == 0
+    before = index_tar(tar).digest
+    with open(tar, "r+b") as file:
+        file.seek(position)
+        file.write(bytes(1000))
+    os.utime(tar, ns=(0, tar.stat().st_mtime_ns + 1))
+    assert index_tar(tar).digest == before, "a part that the digest does not cover"
+    capsys.readouterr()
+    assert verified(output, tar) == 1
+    assert list(bad(output)) == ["a"] and "verified before" not in capsys.readouterr().out
+
+
+def test_lines_of_an_earlier_release_are_kept_and_its_tars_read_again(tmp_path: Path, capsys) -> None:
+    path = write_tar(tmp_path / "0.tar", make_samples(1))
+    output = tmp_path / "verify.jsonl"
+    assert verified(output, path) == 0
+    (row,) = lines(output)
+    del row["version"]
+    output.write_text(json.dumps(row) + "\n")
+    capsys.readouterr()
+    assert verified(output, path) == 0
+    assert capsys.readouterr().out == "1 samples in 1 tars: 0 bad\n" and len(lines(output)) == 2
+
+
 def test_a_tar_that_cannot_be_read_to_its_end_is_read_again_by_the_next_run(tmp_path: Path, capsys) -> None:
     paths = [Path(path) for path in write_tars(tmp_path, make_samples(4), [2, 2])]
     output = tmp_path / "verify.jsonl"
@@ -308,3 +343,6 @@ def test_remote_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
         capsys.readouterr()
         assert verified(output, f"{server.url}/{{000..001}}.tar") == 1
         assert "of which 2 were verified before" in capsys.readouterr().out
+        os.utime(tmp_path / "data" / "000.tar", ns=(0, 1))  # the server's ETag
+        assert verified(output, f"{server.url}/{{000..001}}.tar") == 1
+        assert "of which 1 were verified before" in capsys.readouterr().out
