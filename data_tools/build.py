@@ -88,6 +88,11 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
         raise ValueError(
             f"pairs {str(pairs)!r}: images in class folders, without captions; expected --template 'a photo of a {{}}'"
         )
+    if pairs.is_dir() and not table.has_class_folders and options.template is not None:
+        given = f"{table.rows[0]['image']} has a .txt beside it" if table.rows else "the images lie in no folder"
+        raise ValueError(
+            f"--template {options.template!r}: expected class folders of images without captions, but {given}"
+        )
     _require_paths(table, options.image_column, pairs)
     classes = None
     if options.classes_file is not None:
@@ -167,7 +172,9 @@ def _build(
             states[sample.row_number] = checked
     _require_samples(pairs, len(samples), refused)
     if options.label_column is not None and classes is None:
-        classes = classes_of([sample.label for sample in samples if sample.label is not None])
+        classes = classes_of(
+            [sample.label for sample in samples if sample.label is not None], are_names=table.has_class_folders
+        )
         samples = _without_unknown(samples, classes, refused)
         _require_samples(pairs, len(samples), refused)
 

@@ -59,13 +59,17 @@ def read_classes(path: Path, column: str) -> Classes:
     return Classes(labels, texts)
 
 
-def classes_of(labels: Sequence[str]) -> Classes:
+def classes_of(labels: Sequence[str], are_names: bool) -> Classes:
     """Derive classes from a data set's labels. Integer labels are the indexes; other labels are sorted.
 
-    Integers of `MAX_INTEGER_CLASSES` or more are left out.
+    Integers of `MAX_INTEGER_CLASSES` or more are left out. With `are_names`, such as of folders, integers are no indexes,
+    but sorted by value: 9, 2019, 2021.
     """
     distinct = set(labels)
-    if all(_INDEX.fullmatch(label) for label in distinct):
+    are_integers = all(_INDEX.fullmatch(label) for label in distinct)
+    if are_integers and are_names:
+        ordered = sorted(distinct, key=lambda label: (len(label), label))
+    elif are_integers:
         # Check the number of digits first: Python refuses to convert thousands of digits.
         highest = max((int(label) for label in distinct if len(label) <= _INDEX_DIGITS), default=-1)
         ordered = [str(index) for index in range(highest + 1)]

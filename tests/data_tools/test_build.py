@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -470,6 +471,54 @@ def test_class_folders_give_labels_classes_and_captions_by_a_template(tmp_path: 
     assert found == [(b"0", b"a photo of a elk")] * 2 + [(b"1", b"a photo of a red fox")] * 2
     lines = (tmp_path / "out" / "classes.tsv").read_text().splitlines()
     assert [line.split("\t")[1] for line in lines[1:]] == ["elk", "red_fox"]
+
+
+def test_class_folders_may_be_links_and_hidden_ones_are_no_classes(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "animals")
+    (folder / "elk").rename(tmp_path / "elsewhere")
+    (folder / "elk").symlink_to(tmp_path / "elsewhere")
+    (folder / "red_fox" / "back").symlink_to(folder)  # a loop
+    for hidden in (".thumbs", "red_fox/.ipynb_checkpoints"):
+        shutil.copytree(folder / "red_fox" / "deep", folder / hidden)
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--template", "a {}"]) == 0
+    assert sorted(sample["txt"] for sample in samples(tmp_path / "out")) == [b"a elk"] * 2 + [b"a red fox"] * 2
+
+
+def test_class_folders_with_numbers_as_names_are_as_many_classes(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "years")
+    (folder / "elk").rename(folder / "2021")
+    (folder / "red_fox").rename(folder / "700")
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--template", "in {}"]) == 0
+    rows = read_pairs(tmp_path / "out" / "classes.tsv").rows
+    assert [(row["index"], row["label"], row["count"]) for row in rows] == [("0", "700", "2"), ("1", "2021", "2")]
+
+
+def test_files_beside_class_folders_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = class_folders(tmp_path / "animals")
+    (folder / "README.txt").write_text("about")
+    (folder / "elk" / "notes.txt").write_text("about elks")
+    shutil.copy(folder / "elk" / "2.png", folder / "cover.png")
+    (folder / "lost").symlink_to(tmp_path / "nowhere")
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 2
+    assert "images in class folders, without captions; expected --template" in capsys.readouterr().err
+    assert main([*arguments, "--template", "a {}"]) == 0
+    assert len(samples(tmp_path / "out")) == 4
+    told = "beside the class folders; expected images inside them"
+    assert [refusal["reason"] for refusal in refusals(tmp_path / "out")] == [
+        f"{name}: {told}" for name in ("README.txt", "cover.png", "lost")
+    ]
+
+
+def test_a_template_for_images_with_captions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = class_folders(tmp_path / "animals")
+    (folder / "elk" / "2.txt").write_text("an elk")
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--template", "a {}"]
+    assert main(arguments) == 2
+    told = "--template 'a {}': expected class folders of images without captions, but elk/2.png has a .txt beside it"
+    assert told in capsys.readouterr().err
 
 
 def test_a_template_makes_captions_of_a_tables_labels(make_pairs, tmp_path: Path) -> None:
