@@ -1,5 +1,6 @@
 """Readers of image-text pairs: TSV, CSV, JSONL or Parquet tables, or folders of images with text files."""
 
+import codecs
 import csv
 import difflib
 import io
@@ -15,6 +16,7 @@ from typing import Any
 
 from data_tools.files import read_file
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import decode_text, is_visible
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_ROW_CHARACTERS = 1 << 24
@@ -171,13 +173,12 @@ def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) 
 
 
 def _text_of(path: Path) -> str:
-    """Return the content of a text file, with line ends as "\\n". Raises: BadSample."""
+    """Return the content of a text file, without a byte order mark, and with line ends as "\\n". Raises: BadSample."""
     try:
-        text = read_file(path, MAX_ROW_CHARACTERS)[0].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"{path.name} is not UTF-8 at byte {error.start}; convert it") from error
+        data = read_file(path, MAX_ROW_CHARACTERS)[0]
     except BadSample as error:
         raise BadSample(f"{path.name}: {error}") from error
+    text = decode_text(data.removeprefix(codecs.BOM_UTF8), path.name)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -390,7 +391,7 @@ _READERS = {
 def caption_texts(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
     """Return the row's captions: the items of one column of lists, or one text of all columns, joined by ", ".
 
-    Empty values are left out. Of several columns, a list contributes its items to the text, as for tags.
+    Values without a visible character are left out. Of several columns, a list contributes its items, as for tags.
     """
     parts = [part for column in columns for part in _parts(row.get(column))]
     is_list = len(columns) == 1 and isinstance(row.get(columns[0]), list)
@@ -401,7 +402,7 @@ def _parts(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for item in value:
             yield from _parts(item)
-    elif isinstance(value, str) and value.strip():
+    elif isinstance(value, str) and (is_visible(value) or SURROGATE.search(value)):
         yield value.strip()
     elif isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
         yield str(value)

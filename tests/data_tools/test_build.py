@@ -342,6 +342,44 @@ def test_a_folder_needs_no_columns(make_pairs, tmp_path: Path) -> None:
     assert sorted(sample["txt"] for sample in samples(tmp_path / "out")) == [b"beside 0", b"beside 1", b"beside 2"]
 
 
+def test_texts_beside_images_that_training_would_refuse_are_refused(make_pairs, tmp_path: Path) -> None:
+    folder = make_pairs(6).parent
+    contents = [
+        b"\xef\xbb\xbfa cat",
+        "\u200b".encode(),
+        b"\xef\xbb\xbf",
+        "a".encode("utf-16-le"),
+        b"\xff",
+        b"a" * (2 << 20),
+    ]
+    for number, content in enumerate(contents):
+        (folder / f"{number}.txt").write_bytes(content)
+    assert main(["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert [sample["txt"] for sample in samples(tmp_path / "out")] == [b"a cat"]
+    assert [refusal["reason"] for refusal in refusals(tmp_path / "out")] == [
+        "no caption: caption empty",
+        "no caption: caption empty",
+        "3.png: 3.txt has NULs, as UTF-16 has; convert it to UTF-8",
+        "4.png: 4.txt is not UTF-8 (invalid start byte at byte 0); convert it",
+        "the caption has 2097152 characters, more than the limit of 1048576",
+    ]
+
+
+def test_of_a_list_of_captions_the_good_ones_are_kept(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(5)
+    lists = [["\u200b", "good"], ["\ud800", "good"], ["g\0", "good"], ["\ud800"], ["\u200b"]]
+    table = pairs.with_name("pairs.jsonl")
+    rows = [{"path": f"{number}.png", "caption": captions} for number, captions in enumerate(lists)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert build(table, tmp_path / "out") == 0
+    assert [sample["txt"] for sample in samples(tmp_path / "out")] == [b"good"] * 3
+    reasons = [refusal["reason"] for refusal in refusals(tmp_path / "out")]
+    assert reasons == [
+        "the caption is no valid Unicode: it has half a surrogate pair",
+        "no caption: caption empty",
+    ]
+
+
 def test_a_later_build_replaces_an_earlier_one(make_pairs, tmp_path: Path) -> None:
     pairs = make_pairs(12)
     assert build(pairs, tmp_path / "out", "--samples-per-shard", "3", "--label", "kind") == 0
