@@ -51,11 +51,12 @@ def build(
         bool, typer.Option("--allow-outside", help="Allow paths that leave the image root.")
     ] = False,
     caption: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Caption column, or several, whose texts are joined by ', ': caption,tags. Of a list, the first."
+            help="Caption column, or several, whose texts are joined by ', ': caption,tags. Of a list, the first.",
+            show_default="caption",
         ),
-    ] = "caption",
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
     classes: Annotated[
         Path | None,
@@ -112,8 +113,8 @@ def build(
     if torchvision is not None and (label or image_root):
         given = f"--label {label!r}" if label else f"--image-root {str(image_root)!r}"
         raise ValueError(f"{given}: expected a table; --torchvision {torchvision!r} has labels and images of its own")
-    captions = tuple(column.strip() for column in caption.split(",") if column.strip())
-    if not captions:
+    captions = None if caption is None else tuple(name.strip() for name in caption.split(",") if name.strip())
+    if captions == ():
         raise ValueError(f"--caption {caption!r}: expected a column, or several with commas between")
     started = time.monotonic()
     options = BuildOptions(

@@ -32,13 +32,14 @@ class BuildOptions:
     """Options that, together with the pairs, determine the bytes of the shards.
 
     `image_root` None is the table's folder. `template` makes captions of the labels, in place of a column of captions.
+    `caption_columns` None is the column `caption`, which a template replaces.
     `is_coco` tells that the pairs are a JSON file of COCO captions.
     """
 
     image_column: str = "image"
     image_root: Path | None = None
     allow_outside: bool = False
-    caption_columns: tuple[str, ...] = ("caption",)
+    caption_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     classes_file: Path | None = None
     template: str | None = None
@@ -135,16 +136,18 @@ def _build_table(
     pairs: Path, table: Table, output: Path, classes: Classes | None, options: BuildOptions, workers: int
 ) -> BuildResult:
     """Build shards of a table; `pairs` is its name in messages and in the manifest."""
+    columns = options.caption_columns or ("caption",)
     if options.template is not None:
-        _add_captions(table, options)
+        _add_captions(table, columns, options)
+    options = replace(options, caption_columns=columns)
     table.require(options.image_column, "--image")
-    for column in options.caption_columns:
+    for column in columns:
         table.require(column, "--caption")
     if options.label_column is not None:
         table.require(options.label_column, "--label")
     texts = [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
     with locked_output(output, texts):
-        return _build(pairs, table, output, texts, classes, options, workers)
+        return _build(pairs, table, output, texts, classes, columns, options, workers)
 
 
 def _build(
@@ -153,14 +156,13 @@ def _build(
     output: Path,
     texts: Sequence[str],
     classes: Classes | None,
+    columns: Sequence[str],
     options: BuildOptions,
     workers: int,
 ) -> BuildResult:
-    """Build shards in a locked folder; `texts` are the names of the text files beside the shards."""
+    """Build shards in a locked folder; `texts` names the text files beside the shards, `columns` the captions' columns."""
     root = ImageRoot(options.image_root or table.folder, options.allow_outside)
-    accepted, refused = accept_rows(
-        table, root, options.image_column, options.caption_columns, options.label_column, classes
-    )
+    accepted, refused = accept_rows(table, root, options.image_column, columns, options.label_column, classes)
     # Check images before writing, so that shards are of equal size no matter how many are refused.
     samples: list[Sample] = []
     states: dict[int, FileState] = {}
@@ -202,7 +204,7 @@ def _build(
         num_refused=len(refused),
         num_classes=len(classes.labels) if classes else None,
         key_problem=key_problem(table),
-        list_column=_list_column(table, options.caption_columns),
+        list_column=_list_column(table, columns),
     )
     close_output(
         output,
@@ -218,21 +220,21 @@ def _build(
     return result
 
 
-def _add_captions(table: Table, options: BuildOptions) -> None:
-    """Add a column of captions, made of the labels. Raises: ValueError without a label column, or beside captions."""
-    template, (column, *others) = str(options.template), options.caption_columns
+def _add_captions(table: Table, columns: Sequence[str], options: BuildOptions) -> None:
+    """Make a column of captions of the labels. Raises: ValueError without a label column, or if `options` name captions."""
+    template, (column, *others) = str(options.template), columns
     if "{}" not in template:
         raise ValueError(f"--template {template!r}: expected a sentence with {{}} for the label")
     if options.label_column is None:
         raise ValueError(f"--template {template!r}: expected --label COLUMN beside it")
-    if others or column in table.columns:
-        named = ", ".join(options.caption_columns)
+    if options.caption_columns is not None and (others or column in table.columns):
+        named = ", ".join(columns)
         raise ValueError(f"--template {template!r}: expected no captions beside it, but --caption names {named!r}")
     table.require(options.label_column, "--label")
     for row in table.rows:
         label = row.get(options.label_column)
         row[column] = None if label is None else _caption_of(label, options)
-    table.columns.append(column)
+    table.columns = list(dict.fromkeys([*table.columns, column]))
 
 
 def _caption_of(label: object, options: BuildOptions) -> str:

@@ -300,6 +300,8 @@ def test_integer_labels_stay_as_they_are(make_pairs, tmp_path: Path) -> None:
         ("classes.txt", "dog\ncat\n"),
         ("classes.tsv", "kind\tdescription\ndog\td\ncat\tc\n"),
         ("classes.tsv", "id\tkind\n5\tdog\n4\tcat\n"),
+        ("classes.tsv", "index\tlabel\n1\tcat\n0\tdog\n"),
+        ("classes.csv", "dog\ncat\n"),
     ],
 )
 def test_a_class_list_gives_the_order_and_refuses_others(make_pairs, tmp_path: Path, name: str, content: str) -> None:
@@ -310,6 +312,23 @@ def test_a_class_list_gives_the_order_and_refuses_others(make_pairs, tmp_path: P
         b"caption 1": b"0",
     }
     assert "label 'ant' is not in the class list" in str(refusals(tmp_path / "out")[0]["reason"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classes.csv", "index,label\n0,dog\n1,cat\n", "a table with commas; expected one label a line, or a TSV"),
+        ("classes.tsv", "index\tlabel\n1\tdog\n2\tcat\n", "no row with index 0; expected 0 to 1, each once"),
+        ("classes.tsv", "index\tlabel\n0\tdog\n0\tcat\n", "no row with index 1; expected 0 to 1, each once"),
+    ],
+)
+def test_class_lists_whose_order_is_not_known_are_refused(
+    make_pairs, tmp_path: Path, capsys, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert build(make_pairs(3), tmp_path / "out", "--label", "kind", "--classes", str(tmp_path / name)) == 2
+    error = capsys.readouterr().err
+    assert f"--classes '{tmp_path / name}': {message}" in error and error.count("\n") == 1
 
 
 def test_keys_come_from_a_key_column_that_can_name_samples(make_pairs, tmp_path: Path, capsys) -> None:
@@ -559,11 +578,16 @@ def test_a_template_for_images_with_captions_is_refused(tmp_path: Path, capsys: 
     assert told in capsys.readouterr().err
 
 
-def test_a_template_makes_captions_of_a_tables_labels(make_pairs, tmp_path: Path) -> None:
+def test_a_template_makes_captions_of_a_tables_labels(make_pairs, tmp_path: Path, capsys) -> None:
     pairs = make_pairs(4)
-    options = ("--label", "kind", "--template", "a {}", "--caption", "made")
-    assert build(pairs, tmp_path / "out", *options) == 0
-    assert {sample["txt"] for sample in samples(tmp_path / "out")} == {b"a ant", b"a cat", b"a dog"}
+    arguments = ["build", str(pairs), "--image", "path", "--label", "kind", "--template", "a {}", "--workers", "1"]
+    made = {b"a ant", b"a cat", b"a dog"}
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--caption", "made"]) == 0
+    assert {sample["txt"] for sample in samples(tmp_path / "out")} == made
+    assert main([*arguments, "--output", str(tmp_path / "replaced")]) == 0
+    assert {sample["txt"] for sample in samples(tmp_path / "replaced")} == made
+    assert main([*arguments, "--output", str(tmp_path / "both"), "--caption", "caption"]) == 2
+    assert "expected no captions beside it, but --caption names 'caption'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
