@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -11,10 +12,10 @@ from pathlib import Path
 from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, one_line, read_classes, write_classes
 from data_tools.coco import read_coco
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
-from data_tools.output import CLASSES, REFUSALS, check_output, close_output, locked_output, open_output, write_refusals
+from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
 from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
-from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard
+from data_tools.shard_writer import WrittenShard, delete_shard, file_sha256, finish_shard
 from data_tools.tables import Table, caption_texts, read_pairs
 from data_tools.torchvision_sets import read_torchvision
 from mmpretrain.data.decode import BadSample
@@ -22,6 +23,7 @@ from mmpretrain.seeds import hash64, permutation
 
 ROWS_PER_CHECK = 64
 TEMPLATE = "a photo of a {}"
+_PICTURES = ".torchvision"  # folder in the output, so that the paths are those of the build that was killed
 
 FileState = tuple[int, int]
 """Size in bytes and modification time in ns of a file that was read."""
@@ -101,7 +103,8 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
             raise ValueError(f"--classes {str(options.classes_file)!r}: expected --label COLUMN beside it")
         table.require(options.label_column, "--label")
         classes = read_classes(options.classes_file, options.label_column)
-    return _build_table(pairs, table, output, classes, options, workers)
+    with locked_output(output, _text_files(options)):
+        return _build_table(pairs, table, output, classes, options, workers)
 
 
 def build_torchvision(
@@ -120,22 +123,54 @@ def build_torchvision(
     Returns: the result, and whether the set or `classes_file` names the classes.
     Raises: ValueError as of `read_torchvision` and `build`.
     """
-    check_output(output, [REFUSALS, CLASSES])  # before a download
     given = read_classes(options.classes_file, "label") if options.classes_file is not None else None
     options = replace(options, label_column="label", template=options.template or TEMPLATE)
-    with tempfile.TemporaryDirectory(prefix="torchvision-") as folder:
-        table, classes, has_names = read_torchvision(name, root, split, given, Path(folder))
+    with locked_output(output, _text_files(options)), _empty_folder(output / _PICTURES) as pictures:
+        table, classes, has_names = read_torchvision(name, root, split, given, pictures)
         # A class without a sample in this split gets the text that it has in others.
         texts = [text or _caption_of(label, options) for label, text in zip(classes.labels, classes.texts)]
         title = Path(f"{name} {split}" if split else name)
-        result = _build_table(title, table, output, Classes(classes.labels, texts), options, workers)
+        result = _build_table(title, table, output, Classes(classes.labels, texts), options, workers, pictures)
     return result, has_names or given is not None
 
 
+def _text_files(options: BuildOptions) -> list[str]:
+    """Return the names of the text files beside the shards."""
+    return [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
+
+
+@contextmanager
+def _empty_folder(path: Path) -> Iterator[Path]:
+    """Make an empty folder, in place of one that a killed build left, and delete it in the end."""
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
 def _build_table(
-    pairs: Path, table: Table, output: Path, classes: Classes | None, options: BuildOptions, workers: int
+    pairs: Path,
+    table: Table,
+    output: Path,
+    classes: Classes | None,
+    options: BuildOptions,
+    workers: int,
+    pictures: Path | None = None,
 ) -> BuildResult:
-    """Build shards of a table; `pairs` is its name in messages and in the manifest."""
+    """Build shards of a table in a locked folder.
+
+    Args:
+        pairs: name of the table in messages and in the manifest.
+        table: the table; rows that are refused later are left out of the shards.
+        output: folder of the build.
+        classes: classes in the order of their indexes; None: derived from the labels.
+        options: options of the build.
+        workers: number of processes.
+        pictures: folder of images that were made for this build, so that their modification times tell nothing.
+    """
     columns = options.caption_columns or ("caption",)
     if options.template is not None:
         _add_captions(table, columns, options)
@@ -145,22 +180,7 @@ def _build_table(
         table.require(column, "--caption")
     if options.label_column is not None:
         table.require(options.label_column, "--label")
-    texts = [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
-    with locked_output(output, texts):
-        return _build(pairs, table, output, texts, classes, columns, options, workers)
-
-
-def _build(
-    pairs: Path,
-    table: Table,
-    output: Path,
-    texts: Sequence[str],
-    classes: Classes | None,
-    columns: Sequence[str],
-    options: BuildOptions,
-    workers: int,
-) -> BuildResult:
-    """Build shards in a locked folder; `texts` names the text files beside the shards, `columns` the captions' columns."""
+    texts = _text_files(options)
     root = ImageRoot(options.image_root or table.folder, options.allow_outside)
     accepted, refused = accept_rows(table, root, options.image_column, columns, options.label_column, classes)
     # Check images before writing, so that shards are of equal size no matter how many are refused.
@@ -180,7 +200,7 @@ def _build(
         samples = _without_unknown(samples, classes, refused)
         _require_samples(pairs, len(samples), refused)
 
-    plan = _plan(samples, states, classes, options)
+    plan = _plan(samples, states, classes, options, pictures)
     parts = open_output(output, plan, len(samples), options.samples_per_shard, texts)
     order = permutation(hash64("build", options.seed), len(samples))
     class_ids = {label: index for index, label in enumerate(classes.labels)} if classes else {}
@@ -284,15 +304,21 @@ def _options_json(options: BuildOptions) -> dict[str, object]:
 
 
 def _plan(
-    samples: Sequence[Sample], states: Mapping[int, FileState], classes: Classes | None, options: BuildOptions
+    samples: Sequence[Sample],
+    states: Mapping[int, FileState],
+    classes: Classes | None,
+    options: BuildOptions,
+    pictures: Path | None,
 ) -> str:
     """Return a hash (hex) of everything that determines the shards' bytes.
 
-    A file's size and modification time (`states`, by row number) represent its content.
+    A file's size and modification time (`states`, by row number) represent its content, unless it is in `pictures`.
     """
     plan = hashlib.sha256(json.dumps([_options_json(options), classes and classes.labels]).encode())
     for sample in samples:
-        plan.update(repr((sample, *states[sample.row_number])).encode("utf-8", "surrogatepass"))
+        is_made = pictures is not None and sample.path.parent == pictures
+        state = (file_sha256(sample.path),) if is_made else states[sample.row_number]
+        plan.update(repr((sample, *state)).encode("utf-8", "surrogatepass"))
     return plan.hexdigest()
 
 
