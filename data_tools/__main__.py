@@ -234,6 +234,7 @@ def download(
 
     img2dataset needs an environment of its own: pipx install img2dataset. Beside each tar lie its Parquet, with the status
     of each URL, and its statistics. Images that do not arrive are left out. The same command goes on after a kill.
+    The exit code is 1 if a tar has problems.
 
     Examples:
 
@@ -257,7 +258,10 @@ def download(
         f"{output}: {result.num_samples:,} of {result.num_urls:,} images in {len(result.tars)} shards, {seconds:.1f} s"
     )
     print_table(("failure", "images"), [(reason, f"{count:,}") for reason, count in result.failures.most_common(10)], 1)
-    print_table(("tar", "problem"), [(tar.tar, problem) for tar in result.tars for problem in tar.problems])
+    problems = [(tar.tar, problem) for tar in result.tars for problem in tar.problems]
+    print_table(("tar", "problem"), problems)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command()
