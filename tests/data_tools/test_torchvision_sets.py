@@ -82,6 +82,19 @@ def test_arrays_become_png_without_loss(tmp_path: Path) -> None:
     assert [sample["cls"] for sample in samples(tmp_path / "val").values()] == [b"1"]
 
 
+@pytest.mark.parametrize("content", [b"abc", bytes(5000)])
+def test_damaged_arrays_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    for prefix in ("train", "t10k"):
+        write_mnist(tmp_path, pixels(10, 28, 28), [0] * 10, prefix)
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    assert build(tmp_path, tmp_path / "out", "MNIST") == 2
+    error = capsys.readouterr().err
+    assert f"--torchvision 'MNIST': a file of it in --root '{tmp_path}' is damaged (" in error
+    assert error.count("\n") == 1 and "remove its folder there, and run the command again" in error
+
+
 def test_pickled_arrays_that_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
