@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -230,14 +231,30 @@ def _verify_one(
         return replace(result, is_kept=True)
     bad = []
     try:
-        for sample in range(shards.num_samples):
-            errors = _errors(shards, sample, wants_image, wants_caption, options)
-            if errors:
-                bad.append(BadLine(shards.key(sample), "; ".join(map(str, errors)), errors[0].code))
+        with _cache_of(row, is_changed=block is not None and block.version != version) as cache_dir:
+            if cache_dir is not None:
+                shards = open_tar(tar, index_dir, row, cache_dir)
+            for sample in range(shards.num_samples):
+                errors = _errors(shards, sample, wants_image, wants_caption, options)
+                if errors:
+                    bad.append(BadLine(shards.key(sample), "; ".join(map(str, errors)), errors[0].code))
     except OSError as error:
         # No property of the sample: without a block in the output, the next run reads the tar again.
         return replace(result, problems=[*result.problems, f"not read to its end: {error}"])
     return replace(result, bad=bad)
+
+
+@contextmanager
+def _cache_of(row: ShardTable | None, is_changed: bool) -> Iterator[str | None]:
+    """Yield an empty folder for the cache of a remote tar that has changed, or else None for the usual cache.
+
+    The usual one may hold ranges of the earlier version, whose index has the same digest.
+    """
+    if row is None or not is_changed:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        yield folder
 
 
 def _version(tar: str, index: TarIndex) -> str:

@@ -346,3 +346,21 @@ def test_remote_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
         os.utime(tmp_path / "data" / "000.tar", ns=(0, 1))  # the server's ETag
         assert verified(output, f"{server.url}/{{000..001}}.tar") == 1
         assert "of which 1 were verified before" in capsys.readouterr().out
+
+
+def test_a_remote_tar_damaged_after_it_was_verified_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    tar, output = tmp_path / "data" / "0.tar", tmp_path / "verify.jsonl"
+    position = with_large_member(tar)
+    assert main(["index", str(tar)]) == 0
+    with http_server(tmp_path / "data") as server:
+        assert verified(output, f"{server.url}/0.tar") == 0
+        with open(tar, "r+b") as file:
+            file.seek(position)
+            file.write(bytes(1000))
+        os.utime(tar, ns=(0, 1))  # the server's ETag
+        assert verified(output, f"{server.url}/0.tar") == 1
+    assert list(bad(output)) == ["a"]
