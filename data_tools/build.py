@@ -125,7 +125,7 @@ def build_torchvision(
     """
     given = read_classes(options.classes_file, "label") if options.classes_file is not None else None
     options = replace(options, label_column="label", template=options.template or TEMPLATE)
-    with locked_output(output, _text_files(options)), _empty_folder(output / _PICTURES) as pictures:
+    with locked_output(output, _text_files(options)), _empty_folder(output.resolve() / _PICTURES) as pictures:
         table, classes, has_names = read_torchvision(name, root, split, given, pictures)
         # A class without a sample in this split gets the text that it has in others.
         texts = [text or _caption_of(label, options) for label, text in zip(classes.labels, classes.texts)]
