@@ -51,11 +51,12 @@ def build(
         bool, typer.Option("--allow-outside", help="Allow paths that leave the image root.")
     ] = False,
     caption: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Caption column, or several, whose texts are joined by ', ': caption,tags. Of a list, the first."
+            help="Caption column, or several, whose texts are joined by ', ': caption,tags. Of a list, the first.",
+            show_default="caption",
         ),
-    ] = "caption",
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Column of class labels.")] = None,
     classes: Annotated[
         Path | None,
@@ -112,8 +113,8 @@ def build(
     if torchvision is not None and (label or image_root):
         given = f"--label {label!r}" if label else f"--image-root {str(image_root)!r}"
         raise ValueError(f"{given}: expected a table; --torchvision {torchvision!r} has labels and images of its own")
-    captions = tuple(column.strip() for column in caption.split(",") if column.strip())
-    if not captions:
+    captions = None if caption is None else tuple(name.strip() for name in caption.split(",") if name.strip())
+    if captions == ():
         raise ValueError(f"--caption {caption!r}: expected a column, or several with commas between")
     started = time.monotonic()
     options = BuildOptions(
@@ -233,6 +234,7 @@ def download(
 
     img2dataset needs an environment of its own: pipx install img2dataset. Beside each tar lie its Parquet, with the status
     of each URL, and its statistics. Images that do not arrive are left out. The same command goes on after a kill.
+    The exit code is 1 if a tar has problems.
 
     Examples:
 
@@ -256,7 +258,10 @@ def download(
         f"{output}: {result.num_samples:,} of {result.num_urls:,} images in {len(result.tars)} shards, {seconds:.1f} s"
     )
     print_table(("failure", "images"), [(reason, f"{count:,}") for reason, count in result.failures.most_common(10)], 1)
-    print_table(("tar", "problem"), [(tar.tar, problem) for tar in result.tars for problem in tar.problems])
+    problems = [(tar.tar, problem) for tar in result.tars for problem in tar.problems]
+    print_table(("tar", "problem"), problems)
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -11,10 +12,10 @@ from pathlib import Path
 from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, one_line, read_classes, write_classes
 from data_tools.coco import read_coco
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
-from data_tools.output import CLASSES, REFUSALS, check_output, close_output, locked_output, open_output, write_refusals
+from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
 from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
-from data_tools.shard_writer import WrittenShard, delete_shard, finish_shard
+from data_tools.shard_writer import WrittenShard, delete_shard, file_sha256, finish_shard
 from data_tools.tables import Table, caption_texts, read_pairs
 from data_tools.torchvision_sets import read_torchvision
 from mmpretrain.data.decode import BadSample
@@ -22,6 +23,7 @@ from mmpretrain.seeds import hash64, permutation
 
 ROWS_PER_CHECK = 64
 TEMPLATE = "a photo of a {}"
+_PICTURES = ".torchvision"  # folder in the output, so that the paths are those of the build that was killed
 
 FileState = tuple[int, int]
 """Size in bytes and modification time in ns of a file that was read."""
@@ -32,13 +34,14 @@ class BuildOptions:
     """Options that, together with the pairs, determine the bytes of the shards.
 
     `image_root` None is the table's folder. `template` makes captions of the labels, in place of a column of captions.
+    `caption_columns` None is the column `caption`, which a template replaces.
     `is_coco` tells that the pairs are a JSON file of COCO captions.
     """
 
     image_column: str = "image"
     image_root: Path | None = None
     allow_outside: bool = False
-    caption_columns: tuple[str, ...] = ("caption",)
+    caption_columns: tuple[str, ...] | None = None
     label_column: str | None = None
     classes_file: Path | None = None
     template: str | None = None
@@ -88,6 +91,11 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
         raise ValueError(
             f"pairs {str(pairs)!r}: images in class folders, without captions; expected --template 'a photo of a {{}}'"
         )
+    if pairs.is_dir() and not table.has_class_folders and options.template is not None:
+        given = f"{table.rows[0]['image']} has a .txt beside it" if table.rows else "the images lie in no folder"
+        raise ValueError(
+            f"--template {options.template!r}: expected class folders of images without captions, but {given}"
+        )
     _require_paths(table, options.image_column, pairs)
     classes = None
     if options.classes_file is not None:
@@ -95,7 +103,8 @@ def build(pairs: Path, output: Path, options: BuildOptions, workers: int) -> Bui
             raise ValueError(f"--classes {str(options.classes_file)!r}: expected --label COLUMN beside it")
         table.require(options.label_column, "--label")
         classes = read_classes(options.classes_file, options.label_column)
-    return _build_table(pairs, table, output, classes, options, workers)
+    with locked_output(output, _text_files(options)):
+        return _build_table(pairs, table, output, classes, options, workers)
 
 
 def build_torchvision(
@@ -114,48 +123,66 @@ def build_torchvision(
     Returns: the result, and whether the set or `classes_file` names the classes.
     Raises: ValueError as of `read_torchvision` and `build`.
     """
-    check_output(output, [REFUSALS, CLASSES])  # before a download
     given = read_classes(options.classes_file, "label") if options.classes_file is not None else None
     options = replace(options, label_column="label", template=options.template or TEMPLATE)
-    with tempfile.TemporaryDirectory(prefix="torchvision-") as folder:
-        table, classes, has_names = read_torchvision(name, root, split, given, Path(folder))
+    with locked_output(output, _text_files(options)), _empty_folder(output.resolve() / _PICTURES) as pictures:
+        table, classes, has_names = read_torchvision(name, root, split, given, pictures)
         # A class without a sample in this split gets the text that it has in others.
         texts = [text or _caption_of(label, options) for label, text in zip(classes.labels, classes.texts)]
         title = Path(f"{name} {split}" if split else name)
-        result = _build_table(title, table, output, Classes(classes.labels, texts), options, workers)
+        result = _build_table(title, table, output, Classes(classes.labels, texts), options, workers, pictures)
     return result, has_names or given is not None
 
 
+def _text_files(options: BuildOptions) -> list[str]:
+    """Return the names of the text files beside the shards."""
+    return [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
+
+
+@contextmanager
+def _empty_folder(path: Path) -> Iterator[Path]:
+    """Make an empty folder, in place of one that a killed build left, and delete it in the end."""
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
 def _build_table(
-    pairs: Path, table: Table, output: Path, classes: Classes | None, options: BuildOptions, workers: int
-) -> BuildResult:
-    """Build shards of a table; `pairs` is its name in messages and in the manifest."""
-    if options.template is not None:
-        _add_captions(table, options)
-    table.require(options.image_column, "--image")
-    for column in options.caption_columns:
-        table.require(column, "--caption")
-    if options.label_column is not None:
-        table.require(options.label_column, "--label")
-    texts = [REFUSALS] if options.label_column is None else [REFUSALS, CLASSES]
-    with locked_output(output, texts):
-        return _build(pairs, table, output, texts, classes, options, workers)
-
-
-def _build(
     pairs: Path,
     table: Table,
     output: Path,
-    texts: Sequence[str],
     classes: Classes | None,
     options: BuildOptions,
     workers: int,
+    pictures: Path | None = None,
 ) -> BuildResult:
-    """Build shards in a locked folder; `texts` are the names of the text files beside the shards."""
+    """Build shards of a table in a locked folder.
+
+    Args:
+        pairs: name of the table in messages and in the manifest.
+        table: the table; rows that are refused later are left out of the shards.
+        output: folder of the build.
+        classes: classes in the order of their indexes; None: derived from the labels.
+        options: options of the build.
+        workers: number of processes.
+        pictures: folder of images that were made for this build, so that their modification times tell nothing.
+    """
+    columns = options.caption_columns or ("caption",)
+    if options.template is not None:
+        _add_captions(table, columns, options)
+    options = replace(options, caption_columns=columns)
+    table.require(options.image_column, "--image")
+    for column in columns:
+        table.require(column, "--caption")
+    if options.label_column is not None:
+        table.require(options.label_column, "--label")
+    texts = _text_files(options)
     root = ImageRoot(options.image_root or table.folder, options.allow_outside)
-    accepted, refused = accept_rows(
-        table, root, options.image_column, options.caption_columns, options.label_column, classes
-    )
+    accepted, refused = accept_rows(table, root, options.image_column, columns, options.label_column, classes)
     # Check images before writing, so that shards are of equal size no matter how many are refused.
     samples: list[Sample] = []
     states: dict[int, FileState] = {}
@@ -167,11 +194,13 @@ def _build(
             states[sample.row_number] = checked
     _require_samples(pairs, len(samples), refused)
     if options.label_column is not None and classes is None:
-        classes = classes_of([sample.label for sample in samples if sample.label is not None])
+        classes = classes_of(
+            [sample.label for sample in samples if sample.label is not None], are_names=table.has_class_folders
+        )
         samples = _without_unknown(samples, classes, refused)
         _require_samples(pairs, len(samples), refused)
 
-    plan = _plan(samples, states, classes, options)
+    plan = _plan(samples, states, classes, options, pictures)
     parts = open_output(output, plan, len(samples), options.samples_per_shard, texts)
     order = permutation(hash64("build", options.seed), len(samples))
     class_ids = {label: index for index, label in enumerate(classes.labels)} if classes else {}
@@ -195,7 +224,7 @@ def _build(
         num_refused=len(refused),
         num_classes=len(classes.labels) if classes else None,
         key_problem=key_problem(table),
-        list_column=_list_column(table, options.caption_columns),
+        list_column=_list_column(table, columns),
     )
     close_output(
         output,
@@ -211,21 +240,21 @@ def _build(
     return result
 
 
-def _add_captions(table: Table, options: BuildOptions) -> None:
-    """Add a column of captions, made of the labels. Raises: ValueError without a label column, or beside captions."""
-    template, (column, *others) = str(options.template), options.caption_columns
+def _add_captions(table: Table, columns: Sequence[str], options: BuildOptions) -> None:
+    """Make a column of captions of the labels. Raises: ValueError without a label column, or if `options` name captions."""
+    template, (column, *others) = str(options.template), columns
     if "{}" not in template:
         raise ValueError(f"--template {template!r}: expected a sentence with {{}} for the label")
     if options.label_column is None:
         raise ValueError(f"--template {template!r}: expected --label COLUMN beside it")
-    if others or column in table.columns:
-        named = ", ".join(options.caption_columns)
+    if options.caption_columns is not None and (others or column in table.columns):
+        named = ", ".join(columns)
         raise ValueError(f"--template {template!r}: expected no captions beside it, but --caption names {named!r}")
     table.require(options.label_column, "--label")
     for row in table.rows:
         label = row.get(options.label_column)
         row[column] = None if label is None else _caption_of(label, options)
-    table.columns.append(column)
+    table.columns = list(dict.fromkeys([*table.columns, column]))
 
 
 def _caption_of(label: object, options: BuildOptions) -> str:
@@ -275,15 +304,21 @@ def _options_json(options: BuildOptions) -> dict[str, object]:
 
 
 def _plan(
-    samples: Sequence[Sample], states: Mapping[int, FileState], classes: Classes | None, options: BuildOptions
+    samples: Sequence[Sample],
+    states: Mapping[int, FileState],
+    classes: Classes | None,
+    options: BuildOptions,
+    pictures: Path | None,
 ) -> str:
     """Return a hash (hex) of everything that determines the shards' bytes.
 
-    A file's size and modification time (`states`, by row number) represent its content.
+    A file's size and modification time (`states`, by row number) represent its content, unless it is in `pictures`.
     """
     plan = hashlib.sha256(json.dumps([_options_json(options), classes and classes.labels]).encode())
     for sample in samples:
-        plan.update(repr((sample, *states[sample.row_number])).encode("utf-8", "surrogatepass"))
+        is_made = pictures is not None and sample.path.parent == pictures
+        state = (file_sha256(sample.path),) if is_made else states[sample.row_number]
+        plan.update(repr((sample, *state)).encode("utf-8", "surrogatepass"))
     return plan.hexdigest()
 
 

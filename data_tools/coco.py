@@ -13,6 +13,8 @@ _EXPECTED = "expected a captions file of COCO, with `images` (id, file_name) and
 def read_coco(path: Path) -> Table:
     """Read the captions of COCO's `captions_*.json`: columns `key` (the image's id), `image` and `caption`, a list.
 
+    Captions of an image that `images` does not list are refused, in one row behind those of the images.
+
     Raises: ValueError if the file is not such a file, or holds no image.
     """
     if not path.is_file():
@@ -32,6 +34,9 @@ def read_coco(path: Path) -> Table:
     for number, image in enumerate(images, start=1):
         key = str(image.get("id"))
         table.add(number, {"key": key, "image": image.get("file_name"), "caption": _texts(captions[key])})
+    unknown = captions.keys() - {str(image.get("id")) for image in images}
+    for number, key in enumerate(sorted(unknown), start=len(images) + 1):
+        table.add(number, f"{len(captions[key])} captions of image {key}, which `images` does not list")
     return table
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.indexing import TABLE, IndexedTar, index_tars
+from data_tools.output import locked_folder
 from data_tools.tables import Table
-from mmpretrain.data.shards import expand_shards
+from mmpretrain.files import read_json
 
 _FORMATS = ("tsv", "csv", "jsonl", "parquet")
 _STATS = re.compile(r"\d+_stats\.json")
@@ -57,7 +58,10 @@ def download(urls: Path, output: Path, options: DownloadOptions, workers: int) -
     Images larger than `image_size` on their short side are reduced to it; smaller JPEG files keep their bytes. Beside each
     tar, img2dataset writes `NAME.parquet` (url, caption and status of each row) and `NAME_stats.json`.
 
-    Raises: ValueError for an unusable table or folder, if img2dataset is missing or fails, or if no image arrives.
+    Whatever happens, the tars in `output` are indexed in the end.
+
+    Raises: ValueError for an unusable table or folder, if another command writes to the folder, if img2dataset is missing or
+        fails, if its statistics cannot be read, or if no image arrives.
     """
     program = shutil.which(options.program)
     if program is None:
@@ -66,11 +70,6 @@ def download(urls: Path, output: Path, options: DownloadOptions, workers: int) -
             "needs an older webdataset, and Python up to 3.12: pipx install img2dataset"
         )
     table_format = _check_table(urls, options)
-    output.mkdir(parents=True, exist_ok=True)
-    foreign = [path.name for path in sorted(output.glob("*.json")) if not _STATS.fullmatch(path.name)]
-    if foreign not in ([], [TABLE]):
-        raise ValueError(f"--output {str(output)!r}: holds {foreign[0]}, not from a download; name another folder")
-    (output / TABLE).unlink(missing_ok=True)  # img2dataset takes every .json for a shard's; written again below
     arguments = [
         program,
         f"--url_list={urls.absolute()}",
@@ -91,10 +90,23 @@ def download(urls: Path, output: Path, options: DownloadOptions, workers: int) -
         arguments.append(f"--save_additional_columns={json.dumps(options.columns)}")
     # A library of img2dataset asks the network for its newest version otherwise.
     environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"}
-    code = subprocess.run([*arguments, *options.more], stdout=2, env=environment, check=False).returncode
-    if code:
-        raise ValueError(f"img2dataset failed with exit code {code}; its message stands above")
-    return _index(output, workers)
+    with locked_folder(output):
+        foreign = [path.name for path in sorted(output.glob("*.json")) if not _STATS.fullmatch(path.name)]
+        if foreign not in ([], [TABLE]):
+            raise ValueError(f"--output {str(output)!r}: holds {foreign[0]}, not from a download; name another folder")
+        _read_all_stats(output)
+        (output / TABLE).unlink(missing_ok=True)  # img2dataset takes every .json for a shard's
+        try:
+            code = subprocess.run([*arguments, *options.more], stdout=2, env=environment, check=False).returncode
+        finally:
+            tars = index_tars([str(path) for path in sorted(output.glob("*.tar"))], workers)  # writes the table again
+        if code:
+            raise ValueError(f"img2dataset failed with exit code {code}; its message stands above")
+        num_urls, failures = _read_all_stats(output)
+    if sum(failures.values()) == num_urls:
+        reason = f", most often because: {failures.most_common(1)[0][0]}" if failures else ""
+        raise ValueError(f"--output {str(output)!r}: none of {num_urls} images arrived{reason}")
+    return DownloadResult(tars, num_urls, failures)
 
 
 def _check_table(urls: Path, options: DownloadOptions) -> str:
@@ -137,14 +149,25 @@ def _columns(path: Path) -> list[str]:
     return [name.strip('"') for name in line.split("\t" if path.suffix == ".tsv" else ",")]
 
 
-def _index(output: Path, workers: int) -> DownloadResult:
+def _read_all_stats(output: Path) -> tuple[int, Counter[str]]:
+    """Return the number of URLs, and of failures by reason. Raises: ValueError for statistics that cannot be read."""
     num_urls = 0
     failures: Counter[str] = Counter()
     for path in sorted(output.glob("*_stats.json")):
-        stats = json.loads(path.read_text())
-        num_urls += stats["count"]
-        failures += Counter({reason: count for reason, count in stats["status_dict"].items() if reason != "success"})
-    if sum(failures.values()) == num_urls:
-        reason = f", most often because: {failures.most_common(1)[0][0]}" if failures else ""
-        raise ValueError(f"--output {str(output)!r}: none of {num_urls} images arrived{reason}")
-    return DownloadResult(index_tars(expand_shards(str(output)), workers), num_urls, failures)
+        try:
+            stats = read_json(path)
+            count, statuses = stats.get("count"), stats.get("status_dict")
+        except ValueError:
+            count = statuses = None
+        if (
+            not isinstance(count, int)
+            or not isinstance(statuses, dict)
+            or not all(isinstance(each, int) for each in statuses.values())
+        ):
+            raise ValueError(
+                f"{path}: expected statistics of img2dataset, with `count` and `status_dict`; remove it, and the same "
+                "command downloads its shard again"
+            )
+        num_urls += count
+        failures += Counter({reason: number for reason, number in statuses.items() if reason != "success"})
+    return num_urls, failures

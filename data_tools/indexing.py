@@ -1,14 +1,16 @@
 """Command `index`: build offset indexes of tars from WebDataset or img2dataset, and the tables of each folder's shards."""
 
+import fcntl
 import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_tools.output import write_atomically
 from data_tools.pool import run_tasks
@@ -51,25 +53,64 @@ def index_tars(tars: Sequence[str], workers: int, index_dir: str | None = None) 
         tars: paths or addresses; remote tars are fetched whole.
         workers: number of processes.
         index_dir: folder of the indexes, which repeats the folders of the tars; None: beside the tars.
+
+    Raises: ValueError if a folder holds a `shards.json` of something else.
     """
+    for folder in dict.fromkeys(_index_folder(tar, index_dir) for tar in tars):
+        _read_table(Path(folder) / TABLE)  # before the tars are scanned
     results = list(run_tasks(partial(_index_one, index_dir=index_dir), tars, workers, "indexing"))
     folders: dict[str, list[IndexedTar]] = defaultdict(list)
     for result in results:
         if result.index is not None and result.num_samples:
-            folders[mirrored(result.tar.rpartition("/")[0] or ".", index_dir)].append(result)
+            folders[_index_folder(result.tar, index_dir)].append(result)
     for folder, indexed in folders.items():
         with suppress(PermissionError):  # the indexes are in the cache then, which serves this machine alone
             _write_table(Path(folder) / TABLE, indexed)
     return results
 
 
+def _index_folder(tar: str, index_dir: str | None) -> str:
+    return mirrored(tar.rpartition("/")[0] or ".", index_dir)
+
+
 def _write_table(path: Path, indexed: Sequence[IndexedTar]) -> None:
-    rows = {row["name"]: row for row in read_json(path)["shards"]} if path.exists() else {}
-    for tar in indexed:
-        name = tar.tar.rpartition("/")[2]
-        figures = {"num_samples": tar.num_samples, "tar_bytes": tar.tar_bytes, "digest": tar.digest}
-        rows[name] = {"name": name, **figures, "problems": list(tar.problems)}
-    write_atomically(path, json.dumps({"shards": [rows[name] for name in sorted(rows)]}, indent=1) + "\n")
+    with _locked(path.with_name(f".{path.name}.lock")):
+        rows = _read_table(path)
+        for tar in indexed:
+            name = tar.tar.rpartition("/")[2]
+            figures = {"num_samples": tar.num_samples, "tar_bytes": tar.tar_bytes, "digest": tar.digest}
+            rows[name] = {"name": name, **figures, "problems": list(tar.problems)}
+        write_atomically(path, json.dumps({"shards": [rows[name] for name in sorted(rows)]}, indent=1) + "\n")
+
+
+def _read_table(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a `shards.json` by name; none if it does not exist. Raises: ValueError for other content."""
+    if not path.exists():
+        return {}
+    rows = read_json(path).get("shards")
+    needed = {"name", "num_samples", "digest"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise ValueError(
+            f"{path}: expected a list `shards` of name, num_samples and digest, as index writes; move it away"
+        )
+    return {str(row["name"]): row for row in rows}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for a lock file, hold it in the block, and delete it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:  # else the previous holder has deleted it
+                try:
+                    yield
+                finally:
+                    os.unlink(path)
+                return
+        finally:
+            os.close(lock)
 
 
 def _index_one(tar: str, index_dir: str | None) -> IndexedTar:

@@ -43,11 +43,18 @@ class _Earlier:
 
 @contextmanager
 def locked_output(output: Path, files: Sequence[str] = ()) -> Iterator[None]:
-    """Lock an output folder for one build. A missing folder is created, and removed again if it stays empty.
-
-    Raises: errors of `check_output`; ValueError if another build has locked the folder.
-    """
+    """Lock an output folder for one build, as `locked_folder` does. Raises: errors of `check_output` and `locked_folder`."""
     check_output(output, files)
+    with locked_folder(output):
+        yield
+
+
+@contextmanager
+def locked_folder(output: Path) -> Iterator[None]:
+    """Lock a folder for one command. A missing folder is created, and removed again if it stays empty.
+
+    Raises: ValueError if another command has locked the folder.
+    """
     is_new = not output.exists()
     lock = _lock(output)
     try:
@@ -85,7 +92,7 @@ def _lock(output: Path) -> int:
                 ) from error
             if _is_held_by_a_living(output / _LOCK) or time.monotonic() > until:
                 raise ValueError(
-                    f"--output {str(output)!r}: another build is writing there; wait for it, or name another folder"
+                    f"--output {str(output)!r}: another command is writing there; wait for it, or name another folder"
                 ) from error
             time.sleep(0.05)
             continue

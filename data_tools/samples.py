@@ -11,6 +11,7 @@ from typing import Any
 from data_tools.classes import Classes, one_line
 from data_tools.tables import SURROGATE, Table, caption_texts, row_json
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import MAX_CAPTION_CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,24 @@ def accept_rows(
 
 
 def _caption(row: dict[str, Any], columns: Sequence[str]) -> str:
-    """Return the row's caption, the first one of a list. Raises: BadSample if it is empty or not valid Unicode."""
+    """Return the row's caption, the first good one of a list. Raises: BadSample if there is none."""
     captions = caption_texts(row, columns)
     if not captions:
         raise BadSample(f"no caption: {', '.join(columns)} empty")
-    caption = captions[0]
+    problems = [_caption_problem(caption) for caption in captions]
+    if None not in problems:
+        raise BadSample(f"the caption {problems[0]}")
+    return captions[problems.index(None)]
+
+
+def _caption_problem(caption: str) -> str | None:
     if SURROGATE.search(caption):
-        raise BadSample("the caption is no valid Unicode: it has half a surrogate pair")
-    return caption
+        return "is no valid Unicode: it has half a surrogate pair"
+    if "\0" in caption:
+        return "has NULs, as UTF-16 has; convert it to UTF-8"
+    if len(caption) > MAX_CAPTION_CHARACTERS:
+        return f"has {len(caption)} characters, more than the limit of {MAX_CAPTION_CHARACTERS}"
+    return None
 
 
 def _label(row: dict[str, Any], column: str, known: set[str] | None) -> str:

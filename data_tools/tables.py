@@ -1,5 +1,6 @@
 """Readers of image-text pairs: TSV, CSV, JSONL or Parquet tables, or folders of images with text files."""
 
+import codecs
 import csv
 import difflib
 import io
@@ -15,6 +16,7 @@ from typing import Any
 
 from data_tools.files import read_file
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.fields import decode_text, is_visible
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_ROW_CHARACTERS = 1 << 24
@@ -65,8 +67,8 @@ class Table:
 def read_pairs(path: Path) -> Table:
     """Read a table in the format of its suffix, or a folder of images.
 
-    Of images with `.txt` files the columns are `image` and `caption`. Images in class folders, without any `.txt` file, have
-    `image` and `label`.
+    Of images with `.txt` files the columns are `image` and `caption`. Images in class folders, none with a `.txt` beside it,
+    have `image` and `label`; files beside the class folders are refused. Hidden files and folders are left out.
 
     Raises: ValueError for an unknown suffix, a file that cannot be read in its format or is too large, or no rows.
     """
@@ -121,11 +123,13 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def _read_folder(path: Path) -> Table:
-    images = sorted(file for file in path.rglob("*") if file.suffix[1:].lower() in _IMAGE_SUFFIXES)
-    names = [image.relative_to(path) for image in images]
-    if all(len(name.parts) > 1 for name in names) and not any(path.rglob("*.txt")):
-        rows = [{"image": name.as_posix(), "label": name.parts[0]} for name in names]
-        return Table(["image", "label"], path, rows, [*range(1, len(rows) + 1)], has_class_folders=True)
+    files = sorted(_files_below(path))
+    images = [file for file in files if file.suffix[1:].lower() in _IMAGE_SUFFIXES]
+    captions = {file for file in files if file.suffix == ".txt"}
+    if any(image.parent != path for image in images) and captions.isdisjoint(
+        image.with_suffix(".txt") for image in images
+    ):
+        return _read_class_folders(path, images, [file for file in files if file.parent == path])
     table = Table(columns=["image", "caption"], folder=path)
     for number, image in enumerate(images, start=1):
         beside = image.with_suffix(".txt")
@@ -140,14 +144,41 @@ def _read_folder(path: Path) -> Table:
     return table
 
 
+def _read_class_folders(path: Path, images: Sequence[Path], strays: Sequence[Path]) -> Table:
+    table = Table(["image", "label"], path, has_class_folders=True)
+    names = [image.relative_to(path) for image in images if image.parent != path]
+    for number, name in enumerate(names, start=1):
+        table.add(number, {"image": name.as_posix(), "label": name.parts[0]})
+    for number, stray in enumerate(strays, start=len(names) + 1):
+        table.add(number, f"{stray.name}: beside the class folders; expected images inside them")
+    return table
+
+
+def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Yield the files of a folder and of those below it, without hidden ones. Symbolic links to folders are followed.
+
+    `above` identifies the folders that lead to this one: a link back to one of them is left out.
+    """
+    state = folder.stat()
+    here = state.st_dev, state.st_ino
+    if here in above:
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _files_below(path, above | {here})
+        else:
+            yield path
+
+
 def _text_of(path: Path) -> str:
-    """Return the content of a text file, with line ends as "\\n". Raises: BadSample."""
+    """Return the content of a text file, without a byte order mark, and with line ends as "\\n". Raises: BadSample."""
     try:
-        text = read_file(path, MAX_ROW_CHARACTERS)[0].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"{path.name} is not UTF-8 at byte {error.start}; convert it") from error
+        data = read_file(path, MAX_ROW_CHARACTERS)[0]
     except BadSample as error:
         raise BadSample(f"{path.name}: {error}") from error
+    text = decode_text(data.removeprefix(codecs.BOM_UTF8), path.name)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -360,7 +391,7 @@ _READERS = {
 def caption_texts(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
     """Return the row's captions: the items of one column of lists, or one text of all columns, joined by ", ".
 
-    Empty values are left out. Of several columns, a list contributes its items to the text, as for tags.
+    Values without a visible character are left out. Of several columns, a list contributes its items, as for tags.
     """
     parts = [part for column in columns for part in _parts(row.get(column))]
     is_list = len(columns) == 1 and isinstance(row.get(columns[0]), list)
@@ -371,7 +402,7 @@ def _parts(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for item in value:
             yield from _parts(item)
-    elif isinstance(value, str) and value.strip():
+    elif isinstance(value, str) and (is_visible(value) or SURROGATE.search(value)):
         yield value.strip()
     elif isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
         yield str(value)

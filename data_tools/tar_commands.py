@@ -72,7 +72,7 @@ def verify(
     is a line of --output (shard, key, reason, code). Problems of whole tars are those of `index`. The exit code is 1 if
     anything is wrong.
 
-    After each tar, --output gets a line with its digest. The same command goes on after the last such tar, and
+    After each tar, --output gets a line with its digest and version. The same command goes on after the last such tar, and
     reads tars again only if they have changed; the last entry of a tar counts.
 
     Examples:

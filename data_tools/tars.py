@@ -11,9 +11,9 @@ from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.shards import Shards, expand_shards
 
 
-def remote_storage(index_dir: str | None = None) -> RemoteShards:
-    """Return the storage of remote tars, with the cache and the deadline that training has by default."""
-    options = StorageOptions()
+def remote_storage(index_dir: str | None = None, cache_dir: str | None = None) -> RemoteShards:
+    """Return the storage of remote tars, as training opens them by default; `cache_dir` names another cache."""
+    options = StorageOptions(cache_dir=cache_dir)
     return RemoteShards(cache_of(options), index_dir, options.storage_seconds)
 
 
@@ -42,19 +42,20 @@ def open_table(paths: Sequence[str], index_dir: str | None) -> ShardTable:
     return ShardTable.open(paths, index_dir)[0]
 
 
-def open_tar(path: str, index_dir: str | None, row: ShardTable | None = None) -> Shards:
+def open_tar(path: str, index_dir: str | None, row: ShardTable | None = None, cache_dir: str | None = None) -> Shards:
     """Open one tar.
 
     Args:
         path: path or address of the tar.
         index_dir: folder or address of the indexes; None: beside the tars.
         row: table of this remote tar alone, so that its folder is not listed again; None for a local tar.
+        cache_dir: folder of the cache of a remote tar; None: training's default.
 
     Raises: errors of `Shards`, and of `RemoteShards.load_index`.
     """
     if row is None:
         return Shards([path], index_dir)
-    return Shards.shared(lambda: (row, {}), remote_storage(index_dir))
+    return Shards.shared(lambda: (row, {}), remote_storage(index_dir, cache_dir))
 
 
 def remote_row(table: ShardTable, shard: int) -> ShardTable:

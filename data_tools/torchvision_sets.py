@@ -4,6 +4,7 @@ import difflib
 import inspect
 import operator
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,9 @@ from data_tools.tables import Table
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _UNREADABLE = (OSError, RuntimeError, ValueError)
-"""Errors of torchvision for files that are missing, damaged or out of reach."""
+"""Errors of torchvision for files that are missing or out of reach."""
+_DAMAGED = (AssertionError, LookupError, TypeError, EOFError, pickle.UnpicklingError)
+"""Errors of torchvision for the content of files."""
 
 
 def read_torchvision(
@@ -128,6 +131,12 @@ def _open(name: str, root: Path, split: str | None) -> Any:
             if "pip install" in str(error):
                 raise ValueError(f"--torchvision {name!r}: {error}") from error
             problem = error
+        except _DAMAGED as error:
+            told = " ".join(f"{type(error).__name__} {error}".split())
+            raise ValueError(
+                f"--torchvision {name!r}: a file of it in --root {str(root)!r} is damaged ({told}); remove its folder there, "
+                "and run the command again"
+            ) from error
     fix = "run the command where there is a network, and copy that folder" if can_download else "put its files there"
     also = ", nor downloaded to there" if can_download else ""
     raise ValueError(f"--torchvision {name!r}: cannot be read from --root {str(root)!r}{also} ({problem}); {fix}")

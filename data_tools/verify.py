@@ -1,8 +1,8 @@
 """Command `verify`: decode every sample of tars once, as training does, and record what is wrong.
 
-Each bad sample is a line of `verify.jsonl`, and the lines of a tar end with one that tells its digest and counts. Such a
-block is appended when its tar is finished. The same command again reads no tar whose last block has the same digest and
-the same options.
+Each bad sample is a line of `verify.jsonl`, and the lines of a tar end with one that tells its digest, version and counts.
+Such a block is appended when its tar is finished. The same command again reads no tar whose last block has the same digest,
+version and options.
 """
 
 import fcntl
@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,8 @@ from data_tools.pool import run_tasks
 from data_tools.tars import expand_tars, open_table, open_tar, remote_row
 from mmpretrain.data.decode import BadSample, decode_image
 from mmpretrain.data.fields import check_caption_field, read_captions
-from mmpretrain.data.remote import is_remote
+from mmpretrain.data.open_shards import StorageOptions
+from mmpretrain.data.remote import Remote, is_remote
 from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.storage import open_regular
@@ -92,9 +94,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Block:
-    """Lines of one tar in the output: what its last line says, and its first byte and the one after its last."""
+    """Lines of one tar in the output: what its last line says, and its first byte and the one after its last.
+
+    The version is None in files of earlier releases, whose tars are verified again.
+    """
 
     digest: str
+    version: str | None
     options: VerifyOptions
     start: int
     end: int
@@ -107,6 +113,7 @@ class _VerifiedTar:
     tar: str
     problems: Sequence[str]
     digest: str = ""
+    version: str = ""
     num_samples: int = 0
     has_images: bool = False
     is_text_alone: bool = False
@@ -207,6 +214,7 @@ def _verify_one(
     try:
         shards = open_tar(tar, index_dir, row)
         index = shards.index(0)
+        version = _version(tar, index)
     except (ValueError, OSError) as error:
         return _VerifiedTar(tar, [str(error)])
     wants_image, wants_caption, missing = _wanted(index, options.caption)
@@ -214,22 +222,46 @@ def _verify_one(
         tar,
         [*index.problems, *missing],
         index.digest,
+        version,
         shards.num_samples,
         has_images=wants_image,
         is_text_alone=is_text_alone(index.members),
     )
-    if block is not None and (block.digest, block.options) == (index.digest, options):
+    if block is not None and (block.digest, block.version, block.options) == (index.digest, version, options):
         return replace(result, is_kept=True)
     bad = []
     try:
-        for sample in range(shards.num_samples):
-            errors = _errors(shards, sample, wants_image, wants_caption, options)
-            if errors:
-                bad.append(BadLine(shards.key(sample), "; ".join(map(str, errors)), errors[0].code))
+        with _cache_of(row, is_changed=block is not None and block.version != version) as cache_dir:
+            if cache_dir is not None:
+                shards = open_tar(tar, index_dir, row, cache_dir)
+            for sample in range(shards.num_samples):
+                errors = _errors(shards, sample, wants_image, wants_caption, options)
+                if errors:
+                    bad.append(BadLine(shards.key(sample), "; ".join(map(str, errors)), errors[0].code))
     except OSError as error:
         # No property of the sample: without a block in the output, the next run reads the tar again.
         return replace(result, problems=[*result.problems, f"not read to its end: {error}"])
     return replace(result, bad=bad)
+
+
+@contextmanager
+def _cache_of(row: ShardTable | None, is_changed: bool) -> Iterator[str | None]:
+    """Yield an empty folder for the cache of a remote tar that has changed, or else None for the usual cache.
+
+    The usual one may hold ranges of the earlier version, whose index has the same digest.
+    """
+    if row is None or not is_changed:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        yield folder
+
+
+def _version(tar: str, index: TarIndex) -> str:
+    """Return a text that changes with a tar: the digest covers only parts of large members. Raises: OSError."""
+    if is_remote(tar):
+        return Remote(StorageOptions().storage_seconds).size(tar)[1]
+    return f"{index.tar_bytes} bytes, modified at {index.mtime_ns} ns"
 
 
 def _wanted(index: TarIndex, caption: str) -> tuple[bool, bool, list[str]]:
@@ -238,8 +270,9 @@ def _wanted(index: TarIndex, caption: str) -> tuple[bool, bool, list[str]]:
     A tar without any image or caption has this as a problem of its index, not as a reason of every sample.
     """
     field = caption.partition(".")[0]
-    suffixes = {extension.rpartition(".")[2] for extension in index.members}
-    has_images, has_captions = any(extension in index.members for extension in IMAGE_EXTENSIONS), field in index.members
+    extensions = {extension.removesuffix(".gz") for extension in index.members}
+    suffixes = {extension.rpartition(".")[2] for extension in extensions}
+    has_images, has_captions = not extensions.isdisjoint(IMAGE_EXTENSIONS), field in extensions
     names, num = ", ".join(list(index.members)[:10]), index.num_samples
     missing = []
     if not has_images and not suffixes.isdisjoint(IMAGE_EXTENSIONS):
@@ -273,7 +306,7 @@ def _errors(
 def _lines_of(result: _VerifiedTar, bad: Sequence[BadLine], options: VerifyOptions) -> bytes:
     rows: list[dict[str, Any]] = [{"shard": result.tar, **asdict(line)} for line in bad]
     counts = {"num_samples": result.num_samples, "num_bad": len(bad)}
-    rows.append({"shard": result.tar, "digest": result.digest, **counts, **asdict(options)})
+    rows.append({"shard": result.tar, "digest": result.digest, "version": result.version, **counts, **asdict(options)})
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
@@ -296,7 +329,7 @@ def _read_blocks(output: Path) -> dict[str, _Block]:
             end += len(line)
             if "digest" in row:
                 options = VerifyOptions(row["caption"], row["max_image_bytes"])
-                blocks[row["shard"]] = _Block(row["digest"], options, start, end)
+                blocks[row["shard"]] = _Block(row["digest"], row.get("version"), options, start, end)
                 start = end
     os.truncate(output, start)
     return blocks
@@ -312,7 +345,7 @@ def _parsed(output: Path, line: bytes, offset: int) -> dict[str, Any]:
         {"shard", "key", "reason", "code"},
         {"shard", "digest", "num_samples", "num_bad", "caption", "max_image_bytes"},
     )
-    if not isinstance(row, dict) or set(row) not in keys:
+    if not isinstance(row, dict) or set(row) - {"version"} not in keys:
         raise _not_ours(output, offset)
     return row
 

@@ -51,7 +51,8 @@ _INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zs", "Zl", "Zp", "Mn", "Me"))  # Unic
 _BLANK = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a symbol with blank glyphs
 
 
-def _is_visible(text: str) -> bool:
+def is_visible(text: str) -> bool:
+    """Return True if a text has a visible character."""
     return any(unicodedata.category(character) not in _INVISIBLE and character not in _BLANK for character in text)
 
 
@@ -74,6 +75,19 @@ def check_caption_field(field: str, key: str) -> None:
         raise ValueError(f"{key} is {field!r}; expected a member such as txt, or a field of json: json.caption")
 
 
+def decode_text(data: bytes, what: str) -> str:
+    """Decode UTF-8; `what` names the text in messages. Raises: BadSample for other bytes, or for NULs, as in UTF-16."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample(
+            f"{what} is not UTF-8 ({error.reason} at byte {error.start}); convert it", "caption_encoding"
+        ) from error
+    if "\0" in text:
+        raise BadSample(f"{what} has NULs, as UTF-16 has; convert it to UTF-8", "caption_encoding")
+    return text
+
+
 def decode_captions(data: bytes, field: str) -> list[str]:
     """Return the captions of a sample: the text of a member, or a string or list of strings in its `json` member.
 
@@ -86,18 +100,14 @@ def decode_captions(data: bytes, field: str) -> list[str]:
     if field.startswith("json."):
         value = read_json_field(data, field.removeprefix("json."))
     else:
-        try:
-            value = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            told = f"its {field} member is not UTF-8 ({error.reason} at byte {error.start})"
-            raise BadSample(told, "caption_encoding") from error
+        value = decode_text(data, f"its {field} member")
     captions = value if isinstance(value, list) else [value]
     longest = max((len(caption) for caption in captions if isinstance(caption, str)), default=0)
     if longest > MAX_CAPTION_CHARACTERS:
         raise BadSample(
             f"its caption has {longest} characters, more than the limit of {MAX_CAPTION_CHARACTERS}", "caption_length"
         )
-    captions = [caption.strip() for caption in captions if isinstance(caption, str) and _is_visible(caption)]
+    captions = [caption.strip() for caption in captions if isinstance(caption, str) and is_visible(caption)]
     if not captions:
         raise BadSample(f"its caption field {field!r} is empty (it has no visible character)", "caption_empty")
     return [_without_lone_surrogates(caption) for caption in captions]

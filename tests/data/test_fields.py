@@ -30,6 +30,7 @@ def test_captions_of_json(value: object, field: str, expected: list[str]) -> Non
     [
         (b"", "txt", "caption field 'txt' is empty"),
         (b" \n\t", "txt", "caption field 'txt' is empty"),
+        ("a cat".encode("utf-16-le"), "txt", "txt member has NULs, as UTF-16 has; convert it to UTF-8"),
         (b"abc\xff", "txt", "txt member is not UTF-8 .* at byte 3"),
         (b"{", "json.caption", "json member does not parse"),
         (b"\xff\xfe{", "json.caption", "json member does not parse"),
@@ -41,7 +42,7 @@ def test_captions_of_json(value: object, field: str, expected: list[str]) -> Non
         (b'{"caption": ["", " "]}', "json.caption", "is empty"),
         (b'{"caption": 7}', "json.caption", "is empty"),
         ("\u200b\u200d\ufeff".encode(), "txt", "is empty .it has no visible character"),
-        ("\u202e\u2066 \x00\x1b\u00ad\ufe0f\u3164".encode(), "txt", "is empty"),
+        ("\u202e\u2066 \x1b\u00ad\ufe0f\u3164".encode(), "txt", "is empty"),
         (json.dumps({"caption": ["\u200b", "\u2028"]}).encode(), "json.caption", "is empty"),
         (b'{"caption": "\\ud800"}', "json.caption", "is empty"),
         (b"[" * 100_000, "json.caption", "json member does not parse .nested too deeply"),
@@ -52,6 +53,13 @@ def test_captions_of_json(value: object, field: str, expected: list[str]) -> Non
 def test_a_sample_without_caption_is_refused_with_the_reason(data: bytes, field: str, reason: str) -> None:
     with pytest.raises(BadSample, match=reason):
         decode_captions(data, field)
+
+
+@pytest.mark.parametrize("data", [b"abc\xff", "a cat".encode("utf-16"), "a cat".encode("utf-16-le")])
+def test_text_of_another_encoding_has_a_code_of_its_own(data: bytes) -> None:
+    with pytest.raises(BadSample) as error:
+        decode_captions(data, "txt")
+    assert error.value.code == "caption_encoding"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,6 +300,8 @@ def test_integer_labels_stay_as_they_are(make_pairs, tmp_path: Path) -> None:
         ("classes.txt", "dog\ncat\n"),
         ("classes.tsv", "kind\tdescription\ndog\td\ncat\tc\n"),
         ("classes.tsv", "id\tkind\n5\tdog\n4\tcat\n"),
+        ("classes.tsv", "index\tlabel\n1\tcat\n0\tdog\n"),
+        ("classes.csv", "dog\ncat\n"),
     ],
 )
 def test_a_class_list_gives_the_order_and_refuses_others(make_pairs, tmp_path: Path, name: str, content: str) -> None:
@@ -309,6 +312,23 @@ def test_a_class_list_gives_the_order_and_refuses_others(make_pairs, tmp_path: P
         b"caption 1": b"0",
     }
     assert "label 'ant' is not in the class list" in str(refusals(tmp_path / "out")[0]["reason"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("classes.csv", "index,label\n0,dog\n1,cat\n", "a table with commas; expected one label a line, or a TSV"),
+        ("classes.tsv", "index\tlabel\n1\tdog\n2\tcat\n", "no row with index 0; expected 0 to 1, each once"),
+        ("classes.tsv", "index\tlabel\n0\tdog\n0\tcat\n", "no row with index 1; expected 0 to 1, each once"),
+    ],
+)
+def test_class_lists_whose_order_is_not_known_are_refused(
+    make_pairs, tmp_path: Path, capsys, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert build(make_pairs(3), tmp_path / "out", "--label", "kind", "--classes", str(tmp_path / name)) == 2
+    error = capsys.readouterr().err
+    assert f"--classes '{tmp_path / name}': {message}" in error and error.count("\n") == 1
 
 
 def test_keys_come_from_a_key_column_that_can_name_samples(make_pairs, tmp_path: Path, capsys) -> None:
@@ -339,6 +359,44 @@ def test_a_folder_needs_no_columns(make_pairs, tmp_path: Path) -> None:
         (folder / f"{number}.txt").write_text(f"beside {number}\n")
     assert main(["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
     assert sorted(sample["txt"] for sample in samples(tmp_path / "out")) == [b"beside 0", b"beside 1", b"beside 2"]
+
+
+def test_texts_beside_images_that_training_would_refuse_are_refused(make_pairs, tmp_path: Path) -> None:
+    folder = make_pairs(6).parent
+    contents = [
+        b"\xef\xbb\xbfa cat",
+        "\u200b".encode(),
+        b"\xef\xbb\xbf",
+        "a".encode("utf-16-le"),
+        b"\xff",
+        b"a" * (2 << 20),
+    ]
+    for number, content in enumerate(contents):
+        (folder / f"{number}.txt").write_bytes(content)
+    assert main(["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert [sample["txt"] for sample in samples(tmp_path / "out")] == [b"a cat"]
+    assert [refusal["reason"] for refusal in refusals(tmp_path / "out")] == [
+        "no caption: caption empty",
+        "no caption: caption empty",
+        "3.png: 3.txt has NULs, as UTF-16 has; convert it to UTF-8",
+        "4.png: 4.txt is not UTF-8 (invalid start byte at byte 0); convert it",
+        "the caption has 2097152 characters, more than the limit of 1048576",
+    ]
+
+
+def test_of_a_list_of_captions_the_good_ones_are_kept(make_pairs, tmp_path: Path) -> None:
+    pairs = make_pairs(5)
+    lists = [["\u200b", "good"], ["\ud800", "good"], ["g\0", "good"], ["\ud800"], ["\u200b"]]
+    table = pairs.with_name("pairs.jsonl")
+    rows = [{"path": f"{number}.png", "caption": captions} for number, captions in enumerate(lists)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert build(table, tmp_path / "out") == 0
+    assert [sample["txt"] for sample in samples(tmp_path / "out")] == [b"good"] * 3
+    reasons = [refusal["reason"] for refusal in refusals(tmp_path / "out")]
+    assert reasons == [
+        "the caption is no valid Unicode: it has half a surrogate pair",
+        "no caption: caption empty",
+    ]
 
 
 def test_a_later_build_replaces_an_earlier_one(make_pairs, tmp_path: Path) -> None:
@@ -472,11 +530,64 @@ def test_class_folders_give_labels_classes_and_captions_by_a_template(tmp_path: 
     assert [line.split("\t")[1] for line in lines[1:]] == ["elk", "red_fox"]
 
 
-def test_a_template_makes_captions_of_a_tables_labels(make_pairs, tmp_path: Path) -> None:
+def test_class_folders_may_be_links_and_hidden_ones_are_no_classes(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "animals")
+    (folder / "elk").rename(tmp_path / "elsewhere")
+    (folder / "elk").symlink_to(tmp_path / "elsewhere")
+    (folder / "red_fox" / "back").symlink_to(folder)  # a loop
+    for hidden in (".thumbs", "red_fox/.ipynb_checkpoints"):
+        shutil.copytree(folder / "red_fox" / "deep", folder / hidden)
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--template", "a {}"]) == 0
+    assert sorted(sample["txt"] for sample in samples(tmp_path / "out")) == [b"a elk"] * 2 + [b"a red fox"] * 2
+
+
+def test_class_folders_with_numbers_as_names_are_as_many_classes(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "years")
+    (folder / "elk").rename(folder / "2021")
+    (folder / "red_fox").rename(folder / "700")
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*arguments, "--template", "in {}"]) == 0
+    rows = read_pairs(tmp_path / "out" / "classes.tsv").rows
+    assert [(row["index"], row["label"], row["count"]) for row in rows] == [("0", "700", "2"), ("1", "2021", "2")]
+
+
+def test_files_beside_class_folders_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = class_folders(tmp_path / "animals")
+    (folder / "README.txt").write_text("about")
+    (folder / "elk" / "notes.txt").write_text("about elks")
+    shutil.copy(folder / "elk" / "2.png", folder / "cover.png")
+    (folder / "lost").symlink_to(tmp_path / "nowhere")
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 2
+    assert "images in class folders, without captions; expected --template" in capsys.readouterr().err
+    assert main([*arguments, "--template", "a {}"]) == 0
+    assert len(samples(tmp_path / "out")) == 4
+    told = "beside the class folders; expected images inside them"
+    assert [refusal["reason"] for refusal in refusals(tmp_path / "out")] == [
+        f"{name}: {told}" for name in ("README.txt", "cover.png", "lost")
+    ]
+
+
+def test_a_template_for_images_with_captions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = class_folders(tmp_path / "animals")
+    (folder / "elk" / "2.txt").write_text("an elk")
+    arguments = ["build", str(folder), "--output", str(tmp_path / "out"), "--template", "a {}"]
+    assert main(arguments) == 2
+    told = "--template 'a {}': expected class folders of images without captions, but elk/2.png has a .txt beside it"
+    assert told in capsys.readouterr().err
+
+
+def test_a_template_makes_captions_of_a_tables_labels(make_pairs, tmp_path: Path, capsys) -> None:
     pairs = make_pairs(4)
-    options = ("--label", "kind", "--template", "a {}", "--caption", "made")
-    assert build(pairs, tmp_path / "out", *options) == 0
-    assert {sample["txt"] for sample in samples(tmp_path / "out")} == {b"a ant", b"a cat", b"a dog"}
+    arguments = ["build", str(pairs), "--image", "path", "--label", "kind", "--template", "a {}", "--workers", "1"]
+    made = {b"a ant", b"a cat", b"a dog"}
+    assert main([*arguments, "--output", str(tmp_path / "out"), "--caption", "made"]) == 0
+    assert {sample["txt"] for sample in samples(tmp_path / "out")} == made
+    assert main([*arguments, "--output", str(tmp_path / "replaced")]) == 0
+    assert {sample["txt"] for sample in samples(tmp_path / "replaced")} == made
+    assert main([*arguments, "--output", str(tmp_path / "both"), "--caption", "caption"]) == 2
+    assert "expected no captions beside it, but --caption names 'caption'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,28 @@ def test_images_without_captions_or_files_are_refused(tmp_path: Path) -> None:
     assert reasons == ["no caption: caption empty", "no path in column 'image'"]
 
 
+def test_captions_of_images_that_are_not_listed_are_refused(tmp_path: Path) -> None:
+    coco = write_coco(tmp_path)
+    del coco["images"][1]
+    del coco["annotations"][15]["image_id"]
+    (tmp_path / "captions.json").write_text(json.dumps(coco))
+    assert build(tmp_path) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
+    assert [(line["row_number"], line["reason"]) for line in lines] == [
+        (4, "5 captions of image 101, which `images` does not list"),
+        (5, "1 captions of image None, which `images` does not list"),
+    ]
+
+
+def test_a_bad_caption_in_first_place_leaves_the_good_ones(tmp_path: Path) -> None:
+    coco = write_coco(tmp_path, 2)
+    coco["annotations"][0]["caption"], coco["annotations"][5]["caption"] = "\ud800", "\u200b"
+    (tmp_path / "captions.json").write_text(json.dumps(coco))
+    assert build(tmp_path) == 0
+    shards = Shards(expand_shards(str(tmp_path / "out")))
+    assert sorted(shards.read(i, ("txt",)) for i in range(2)) == [b"Text 1 of 0.", b"Text 1 of 1."]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from data_tools.__main__ import main
 from mmpretrain.data.shards import Shards, expand_shards
 from tests.servers import http_server
+from tests.tars import make_samples, pairs, write_members, write_tar
 
 PROGRAM = os.environ.get("IMG2DATASET") or shutil.which("img2dataset")
 
@@ -121,3 +123,66 @@ def test_a_folder_of_another_build_is_left_alone(tmp_path: Path, capsys: pytest.
     (tmp_path / "out" / "manifest.json").write_text("{}")
     assert download(tmp_path / "urls.tsv", tmp_path / "out", "true") == 2
     assert "holds manifest.json, not from a download; name another folder" in capsys.readouterr().err
+
+
+def fake_program(path: Path, *commands: str) -> str:
+    """A program in img2dataset's place that runs shell commands."""
+    path.write_text("\n".join(["#!/bin/sh", *commands, ""]))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A table, and a folder `out` with a finished shard and its statistics."""
+    (tmp_path / "urls.tsv").write_text("url\tcaption\nhttp://127.0.0.1:9/a.png\ta\n")
+    (tmp_path / "out").mkdir()
+    write_tar(tmp_path / "out" / "00000.tar", make_samples(2))
+    (tmp_path / "out" / "00000_stats.json").write_text(json.dumps({"count": 2, "status_dict": {"success": 2}}))
+    return tmp_path / "urls.tsv"
+
+
+def test_problems_of_tars_give_exit_code_1(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert download(finished, output, "true") == 0
+    write_members(output / "00000.tar", pairs(["a", "a"]) + pairs(["b", "a"]))
+    assert download(finished, output, "true") == 1
+    assert "1 duplicate keys" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", ["true", "false"])
+def test_the_shards_are_listed_again_whatever_happens(finished: Path, tmp_path: Path, program: str) -> None:
+    (tmp_path / "out" / "shards.json").write_text("{}")
+    assert download(finished, tmp_path / "out", program) == (0 if program == "true" else 2)
+    (row,) = json.loads((tmp_path / "out" / "shards.json").read_text())["shards"]
+    assert (row["name"], row["num_samples"]) == ("00000.tar", 2)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"count": 1}', '{"count": 1, "status_dict": {"success": "1"}}'])
+def test_statistics_that_cannot_be_read_are_named(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    stats = tmp_path / "out" / "00001_stats.json"
+    for program in ("true", fake_program(tmp_path / "program", f"echo '{content}' > {stats}")):
+        stats.write_text(content)
+        assert download(finished, tmp_path / "out", program) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{stats}: expected statistics of img2dataset" in line and "remove it, and the same" in line
+        stats.unlink()
+    assert download(finished, tmp_path / "out", program) == 2, "written by the program itself"
+    assert f"{stats}: expected statistics of img2dataset" in capsys.readouterr().err
+
+
+def test_two_downloads_do_not_write_to_one_folder(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = "import sys; from data_tools.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    arguments = f"download {finished} --output {tmp_path / 'out'} --img2dataset true --workers 1"
+    program = fake_program(
+        tmp_path / "program",
+        f"{sys.executable} -c '{again}' {arguments} 2> {tmp_path}/second",
+        f"echo $? >> {tmp_path}/second",
+    )
+    assert download(finished, tmp_path / "out", program) == 0
+    message, code = (tmp_path / "second").read_text().splitlines()
+    assert "another command is writing there; wait for it, or name another folder" in message and code == "2"

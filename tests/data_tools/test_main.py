@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from webdataset import TarWriter
 
 from data_tools.__main__ import main
+from data_tools.indexing import index_tars
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.stored_index import index_path, read_index
 from mmpretrain.data.tar_index import index_tar
@@ -131,6 +133,29 @@ def test_index_lists_the_shards_of_a_folder_beside_their_indexes(tmp_path: Path)
     for tar, row in zip(tars, rows, strict=True):
         index = read_index(index_path(tar))
         assert (row["digest"], row["tar_bytes"]) == (index.digest, index.tar_bytes)
+
+
+def test_indexers_of_one_folder_lose_no_row(tmp_path: Path) -> None:
+    tars = [str(write_tar(tmp_path / "data" / f"{i:02d}.tar", ["a"])) for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda tar: index_tars([tar], workers=1), tars))
+    rows = json.loads((tmp_path / "data" / "shards.json").read_text())["shards"]
+    assert [row["name"] for row in rows] == [Path(tar).name for tar in tars]
+    assert not list((tmp_path / "data").glob(".*"))
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '{"shards": [{"url": "0.tar", "nsamples": 1}]}', '{"shards": [1]}'])
+def test_a_shards_json_of_something_else_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    tar = write_tar(tmp_path / "data" / "0.tar", ["a"])
+    (tmp_path / "data" / "shards.json").write_text(content)
+    assert main(["index", str(tar)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        "shards.json: expected a list `shards` of name, num_samples and digest, as index writes; move it away" in line
+    )
+    assert (tmp_path / "data" / "shards.json").read_text() == content
 
 
 def test_index_of_remote_tars_goes_to_a_folder_that_training_reads(

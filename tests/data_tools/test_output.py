@@ -178,7 +178,7 @@ def test_a_second_build_at_the_same_time_is_refused(make_pairs, tmp_path: Path, 
     with locked_output(output / "val" if command == "shapes" else output):
         assert main([command, *arguments[command], "--output", str(output), "--workers", "1"]) == 2
     error = capsys.readouterr().err
-    assert "another build is writing there; wait for it, or name another folder" in error and error.count("\n") == 1
+    assert "another command is writing there; wait for it, or name another folder" in error and error.count("\n") == 1
     assert main([command, *arguments[command], "--output", str(output), "--workers", "1"]) == 0
 
 
@@ -201,7 +201,7 @@ with locked_output(Path(sys.argv[1])):
         process.wait()
         with monkeypatch.context() as patch:
             patch.setattr("data_tools.output._LOCK_SECONDS", 0.0)
-            with pytest.raises(ValueError, match="another build is writing there"), locked_output(tmp_path):
+            with pytest.raises(ValueError, match="another command is writing there"), locked_output(tmp_path):
                 pass
         process.stdin.close()  # its worker ends
         with locked_output(tmp_path):

@@ -229,7 +229,7 @@ def test_texts_beside_images_that_cannot_be_read_are_refused(tmp_path: Path) -> 
     table = read_pairs(tmp_path)
     assert table.rows == [{"image": "a.png", "caption": "one\ntwo"}]
     assert table.refused == [
-        (2, "b.png: b.txt is not UTF-8 at byte 3; convert it"),
+        (2, "b.png: b.txt is not UTF-8 (unexpected end of data at byte 3); convert it"),
         (3, "c.png: c.txt: 1000000000000 bytes, more than the limit of 16777216"),
         (4, "d.png: no d.txt beside it"),
     ]

@@ -4,6 +4,8 @@ import io
 import json
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from torchvision.datasets import CIFAR10
 from data_tools.__main__ import main
 from data_tools.tables import read_pairs
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
 
 
@@ -79,6 +82,19 @@ def test_arrays_become_png_without_loss(tmp_path: Path) -> None:
     assert [sample["cls"] for sample in samples(tmp_path / "val").values()] == [b"1"]
 
 
+@pytest.mark.parametrize("content", [b"abc", bytes(5000)])
+def test_damaged_arrays_are_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    for prefix in ("train", "t10k"):
+        write_mnist(tmp_path, pixels(10, 28, 28), [0] * 10, prefix)
+    (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    assert build(tmp_path, tmp_path / "out", "MNIST") == 2
+    error = capsys.readouterr().err
+    assert f"--torchvision 'MNIST': a file of it in --root '{tmp_path}' is damaged (" in error
+    assert error.count("\n") == 1 and "remove its folder there, and run the command again" in error
+
+
 def test_pickled_arrays_that_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()
@@ -109,6 +125,23 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
         assert build(tmp_path, tmp_path / name, "MNIST", "--samples-per-shard", "2") == 0
     for path in (tmp_path / "a").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_killed_build_of_arrays_is_finished_by_the_next(tmp_path: Path) -> None:
+    for prefix in ("train", "t10k"):
+        write_mnist(tmp_path, pixels(60, 300, 300), [0] * 60, prefix)
+    output = tmp_path / "out"
+    options = ["--samples-per-shard", "2", "--format", "webp", "--quality", "100"]
+    arguments = ["build", "--torchvision", "MNIST", "--root", str(tmp_path), "--output", str(output), "--workers", "2"]
+    with subprocess.Popen([sys.executable, "-m", "data_tools", *arguments, *options], cwd=REPOSITORY) as process:
+        while len(list(output.glob("*.tar"))) < 3:
+            with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself before it is killed
+                process.wait(timeout=0.01)
+        process.kill()
+    done = {tar.name: tar.stat().st_mtime_ns for tar in output.glob("*.tar")}
+    assert build(tmp_path, output / ".." / "out", "MNIST", *options) == 0  # the same folder by another path
+    assert {name: (output / name).stat().st_mtime_ns for name in done} == done, "they are not made again"
+    assert len(list(output.glob("*.tar"))) == 30 > len(done) and not list(output.glob(".*"))
 
 
 def test_splits_listed_in_files(tmp_path: Path) -> None:

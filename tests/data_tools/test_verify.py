@@ -1,6 +1,7 @@
 """The command `verify`: reasons, problems of whole tars, exit codes and continuation."""
 
 import fcntl
+import gzip
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
+from mmpretrain.data.tar_index import index_tar
 from tests.servers import RangeHandler, http_server
 from tests.tars import encode, make_samples, pairs, write_members, write_tar, write_tars
 
@@ -126,6 +128,17 @@ def test_members_under_other_names_are_one_problem_of_the_tar(tmp_path: Path, ca
     assert bad(tmp_path / "a.jsonl") == {}
 
 
+def test_compressed_members_are_read(tmp_path: Path) -> None:
+    text, image = gzip.compress(b"a caption"), gzip.compress(JPEG)
+    damaged = {"b": text[:-3], "c": text + b"junk", "d": b"no gzip", "e": gzip.compress(bytes(17 << 20))}
+    texts = [(f"{key}.txt.gz", content) for key, content in {"a": text, **damaged}.items()]
+    assert verified(tmp_path / "texts.jsonl", write_members(tmp_path / "texts.tar", texts)) == 1
+    assert sorted(bad(tmp_path / "texts.jsonl")) == ["b", "c", "d", "e"]
+    images = [("a.jpg.gz", image), ("a.txt", b"a"), ("b.jpg.gz", image[:-20]), ("b.txt", b"b")]
+    assert verified(tmp_path / "images.jsonl", write_members(tmp_path / "images.tar", images)) == 1
+    assert list(bad(tmp_path / "images.jsonl")) == ["b"]
+
+
 def test_damaged_tars_are_problems_and_others_are_still_read(tmp_path: Path, capsys) -> None:
     write_tar(tmp_path / "good.tar", make_samples(1))
     cut = Path(write_tar(tmp_path / "cut.tar", make_samples(2)))
@@ -164,6 +177,40 @@ def test_finished_tars_are_not_read_again_unless_they_changed(tmp_path: Path, ca
     assert verified(output, *paths) == 0
     assert "of which 1 were verified before: 0 bad" in capsys.readouterr().out
     assert output.read_bytes().startswith(edited) and len(lines(output)) == 4
+
+
+def with_large_member(path: Path) -> int:
+    """Write a tar of one large PNG; return a position in it that the digest of its index does not cover."""
+    image = encode(np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8), "PNG")
+    write_members(path, pairs(["a"], image))
+    return path.read_bytes().index(image) + 5000
+
+
+def test_a_tar_damaged_after_it_was_verified_is_read_again(tmp_path: Path, capsys) -> None:
+    tar, output = tmp_path / "0.tar", tmp_path / "verify.jsonl"
+    position = with_large_member(tar)
+    assert verified(output, tar) == 0
+    before = index_tar(tar).digest
+    with open(tar, "r+b") as file:
+        file.seek(position)
+        file.write(bytes(1000))
+    os.utime(tar, ns=(0, tar.stat().st_mtime_ns + 1))
+    assert index_tar(tar).digest == before, "a part that the digest does not cover"
+    capsys.readouterr()
+    assert verified(output, tar) == 1
+    assert list(bad(output)) == ["a"] and "verified before" not in capsys.readouterr().out
+
+
+def test_lines_of_an_earlier_release_are_kept_and_its_tars_read_again(tmp_path: Path, capsys) -> None:
+    path = write_tar(tmp_path / "0.tar", make_samples(1))
+    output = tmp_path / "verify.jsonl"
+    assert verified(output, path) == 0
+    (row,) = lines(output)
+    del row["version"]
+    output.write_text(json.dumps(row) + "\n")
+    capsys.readouterr()
+    assert verified(output, path) == 0
+    assert capsys.readouterr().out == "1 samples in 1 tars: 0 bad\n" and len(lines(output)) == 2
 
 
 def test_a_tar_that_cannot_be_read_to_its_end_is_read_again_by_the_next_run(tmp_path: Path, capsys) -> None:
@@ -296,3 +343,24 @@ def test_remote_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
         capsys.readouterr()
         assert verified(output, f"{server.url}/{{000..001}}.tar") == 1
         assert "of which 2 were verified before" in capsys.readouterr().out
+        os.utime(tmp_path / "data" / "000.tar", ns=(0, 1))  # the server's ETag
+        assert verified(output, f"{server.url}/{{000..001}}.tar") == 1
+        assert "of which 1 were verified before" in capsys.readouterr().out
+
+
+def test_a_remote_tar_damaged_after_it_was_verified_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data").mkdir()
+    tar, output = tmp_path / "data" / "0.tar", tmp_path / "verify.jsonl"
+    position = with_large_member(tar)
+    assert main(["index", str(tar)]) == 0
+    with http_server(tmp_path / "data") as server:
+        assert verified(output, f"{server.url}/0.tar") == 0
+        with open(tar, "r+b") as file:
+            file.seek(position)
+            file.write(bytes(1000))
+        os.utime(tar, ns=(0, 1))  # the server's ETag
+        assert verified(output, f"{server.url}/0.tar") == 1
+    assert list(bad(output)) == ["a"]
