@@ -33,6 +33,10 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRET = re.compile(
     r"signature|token|credential|secret|passw|pwd|auth|api-?key|accesskey|^sig$|^key$|^pass$", re.IGNORECASE
 )
+_MARKS = (
+    "ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "Digest", "mtime", "generation",
+)  # fmt: skip
+"""What fsspec's file systems tell of an object that changes with its content; HTTP's are spelled as its headers."""
 _PASSING_STATUS = (408, 425, 429)  # request timeout, too early, too many requests; and all of 500 and above
 _PASSING_ERRORS = frozenset(
     (
@@ -95,9 +99,7 @@ class Remote:
         size = info.get("size")
         if not isinstance(size, int):
             raise Unreachable(f"{url}: the server does not tell its size; expected Content-Length")
-        marks = {
-            name: str(info[name]) for name in ("ETag", "etag", "LastModified", "mtime", "generation") if name in info
-        }
+        marks = {name: str(info[name]) for name in _MARKS if name in info}
         return size, json.dumps([size, marks], sort_keys=True)
 
     def read(self, url: str) -> bytes:

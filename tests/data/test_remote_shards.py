@@ -1,6 +1,7 @@
 """Remote tars give the samples of local ones, whatever describes them, and fetch no more than they must."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_tars_without_indexes_are_fetched_whole_when_they_are_needed(
     assert remote.read(first, ["txt"]) == local[first][2]
     assert {path for path, _ in server.requests if path.endswith(".tar")} == {Path(tars[1]).name}
     assert samples_of(remote) == local
+
+
+@pytest.mark.parametrize("mark", ["ETag", "Last-Modified"])
+def test_the_cache_gives_no_bytes_of_a_former_version(
+    mark: str, server: RangeServer, tars: list[str], tmp_path: Path
+) -> None:
+    server.mark = mark
+    remove_indexes(tars)
+    write_counts("sizes.json", tars)
+    open_shards(urls(server, tars), None, options(tmp_path)).read(0, ["txt"])
+    tar = Path(tars[0])
+    content = tar.read_bytes()
+    tar.write_bytes(content.replace(b"sample 0", b"SAMPLE 0"))
+    os.utime(tar, (0, 0))
+    assert open_shards(urls(server, tars), None, options(tmp_path)).read(0, ["txt"]).startswith(b"SAMPLE 0")
 
 
 def test_without_counts_the_fix_is_told(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
