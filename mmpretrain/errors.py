@@ -25,6 +25,10 @@ class Unreachable(OSError):
     """A remote storage did not give or take an object before the deadline, or says that it will not."""
 
 
+class Forbidden(Unreachable):
+    """A remote storage forbids an object (status 403); a bucket that may not be listed says so of missing ones, too."""
+
+
 def printable(text: str) -> str:
     """Escape the non-printable characters of a text, such as control characters that could manipulate a terminal."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

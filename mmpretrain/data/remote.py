@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 import fsspec
 from fsspec.asyn import sync
 
-from mmpretrain.errors import Unreachable
+from mmpretrain.errors import Forbidden, Unreachable
 
 Result = TypeVar("Result")
 
@@ -188,7 +188,8 @@ class Remote:
                     if isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410):
                         raise FileNotFoundError(f"{url} does not exist") from error
                     if isinstance(cause, OSError) or _status(cause) or _is_of(cause, _REFUSALS):
-                        raise Unreachable(
+                        kind = Forbidden if _status(cause) == 403 else Unreachable
+                        raise kind(
                             f"{url} cannot be {done} ({_told(cause)}); check its address, its permissions and the "
                             "credentials in the environment"
                         ) from error

@@ -19,7 +19,7 @@ from mmpretrain.data.remote import Remote, check_address, is_remote
 from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.stored_index import INDEX_SUFFIX, index_place, mirrored, read_header, read_index
 from mmpretrain.data.tar_index import TarIndex, index_tar
-from mmpretrain.errors import Unreachable
+from mmpretrain.errors import Forbidden, Unreachable
 from mmpretrain.files import MAX_JSON_BYTES, parse_json
 
 Item = TypeVar("Item")
@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 RANGE_BYTES = 16 << 20
 _REQUESTS = 16  # at a time, while the tars are opened
 _MAX_TAR_BYTES = 1 << 50
+_PAGE_BYTES = 64  # from which a web page is told
 
 
 class _Row(NamedTuple):
@@ -53,6 +54,7 @@ class RemoteShards:
         self._remote = Remote(deadline_seconds)
         self._fetcher = Fetcher()
         self._objects: dict[str, tuple[int, str]] = {}  # size and version of the objects that are read whole
+        self._refused: list[str] = []  # why files that may describe the tars were taken as missing
 
     def expand(self, patterns: Iterable[str], key: str = "shards") -> list[str]:
         """Expand globs and folders to the addresses of tars. An address that ends in `.tar` is taken as it is.
@@ -76,6 +78,7 @@ class RemoteShards:
 
         Beside the tars, or under `index_dir`, these are looked for: `manifest.json` (as `data_tools build` writes it),
         `shards.json` (`data_tools index`), the indexes, `sizes.json` (WebDataset) and `NAME_stats.json` (img2dataset).
+        One that the server forbids, or answers with a web page, counts as missing.
 
         Raises: ValueError if the number of samples of a tar is not known; Unreachable.
         """
@@ -91,7 +94,7 @@ class RemoteShards:
                 raise ValueError(
                     f"{url}: the number of its samples is not known; expected an index, shards.json, sizes.json or "
                     f"{_stats_name(url.rpartition('/')[2])} beside it or in data.index_dir: `python -m data_tools index "
-                    f"{url.rpartition('/')[0]}/ --index-dir DIR` makes them"
+                    f"{url.rpartition('/')[0]}/ --index-dir DIR` makes them{''.join(f'; {why}' for why in self._refused[:1])}"
                 )
             if known[url].num_samples < 1:
                 raise ValueError(f"shard {url!r}: no sample in it, expected at least one; leave it out")
@@ -128,10 +131,14 @@ class RemoteShards:
         return rows
 
     def _row_of_index(self, url: str) -> _Row | None:
+        place = index_place(url, self._index_dir)
         try:
-            with self._whole(index_place(url, self._index_dir)) as descriptor:
+            with self._whole(place) as descriptor:
+                if self._is_page(place, os.pread(descriptor, _PAGE_BYTES, 0)):
+                    return None
                 header = read_header(f"/proc/self/fd/{descriptor}", _MAX_TAR_BYTES)
-        except FileNotFoundError:
+        except (FileNotFoundError, Forbidden) as error:
+            self._note(error)
             return None
         return _Row(header.num_samples, header.digest, header.problems)
 
@@ -151,10 +158,24 @@ class RemoteShards:
             if num_bytes > MAX_JSON_BYTES:
                 raise ValueError(f"{place} has {num_bytes} bytes; expected at most {MAX_JSON_BYTES}")
             text = self._remote.read_range(place, 0, num_bytes) if is_remote(place) else Path(place).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, Forbidden) as error:
+            self._note(error)
+            return {}
+        if self._is_page(place, text):
             return {}
         value = parse_json(text, place)
         return value if isinstance(value, dict) else {}
+
+    def _note(self, error: OSError) -> None:
+        if isinstance(error, Forbidden):
+            self._refused.append(str(error))
+
+    def _is_page(self, place: str, content: bytes) -> bool:
+        """Return True for a web page, with which some servers answer instead of status 404."""
+        is_page = content[:_PAGE_BYTES].lstrip().startswith(b"<")
+        if is_page:
+            self._refused.append(f"{place} is a web page")
+        return is_page
 
     def _each(self, call: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[tuple[Item, Result]]:
         """Call a function for each item, several at a time."""

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from mmpretrain.data.shards import OnMissingShard, Shards
 from mmpretrain.data.storage import FileChanged
 from mmpretrain.data.stored_index import index_path
 from mmpretrain.errors import Unreachable
-from tests.servers import RangeServer, http_server
+from tests.servers import RangeHandler, RangeServer, http_server
 from tests.tars import make_samples, write_tars
 
 COUNTS = (5, 7, 4)
@@ -128,6 +128,35 @@ def test_without_counts_the_fix_is_told(server: RangeServer, tars: list[str], tm
     told = r"number of its samples is not known; expected an index, shards\.json, .*python -m data_tools index"
     with pytest.raises(ValueError, match=told):
         open_shards(urls(server, tars), None, options(tmp_path))
+
+
+def forbid(handler: RangeHandler) -> None:
+    handler.fail(403)
+
+
+def show_page(handler: RangeHandler) -> None:
+    page = b"<!doctype html><p>nothing here</p>"
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(page)))
+    handler.end_headers()
+    handler.wfile.write(b"" if handler.command == "HEAD" else page)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [(forbid, r"/shards\.json cannot be read \(.*403"), (show_page, r"/shards\.json is a web page$")],
+)
+def test_files_that_a_server_forbids_or_answers_with_a_page_count_as_missing(
+    answer: Callable[[RangeHandler], None], told: str, server: RangeServer, tars: list[str], tmp_path: Path
+) -> None:
+    server.fault = lambda handler, path, earlier: not (server.folder / path).is_file() and (answer(handler) or True)
+    given = options(tmp_path)
+    assert samples_of(open_shards(urls(server, tars), None, given)) == samples_of(Shards(tars))
+    remove_indexes(tars)
+    with pytest.raises(ValueError, match=rf"number of its samples is not known; .*{told}"):
+        open_shards(urls(server, tars), None, given)
+    write_counts("sizes.json", tars)
+    assert open_shards(urls(server, tars), None, given).counts.tolist() == list(COUNTS)
 
 
 def test_indexes_may_lie_elsewhere(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
