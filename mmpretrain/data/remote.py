@@ -76,6 +76,12 @@ def check_address(url: str, key: str) -> None:
     )
 
 
+def check_parents(url: str) -> None:
+    """Refuse an address with a part `..`, which would lead out of a folder of this machine. Raises: ValueError."""
+    if ".." in url.split("/"):
+        raise ValueError(f"{url} has a part '..'; expected an address without: name the tars, or another folder")
+
+
 class Remote:
     """Remote objects, read with retries. Each call may come from any thread.
 
@@ -110,8 +116,16 @@ class Remote:
     def read_range(self, url: str, start: int, end: int) -> bytes:
         """Return the bytes `start` to `end` of an object. Raises: Unreachable; FileNotFoundError."""
 
+        async def check(response: Any) -> None:
+            found = response.headers.get("Content-Range", "")
+            if response.status == 206 and found and not found.startswith(f"bytes {start}-"):
+                raise Unreachable(
+                    f"{url}: asked for bytes {start} to {end}, got {found}; expected a server that answers ranges"
+                )
+
         def attempt(fs: Any, path: str, seconds: float) -> bytes:
-            data: bytes = _call(fs, "cat_file", seconds, path, start=start, end=end)
+            checked = {"raise_for_status": check} if "http" in fs.protocol else {}
+            data: bytes = _call(fs, "cat_file", seconds, path, start=start, end=end, **checked)
             if len(data) > end - start:
                 raise Unreachable(
                     f"{url}: asked for bytes {start} to {end}, got {len(data)} bytes; expected a server that answers ranges"

@@ -8,15 +8,16 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mmpretrain.data.cache import Cache
 from mmpretrain.data.fetcher import Fetcher
-from mmpretrain.data.remote import Remote, check_address, is_remote
+from mmpretrain.data.remote import Remote, check_address, check_parents, is_remote
 from mmpretrain.data.shard_table import ShardTable
+from mmpretrain.data.storage import FileChanged
 from mmpretrain.data.stored_index import INDEX_SUFFIX, index_place, mirrored, read_header, read_index
 from mmpretrain.data.tar_index import TarIndex, index_tar
 from mmpretrain.errors import Forbidden, Unreachable
@@ -59,7 +60,7 @@ class RemoteShards:
     def expand(self, patterns: Iterable[str], key: str = "shards") -> list[str]:
         """Expand globs and folders to the addresses of tars. An address that ends in `.tar` is taken as it is.
 
-        Raises: ValueError if nothing matches, or for an address with credentials; Unreachable.
+        Raises: ValueError if nothing matches, or for an address with credentials or `..`; Unreachable.
         """
         urls: list[str] = []
         for pattern in patterns:
@@ -70,6 +71,8 @@ class RemoteShards:
                 found = [pattern] if pattern.endswith(".tar") else self._remote.glob(f"{pattern.rstrip('/')}/*.tar")
             if not found:
                 raise ValueError(f"{key} {pattern!r}: no tar there; name tars, a folder that can be listed, or a glob")
+            for url in found:
+                check_parents(url)
             urls += found
         return urls
 
@@ -189,18 +192,23 @@ class RemoteShards:
 
         Raises: Unreachable; FileNotFoundError if the stored index is missing; ValueError if it is damaged.
         """
-        if digest:
-            with self._whole(index_place(url, self._index_dir)) as descriptor:
-                return read_index(f"/proc/self/fd/{descriptor}")
-        with self._whole(url) as descriptor:
+        place = index_place(url, self._index_dir) if digest else url
+        with self._newest(place) as descriptor:
+            path = f"/proc/self/fd/{descriptor}"
+            if digest:
+                return read_index(path)
             try:
-                return index_tar(f"/proc/self/fd/{descriptor}")
+                return index_tar(path)
             except ValueError as error:
-                reason = (str(error).partition(": ")[2] or str(error)).replace(f"/proc/self/fd/{descriptor}", url)
+                reason = (str(error).partition(": ")[2] or str(error)).replace(path, url)
                 raise Unreachable(f"{url}: {reason}") from error
 
     def read_range(self, url: str, digest: str, index: TarIndex, offset: int, size: int) -> bytes:
-        """Return `size` bytes at `offset` of a tar. Raises: Unreachable; FileNotFoundError; OSError of the cache."""
+        """Return `size` bytes at `offset` of a tar.
+
+        Raises: Unreachable; FileNotFoundError; OSError of the cache; FileChanged if a tar without a digest is no longer the
+            one that was indexed.
+        """
         if not digest:
             with self._whole(url) as descriptor:
                 return os.pread(descriptor, size, offset)
@@ -244,7 +252,30 @@ class RemoteShards:
         if place not in self._objects:
             self._objects[place] = self._remote.size(place)
         size, version = self._objects[place]
-        return f"{place} {version}", size, partial(self._fetch, place, 0, size)
+        return f"{place} {version}", size, partial(self._fetch_whole, place, size, version)
+
+    def _fetch_whole(self, place: str, size: int, version: str, descriptor: int) -> None:
+        """Fetch an object. Raises: FileChanged if its ranges may be of several versions."""
+        self._fetch(place, 0, size, descriptor)
+        if size > RANGE_BYTES and self._remote.size(place) != (size, version):
+            raise FileChanged(
+                f"{place} was changed or replaced while it was read; restore it and go on, or start a new run on the "
+                "changed file"
+            )
+
+    @contextmanager
+    def _newest(self, place: str) -> Iterator[int]:
+        """As `_whole`; an object that changes while it is fetched is fetched again, at most twice."""
+        with ExitStack() as stack:
+            for attempt in range(3):
+                try:
+                    descriptor = stack.enter_context(self._whole(place))
+                    break
+                except FileChanged:
+                    if attempt == 2:
+                        raise
+                    self._objects.pop(place, None)
+            yield descriptor
 
     def _ensure_whole(self, place: str) -> None:
         self._cache.ensure(*self._object(place))

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from mmpretrain.data.remote import check_parents, is_remote
 from mmpretrain.data.storage import open_regular
 from mmpretrain.data.tar_headers import HEADER_BYTES
 from mmpretrain.data.tar_index import MAX_EXTENSIONS, TarIndex, index_tar
@@ -47,10 +48,15 @@ def index_place(tar: str, index_dir: str | None) -> str:
 
 
 def mirrored(path: str, index_dir: str | None) -> str:
-    """Return the place under `index_dir` that stands for a path or address; the path itself without an `index_dir`."""
+    """Return the place under `index_dir` that stands for a path or address; the path itself without an `index_dir`.
+
+    Raises: ValueError for an address with a part `..`, which would lead out of `index_dir`.
+    """
     if index_dir is None:
         return path
-    place = path.partition("://")[2] if "://" in path else os.path.abspath(path)
+    if is_remote(path):
+        check_parents(path)
+    place = path.partition("://")[2] if is_remote(path) else os.path.abspath(path)
     return f"{index_dir.rstrip('/')}/{place.lstrip('/')}"
 
 

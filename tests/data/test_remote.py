@@ -85,6 +85,20 @@ def test_a_server_without_ranges_is_named(server: RangeServer) -> None:
         Remote(30).read_range(f"{server.url}/a.tar", 10, 20)
 
 
+def test_a_range_other_than_the_one_asked_for_is_refused(server: RangeServer) -> None:
+    def other_range(handler: RangeHandler, path: str, earlier: int) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 0-9/{len(CONTENT)}")
+        handler.send_header("Content-Length", "10")
+        handler.end_headers()
+        handler.wfile.write(CONTENT[:10])
+        return True
+
+    server.fault = other_range
+    with pytest.raises(Unreachable, match=r"asked for bytes 10 to 20, got bytes 0-9/10240; expected a server that"):
+        Remote(30).read_range(f"{server.url}/a.tar", 10, 20)
+
+
 def test_objects_of_a_bucket_are_listed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("train/0.tar", "train/1.tar", "train/1.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.__main__ import main as data_tools
 from mmpretrain.data import remote_shards
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.open_shards import StorageOptions, open_shards
@@ -130,6 +132,31 @@ def test_without_counts_the_fix_is_told(server: RangeServer, tars: list[str], tm
         open_shards(urls(server, tars), None, options(tmp_path))
 
 
+@pytest.mark.parametrize("changes", [1, 9])
+def test_a_tar_that_changes_while_it_is_fetched_is_never_mixed(
+    changes: int, server: RangeServer, tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_shards, "RANGE_BYTES", 7000)  # two ranges and more
+    remove_indexes(tars)
+    write_counts("sizes.json", tars)
+    tar, rest = Path(tars[1]), [b"Sample", b"SAMPLE"] * changes
+    assert tar.stat().st_size > 14000
+
+    def changing(handler: RangeHandler, path: str, earlier: int) -> bool:
+        if path == tar.name and handler.headers.get("Range", "").startswith("bytes=7000-") and len(rest) > changes:
+            tar.write_bytes(re.sub(b"sample", rest.pop(), tar.read_bytes(), flags=re.IGNORECASE))
+            os.utime(tar, (0, len(rest)))
+        return False
+
+    server.fault = changing
+    remote, ids = open_shards(urls(server, tars), None, options(tmp_path)), range(COUNTS[0], sum(COUNTS[:2]))
+    if changes == 1:
+        assert {remote.read(i, ["txt"])[:6] for i in ids} == {b"SAMPLE"}
+    else:
+        with pytest.raises(FileChanged, match=rf"{tar.name} was changed or replaced while it was read; restore it"):
+            remote.read(ids[0], ["txt"])
+
+
 def forbid(handler: RangeHandler) -> None:
     handler.fail(403)
 
@@ -234,6 +261,29 @@ def test_prefetched_samples_are_read_from_the_cache(server: RangeServer, tars: l
         )
     assert remote.read(6, ["jpg"]) == Shards(tars).read(6, ["jpg"])
     assert sum(path == "001.tar" for path, _ in server.requests) == 1
+
+
+def test_a_listing_leads_to_no_file_outside_of_index_dir(
+    server: RangeServer, tars: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = b'<a href="x/../../../../outside.tar">a</a>'
+
+    def hostile(handler: RangeHandler, path: str, earlier: int) -> bool:
+        handler.send_response(200)
+        content = Path(tars[0]).read_bytes() if path.endswith(".tar") else page
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(b"" if handler.command == "HEAD" else content)
+        return True
+
+    server.fault = hostile
+    place = tmp_path / "a" / "indexes"
+    for pattern in ("evil/**/*.tar", "evil/x/../../../../outside.tar"):
+        assert data_tools(["index", f"{server.url}/{pattern}", "--index-dir", str(place), "--workers", "1"]) != 0
+        assert "has a part '..'; expected an address without" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"has a part '\.\.'; expected an address without"):
+        index_path("s3://bucket/../../a.tar", place)
+    assert not list(tmp_path.rglob("outside.*"))
 
 
 def test_local_and_remote_tars_are_not_mixed(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
