@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import fsspec
 from fsspec.asyn import sync
@@ -31,7 +31,9 @@ _SLOWEST = float(1 << 20)
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRET = re.compile(
-    r"signature|token|credential|secret|passw|pwd|auth|api-?key|accesskey|^sig$|^key$|^pass$", re.IGNORECASE
+    r"signature|token|credential|secret|passw|pwd|auth|(api|access|private|client|shared|account|subscription).?key"
+    r"|(^|[-_.])(sig|key|pass|sas|jwt)$",
+    re.IGNORECASE,
 )
 _MARKS = (
     "ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "Digest", "mtime", "generation",
@@ -63,10 +65,16 @@ def is_remote(path: str) -> bool:
 
 def check_address(url: str, key: str) -> None:
     """Refuse an address that holds credentials. Raises: ValueError, without the credentials."""
-    parts = urlsplit(url)
-    if parts.username or parts.password:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # whose message may tell a password
+        raise ValueError(
+            f"{key}: no valid address; expected one such as https://host/path or s3://bucket/path"
+        ) from None
+    names = re.findall(r"[&;?#]([^&;?#/=]+)=", f"{parts.path}?{parts.query}#{parts.fragment}")
+    if "@" in parts.netloc:
         held = "a user or password"
-    elif secret := next((name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)), None):
+    elif secret := next((name for name in map(unquote_plus, names) if _SECRET.search(name)), None):
         held = f"the parameter {secret!r}"
     else:
         return
@@ -305,6 +313,7 @@ def _is_of(error: BaseException, names: Collection[str]) -> bool:
 
 
 def _told(error: BaseException) -> str:
-    """Return the first line of an error's message, with its class. Queries of addresses are left out."""
+    """Return the first line of an error's message, with its class. Users, passwords and parameters are left out."""
     lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {re.sub(r'[?][^ ]*', '', lines[0])}"[:300].rstrip(": ")
+    told = re.sub(r"//[^/\s]*@", "//", re.sub(r"[?#;][^ ]*", "", lines[0]))
+    return f"{type(error).__name__}: {told}"[:300].rstrip(": ")
