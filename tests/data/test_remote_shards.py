@@ -202,6 +202,18 @@ def test_local_tars_keep_their_indexes_in_index_dir(tars: list[str], tmp_path: P
     assert all(not index_path(tar).exists() and (tmp_path / f"indexes{tar}.index.npz").exists() for tar in tars)
 
 
+def test_local_tars_have_no_indexes_at_an_address(
+    tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        ValueError, match=r"000\.tar: .* is an address; expected a folder of this machine: data\.index_dir"
+    ):
+        open_shards(tars, None, options(tmp_path, index_dir="http://127.0.0.1:9/indexes"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_folder_and_a_glob_that_the_server_lists(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
     server.lists = True
     for pattern in (server.url, f"{server.url}/", f"{server.url}/*.tar"):
