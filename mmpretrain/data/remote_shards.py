@@ -139,7 +139,8 @@ class RemoteShards:
             with self._whole(place) as descriptor:
                 if self._is_page(place, os.pread(descriptor, _PAGE_BYTES, 0)):
                     return None
-                header = read_header(f"/proc/self/fd/{descriptor}", _MAX_TAR_BYTES)
+                with _named(place, url, descriptor):
+                    header = read_header(f"/proc/self/fd/{descriptor}", _MAX_TAR_BYTES)
         except (FileNotFoundError, Forbidden) as error:
             self._note(error)
             return None
@@ -190,17 +191,17 @@ class RemoteShards:
     def load_index(self, url: str, digest: str) -> TarIndex:
         """Return the index of a tar: the stored one, or, without a digest, one made of the tar, which is fetched whole.
 
-        Raises: Unreachable; FileNotFoundError if the stored index is missing; ValueError if it is damaged.
+        Raises: Unreachable, also if the index or the tar is damaged; FileNotFoundError if the stored index is missing.
         """
         place = index_place(url, self._index_dir) if digest else url
         with self._newest(place) as descriptor:
-            path = f"/proc/self/fd/{descriptor}"
             if digest:
-                return read_index(path)
+                with _named(place, url, descriptor):
+                    return read_index(f"/proc/self/fd/{descriptor}")
             try:
-                return index_tar(path)
+                return index_tar(f"/proc/self/fd/{descriptor}")
             except ValueError as error:
-                reason = (str(error).partition(": ")[2] or str(error)).replace(path, url)
+                reason = (str(error).partition(": ")[2] or str(error)).replace(f"/proc/self/fd/{descriptor}", url)
                 raise Unreachable(f"{url}: {reason}") from error
 
     def read_range(self, url: str, digest: str, index: TarIndex, offset: int, size: int) -> bytes:
@@ -289,6 +290,18 @@ class RemoteShards:
         else:
             with open(place, "rb") as file:
                 yield file.fileno()
+
+
+@contextmanager
+def _named(place: str, url: str, descriptor: int) -> Iterator[None]:
+    """Convert the ValueError of a damaged index. Raises: Unreachable, with its place and the command that makes it again."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unreachable(
+            f"{str(error).replace(f'/proc/self/fd/{descriptor}', place)}; make it again with `python -m data_tools index "
+            f"{url} --index-dir DIR`, and put it in place"
+        ) from error
 
 
 def _ranges(start: int, end: int, tar_bytes: int) -> list[tuple[int, int]]:

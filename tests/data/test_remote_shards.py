@@ -202,6 +202,20 @@ def test_local_tars_keep_their_indexes_in_index_dir(tars: list[str], tmp_path: P
     assert all(not index_path(tar).exists() and (tmp_path / f"indexes{tar}.index.npz").exists() for tar in tars)
 
 
+@pytest.mark.parametrize("has_list", [False, True])
+def test_a_damaged_index_is_named_with_the_command_that_makes_it_again(
+    has_list: bool, server: RangeServer, tars: list[str], tmp_path: Path
+) -> None:
+    index_path(tars[0]).write_bytes(index_path(tars[0]).read_bytes()[:500])
+    if has_list:
+        write_counts("shards.json", tars)
+    url = urls(server, tars)[0]
+    told = rf"^{url}\.index\.npz: unusable index \(.*\); make it again with `python -m data_tools index {url} --index"
+    with pytest.raises(Unreachable, match=told) as damaged:
+        open_shards(urls(server, tars), None, options(tmp_path))
+    assert "/proc/" not in str(damaged.value) and "is made again" not in str(damaged.value)
+
+
 def test_local_tars_have_no_indexes_at_an_address(
     tars: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
