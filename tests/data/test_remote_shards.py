@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main as data_tools
-from mmpretrain.data import remote_shards
+from mmpretrain.data import remote_shards, shards
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.shards import OnMissingShard, Shards
 from mmpretrain.data.storage import FileChanged
-from mmpretrain.data.stored_index import index_path
+from mmpretrain.data.stored_index import index_path, load_index
 from mmpretrain.errors import Unreachable
 from tests.servers import RangeHandler, RangeServer, http_server
 from tests.tars import make_samples, write_tars
@@ -252,6 +252,42 @@ def test_a_shard_that_stays_unreachable_ends_the_run_or_is_replaced(
             remote.read(lost + 1, ["jpg"])
         assert not server.requests, "it is not waited for again"
     assert remote.read(0, ["jpg"]) == Shards(tars).read(0, ["jpg"])
+
+
+@pytest.mark.parametrize("are_kept", [True, False])
+@pytest.mark.parametrize("policy", OnMissingShard)
+def test_a_shard_without_its_index_ends_the_run_or_is_replaced(
+    policy: OnMissingShard,
+    are_kept: bool,
+    server: RangeServer,
+    tars: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "_KEPT_SAMPLES", sum(COUNTS) if are_kept else 0)
+    indexes = [(Path(tar).name, load_index(tar)) for tar in tars]
+    rows = [{"name": name, "num_samples": index.num_samples, "digest": index.digest} for name, index in indexes]
+    (Path(tars[0]).parent / "shards.json").write_text(json.dumps({"shards": rows}))
+    local = samples_of(Shards(tars))
+    index_path(tars[1]).unlink()
+    lost, given = COUNTS[0], options(tmp_path, on_missing_shard=policy)
+    uses = (
+        lambda remote: remote.prefetch(np.array([lost]), is_urgent=True),
+        lambda remote: remote.key(lost),
+        lambda remote: remote.read(lost, ["jpg"]),
+    )
+    for use in uses:
+        if policy == OnMissingShard.fail:
+            with pytest.raises(
+                FileNotFoundError, match=r"001\.tar\.index\.npz does not exist; .*on_missing_shard=replace"
+            ):
+                use(open_shards(urls(server, tars), None, given))
+    if policy == OnMissingShard.replace:
+        remote = open_shards(urls(server, tars), None, given)
+        uses[0](remote)
+        assert remote.key(lost) == "#0" and remote.read(0, ["jpg"]) == local[0][1]
+        with pytest.raises(BadSample, match=r"001\.tar\.index\.npz does not exist"):
+            remote.read(lost, ["jpg"])
 
 
 def test_other_counts_than_announced_lose_no_run(
