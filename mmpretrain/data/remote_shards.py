@@ -193,16 +193,21 @@ class RemoteShards:
 
         Raises: Unreachable, also if the index or the tar is damaged; FileNotFoundError if the stored index is missing.
         """
-        place = index_place(url, self._index_dir) if digest else url
-        with self._newest(place) as descriptor:
-            if digest:
-                with _named(place, url, descriptor):
-                    return read_index(f"/proc/self/fd/{descriptor}")
+        if digest:
+            index = self._stored_index(url)
+            # Where a server tells times in seconds, the cache may hold an index that was replaced within one.
+            return index if index.digest == digest else self._stored_index(url, digest)
+        with self._newest(url) as descriptor:
             try:
                 return index_tar(f"/proc/self/fd/{descriptor}")
             except ValueError as error:
                 reason = (str(error).partition(": ")[2] or str(error)).replace(f"/proc/self/fd/{descriptor}", url)
                 raise Unreachable(f"{url}: {reason}") from error
+
+    def _stored_index(self, url: str, digest: str = "") -> TarIndex:
+        place = index_place(url, self._index_dir)
+        with self._newest(place, digest) as descriptor, _named(place, url, descriptor):
+            return read_index(f"/proc/self/fd/{descriptor}")
 
     def read_range(self, url: str, digest: str, index: TarIndex, offset: int, size: int) -> bytes:
         """Return `size` bytes at `offset` of a tar.
@@ -248,12 +253,12 @@ class RemoteShards:
             data = self._remote.read_range(url, start, min(start + RANGE_BYTES, end))
             _write_all(descriptor, data, start - first)
 
-    def _object(self, place: str) -> tuple[str, int, Callable[[int], None]]:
-        """Return the name, the size and the fetching function of a whole object, for the cache."""
+    def _object(self, place: str, digest: str = "") -> tuple[str, int, Callable[[int], None]]:
+        """Return the name, with a digest if known, the size and the fetching function of a whole object, for the cache."""
         if place not in self._objects:
             self._objects[place] = self._remote.size(place)
         size, version = self._objects[place]
-        return f"{place} {version}", size, partial(self._fetch_whole, place, size, version)
+        return f"{place} {version}{digest}", size, partial(self._fetch_whole, place, size, version)
 
     def _fetch_whole(self, place: str, size: int, version: str, descriptor: int) -> None:
         """Fetch an object. Raises: FileChanged if its ranges may be of several versions."""
@@ -265,12 +270,12 @@ class RemoteShards:
             )
 
     @contextmanager
-    def _newest(self, place: str) -> Iterator[int]:
+    def _newest(self, place: str, digest: str = "") -> Iterator[int]:
         """As `_whole`; an object that changes while it is fetched is fetched again, at most twice."""
         with ExitStack() as stack:
             for attempt in range(3):
                 try:
-                    descriptor = stack.enter_context(self._whole(place))
+                    descriptor = stack.enter_context(self._whole(place, digest))
                     break
                 except FileChanged:
                     if attempt == 2:
@@ -282,10 +287,10 @@ class RemoteShards:
         self._cache.ensure(*self._object(place))
 
     @contextmanager
-    def _whole(self, place: str) -> Iterator[int]:
+    def _whole(self, place: str, digest: str = "") -> Iterator[int]:
         """Open a whole file or object, and yield its descriptor."""
         if is_remote(place):
-            with self._cache.opened(*self._object(place)) as descriptor:
+            with self._cache.opened(*self._object(place, digest)) as descriptor:
                 yield descriptor
         else:
             with open(place, "rb") as file:

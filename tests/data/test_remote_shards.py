@@ -125,6 +125,20 @@ def test_the_cache_gives_no_bytes_of_a_former_version(
     assert open_shards(urls(server, tars), None, options(tmp_path)).read(0, ["txt"]).startswith(b"SAMPLE 0")
 
 
+def test_an_index_of_another_digest_is_not_taken_from_the_cache(
+    server: RangeServer, tars: list[str], tmp_path: Path
+) -> None:
+    server.mark = "Last-Modified"
+    tar = Path(tars[0])
+    for word in (b"sample 0", b"s@mple 0"):
+        tar.write_bytes(tar.read_bytes().replace(b"sample 0", word))
+        index = load_index(tar)
+        os.utime(index_path(tar), (0, 0))
+        row = {"name": tar.name, "num_samples": COUNTS[0], "digest": index.digest}
+        (tar.parent / "shards.json").write_text(json.dumps({"shards": [row]}))
+        assert open_shards(urls(server, tars[:1]), None, options(tmp_path)).read(0, ["txt"]).startswith(word)
+
+
 def test_without_counts_the_fix_is_told(server: RangeServer, tars: list[str], tmp_path: Path) -> None:
     remove_indexes(tars)
     told = r"number of its samples is not known; expected an index, shards\.json, .*python -m data_tools index"
