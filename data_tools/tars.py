@@ -5,14 +5,18 @@ from collections.abc import Sequence
 import braceexpand
 
 from mmpretrain.data.open_shards import StorageOptions, cache_of
-from mmpretrain.data.remote import is_remote
+from mmpretrain.data.remote import check_address, is_remote
 from mmpretrain.data.remote_shards import RemoteShards
 from mmpretrain.data.shard_table import ShardTable
 from mmpretrain.data.shards import Shards, expand_shards
 
 
 def remote_storage(index_dir: str | None = None, cache_dir: str | None = None) -> RemoteShards:
-    """Return the storage of remote tars, as training opens them by default; `cache_dir` names another cache."""
+    """Return the storage of remote tars, as training opens them by default; `cache_dir` names another cache.
+
+    Raises: ValueError if the address of the indexes holds credentials.
+    """
+    check_address(index_dir or "", "--index-dir")
     options = StorageOptions(cache_dir=cache_dir)
     return RemoteShards(cache_of(options), index_dir, options.storage_seconds)
 

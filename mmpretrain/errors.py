@@ -25,6 +25,14 @@ class Unreachable(OSError):
     """A remote storage did not give or take an object before the deadline, or says that it will not."""
 
 
+class CacheError(OSError):
+    """The cache of remote data cannot be used; the message names its settings."""
+
+
+class Forbidden(Unreachable):
+    """A remote storage forbids an object (status 403); a bucket that may not be listed says so of missing ones, too."""
+
+
 def printable(text: str) -> str:
     """Escape the non-printable characters of a text, such as control characters that could manipulate a terminal."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
@@ -97,12 +105,12 @@ def _place_outside(error: BaseException) -> str:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Convert a ValueError, a missing file, an unreachable storage or a full disk inside the block to a UsageError."""
+    """Convert a ValueError, a missing file, an unreachable storage, an unusable cache or a full disk to a UsageError."""
     try:
         yield
     except UsageError:
         raise
-    except (ValueError, FileNotFoundError, Unreachable) as error:
+    except (ValueError, FileNotFoundError, Unreachable, CacheError) as error:
         raise UsageError(f"{error}{_place_outside(error)}") from error
     except OSError as error:
         if error.errno not in NO_SPACE:
@@ -114,12 +122,14 @@ def usage_errors() -> Iterator[None]:
 
 @contextmanager
 def enough_space(folder: Path) -> Iterator[None]:
-    """Convert an OSError for lack of disk space inside the block to a TrainingError with a message of one line.
+    """Convert an OSError for lack of disk space, or of the cache, inside the block to a TrainingError of one line.
 
     Raises: TrainingError.
     """
     try:
         yield
+    except CacheError as error:
+        raise TrainingError(f"{error}; the same command goes on") from error
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise

@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ class RangeHandler(BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{file.stat().st_mtime_ns}"')
+        stat = file.stat()
+        marks = {"ETag": f'"{stat.st_mtime_ns}"', "Last-Modified": formatdate(stat.st_mtime, usegmt=True)}
+        self.send_header(self.server.mark, marks[self.server.mark])
         self.end_headers()
         if with_body:
             self.wfile.write(content)
@@ -102,6 +105,7 @@ class RangeServer(ThreadingHTTPServer):
         lists: whether folders are answered by a page of links.
         fault: see `Fault`.
         answers_ranges: whether ranges are answered, or the whole file instead.
+        mark: header that tells the version of a file, ETag or Last-Modified.
     """
 
     daemon_threads = True
@@ -115,6 +119,7 @@ class RangeServer(ThreadingHTTPServer):
         self.lists = False
         self.fault: Fault | None = None
         self.answers_ranges = True
+        self.mark = "ETag"
         self.lock = threading.Lock()
         self.is_closing = threading.Event()
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mmpretrain.errors import Unreachable
+from mmpretrain.errors import CacheError, Unreachable
 
 _SUFFIX, _PARTIAL = ".bin", ".partial"
 _FILE = re.compile(r"[0-9a-f]{40}\.(bin|partial)")
@@ -43,13 +43,13 @@ class Cache:
             fetch: function that writes the content to a descriptor, called if the file is not there. An `Unreachable` that
                 it raises is raised in all processes that wait for the file.
 
-        Raises: ValueError if the content is larger than the cache; Unreachable; OSError.
+        Raises: ValueError if the content is larger than the cache; CacheError; errors of `fetch`.
         """
         path = self._path(name)
-        descriptor = self._open(path)
+        descriptor = self._open(path, size)
         while descriptor is None:
             self._fetch(path, size, fetch)
-            descriptor = self._open(path)  # None again if the file has made room at once
+            descriptor = self._open(path, size)  # None again if the file has made room at once
         try:
             yield descriptor
         finally:
@@ -58,20 +58,31 @@ class Cache:
     def ensure(self, name: str, size: int, fetch: Callable[[int], None]) -> None:
         """Fetch the file `name` if it is not there and no process is fetching it. Args, Raises: as `opened`."""
         path = self._path(name)
-        if not path.exists():
+        descriptor = self._open(path, size)
+        if descriptor is None:
             self._fetch(path, size, fetch, wait=False)
+        else:
+            os.close(descriptor)
 
     def _path(self, name: str) -> Path:
         digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
         return self.folder / f"{digest}{_SUFFIX}"
 
-    def _open(self, path: Path) -> int | None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        os.utime(descriptor)  # the times of use order the files
-        return descriptor
+    def _open(self, path: Path, size: int) -> int | None:
+        """Open a file; None if it is not there. One of another size, cut off by a loss of power, is removed."""
+        with self._explained():
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return None
+            if os.fstat(descriptor).st_size != size:
+                with self._locked():
+                    if _is_at(descriptor, path):  # others may have fetched it anew
+                        os.unlink(path)
+                os.close(descriptor)
+                return None
+            os.utime(descriptor)  # the times of use order the files
+            return descriptor
 
     def _fetch(self, path: Path, size: int, fetch: Callable[[int], None], wait: bool = True) -> None:
         """Fetch a file. If another process is fetching it, wait until that one has succeeded, failed or died, or return."""
@@ -79,9 +90,10 @@ class Cache:
             raise ValueError(
                 f"data.cache_bytes is {self.max_bytes:,}, but one file needs {size:,} bytes; expected at least as many"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(_PARTIAL)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,10 +104,13 @@ class Cache:
                     raise Unreachable(os.pread(descriptor, _MAX_TOLD_BYTES, 0).decode(errors="replace"))
                 return
             try:
-                self._reserve(descriptor, size)
+                with self._explained():
+                    self._reserve(descriptor, size)
                 fetch(descriptor)
-                with self._locked():
-                    os.rename(partial, path)
+                with self._explained():
+                    os.fdatasync(descriptor)  # or a loss of power could leave the name without the content
+                    with self._locked():
+                        os.rename(partial, path)
             except BaseException as error:
                 if isinstance(error, Unreachable):
                     os.ftruncate(descriptor, 0)
@@ -106,6 +121,17 @@ class Cache:
                 raise
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Convert an OSError of the cache's own files. Raises: CacheError."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"data.cache_dir {str(self.folder)!r} cannot be written ({error.strerror}); expected a folder with "
+                f"data.cache_bytes ({self.max_bytes:,}) of space: data.cache_dir=..., or a lower data.cache_bytes"
+            ) from error
 
     def _reserve(self, descriptor: int, size: int) -> None:
         """Give a new file its size on the disk, after older files have made room."""

@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import fsspec
 from fsspec.asyn import sync
 
-from mmpretrain.errors import Unreachable
+from mmpretrain.errors import Forbidden, Unreachable
 
 Result = TypeVar("Result")
 
@@ -31,8 +31,14 @@ _SLOWEST = float(1 << 20)
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 10.0
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _SECRET = re.compile(
-    r"signature|token|credential|secret|passw|pwd|auth|api-?key|accesskey|^sig$|^key$|^pass$", re.IGNORECASE
+    r"signature|token|credential|secret|passw|pwd|auth|(api|access|private|client|shared|account|subscription).?key"
+    r"|(^|[-_.])(sig|key|pass|sas|jwt)$",
+    re.IGNORECASE,
 )
+_MARKS = (
+    "ETag", "etag", "LastModified", "Last-Modified", "Content-MD5", "Digest", "mtime", "generation",
+)  # fmt: skip
+"""What fsspec's file systems tell of an object that changes with its content; HTTP's are spelled as its headers."""
 _PASSING_STATUS = (408, 425, 429)  # request timeout, too early, too many requests; and all of 500 and above
 _PASSING_ERRORS = frozenset(
     (
@@ -59,10 +65,16 @@ def is_remote(path: str) -> bool:
 
 def check_address(url: str, key: str) -> None:
     """Refuse an address that holds credentials. Raises: ValueError, without the credentials."""
-    parts = urlsplit(url)
-    if parts.username or parts.password:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # whose message may tell a password
+        raise ValueError(
+            f"{key}: no valid address; expected one such as https://host/path or s3://bucket/path"
+        ) from None
+    names = re.findall(r"[&;?#]([^&;?#/=]+)=", f"{parts.path}?{parts.query}#{parts.fragment}")
+    if "@" in parts.netloc:
         held = "a user or password"
-    elif secret := next((name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)), None):
+    elif secret := next((name for name in map(unquote_plus, names) if _SECRET.search(name)), None):
         held = f"the parameter {secret!r}"
     else:
         return
@@ -70,6 +82,12 @@ def check_address(url: str, key: str) -> None:
         f"{key}: the address on {parts.hostname} holds {held}, and addresses are logged and saved; expected credentials in "
         "the environment, such as AWS_ACCESS_KEY_ID or ~/.netrc"
     )
+
+
+def check_parents(url: str) -> None:
+    """Refuse an address with a part `..`, which would lead out of a folder of this machine. Raises: ValueError."""
+    if ".." in url.split("/"):
+        raise ValueError(f"{url} has a part '..'; expected an address without: name the tars, or another folder")
 
 
 class Remote:
@@ -95,9 +113,7 @@ class Remote:
         size = info.get("size")
         if not isinstance(size, int):
             raise Unreachable(f"{url}: the server does not tell its size; expected Content-Length")
-        marks = {
-            name: str(info[name]) for name in ("ETag", "etag", "LastModified", "mtime", "generation") if name in info
-        }
+        marks = {name: str(info[name]) for name in _MARKS if name in info}
         return size, json.dumps([size, marks], sort_keys=True)
 
     def read(self, url: str) -> bytes:
@@ -108,8 +124,16 @@ class Remote:
     def read_range(self, url: str, start: int, end: int) -> bytes:
         """Return the bytes `start` to `end` of an object. Raises: Unreachable; FileNotFoundError."""
 
+        async def check(response: Any) -> None:
+            found = response.headers.get("Content-Range", "")
+            if response.status == 206 and found and not found.startswith(f"bytes {start}-"):
+                raise Unreachable(
+                    f"{url}: asked for bytes {start} to {end}, got {found}; expected a server that answers ranges"
+                )
+
         def attempt(fs: Any, path: str, seconds: float) -> bytes:
-            data: bytes = _call(fs, "cat_file", seconds, path, start=start, end=end)
+            checked = {"raise_for_status": check} if "http" in fs.protocol else {}
+            data: bytes = _call(fs, "cat_file", seconds, path, start=start, end=end, **checked)
             if len(data) > end - start:
                 raise Unreachable(
                     f"{url}: asked for bytes {start} to {end}, got {len(data)} bytes; expected a server that answers ranges"
@@ -186,7 +210,8 @@ class Remote:
                     if isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410):
                         raise FileNotFoundError(f"{url} does not exist") from error
                     if isinstance(cause, OSError) or _status(cause) or _is_of(cause, _REFUSALS):
-                        raise Unreachable(
+                        kind = Forbidden if _status(cause) == 403 else Unreachable
+                        raise kind(
                             f"{url} cannot be {done} ({_told(cause)}); check its address, its permissions and the "
                             "credentials in the environment"
                         ) from error
@@ -288,6 +313,7 @@ def _is_of(error: BaseException, names: Collection[str]) -> bool:
 
 
 def _told(error: BaseException) -> str:
-    """Return the first line of an error's message, with its class. Queries of addresses are left out."""
+    """Return the first line of an error's message, with its class. Users, passwords and parameters are left out."""
     lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {re.sub(r'[?][^ ]*', '', lines[0])}"[:300].rstrip(": ")
+    told = re.sub(r"//[^/\s]*@", "//", re.sub(r"[?#;][^ ]*", "", lines[0]))
+    return f"{type(error).__name__}: {told}"[:300].rstrip(": ")

@@ -8,18 +8,19 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mmpretrain.data.cache import Cache
 from mmpretrain.data.fetcher import Fetcher
-from mmpretrain.data.remote import Remote, check_address, is_remote
+from mmpretrain.data.remote import Remote, check_address, check_parents, is_remote
 from mmpretrain.data.shard_table import ShardTable
+from mmpretrain.data.storage import FileChanged
 from mmpretrain.data.stored_index import INDEX_SUFFIX, index_place, mirrored, read_header, read_index
 from mmpretrain.data.tar_index import TarIndex, index_tar
-from mmpretrain.errors import Unreachable
+from mmpretrain.errors import Forbidden, Unreachable
 from mmpretrain.files import MAX_JSON_BYTES, parse_json
 
 Item = TypeVar("Item")
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 RANGE_BYTES = 16 << 20
 _REQUESTS = 16  # at a time, while the tars are opened
 _MAX_TAR_BYTES = 1 << 50
+_PAGE_BYTES = 64  # from which a web page is told
 
 
 class _Row(NamedTuple):
@@ -53,11 +55,12 @@ class RemoteShards:
         self._remote = Remote(deadline_seconds)
         self._fetcher = Fetcher()
         self._objects: dict[str, tuple[int, str]] = {}  # size and version of the objects that are read whole
+        self._refused: list[str] = []  # why files that may describe the tars were taken as missing
 
     def expand(self, patterns: Iterable[str], key: str = "shards") -> list[str]:
         """Expand globs and folders to the addresses of tars. An address that ends in `.tar` is taken as it is.
 
-        Raises: ValueError if nothing matches, or for an address with credentials; Unreachable.
+        Raises: ValueError if nothing matches, or for an address with credentials or `..`; Unreachable.
         """
         urls: list[str] = []
         for pattern in patterns:
@@ -68,6 +71,8 @@ class RemoteShards:
                 found = [pattern] if pattern.endswith(".tar") else self._remote.glob(f"{pattern.rstrip('/')}/*.tar")
             if not found:
                 raise ValueError(f"{key} {pattern!r}: no tar there; name tars, a folder that can be listed, or a glob")
+            for url in found:
+                check_parents(url)
             urls += found
         return urls
 
@@ -76,6 +81,7 @@ class RemoteShards:
 
         Beside the tars, or under `index_dir`, these are looked for: `manifest.json` (as `data_tools build` writes it),
         `shards.json` (`data_tools index`), the indexes, `sizes.json` (WebDataset) and `NAME_stats.json` (img2dataset).
+        One that the server forbids, or answers with a web page, counts as missing.
 
         Raises: ValueError if the number of samples of a tar is not known; Unreachable.
         """
@@ -91,7 +97,7 @@ class RemoteShards:
                 raise ValueError(
                     f"{url}: the number of its samples is not known; expected an index, shards.json, sizes.json or "
                     f"{_stats_name(url.rpartition('/')[2])} beside it or in data.index_dir: `python -m data_tools index "
-                    f"{url.rpartition('/')[0]}/ --index-dir DIR` makes them"
+                    f"{url.rpartition('/')[0]}/ --index-dir DIR` makes them{''.join(f'; {why}' for why in self._refused[:1])}"
                 )
             if known[url].num_samples < 1:
                 raise ValueError(f"shard {url!r}: no sample in it, expected at least one; leave it out")
@@ -128,10 +134,15 @@ class RemoteShards:
         return rows
 
     def _row_of_index(self, url: str) -> _Row | None:
+        place = index_place(url, self._index_dir)
         try:
-            with self._whole(index_place(url, self._index_dir)) as descriptor:
-                header = read_header(f"/proc/self/fd/{descriptor}", _MAX_TAR_BYTES)
-        except FileNotFoundError:
+            with self._whole(place) as descriptor:
+                if self._is_page(place, os.pread(descriptor, _PAGE_BYTES, 0)):
+                    return None
+                with _named(place, url, descriptor):
+                    header = read_header(f"/proc/self/fd/{descriptor}", _MAX_TAR_BYTES)
+        except (FileNotFoundError, Forbidden) as error:
+            self._note(error)
             return None
         return _Row(header.num_samples, header.digest, header.problems)
 
@@ -151,10 +162,24 @@ class RemoteShards:
             if num_bytes > MAX_JSON_BYTES:
                 raise ValueError(f"{place} has {num_bytes} bytes; expected at most {MAX_JSON_BYTES}")
             text = self._remote.read_range(place, 0, num_bytes) if is_remote(place) else Path(place).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, Forbidden) as error:
+            self._note(error)
+            return {}
+        if self._is_page(place, text):
             return {}
         value = parse_json(text, place)
         return value if isinstance(value, dict) else {}
+
+    def _note(self, error: OSError) -> None:
+        if isinstance(error, Forbidden):
+            self._refused.append(str(error))
+
+    def _is_page(self, place: str, content: bytes) -> bool:
+        """Return True for a web page, with which some servers answer instead of status 404."""
+        is_page = content[:_PAGE_BYTES].lstrip().startswith(b"<")
+        if is_page:
+            self._refused.append(f"{place} is a web page")
+        return is_page
 
     def _each(self, call: Callable[[Item], Result], items: Sequence[Item]) -> Iterable[tuple[Item, Result]]:
         """Call a function for each item, several at a time."""
@@ -166,20 +191,30 @@ class RemoteShards:
     def load_index(self, url: str, digest: str) -> TarIndex:
         """Return the index of a tar: the stored one, or, without a digest, one made of the tar, which is fetched whole.
 
-        Raises: Unreachable; FileNotFoundError if the stored index is missing; ValueError if it is damaged.
+        Raises: Unreachable, also if the index or the tar is damaged; FileNotFoundError if the stored index is missing.
         """
         if digest:
-            with self._whole(index_place(url, self._index_dir)) as descriptor:
-                return read_index(f"/proc/self/fd/{descriptor}")
-        with self._whole(url) as descriptor:
+            index = self._stored_index(url)
+            # Where a server tells times in seconds, the cache may hold an index that was replaced within one.
+            return index if index.digest == digest else self._stored_index(url, digest)
+        with self._newest(url) as descriptor:
             try:
                 return index_tar(f"/proc/self/fd/{descriptor}")
             except ValueError as error:
                 reason = (str(error).partition(": ")[2] or str(error)).replace(f"/proc/self/fd/{descriptor}", url)
                 raise Unreachable(f"{url}: {reason}") from error
 
+    def _stored_index(self, url: str, digest: str = "") -> TarIndex:
+        place = index_place(url, self._index_dir)
+        with self._newest(place, digest) as descriptor, _named(place, url, descriptor):
+            return read_index(f"/proc/self/fd/{descriptor}")
+
     def read_range(self, url: str, digest: str, index: TarIndex, offset: int, size: int) -> bytes:
-        """Return `size` bytes at `offset` of a tar. Raises: Unreachable; FileNotFoundError; OSError of the cache."""
+        """Return `size` bytes at `offset` of a tar.
+
+        Raises: Unreachable; FileNotFoundError; OSError of the cache; FileChanged if a tar without a digest is no longer the
+            one that was indexed.
+        """
         if not digest:
             with self._whole(url) as descriptor:
                 return os.pread(descriptor, size, offset)
@@ -218,25 +253,60 @@ class RemoteShards:
             data = self._remote.read_range(url, start, min(start + RANGE_BYTES, end))
             _write_all(descriptor, data, start - first)
 
-    def _object(self, place: str) -> tuple[str, int, Callable[[int], None]]:
-        """Return the name, the size and the fetching function of a whole object, for the cache."""
+    def _object(self, place: str, digest: str = "") -> tuple[str, int, Callable[[int], None]]:
+        """Return the name, with a digest if known, the size and the fetching function of a whole object, for the cache."""
         if place not in self._objects:
             self._objects[place] = self._remote.size(place)
         size, version = self._objects[place]
-        return f"{place} {version}", size, partial(self._fetch, place, 0, size)
+        return f"{place} {version}{digest}", size, partial(self._fetch_whole, place, size, version)
+
+    def _fetch_whole(self, place: str, size: int, version: str, descriptor: int) -> None:
+        """Fetch an object. Raises: FileChanged if its ranges may be of several versions."""
+        self._fetch(place, 0, size, descriptor)
+        if size > RANGE_BYTES and self._remote.size(place) != (size, version):
+            raise FileChanged(
+                f"{place} was changed or replaced while it was read; restore it and go on, or start a new run on the "
+                "changed file"
+            )
+
+    @contextmanager
+    def _newest(self, place: str, digest: str = "") -> Iterator[int]:
+        """As `_whole`; an object that changes while it is fetched is fetched again, at most twice."""
+        with ExitStack() as stack:
+            for attempt in range(3):
+                try:
+                    descriptor = stack.enter_context(self._whole(place, digest))
+                    break
+                except FileChanged:
+                    if attempt == 2:
+                        raise
+                    self._objects.pop(place, None)
+            yield descriptor
 
     def _ensure_whole(self, place: str) -> None:
         self._cache.ensure(*self._object(place))
 
     @contextmanager
-    def _whole(self, place: str) -> Iterator[int]:
+    def _whole(self, place: str, digest: str = "") -> Iterator[int]:
         """Open a whole file or object, and yield its descriptor."""
         if is_remote(place):
-            with self._cache.opened(*self._object(place)) as descriptor:
+            with self._cache.opened(*self._object(place, digest)) as descriptor:
                 yield descriptor
         else:
             with open(place, "rb") as file:
                 yield file.fileno()
+
+
+@contextmanager
+def _named(place: str, url: str, descriptor: int) -> Iterator[None]:
+    """Convert the ValueError of a damaged index. Raises: Unreachable, with its place and the command that makes it again."""
+    try:
+        yield
+    except ValueError as error:
+        raise Unreachable(
+            f"{str(error).replace(f'/proc/self/fd/{descriptor}', place)}; make it again with `python -m data_tools index "
+            f"{url} --index-dir DIR`, and put it in place"
+        ) from error
 
 
 def _ranges(start: int, end: int, tar_bytes: int) -> list[tuple[int, int]]:

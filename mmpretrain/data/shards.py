@@ -154,7 +154,7 @@ class Shards:
             # Loaded at once, before workers are forked, which then share them.
             self._most_loaded = len(self.paths)
             for shard in range(len(self.paths)):
-                self.index(shard)
+                self._reachable_index(shard)
 
     @property
     def is_indexed(self) -> bool:
@@ -204,9 +204,8 @@ class Shards:
     def key(self, sample_id: int) -> str:
         """Return the key of a sample; its number within its shard if that cannot be read. Raises: IndexError."""
         shard, row = self._locate(sample_id)
-        if shard in self._missing or row >= self.index(shard).num_samples:
-            return f"#{row}"
-        return self.index(shard).key(row)
+        index = self._reachable_index(shard)
+        return f"#{row}" if index is None or row >= index.num_samples else index.key(row)
 
     def index(self, shard: int) -> TarIndex:
         """Return the index of a shard. Raises: FileChanged if it is another one than when the shards were opened."""
@@ -268,14 +267,27 @@ class Shards:
         try:
             return self._read(shard, row, sample_id, fields)
         except (Unreachable, FileNotFoundError) as error:
-            if not self._replaces_missing:
-                if isinstance(error, FileNotFoundError) and is_remote(self.paths[shard]):
-                    raise FileNotFoundError(
-                        f"{error}; restore it, or replace its samples by others: data.on_missing_shard=replace"
-                    ) from error
-                raise
-            self._missing[shard] = str(error)
+            self._give_up(shard, error)
             raise BadSample(str(error), "shard_missing") from error
+
+    def _reachable_index(self, shard: int) -> TarIndex | None:
+        """Return the index of a shard; None if the shard is missing and its samples are replaced. Raises: as `index`."""
+        if shard not in self._missing:
+            try:
+                return self.index(shard)
+            except (Unreachable, FileNotFoundError) as error:
+                self._give_up(shard, error)
+        return None
+
+    def _give_up(self, shard: int, error: OSError) -> None:
+        """Note that a shard is missing. Raises: the error, with its fix, unless samples of missing shards are replaced."""
+        if not self._replaces_missing:
+            if isinstance(error, FileNotFoundError) and is_remote(self.paths[shard]):
+                raise FileNotFoundError(
+                    f"{error}; restore it, or replace its samples by others: data.on_missing_shard=replace"
+                ) from error
+            raise error
+        self._missing[shard] = str(error)
 
     def _digest(self, shard: int, index: TarIndex) -> str:
         """Return the digest by which a shard is opened; an empty one for a shard that had no index then."""
@@ -317,9 +329,10 @@ class Shards:
                 continue
             digest = self._table.digests[shard]
             spans: list[tuple[int, int]] = []
-            index = None
-            if digest:
-                index = self.index(shard)
+            index = self._reachable_index(shard) if digest else None
+            if digest and index is None:
+                continue
+            if index is not None:
                 for row in (sample_ids[shards == shard] - (self._ends[shard] - self.counts[shard])).tolist():
                     members = [
                         (offsets[row], sizes[row]) for offsets, sizes in index.members.values() if sizes[row] >= 0

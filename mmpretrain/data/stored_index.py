@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from mmpretrain.data.remote import check_parents, is_remote
 from mmpretrain.data.storage import open_regular
 from mmpretrain.data.tar_headers import HEADER_BYTES
 from mmpretrain.data.tar_index import MAX_EXTENSIONS, TarIndex, index_tar
@@ -33,7 +34,15 @@ _logger = logging.getLogger(__name__)
 
 
 def index_path(tar: str | os.PathLike[str], index_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the path of a tar's index, used if it can be written: beside the tar, or under `index_dir` (`index_place`)."""
+    """Return the path of a tar's index, used if it can be written: beside the tar, or under `index_dir` (`index_place`).
+
+    Raises: ValueError if `index_dir` is an address.
+    """
+    if index_dir is not None and is_remote(os.fspath(index_dir)):
+        raise ValueError(
+            f"{os.fspath(tar)}: its index is written, but the folder of the indexes is an address; expected a folder of "
+            "this machine: data.index_dir=..., or --index-dir"
+        )
     return Path(index_place(os.fspath(tar), None if index_dir is None else os.fspath(index_dir)))
 
 
@@ -47,10 +56,15 @@ def index_place(tar: str, index_dir: str | None) -> str:
 
 
 def mirrored(path: str, index_dir: str | None) -> str:
-    """Return the place under `index_dir` that stands for a path or address; the path itself without an `index_dir`."""
+    """Return the place under `index_dir` that stands for a path or address; the path itself without an `index_dir`.
+
+    Raises: ValueError for an address with a part `..`, which would lead out of `index_dir`.
+    """
     if index_dir is None:
         return path
-    place = path.partition("://")[2] if "://" in path else os.path.abspath(path)
+    if is_remote(path):
+        check_parents(path)
+    place = path.partition("://")[2] if is_remote(path) else os.path.abspath(path)
     return f"{index_dir.rstrip('/')}/{place.lstrip('/')}"
 
 
@@ -172,7 +186,7 @@ def _opened(path: str | os.PathLike[str], tar_bytes: int | None) -> Iterator[tup
             raise
         except Exception as error:  # zipfile, NumPy and json raise many exceptions, OSError among them
             reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            raise ValueError(f"{path}: unusable index ({reason}); it is made again") from error
+            raise ValueError(f"{path}: unusable index ({reason})") from error
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
@@ -253,7 +267,7 @@ def _check_header(header: Mapping[str, Any]) -> None:
 def open_index(tar: str | os.PathLike[str], index_dir: str | None = None) -> IndexHeader | TarIndex:
     """Return the header of a tar's stored index, as `load_index` finds or makes it; the whole index if it is not stored.
 
-    Raises: errors of `index_tar`.
+    Raises: ValueError if `index_dir` is an address; errors of `index_tar`.
     """
     found = _find(tar, read_header, index_dir)
     if found is not None:
@@ -274,7 +288,7 @@ def load_index(tar: str | os.PathLike[str], index_dir: str | None = None) -> Tar
         tar: path of the tar.
         index_dir: folder of the indexes; None: they lie beside the tars.
 
-    Raises: errors of `index_tar`.
+    Raises: ValueError if `index_dir` is an address; errors of `index_tar`.
     """
     found = _find(tar, read_index, index_dir)
     if found is None:
@@ -298,7 +312,7 @@ def _find(tar: str | os.PathLike[str], read: Callable[[Path, int], Found], index
             _logger.warning("%s: the stored index cannot be read (%s); the tar is scanned", path, error.strerror)
             continue
         except ValueError as error:
-            _logger.warning("%s", error)
+            _logger.warning("%s; it is made again", error)
             continue
         if (index.tar_bytes, index.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return index

@@ -2,7 +2,10 @@
 
 import fcntl
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mmpretrain.data.cache import Cache
-from mmpretrain.errors import Unreachable
+from mmpretrain.errors import CacheError, TrainingError, Unreachable, UsageError, enough_space, usage_errors
 from tests import runs
 
 
@@ -73,6 +76,44 @@ def test_ensure_fetches_what_is_not_there(tmp_path: Path) -> None:
     cache.ensure("a", 10, writes("a", 10))
     cache.ensure("a", 10, lambda _: pytest.fail("fetched again"))
     assert read(cache, "a", 10, lambda _: pytest.fail("fetched again")) == content("a", 10)
+
+
+def test_a_file_that_was_cut_off_is_fetched_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 100)
+    for use in (read, Cache.ensure):
+        read(cache, "a", 10)
+        (file,) = tmp_path.glob("*.bin")
+        os.truncate(file, 5)
+        use(cache, "a", 10, writes("a", 10))
+        assert file.stat().st_size == 10 and read(cache, "a", 10) == content("a", 10)
+
+
+def test_content_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fdatasync = [], os.fdatasync
+
+    def recorded(descriptor: int) -> None:
+        fdatasync(descriptor)
+        synced.append((os.pread(descriptor, 10, 0), [path.suffix for path in tmp_path.glob("*.*")]))
+
+    monkeypatch.setattr(os, "fdatasync", recorded)
+    read(Cache(tmp_path, 100), "a", 10)
+    assert synced == [(content("a", 10), [".partial"])]
+
+
+def test_a_folder_without_space_names_the_settings_of_the_cache(tmp_path: Path) -> None:
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    code = f"from tests.data.test_cache import *; print(len(read(Cache({str(tmp_path)!r}, 5000), 'a', 2000)))"
+    done = subprocess.run([sys.executable, "-c", code], preexec_fn=limited, capture_output=True, text=True)
+    told = f"CacheError: data.cache_dir {str(tmp_path)!r} cannot be written (File too large); expected a folder with "
+    assert told + "data.cache_bytes (5,000) of space" in done.stderr
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError, match=r"data\.cache_dir '.*file/cache' cannot be written \(Not a directory\)"):
+        read(Cache(tmp_path / "file" / "cache", 100), "a", 10)
+    for convert, kind in ((usage_errors(), UsageError), (enough_space(tmp_path), TrainingError)):
+        with pytest.raises(kind, match=r"^data\.cache_dir cannot"), convert:
+            raise CacheError("data.cache_dir cannot")
 
 
 def use_many(folder: str, first: int) -> None:

@@ -13,6 +13,7 @@ from mmpretrain.data.remote import Remote, check_address, is_remote
 from mmpretrain.errors import Unreachable
 from tests.servers import RangeHandler, RangeServer, http_server, s3_server
 
+SECRETS = ("api_key", "access_key", "private_key", "sas", "jwt", "client_key", "subscription-key", "key")
 CONTENT = bytes(range(256)) * 40
 
 
@@ -85,6 +86,20 @@ def test_a_server_without_ranges_is_named(server: RangeServer) -> None:
         Remote(30).read_range(f"{server.url}/a.tar", 10, 20)
 
 
+def test_a_range_other_than_the_one_asked_for_is_refused(server: RangeServer) -> None:
+    def other_range(handler: RangeHandler, path: str, earlier: int) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes 0-9/{len(CONTENT)}")
+        handler.send_header("Content-Length", "10")
+        handler.end_headers()
+        handler.wfile.write(CONTENT[:10])
+        return True
+
+    server.fault = other_range
+    with pytest.raises(Unreachable, match=r"asked for bytes 10 to 20, got bytes 0-9/10240; expected a server that"):
+        Remote(30).read_range(f"{server.url}/a.tar", 10, 20)
+
+
 def test_objects_of_a_bucket_are_listed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("train/0.tar", "train/1.tar", "train/1.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -103,7 +118,16 @@ def test_objects_of_a_bucket_are_listed_and_read(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     "url",
-    ["https://user:pass@host/a.tar", "https://host/a.tar?X-Amz-Signature=pass", "https://host/a.tar?sig=pass&x=1"],
+    [
+        "https://user:pass@host/a.tar",
+        "https://host/a.tar?X-Amz-Signature=pass",
+        "https://host/a.tar?sig=pass&x=1",
+        *(f"https://host/a.tar?{name}=pass" for name in SECRETS),
+        "https://host/a.tar#token=pass",
+        "https://host/a.tar?a=1;token=pass",
+        "https://host/a;token=pass/a.tar",
+        "https://host/a.tar?to%6ben=pass",
+    ],
 )
 def test_addresses_with_credentials_are_refused_without_telling_them(url: str) -> None:
     with pytest.raises(ValueError, match=r"^shards: the address on host holds .*; expected credentials in") as refused:
@@ -111,9 +135,36 @@ def test_addresses_with_credentials_are_refused_without_telling_them(url: str) -
     assert "pass@" not in str(refused.value) and "=pass" not in str(refused.value)
 
 
+def test_an_invalid_address_with_a_password_is_refused_without_telling_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"^shards: no valid address; expected one such as https://host/path or"
+    ) as refused:
+        check_address("https://user:hidden@ho\u2100st/", "shards")
+    assert "hidden" not in str(refused.value)
+
+
+def test_a_redirect_with_credentials_is_told_without_them(server: RangeServer) -> None:
+    def redirect(handler: RangeHandler, path: str, earlier: int) -> bool:
+        handler.send_response(302)
+        handler.send_header("Location", "ftp://user:hidden@host/a.tar?sig=hidden#token=hidden")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    server.fault = redirect
+    with pytest.raises(Unreachable, match=r"a\.tar cannot be read.*ftp://host/a\.tar") as refused:
+        Remote(0.5).read(f"{server.url}/a.tar")
+    assert "hidden" not in str(refused.value)
+
+
 def test_addresses_have_a_scheme() -> None:
     assert is_remote("s3://b/a.tar") and is_remote("https://h/a.tar") and not is_remote("a/b.tar")
-    check_address("https://host/a.tar?version=3", "shards")
+    for harmless in (
+        "https://host/a.tar?version=3",
+        "https://host/monkeys=2/a.tar?monkey=1",
+        "s3://bucket/day=2/a.tar",
+    ):
+        check_address(harmless, "shards")
 
 
 def test_an_unknown_scheme_is_named() -> None:

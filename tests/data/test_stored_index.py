@@ -102,7 +102,7 @@ def test_an_index_that_cannot_be_is_made_again(
     stored = index_path(path)
     whole = stored.read_bytes()
     rewritten_index(stored, **changed)
-    with pytest.raises(ValueError, match=r"a\.tar\.index\.npz: unusable index \(.*\); it is made again$"):
+    with pytest.raises(ValueError, match=r"a\.tar\.index\.npz: unusable index \(.*\)$"):
         read_index(stored)
     assert load_index(path).keys == ["a", "b"] and stored.read_bytes() == whole
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "a.tar.index.npz" in caplog.text

@@ -109,6 +109,15 @@ def test_wrong_use_is_answered_in_one_line(capsys, arguments: list[str], message
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
+@pytest.mark.parametrize("command", [["verify", "--output", "x.jsonl"], ["stats"]])
+def test_an_index_dir_with_credentials_is_refused_without_telling_them(capsys, command: list[str]) -> None:
+    assert main([*command, "http://127.0.0.1:9/0.tar", "--index-dir", "http://user:hidden@127.0.0.1:9/indexes"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("error: --index-dir: the address on 127.0.0.1 holds a user or password") and "hidden" not in err
+    )
+
+
 @pytest.mark.parametrize("command", ["build", "build-text", "index", "download", "shapes", "verify", "stats"])
 def test_help_has_examples(capsys, command: str) -> None:
     assert main([command, "--help"]) == 0
