@@ -39,7 +39,8 @@ class IndexedTar:
 def expand(tars: Sequence[str], index_dir: str | None) -> list[str]:
     """Expand patterns of local or remote tars. Raises: ValueError, also for remote tars without an `index_dir`."""
     if any(map(is_remote, tars)) and (index_dir is None or is_remote(index_dir)):
-        raise ValueError(f"--index-dir is {index_dir!r}; expected a local folder for the indexes of remote tars")
+        given = "not given" if index_dir is None else "an address"  # which may hold a password
+        raise ValueError(f"--index-dir is {given}; expected a local folder for the indexes of remote tars")
     return expand_tars(tars)
 
 

@@ -175,7 +175,7 @@ def test_index_of_remote_tars_goes_to_a_folder_that_training_reads(
     with http_server(tmp_path / "data") as server:
         url = f"{server.url}/{{0..0}}.tar"
         assert main(["index", url]) == 2
-        assert "--index-dir is None; expected a local folder" in capsys.readouterr().err
+        assert "--index-dir is not given; expected a local folder" in capsys.readouterr().err
         assert main(["index", url, "--index-dir", str(tmp_path / "indexes")]) == 0
         options = StorageOptions(index_dir=str(tmp_path / "indexes"))
         shards = open_shards(url, None, options)

@@ -6,6 +6,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,7 @@ def test_wrong_use_is_answered_in_one_line(
 def test_without_a_network_one_line_says_where_the_files_belong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it is made once, with the proxies of that moment
     monkeypatch.setenv("no_proxy", "")
     for scheme in ("http", "https"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")  # nothing listens there
