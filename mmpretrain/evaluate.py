@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import typing
 from collections.abc import Mapping
 from dataclasses import replace
@@ -92,10 +91,9 @@ def _cache(folder: str, loaded: Loaded, precision: Precision) -> EmbeddingCache 
     """Return the cache of embeddings in a folder: `auto` is the user's cache folder, and `none` keeps none."""
     if folder == "none":
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     tokenizer = loaded.config["data"].get("tokenizer")
     model = f"{loaded.fingerprint} {precision.value} {json.dumps(tokenizer, sort_keys=True, default=str)}"
-    return EmbeddingCache(home / "mmpretrain" / "embeddings" if folder == "auto" else folder, model)
+    return EmbeddingCache(files.user_cache("embeddings") if folder == "auto" else folder, model)
 
 
 def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:

@@ -59,6 +59,11 @@ def read_text(path: Path, max_bytes: int) -> str:
         ) from None
 
 
+def user_cache(name: str) -> Path:
+    """Return the folder `name` of this program in the user's cache: $XDG_CACHE_HOME/mmpretrain, or ~/.cache/mmpretrain."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmpretrain" / name
+
+
 def sync(path: Path) -> None:
     """Flush a file or folder to disk, so that its content survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import braceexpand
 
+from mmpretrain import files
 from mmpretrain.data.cache import Cache
 from mmpretrain.data.remote import check_address, is_remote
 from mmpretrain.data.remote_shards import RemoteShards
@@ -35,8 +35,7 @@ class StorageOptions:
 def cache_of(options: StorageOptions) -> Cache:
     """Return the cache of remote tars."""
     check_number("data.cache_bytes", options.cache_bytes, at_least=1)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Cache(options.cache_dir or home / "mmpretrain" / "shards", options.cache_bytes)
+    return Cache(options.cache_dir or files.user_cache("shards"), options.cache_bytes)
 
 
 def open_shards(shards: str | Sequence[str], root: str | None, options: StorageOptions) -> Shards:

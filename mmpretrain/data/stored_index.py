@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from mmpretrain import files
 from mmpretrain.data.remote import check_parents, is_remote
 from mmpretrain.data.storage import open_regular
 from mmpretrain.data.tar_headers import HEADER_BYTES
@@ -70,9 +71,8 @@ def mirrored(path: str, index_dir: str | None) -> str:
 
 def cached_index_path(tar: str | os.PathLike[str]) -> Path:
     """Return the path of a tar's index in `$XDG_CACHE_HOME/mmpretrain/indexes`, used if its folder is not writable."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.blake2b(os.path.abspath(tar).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return cache / "mmpretrain" / "indexes" / f"{name}.index.npz"
+    return files.user_cache("indexes") / f"{name}.index.npz"
 
 
 def write_index(index: TarIndex, path: str | os.PathLike[str]) -> None:
