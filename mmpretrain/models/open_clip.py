@@ -6,6 +6,7 @@ Parameters keep open_clip's names, including projections, so that weights can be
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -56,6 +57,8 @@ def open_clip_model(
     """
     config = model_config(name, image_size, context_length, vision, text)
     towers = {"vision_cfg": config["vision_cfg"], "text_cfg": config["text_cfg"]}
+    root = logging.getLogger()
+    root.addFilter(_is_not_of_weights)
     try:
         model = open_clip.create_model(
             name,
@@ -67,6 +70,8 @@ def open_clip_model(
         )
     except (TypeError, AssertionError, RuntimeError, OSError) as error:
         raise ValueError(f"open_clip refuses model.name={name} with {towers}: {error}") from error
+    finally:
+        root.removeFilter(_is_not_of_weights)
     if not isinstance(model, open_clip.CustomTextCLIP):
         raise ValueError(f"model.name={name} is a {type(model).__name__}; expected a model of two towers")
     preprocess = {**open_clip.get_model_preprocess_cfg(model), **_published_preprocess(name)}
@@ -87,6 +92,11 @@ def open_clip_model(
         squash=preprocess["resize_mode"] == "squash" if squash is None else squash,
         interpolation=interpolation or ("bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"),
     )
+
+
+def _is_not_of_weights(record: logging.LogRecord) -> bool:
+    """Return False for open_clip's warning of random weights: checkpoints and `init_from` load them afterwards."""
+    return "No pretrained weights loaded" not in record.getMessage()
 
 
 def _image_encoder(visual: Any, name: str) -> Any:

@@ -81,10 +81,13 @@ def test_a_file_of_timm_gives_timms_features(name: str, form: str, tmp_path: Pat
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_model_of_open_clip_by_its_name_takes_a_file(tmp_path: Path) -> None:
+def test_a_model_of_open_clip_by_its_name_takes_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = open_clip.create_model("RN50", load_weights=False)
     torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert "initialized randomly" in caplog.text
+    caplog.clear()
     ours = load_checkpoint(f"open_clip:RN50@{tmp_path / 'w.pt'}")
+    assert "initialized randomly" not in caplog.text
     pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
     with torch.no_grad():
         theirs = model.eval().encode_image(ours.model.normalize(pixels), normalize=True)  # type: ignore[operator]
