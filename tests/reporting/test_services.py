@@ -1,5 +1,6 @@
 """Writers of online services with their own packages: MLflow's store in a folder, and W&B offline."""
 
+import json
 import os
 import signal
 import struct
@@ -149,7 +150,9 @@ def test_wandb_offline_has_each_step_once_in_its_newest_folder(tmp_path: Path) -
         (str(16 * step), 1 / step) for step in range(1, 8)
     ]
     assert all(record["_step"] == record["samples"] for record in history)
-    assert f'"{newest.name.rpartition("-")[2]}"' in (tmp_path / "wandb.json").read_text()
+    # offline-run-DATE_TIME-ID, and -COUNT after it where another run of this id began within the same second.
+    run_id = json.loads((tmp_path / "wandb.json").read_text())["run_id"]
+    assert newest.name.split("-")[3] == run_id
     assert list(newest.rglob("*.png"))
     (text,) = newest.rglob("*.html")
     assert "a &lt;text&gt;" in text.read_text()
