@@ -95,6 +95,12 @@ class Samples:
     """uint8 [b, v, 3, h, w], additional views of the images (see `data.train.<stream>.views`)."""
     groups: Tensor | None = None
     """int64 [b], group of each row (see `data.train.<stream>.group`)."""
+    labels: Tensor | None = None
+    """int64 [b], class of each row (see `data.train.<stream>.label`)."""
+    mixed_labels: Tensor | None = None
+    """int64 [b], class of the image that each image is mixed with (see `data.train.<stream>.mix`)."""
+    mixed_shares: Tensor | None = None
+    """float32 [b], share of that other image, in [0, 1]; 0 if the image is not mixed."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -177,6 +183,19 @@ class Batch:
                 f"expected a field: data.train.{stream}.caption=txt"
             )
         return samples.text, samples.lengths
+
+    def labels(self, stream: str) -> Tensor:
+        """Return a stream's classes, int64 [b].
+
+        Raises: ValueError if the stream has no labels.
+        """
+        labels = self.streams[stream].labels
+        if labels is None:
+            raise ValueError(
+                f"data.train.{stream}.label is null, but an objective reads the stream's labels; "
+                f"expected a field, such as data.train.{stream}.label=cls"
+            )
+        return labels
 
     def grid_size(self, stream: str, patch_size: tuple[int, int]) -> tuple[int, int]:
         """Return the number of rows and columns of whole patches in a stream's images."""

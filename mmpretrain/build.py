@@ -15,18 +15,18 @@ from mmpretrain import distributed
 from mmpretrain.checkpoints.loaded import fit_tokenizer, preprocess_of
 from mmpretrain.config import checks, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
-from mmpretrain.config.schema import EvalSetConfig, SplitConfig, StreamConfig, TrainConfig
+from mmpretrain.config.schema import EvalSetConfig, LabelConfig, SplitConfig, StreamConfig, TrainConfig
+from mmpretrain.data.classes import Classes, read_classes
 from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.remote import is_remote
 from mmpretrain.data.source import SampleSource, selected
 from mmpretrain.data.stream import SampleStream, Source, Stream
-from mmpretrain.data.subset import select
+from mmpretrain.data.subset import draw_shots, select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluator
 from mmpretrain.evals.embeddings import EvalSet, check_readable
-from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.launchers import has_own_gpu
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import check_objective, hooks_of
@@ -83,8 +83,13 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
     for name in weights:
         node = {key: value for key, value in cfg.objective[name].items() if key != "weight"}
         path = f"objective.{name}"
-        takes_path = "config_path" in inspect.signature(instantiate.find(node["_target_"])).parameters
-        runtime = {"model": model, **({"config_path": path} if takes_path else {})}
+        parameters = inspect.signature(instantiate.find(node["_target_"])).parameters
+        runtime: dict[str, Any] = {"model": model}
+        if "config_path" in parameters:
+            runtime["config_path"] = path
+        if "classes" in parameters:
+            stream = node.get("stream", parameters["stream"].default)
+            runtime["classes"] = _classes(cfg.data.train.get(stream, StreamConfig()), cfg.data.root)
         objectives[name] = instantiate.instantiate(node, cfg.run.seed, path, **runtime)
         check_objective(objectives[name], path, model)
     return Task(model, objectives), weights
@@ -98,6 +103,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
     Raises: ValueError if a stream is not configured or lacks shards, or if the first one has another batch size.
     """
     model = task.model
+    classes = {name: _classes(stream, cfg.data.root) for name, stream in cfg.data.train.items()}
     model_size = 1 if model.image is None else model.image.image_size  # no objective reads images without an encoder
     for name in task.streams:
         if name not in cfg.data.train:
@@ -117,7 +123,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         if stream.synthetic is not None:
-            for key in ("image_size", "text_length", "repeat_batches", "group", "views"):
+            for key in ("image_size", "text_length", "repeat_batches", "group", "views", "label", "mix"):
                 if getattr(stream, key):
                     raise ValueError(
                         f"data.train.{name}.{key} is {getattr(stream, key)!r}, but noise has none; expected it left out, or "
@@ -129,7 +135,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             continue
         streams[name] = SampleStream(
             name=name,
-            sources=_sources(name, stream, cfg.data.root, cfg.data),
+            sources=_sources(name, stream, cfg, classes[name]),
             batch_size=batch_size,
             seed=cfg.run.seed,
             caption=stream.caption,
@@ -147,6 +153,9 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             shorten=stream.shorten,
             max_image_bytes=cfg.data.max_image_bytes,
             shuffle=stream.shuffle,
+            label=stream.label,
+            classes=classes[name],
+            mix=instantiate.instantiate(stream.mix, cfg.run.seed, f"data.train.{name}.mix"),
         )
         streams[name].check_first_sample()
         if model.image is not None and stream.transform is not None and stream.image_size is not None:
@@ -170,14 +179,15 @@ def _check_image_sizes(model: ImageTextModel, sizes: ScheduledValue) -> None:
     model.train()
 
 
-def _sources(name: str, stream: StreamConfig, root: str, storage: StorageOptions) -> list[Source]:
+def _sources(name: str, stream: StreamConfig, cfg: TrainConfig, classes: Classes | None) -> list[Source]:
+    root, storage = cfg.data.root, cfg.data
     given = [key for key in ("shards", "source", "sources") if getattr(stream, key)]
     if len(given) != 1:
         raise ValueError(
             f"data.train.{name} has {' and '.join(given) or 'none of them'}; expected one of shards, source and sources: "
             + (f"data.train.{name}.{given[0]}=null" if given else f"data.train.{name}.shards=...")
         )
-    for key in ("subset", "max_samples"):
+    for key in ("subset", "max_samples", "shots"):
         if stream.sources and getattr(stream, key) is not None:
             raise ValueError(
                 f"data.train.{name}.{key} is {getattr(stream, key)!r} beside sources; expected it where the samples are"
@@ -187,6 +197,16 @@ def _sources(name: str, stream: StreamConfig, root: str, storage: StorageOptions
         samples = _samples(f"data.train.{name}", stream.shards, stream.source, root, storage, stream.subset)
         if stream.max_samples is not None:
             samples = selected(samples, np.arange(min(stream.max_samples, samples.num_samples)))
+        if stream.shots is not None:
+            if stream.label is None:
+                raise ValueError(
+                    f"data.train.{name}.shots is {stream.shots} of each class, but the stream has no label; set "
+                    f"data.train.{name}.label"
+                )
+            try:
+                samples = selected(samples, draw_shots(samples, stream.label, classes, stream.shots, cfg.run.seed))
+            except ValueError as error:
+                raise ValueError(f"data.train.{name}.shots: {error}") from error
         return [Source(name, samples)]
     return [
         Source(
@@ -324,9 +344,7 @@ def build_eval_sets(
             preprocess=preprocess_of(model, max_image_bytes) if data.images else None,
             caption=data.caption,
             label=data.label,
-            classes=None
-            if data.classes is None
-            else read_classes(_local(data.classes, root), data.class_column, data.text_column, data.templates),
+            classes=_classes(data, root),
             fields=data.fields,
             train=None
             if data.train.shards is data.train.source is None
@@ -337,6 +355,13 @@ def build_eval_sets(
     for eval_set in eval_sets.values():
         check_readable(eval_set)
     return eval_sets
+
+
+def _classes(data: LabelConfig, root: str | None) -> Classes | None:
+    """Read the class list of a data set, if it has one. Raises: ValueError if it cannot be read."""
+    if data.classes is None:
+        return None
+    return read_classes(_local(data.classes, root), data.class_column, data.text_column, data.templates)
 
 
 def _local(classes: str, root: str | None) -> Path:

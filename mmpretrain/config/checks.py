@@ -81,10 +81,9 @@ def check_ranges(config: TrainConfig) -> None:
     check_number("data.max_image_bytes", data.max_image_bytes, at_least=1)
     check_number("data.max_bad_fraction", data.max_bad_fraction, at_least=0, at_most=1)
     for name, stream in data.train.items():
-        if stream.max_samples is not None:
-            check_number(f"data.train.{name}.max_samples", stream.max_samples, at_least=1)
-        if stream.repeat_batches is not None:
-            check_number(f"data.train.{name}.repeat_batches", stream.repeat_batches, at_least=1)
+        for key in ("max_samples", "shots", "repeat_batches"):
+            if (count := getattr(stream, key)) is not None:
+                check_number(f"data.train.{name}.{key}", count, at_least=1)
         for key, least in (("batch_size", 1), ("image_size", 1), ("text_length", 3)):
             if (value := getattr(stream, key)) is not None:
                 check_value(f"data.train.{name}.{key}", value, is_whole=True, at_least=least)
@@ -119,6 +118,7 @@ def check_parts(config: TrainConfig) -> None:
     for name, stream in config.data.train.items():
         check_targets(stream.transform, f"data.train.{name}.transform")
         check_targets(stream.augment, f"data.train.{name}.augment")
+        check_targets(stream.mix, f"data.train.{name}.mix")
         check_source(stream.source, f"data.train.{name}.source")
         for source_name, source in stream.sources.items():
             check_source(source.source, f"data.train.{name}.sources.{source_name}.source")
@@ -130,7 +130,7 @@ def check_parts(config: TrainConfig) -> None:
                 "choose objectives with objective=[...], then override their arguments"
             )
         check_value(f"objective.{name}.weight", node.get("weight", 1.0), at_least=0)
-        check_targets(node, f"objective.{name}", ("model", "config_path"), ("weight",))
+        check_targets(node, f"objective.{name}", ("model", "classes", "config_path"), ("weight",))
     check_targets(config.optimizer, "optimizer", ("parameters", "layers"))
     check_targets(config.schedule, "schedule")
     check_evaluators(config.eval)

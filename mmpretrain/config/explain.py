@@ -31,7 +31,7 @@ GROUPS = (
     "writer",
 )  # groups whose options name a class or function
 # Arguments that the code gives, never the configuration.
-_FROM_CODE = ("self", "model", "parameters", "layers", "config_path", "folder", "step", "samples", "root")
+_FROM_CODE = ("self", "model", "parameters", "layers", "classes", "config_path", "folder", "step", "samples", "root")
 _OUTSIDE = {"weight": "Scheduled", "every": "str | None"}  # keys beside a class's arguments, with their types
 
 

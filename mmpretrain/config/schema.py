@@ -133,7 +133,23 @@ class SourceConfig:
 
 
 @dataclass
-class StreamConfig:
+class LabelConfig:
+    """Labels of a data set, and the list of its classes."""
+
+    label: str | None = None
+    """Member that holds the label: cls (an integer) or json.<field> (an integer or a class's name); null: no labels."""
+    classes: str | None = None
+    """Class list, in the order of the labels: a TSV with a header, or one name a line; relative to data.root."""
+    class_column: str = "label"
+    """Column of the class list that holds the names."""
+    text_column: str | None = None
+    """Column of the class list that holds a text for each class, used as it is; null: templates."""
+    templates: Any = "openai"
+    """Prompts for class names: `openai` or `simple` (open_clip's sets), or a list of sentences with {} for the name."""
+
+
+@dataclass
+class StreamConfig(LabelConfig):
     """One stream of training samples."""
 
     shards: Any = None
@@ -142,6 +158,8 @@ class StreamConfig:
     such as mmpretrain.data.parquet.ParquetSource. Its `path` may change when a run is resumed, if the data are the same."""
     subset: str | None = None
     max_samples: int | None = None
+    shots: int | None = None
+    """Number of samples of each class to train on, drawn by run.seed; null: all. It needs `label`."""
     repeat_batches: int | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Several sets of samples by name, each with a share of its own, instead of `shards` or `source`."""
@@ -160,6 +178,8 @@ class StreamConfig:
     augment: list[Any] = field(default_factory=list)
     views: list[Any] = field(default_factory=list)
     """Further views of each image, each {transform: ..., augment: [...]}; see conf/objective/simclr.yaml."""
+    mix: dict[str, Any] | None = None
+    """Mixup and CutMix of images and their classes: augmentation=mixup; null: none. It needs `label`."""
 
 
 @dataclass
@@ -173,7 +193,7 @@ class SplitConfig:
 
 
 @dataclass
-class EvalSetConfig:
+class EvalSetConfig(LabelConfig):
     """One held-out data set: either `shards` or `source`."""
 
     shards: Any = None
@@ -182,16 +202,6 @@ class EvalSetConfig:
     """Samples that are stored otherwise, instead of `shards`; see `data.train.<stream>.source`."""
     caption: str | None = None
     """Member that holds the captions: txt or json.<field>; null: no retrieval."""
-    label: str | None = None
-    """Member that holds the label: cls (an integer) or json.<field> (an integer or a class's name); null: no zero-shot."""
-    classes: str | None = None
-    """Class list, in the order of the labels: a TSV with a header, or one name a line; relative to data.root."""
-    class_column: str = "label"
-    """Column of the class list that holds the names."""
-    text_column: str | None = None
-    """Column of the class list that holds a text for each class, used as it is; null: templates."""
-    templates: Any = "openai"
-    """Prompts for class names: `openai` or `simple` (open_clip's sets), or a list of sentences with {} for the name."""
     images: bool = True
     """false: the samples have no images; only evaluators of texts apply."""
     fields: dict[str, str] = field(default_factory=dict)

@@ -12,18 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain.batch import Refused, Samples
-from mmpretrain.data.augment import Augmentation, augmented
-from mmpretrain.data.decode import MAX_IMAGE_BYTES, BadSample, decode_image, image_memory
-from mmpretrain.data.fields import check_caption_field, read_captions, read_label
+from mmpretrain.data.augment import Augmentation
+from mmpretrain.data.classes import Classes
+from mmpretrain.data.decode import MAX_IMAGE_BYTES, BadSample, image_memory
+from mmpretrain.data.mixing import Mix
 from mmpretrain.data.order import Order, SourceOrder
 from mmpretrain.data.packing import packed, row_length
+from mmpretrain.data.sample_reader import CLASS_TEXT, CaptionFields, Fields, SampleReader
 from mmpretrain.data.shorten import Shorten, shortened
 from mmpretrain.data.source import SampleSource, ShardedSource, concatenated
-from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
 from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
-from mmpretrain.seeds import draw, draws, hash64, uniform
+from mmpretrain.seeds import draw, draws, hash64
 
 _MAX_REPLACEMENTS = 20
 
@@ -45,37 +46,6 @@ class Shuffle(str, Enum):
 
     blocks = "blocks"
     shards = "shards"
-
-
-class CaptionFields:
-    """Caption field of each sample: one fixed field, or one drawn per sample from several.
-
-    Args:
-        fields: `txt` or `json.<path>`; a list of fields, drawn with equal probability; or a mapping from field to weight.
-        key: configuration key, used in error messages.
-
-    Raises: ValueError if there is no field, a field is malformed or a weight is not positive.
-    """
-
-    def __init__(self, fields: str | Sequence[str] | Mapping[str, float], key: str) -> None:
-        weights = dict(fields) if isinstance(fields, Mapping) else dict.fromkeys(_as_list(fields), 1.0)
-        if not weights or not all(isinstance(weight, int | float) and weight > 0 for weight in weights.values()):
-            raise ValueError(f"{key} is {fields!r}; expected a field, a list of them, or fields with positive weights")
-        for name in weights:
-            check_caption_field(name, key)
-        self.names = list(weights)
-        self._bounds = np.cumsum(list(weights.values())) / sum(weights.values())
-
-    def draw(self, seed: int) -> str:
-        """Return the caption field of the sample with this seed."""
-        if len(self.names) == 1:
-            return self.names[0]
-        u = uniform(hash64(seed, "caption-field"), 0)
-        return self.names[min(int(np.searchsorted(self._bounds, u, side="right")), len(self.names) - 1)]
-
-
-def _as_list(fields: str | Sequence[str]) -> Sequence[str]:
-    return [fields] if isinstance(fields, str) else fields
 
 
 class Stream(Protocol):
@@ -109,12 +79,15 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class _Row:
-    """Usable sample at one position: its id within the stream, and the samples refused before it."""
+    """Usable sample at one position: its id within the stream, its values, and the samples refused before it.
+
+    `mixed` is the class and the share of the image that its image is mixed with.
+    """
 
     id: int
-    caption: str
-    group: int
+    fields: Fields
     refused: list[Refused]
+    mixed: tuple[int, float] | None = None
 
 
 def _check_tokenizes(tokenizer: Tokenizer, caption: str) -> None:
@@ -169,6 +142,11 @@ class SampleStream:
         repeat_batches: number of batches after which the same batches repeat, crops and masks included; None never
             repeats.
         shuffle: order of the samples; with `shards`, two or more shards at a time, as remote ones without indexes need.
+        label: class of each sample: `cls` (an integer) or `json.<path>` (an integer or a class's name); None for no labels.
+        classes: the classes; None if they are not known.
+        mix: mixing of images and classes; None for none.
+
+    Raises: ValueError if the stream has neither text nor images, or lacks what another argument needs.
     """
 
     def __init__(
@@ -189,6 +167,9 @@ class SampleStream:
         shorten: Shorten = Shorten.truncate,
         max_image_bytes: int = MAX_IMAGE_BYTES,
         shuffle: Shuffle = Shuffle.blocks,
+        label: str | None = None,
+        classes: Classes | None = None,
+        mix: Mix | None = None,
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -199,6 +180,17 @@ class SampleStream:
             raise ValueError(
                 f"data.train.{name}.shorten is {shorten.value}, but no length to shorten texts to is given; set "
                 f"data.train.{name}.text_length"
+            )
+        captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
+        if captions is not None and CLASS_TEXT in captions.names and (label is None or classes is None):
+            raise ValueError(
+                f"data.train.{name}.caption is {CLASS_TEXT}, a text of the sample's class, but the stream has no "
+                f"{'label' if label is None else 'classes'}; set data.train.{name}.label and .classes"
+            )
+        if mix is not None and (label is None or transform is None):
+            raise ValueError(
+                f"data.train.{name}.mix mixes images and classes, but the stream has no "
+                f"{'label' if label is None else 'transform'}; set data.train.{name}.label and .transform, or mix=null"
             )
         self.name = name
         self.batch_size = ScheduledValue(batch_size, f"data.train.{name}.batch_size", in_stages=True, at_least=1)
@@ -225,8 +217,7 @@ class SampleStream:
         )
         self.fingerprints: dict[str, str] = {source.name: source.samples.fingerprint for source in self.sources}
         self._seed = hash64(seed, name)
-        self._captions = None if caption is None else CaptionFields(caption, f"data.train.{name}.caption")
-        self._transform = transform
+        self._captions, self._has_images = captions, transform is not None
         self._image_size = ScheduledValue(image_size, f"data.train.{name}.image_size", in_stages=True, at_least=1)
         self._text_length = (
             None
@@ -234,13 +225,25 @@ class SampleStream:
             else ScheduledValue(text_length, f"data.train.{name}.text_length", in_stages=True, at_least=3)
         )
         self._shorten = shorten
-        self._channels = channels
-        self._max_image_bytes = max_image_bytes
-        self._augment = augment
-        self._group = group
-        self._views = views
+        self._channels, self._num_views = channels, len(views)
+        self._group, self._label, self._mix = group, label, mix
         sizes = [source.samples.num_samples for source in self.sources]
-        self._first_id = np.cumsum([0, *sizes[:-1]])
+        self._readers = [
+            SampleReader(
+                source.samples,
+                int(first_id),
+                captions,
+                transform,
+                augment,
+                views,
+                channels,
+                max_image_bytes,
+                group,
+                label,
+                classes,
+            )
+            for source, first_id in zip(self.sources, np.cumsum([0, *sizes[:-1]]))
+        ]
 
     def check_first_sample(self) -> None:
         """Read every field of one sample per source, so that a wrong field ends the run at its start.
@@ -248,27 +251,29 @@ class SampleStream:
         One bad sample does not prove that the field is wrong, so as many samples are tried as in training.
         Raises: ValueError with the problem of the first sample and its fix.
         """
-        wanted: list[tuple[str, Callable[[int, int], object]]] = []
-        if self._captions is not None:
-            wanted += [
-                (
-                    f"set data.train.{self.name}.caption to `txt` or a field `json.<name>` that it has, or fix the data",
-                    partial(self._read_captions, field=field),
-                )
-                for field in self._captions.names
-            ]
-        if self._group is not None:
-            fix = f"set data.train.{self.name}.group to caption, id, cls or a field `json.<name>` that it has"
-            wanted.append((fix, partial(self._read_group, caption="")))
-        if self._transform is not None:
-            size = int(self._image_size.values[0])
-            out = [*image_memory(1 + len(self._views), self._channels, size)]
-            wanted.append(("fix the data", partial(self._read_images, seed=0, out=out)))
-        for i, source in enumerate(self.sources):
-            for fix, read in wanted:
-                self._check_readable(i, source.samples, read, fix)
+        for reader in self._readers:
+            for fix, read in self._reads(reader):
+                self._check_readable(reader.samples, read, fix)
 
-    def _check_readable(self, i: int, samples: SampleSource, read: Callable[[int, int], object], fix: str) -> None:
+    def _reads(self, reader: SampleReader) -> list[tuple[str, Callable[[int], object]]]:
+        """Return functions that read each part of a sample, with the fix for a part that cannot be read."""
+        key = f"data.train.{self.name}"
+        reads: list[tuple[str, Callable[[int], object]]] = []
+        if self._captions is not None:
+            fix = f"set {key}.caption to `txt` or a field `json.<name>` that it has, or fix the data"
+            reads += [(fix, partial(reader.read_captions, field=field)) for field in self._captions.names]
+        if self._group is not None:
+            fix = f"set {key}.group to caption, id, cls or a field `json.<name>` that it has"
+            reads.append((fix, partial(reader.read_group, caption="")))
+        if self._label is not None:
+            fix = f"set {key}.label to cls or a field `json.<name>` that it has, and {key}.classes to the list of its classes"
+            reads.append((fix, reader.read_class))
+        if self._has_images:
+            out = [*image_memory(1 + self._num_views, self._channels, int(self._image_size.values[0]))]
+            reads.append(("fix the data", partial(reader.read_images, seed=0, out=out)))
+        return reads
+
+    def _check_readable(self, samples: SampleSource, read: Callable[[int], object], fix: str) -> None:
         first = [*range(min(_MAX_REPLACEMENTS, samples.num_samples))]
         # A shard that is missing says nothing of the others.
         spread = np.linspace(0, samples.num_samples - 1, _MAX_REPLACEMENTS, dtype=int).tolist()
@@ -277,7 +282,7 @@ class SampleStream:
             if len(errors) == len(first) and any(error.code != "shard_missing" for error in errors):
                 break
             try:
-                read(i, sample)
+                read(sample)
                 return
             except BadSample as error:
                 errors.append(error)
@@ -301,45 +306,11 @@ class SampleStream:
         samples, sample = self.sources[int(sources[0])].samples, int(ids[0])
         return f"{samples.location(sample)}:{samples.key(sample)}"
 
-    def _read_captions(self, source: int, sample: int, field: str) -> list[str]:
-        return read_captions(self.sources[source].samples, sample, field)
-
-    def _read_images(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> None:
-        """Write the sample's image and its further views to `out`."""
-        data = self.sources[source].samples.read(sample, IMAGE_EXTENSIONS)
-        assert self._transform is not None
-        seeds = [seed, *(hash64(seed, "view", i) for i in range(len(self._views)))]
-        views = [(self._transform, self._augment), *self._views]
-        for own, (transform, augment), place in zip(seeds, views, out, strict=True):
-            image = decode_image(
-                data, partial(transform, seed=own), place.shape[-1], self._channels, place, self._max_image_bytes
-            )
-            if augment:
-                place.copy_(augmented(image.clone(), augment, own))  # an augmentation may return a view of its input
-
-    def _read_group(self, source: int, sample: int, caption: str | None) -> int:
-        if self._group is None or self._group == "id":
-            return int(self._first_id[source]) + sample
-        if self._group == "caption":
-            return hash64(caption or "")
-        member = self.sources[source].samples.read(sample, (self._group.split(".")[0],))
-        return hash64(read_label(member, self._group))
-
     def _memory(self, n: int, size: int) -> tuple[Tensor, Tensor]:
         """Return uninitialised memory for images, uint8 [n, c, size, size], and views, uint8 [n, v, c, size, size]."""
-        size = size if self._transform is not None else 0
-        views = image_memory(n * len(self._views), self._channels, size)
-        return image_memory(n, self._channels, size), views.unflatten(0, (n, len(self._views)))
-
-    def _decode(self, source: int, sample: int, seed: int, out: Sequence[Tensor]) -> tuple[str | None, int]:
-        """Return (caption, group) of a sample, and write its image and further views to `out`. Raises: BadSample."""
-        caption = None
-        if self._captions is not None:
-            captions = self._read_captions(source, sample, self._captions.draw(seed))
-            caption = captions[draw(hash64(seed, "caption"), 0) % len(captions)]
-        if self._transform is not None:
-            self._read_images(source, sample, seed, out)
-        return caption, self._read_group(source, sample, caption)
+        size = size if self._has_images else 0
+        views = image_memory(n * self._num_views, self._channels, size)
+        return image_memory(n, self._channels, size), views.unflatten(0, (n, self._num_views))
 
     def _usable(
         self, source: int, sample: int, seed: int, out: Sequence[Tensor], tokenizer: Tokenizer | None = None
@@ -348,14 +319,15 @@ class SampleStream:
 
         Raises: ValueError if twenty samples in a row are unusable.
         """
-        samples = self.sources[source].samples
+        reader = self._readers[source]
+        samples = reader.samples
         refused: list[Refused] = []
         for attempt in range(_MAX_REPLACEMENTS):
             try:
-                caption, group = self._decode(source, sample, seed, out)
+                fields = reader.read(sample, seed, out)
                 if tokenizer is not None:
-                    _check_tokenizes(tokenizer, caption or "")
-                return _Row(int(self._first_id[source]) + sample, caption or "", group, refused)
+                    _check_tokenizes(tokenizer, fields.caption or "")
+                return _Row(reader.first_id + sample, fields, refused)
             except BadSample as error:
                 refused.append(
                     Refused(self.name, samples.location(sample), samples.key(sample), str(error), error.code)
@@ -365,6 +337,16 @@ class SampleStream:
             f"{_MAX_REPLACEMENTS} samples in a row of {self.sources[source].name!r} cannot be used, the last (key "
             f"{refused[-1].key} of {refused[-1].shard}) for: {refused[-1].reason}; fix the data"
         )
+
+    def _mixed(self, row: _Row, source: int, seed: int, image: Tensor, mix: Mix) -> _Row:
+        """Mix another image of the source into a sample's image, if `mix` draws it. Raises: as `_usable`."""
+        if not mix.is_mixed(seed):
+            return row
+        own = hash64(seed, "mixed-sample")
+        (out,) = image_memory(1, self._channels, image.shape[-1])
+        other = self._usable(source, draw(own, 0) % self.sources[source].samples.num_samples, own, [out])
+        share = mix(image, out, seed)
+        return replace(row, mixed=(other.fields.label, share), refused=[*row.refused, *other.refused])
 
     def read(self, item: StreamItem, tokenizer: Tokenizer, progress: TrainingProgress) -> tuple[Samples, list[Refused]]:
         """Decode the stream's part of one micro-batch. A bad sample's replacement is a pure function of its position.
@@ -379,27 +361,37 @@ class SampleStream:
         rows = [self._usable(*sample, [image, *more]) for sample, image, more in drawn]
         if self._captions is not None:
             try:
-                text, lengths = tokenizer([row.caption for row in rows])
+                text, lengths = tokenizer([row.fields.caption or "" for row in rows])
             except ValueError:  # the error does not say which text failed
                 for i, (sample, image, more) in enumerate(drawn):
                     try:
-                        _check_tokenizes(tokenizer, rows[i].caption)
+                        _check_tokenizes(tokenizer, rows[i].fields.caption or "")
                     except BadSample:
                         rows[i] = self._usable(*sample, [image, *more], tokenizer)
-                text, lengths = tokenizer([row.caption for row in rows])
-        groups = np.array([row.group for row in rows], np.uint64)
+                text, lengths = tokenizer([row.fields.caption or "" for row in rows])
+        if self._mix is not None:
+            rows = [
+                self._mixed(row, source, seed, image, self._mix)
+                for row, ((source, _, seed), image, _) in zip(rows, drawn, strict=True)
+            ]
+        groups = np.array([row.fields.group for row in rows], np.uint64)
         samples = Samples(
             positions=torch.from_numpy(positions.copy()),
             ids=torch.tensor([row.id for row in rows]),
             seeds=torch.from_numpy(seeds.view(np.int64)),
             groups=None if self._group is None else torch.from_numpy(groups.view(np.int64)),
         )
+        if self._label is not None:
+            samples = replace(samples, labels=torch.tensor([row.fields.label for row in rows]))
+        if self._mix is not None:
+            labels, shares = zip(*(row.mixed or (row.fields.label, 0.0) for row in rows), strict=True)
+            samples = replace(samples, mixed_labels=torch.tensor(labels), mixed_shares=torch.tensor(shares))
         if self._captions is not None:
             if self._text_length is not None:
                 text, lengths = shortened(text, lengths, samples.seeds, int(self._text_length(progress)), self._shorten)
             samples = with_text(samples, text, lengths, tokenizer)
-        if self._transform is not None:
-            samples = replace(samples, images=images, views=views if self._views else None)
+        if self._has_images:
+            samples = replace(samples, images=images, views=views if self._num_views else None)
         return samples, [refused for row in rows for refused in row.refused]
 
 

@@ -1,13 +1,15 @@
-"""Selection of the samples that a file names, without rewriting the data."""
+"""Selection of samples without rewriting the data: those that a file names, or some of each class."""
 
 import logging
 
 import numpy as np
 import numpy.typing as npt
 
+from mmpretrain.data.classes import Classes, read_class
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import read_json_field
 from mmpretrain.data.source import SampleSource
+from mmpretrain.seeds import hash64, permutation
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,41 @@ def select(source: SampleSource, path: str) -> npt.NDArray[np.int64]:
     if len(kept) < len(set(names)):
         log.warning("subset=%s: no sample has %d of its %d names", path, len(set(names)) - len(kept), len(set(names)))
     return np.array(kept, np.int64)
+
+
+def draw_shots(
+    source: SampleSource, label: str, classes: Classes | None, shots: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return the ids of `shots` samples of each class, ascending, int64 [m]: all of a class that has fewer.
+
+    The labels of all samples are read; samples without one are left out and counted in a warning.
+
+    Args:
+        source: all samples.
+        label: field of the labels, as in `classes.read_class`.
+        classes: the classes; None if they are not known.
+        shots: number of samples of each class.
+        seed: seed of the draw.
+
+    Raises: ValueError if no sample has a label.
+    """
+    of_class: dict[int, list[int]] = {}
+    problems = []
+    for sample in range(source.num_samples):
+        try:
+            of_class.setdefault(read_class(source, sample, label, classes), []).append(sample)
+        except BadSample as problem:
+            problems.append(problem)
+    if not of_class:
+        raise ValueError(f"no sample of {source.location(0)} and the others has a label; of the first: {problems[0]}")
+    if problems:
+        log.warning("%d samples are left out, since they have no label; of the first: %s", len(problems), problems[0])
+    kept = [
+        samples[i]
+        for each, samples in of_class.items()
+        for i in permutation(hash64(seed, "shots", each), len(samples))[:shots].tolist()
+    ]
+    return np.array(sorted(kept), np.int64)
 
 
 def _uids(source: SampleSource) -> list[str]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.batch import Refused
+from mmpretrain.data.classes import Classes, read_class
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.fields import read_captions, read_json_field, read_label
+from mmpretrain.data.fields import read_captions, read_json_field
 from mmpretrain.data.image_batches import ImageBatch, Read, image_batches, split
 from mmpretrain.data.packing import packed
 from mmpretrain.data.preprocess import Preprocess
@@ -33,14 +34,6 @@ _MAX_CHECKED = 20
 
 def go_on() -> None:
     """Do nothing: the default `check_stop`, which never ends the embedding early."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Classes of a data set: their names, and the texts that describe each of them."""
-
-    names: Sequence[str]
-    texts: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -121,18 +114,7 @@ class _Reader:
         data = self.data
         if data.label is None:
             return -1
-        member = data.shards.read(sample, (data.label.split(".")[0],))
-        value = read_label(member, data.label)
-        # `cls` is always an index, even if the names of classes are numbers.
-        if data.label != "cls" and data.classes is not None and value in data.classes.names:
-            return data.classes.names.index(value)
-        try:
-            label = int(value)
-        except ValueError:
-            raise BadSample(f"its label {value!r} is neither an integer nor the name of a class", "label") from None
-        if data.classes is not None and not 0 <= label < len(data.classes.names):
-            raise BadSample(f"its label {label} is none of the {len(data.classes.names)} classes", "label")
-        return label
+        return read_class(data.shards, sample, data.label, data.classes)
 
 
 def read_image(data: EvalSet, sample: int) -> Tensor:

@@ -1,79 +1,18 @@
 """Zero-shot classification: predict the class whose text embeddings are most similar to the image."""
 
-import csv
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain import distributed
-from mmpretrain.config.instantiate import accepts
+from mmpretrain.data.classes import Classes
 from mmpretrain.errors import check_number
 from mmpretrain.evals.base import Context
 from mmpretrain.evals.class_scores import class_scores, right_class_ranks
-from mmpretrain.evals.embeddings import Classes
 from mmpretrain.reporting import pictures
 from mmpretrain.scores import Score
-
-_TEMPLATE_SETS = {
-    "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-    "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-}
-
-
-def read_classes(
-    path: Path, class_column: str = "label", text_column: str | None = None, templates: str | Sequence[str] = "openai"
-) -> Classes:
-    """Read the classes of a file: a TSV with a header, or one name per line.
-
-    Args:
-        path: path of the file; the order of its lines is the order of the labels.
-        class_column: column of the TSV with the class names.
-        text_column: column of the TSV with a text for each class, which is used without templates.
-        templates: `openai` or `simple` (sets of open_clip), or sentences with `{}` as placeholder of the class name.
-
-    Raises: ValueError for a missing file, column or value, an empty file, or unknown templates.
-    """
-    if not path.is_file():
-        raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    own_texts: list[str] = []
-    if lines and "\t" in lines[0]:
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-        for column in (class_column, *([text_column] if text_column else [])):
-            if rows and column not in rows[0]:
-                raise ValueError(f"{path} has no column {column!r}; it has: {', '.join(rows[0])}")
-            if empty := next((row for row in rows if not (row[column] or "").strip()), None):
-                whose = repr(empty[class_column]) if empty[class_column] else "a class"
-                raise ValueError(f"{path}: {whose} has no {column!r}; expected a value in each line")
-        names = [row[class_column] for row in rows]
-        own_texts = [row[text_column] for row in rows] if text_column else []
-    else:
-        if text_column:
-            raise ValueError(f"text_column is {text_column!r}, but {path} has no columns; expected a TSV with a header")
-        names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise ValueError(f"{path} names no class; expected at least one")
-    if own_texts:
-        return Classes(names, [[text] for text in own_texts])
-    return Classes(names, [[fill(name) for fill in _templates(templates)] for name in names])
-
-
-def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
-    if isinstance(templates, str):
-        if templates not in _TEMPLATE_SETS:
-            known = ", ".join(_TEMPLATE_SETS)
-            raise ValueError(
-                f"templates is {templates!r}; expected {known}, or a list of sentences with {{}} for the name"
-            )
-        return list(_TEMPLATE_SETS[templates])
-    if not accepts(templates, Sequence[str]) or not templates or any("{}" not in t for t in templates):
-        raise ValueError(f"templates is {templates!r}; expected sentences, each with {{}} where the class's name goes")
-    return [partial(template.replace, "{}") for template in templates]
 
 
 def class_embeddings(classes: Classes, context: Context) -> Tensor:

@@ -39,9 +39,12 @@ class Example:
 
 
 class TokenIds(Protocol):
-    """Part of the tokenizer that objectives may use: the vocabulary size, and the id of the mask token, if there is one."""
+    """Part of the tokenizer that objectives may use: the vocabulary size, the id of the mask token, if there is one, and the
+    ids of texts, int64 [b, L], with their lengths, int64 [b]."""
 
     vocab_size: int
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]: ...
 
     @property
     def mask_id(self) -> int | None: ...

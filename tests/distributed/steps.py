@@ -24,6 +24,7 @@ from mmpretrain.models.vit import TimmEncoder
 from mmpretrain.objectives.base import Objective
 from mmpretrain.objectives.captioning import Captioning
 from mmpretrain.objectives.causal_lm import CausalLM
+from mmpretrain.objectives.classification import Classification
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
@@ -92,6 +93,8 @@ def make_task(objectives: tuple[str, ...], text_dropout: float = 0.0, **image_ar
         "captioning": lambda: Captioning(model, decoder_depth=2, decoder_heads=2, num_queries=0),
         "coca": lambda: Captioning(model, decoder_depth=1, decoder_heads=2, num_queries=5),
         "cappa": lambda: Captioning(model, decoder_depth=2, decoder_heads=2, num_queries=0, parallel=0.5),
+        "classification": lambda: Classification(model, num_classes=4, label_smoothing=0.1),
+        "classification_text": lambda: Classification(model, num_classes=4, features="embedding", tower="text"),
         "simclr": lambda: SimCLR(model, hidden_width=20, embed_dim=6),
         "simclr_layer": lambda: SimCLR(model, hidden_width=20, embed_dim=6, norm="layer"),
     }
@@ -115,6 +118,7 @@ def make_samples(rows: Tensor, batch_size: int = BATCH_SIZE) -> Samples:
     return Samples(
         rows, ids[rows], seeds[rows], images[rows], text, lengths[rows], packed(lengths[rows], length),
         groups=ids[rows] % 5, views=views[rows], word_starts=text % 3 != 0,
+        labels=ids[rows] % 4, mixed_labels=ids[rows] % 3, mixed_shares=(ids[rows] % 7) / 8,
     )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ MIXES = [
     ("captioning",),
     ("coca",),
     ("cappa",),
+    ("classification",),
+    ("classification_text",),
     ("simclr",),
     ("simclr_layer",),
     ("flip",),
@@ -53,6 +55,7 @@ MIXES = [
     ("flip", "mae_images", "mlm_texts"),
     ("infonce", "mae", "mlm"),
     ("infonce", "simclr"),
+    ("infonce", "classification"),
     ("infonce", "coca", "causal_lm"),
     ("infonce", "sigmoid", "mae"),
 ]

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmpretrain.data.classes import Classes
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.shards import Shards
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.evals.base import Context, evaluate
-from mmpretrain.evals.embeddings import Classes, Embedded, EvalSet
+from mmpretrain.evals.embeddings import Embedded, EvalSet
 from mmpretrain.evals.zero_shot import ZeroShot
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.scores import Score

@@ -8,9 +8,9 @@ import pytest
 import scipy.optimize
 import torch
 
+from mmpretrain.data.classes import Classes
 from mmpretrain.evals.base import Context, evaluate
 from mmpretrain.evals.calibration import Calibration, best_temperature, calibration_error
-from mmpretrain.evals.embeddings import Classes
 from mmpretrain.evals.zero_shot import class_embeddings
 from tests.evals.held_out import LABELS, embedded, make_context, make_set
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmpretrain.evals.embeddings import Classes, Embedded, embed, embed_texts
+from mmpretrain.data.classes import Classes
+from mmpretrain.evals.embeddings import Embedded, embed, embed_texts
 from tests.evals.held_out import (
     BROKEN,
     LABELS,

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from mmpretrain.data.classes import Classes
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.evals.base import Context
 from mmpretrain.evals.embedding_cache import EmbeddingCache
-from mmpretrain.evals.embeddings import Classes, Embedded
+from mmpretrain.evals.embeddings import Embedded
 from tests import runs
 from tests.evals.held_out import LABELS, make_context, make_model, make_set
 

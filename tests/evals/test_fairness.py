@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from mmpretrain.data.classes import Classes
 from mmpretrain.evals.base import evaluate
-from mmpretrain.evals.embeddings import Classes
 from mmpretrain.evals.fairness import Fairness
 from mmpretrain.evals.zero_shot import class_embeddings
 from tests.evals.held_out import LABELS, embedded, make_context, make_set

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain import distributed
+from mmpretrain.data.classes import Classes
 from mmpretrain.evals.base import evaluate
 from mmpretrain.evals.contrastive_loss import ContrastiveLoss
-from mmpretrain.evals.embeddings import Classes
 from mmpretrain.evals.retrieval import Retrieval, match_ranks
 from mmpretrain.evals.zero_shot import ZeroShot
 from tests import runs

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmpretrain.data.classes import Classes, read_classes
 from mmpretrain.evals.class_scores import class_scores, right_class_ranks
-from mmpretrain.evals.embeddings import Classes, embed_texts
-from mmpretrain.evals.zero_shot import ZeroShot, read_classes
+from mmpretrain.evals.embeddings import embed_texts
+from mmpretrain.evals.zero_shot import ZeroShot
 from mmpretrain.reporting import pictures
 from tests.evals.held_out import LABELS, TOKENIZER, make_context, make_model, make_set
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from mmpretrain.data.classes import read_classes
 from mmpretrain.evals.base import Context, evaluate
 from mmpretrain.evals.gallery import Gallery
 from mmpretrain.evals.patch_similarity import PatchSimilarity
 from mmpretrain.evals.projector import Projector
-from mmpretrain.evals.zero_shot import ZeroShot, read_classes
+from mmpretrain.evals.zero_shot import ZeroShot
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.open_clip import open_clip_model
 from mmpretrain.models.vit import TimmEncoder
