@@ -29,8 +29,10 @@ from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluato
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.launchers import has_own_gpu
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.lora import add_adapters
 from mmpretrain.objectives.base import check_objective, hooks_of
 from mmpretrain.schedules import Clock, Duration, ScheduledValue
+from mmpretrain.seeds import torch_seed
 from mmpretrain.training.precision import autocast
 from mmpretrain.training.task import Task
 from mmpretrain.training.workers import own_cores
@@ -72,6 +74,10 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
     Raises: ValueError if no objective remains.
     """
     model = instantiate.instantiate(cfg.model, cfg.run.seed, "model")
+    if cfg.trainer.lora.rank:
+        lora = cfg.trainer.lora
+        with torch_seed(cfg.run.seed, "lora"):
+            add_adapters(model, lora.rank, lora.alpha, lora.dropout, lora.targets)
     weights = {
         name: ScheduledValue(node.get("weight", 1.0), f"objective.{name}.weight", at_least=0)
         for name, node in cfg.objective.items()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from mmpretrain.checkpoints import foreign, store, untrusted
-from mmpretrain.checkpoints.loaded import Loaded, fit_tokenizer, preprocess_of
+from mmpretrain.checkpoints.loaded import Loaded, checked, fit_tokenizer, preprocess_of
 from mmpretrain.config import config_yaml, instantiate
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.encoders import TextEncoder
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.lora import has_adapters, merge_adapters
 
 # Numbers of elements below which a model or its buffers are never refused as too large.
 _SMALL_MODEL = 1 << 16
@@ -131,6 +132,7 @@ def load_checkpoint(
     if ema and not store.has(path, "ema"):
         raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
     tensors = store.load_tensors(path, "ema" if ema else "model")
+    tensors = merged_as_saved(tensors, saved)
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     node = untrusted.with_own_configs(untrusted.without_weights(saved["model"]), folder)
     tokenizer_node = saved["data"].get("tokenizer")
@@ -156,6 +158,23 @@ def load_checkpoint(
         folder=folder,
         num_samples=store.load_state(path).get("samples", 0),
     )
+
+
+def merged_as_saved(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Merge the adapters of a run into its weights.
+
+    Args:
+        tensors: weights of the run; those without adapters are returned as they are.
+        saved: content of the run's config.yaml.
+
+    Raises: ValueError if the adapters do not fit, or the configuration lacks their scale.
+    """
+    if not has_adapters(tensors):
+        return tensors
+    value: Any = saved
+    for key in ("trainer", "lora", "alpha"):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return merge_adapters(tensors, checked(value, "trainer.lora.alpha", float))
 
 
 def _scalars(tensors: Mapping[str, Tensor], objectives: Sequence[str], path: Path) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmpretrain.checkpoints import tensor_files
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.lora import has_adapters, plain_name
 from mmpretrain.models.open_clip import OpenClipHFText, OpenClipResNet, OpenClipText, OpenClipVision, model_config
 from mmpretrain.models.text import TextTransformer
 from mmpretrain.models.vit import TimmEncoder
@@ -48,7 +49,7 @@ def open_clip_names(model: ImageTextModel) -> dict[str, str]:
         raise ValueError(f"model.image has no open_clip shape: {lack}")
     if isinstance(model.text, TextTransformer) and (lack := _text_lack(model.text)):
         raise ValueError(f"model.text has no open_clip shape: {lack}")
-    return {name: _open_clip_name(name, model) for name in model.state_dict()}
+    return {name: _open_clip_name(plain_name(name), model) for name in model.state_dict() if not has_adapters([name])}
 
 
 def _image_lack(image: TimmEncoder) -> str | None:

@@ -59,6 +59,16 @@ class SpikeConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters of the encoders' linear layers; conf/train.yaml has the defaults."""
+
+    rank: int = MISSING
+    alpha: float = MISSING
+    dropout: float = MISSING
+    targets: list[str] = MISSING
+
+
+@dataclass
 class TrainerConfig:
     """Settings of the training loop; conf/train.yaml has the defaults."""
 
@@ -69,6 +79,7 @@ class TrainerConfig:
     clip_grad_norm: float | None = MISSING
     ema_decay: Scheduled = MISSING
     freeze: Any = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
     log_every: str = MISSING
     diagnose_every: str | None = MISSING
     eval_every: str = MISSING

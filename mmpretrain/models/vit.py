@@ -217,7 +217,7 @@ class TimmEncoder(nn.Module):
             return trunk.norm(last(x, attn_mask=attn_mask))
 
         def pooled(encoding: Encoding) -> Tensor:
-            if isinstance(last, PickingBlock) and not self._draws():
+            if isinstance(last, PickingBlock) and last.can_pick and not self._draws():
                 return trunk.forward_head(trunk.norm(last(x, attn_mask, first_alone=True)), pre_logits=True)
             if num_keep is None or trunk.global_pool == "token":
                 return trunk.forward_head(encoding.tokens, pre_logits=True)
@@ -258,6 +258,11 @@ class PickingBlock(Block):
         for name, module in block.named_children():
             picking.add_module(name, module)
         return picking
+
+    @property
+    def can_pick(self) -> bool:
+        """True if the parts of the projection may be computed apart, from its weight: not with an adapter around it."""
+        return type(self.attn.qkv) is nn.Linear
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, first_alone: bool = False) -> Tensor:
         """Compute the states of all tokens, [b, N, d] -> [b, N, d], or with `first_alone` of the first one, [b, 1, d].

@@ -8,10 +8,12 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.load import find
+from mmpretrain.checkpoints.load import find, merged_as_saved
 from mmpretrain.checkpoints.open_clip import from_open_clip
 from mmpretrain.checkpoints.weights import published_weights, read_weights
+from mmpretrain.config import config_yaml
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.lora import has_adapters, plain_name
 from mmpretrain.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -24,8 +26,9 @@ def init_from(task: Task, source: str) -> None:
     """Load initial weights into the task.
 
     Two kinds of mismatch are logged and ignored: weights of objectives or of a text encoder that this run does not have,
-    and weights of this run's objectives that the source lacks. Any other missing, additional or differently shaped weight
-    is an error. Image position embeddings of another grid size are interpolated.
+    and weights of this run's objectives and adapters that the source lacks. A classifier of embeddings takes the scale that
+    another objective of the source has learned. Any other missing, additional or differently shaped weight is an error.
+    Adapters of the source are merged. Image position embeddings of another grid size are interpolated.
 
     Args:
         task: the model and its objectives.
@@ -34,14 +37,17 @@ def init_from(task: Task, source: str) -> None:
 
     Raises: ValueError if the source does not exist or its weights do not fit this model.
     """
-    tensors = _read(source, task)
     own = task.state_dict()
+    tensors = _read(source, task)
+    adapted = {plain_name(name): name for name in own}
+    tensors = {adapted.get(name, name): tensor for name, tensor in tensors.items()}
+    _take_scales(task, tensors)
     for name in _IMAGE_POSITIONS:
         if name in own and name in tensors and tensors[name].shape != own[name].shape:
             tensors[name] = _resized(tensors[name], own[name], task.model)
     missing = [name for name in own if name not in tensors]
     left_over = [name for name in tensors if name not in own]
-    new_heads = [name for name in missing if name.startswith("objectives.")]
+    new_heads = [name for name in missing if name.startswith("objectives.") or has_adapters([name])]
     unused = [name for name in left_over if name.startswith("objectives.") or _is_of_no_tower(name, task.model)]
     problems = {
         "are missing": sorted(set(missing) - set(new_heads)),
@@ -57,6 +63,20 @@ def init_from(task: Task, source: str) -> None:
         if names:
             log.info("init_from=%s: %s: %s", source, what, _listed(names))
     task.load_state_dict({**own, **{name: tensors[name] for name in own if name in tensors}})
+
+
+def _take_scales(task: Task, tensors: dict[str, Tensor]) -> None:
+    """Give each of the task's scales that the source lacks the first one of the source, unless it goes with a bias."""
+    learned = [name for name in tensors if name.startswith("objectives.") and name.endswith(".logit_scale")]
+    for name, objective in task.objectives.items():
+        scale = f"objectives.{name}.logit_scale"
+        if (
+            hasattr(objective, "logit_scale")
+            and not hasattr(objective, "logit_bias")
+            and scale not in tensors
+            and learned
+        ):
+            tensors[scale] = tensors[learned[0]]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -85,7 +105,8 @@ def _read(source: str, task: Task) -> dict[str, Tensor]:
     """Return the source's tensors under the task's parameter names."""
     path = Path(source)
     if path.is_dir():
-        return store.load_tensors(find(path)[1], "model")
+        folder, checkpoint = find(path)
+        return merged_as_saved(store.load_tensors(checkpoint, "model"), config_yaml.read(folder / "config.yaml"))
     try:
         tensors = read_weights(path if path.is_file() else published_weights(source))
     except ValueError as error:

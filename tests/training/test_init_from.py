@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.open_clip import export, to_open_clip
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.models.lora import add_adapters, has_adapters, plain_name
 from mmpretrain.objectives.causal_lm import CausalLM
+from mmpretrain.objectives.classification import Classification
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.sigmoid import Sigmoid
@@ -210,3 +212,56 @@ def test_a_file_of_other_things_is_refused_in_one_line(content: Any, tmp_path: P
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"its weights cannot be read .* expected a \.safetensors, or a \.pt"):
         init_from(make_task(), str(tmp_path / "other.pt"))
+
+
+def with_adapters(task: Task, scale: float = 0.0) -> Task:
+    """The task with adapters, which are zero or noise."""
+    pytest.importorskip("peft")
+    add_adapters(task.model, rank=2, alpha=4.0)
+    with torch.no_grad():
+        for name, parameter in task.named_parameters():
+            if has_adapters([name]):
+                parameter.copy_(scale * torch.randn_like(parameter))
+    return task
+
+
+def test_adapters_start_anew_on_a_plain_source(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = make_task("infonce", seed=1)
+    task = with_adapters(make_task("infonce"), 0.5)
+    fresh = {name: tensor.clone() for name, tensor in task.state_dict().items()}
+    with caplog.at_level("INFO"):
+        init_from(task, str(save_run(tmp_path / "run", source)))
+    for name, tensor in task.state_dict().items():
+        expected = fresh[name] if has_adapters([name]) else source.state_dict()[plain_name(name)]
+        assert torch.equal(tensor, expected), name
+    assert "starts anew: model.image.trunk.blocks.0.attn.qkv.lora_A.default.weight" in caplog.text
+
+
+def test_adapters_go_on_open_clips_weights(tmp_path: Path) -> None:
+    source = make_task("infonce", seed=1, **CLIP_SHAPE)
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file(to_open_clip(source.model, 30.0, None), file)
+    task = with_adapters(make_task("infonce", **CLIP_SHAPE))
+    init_from(task, str(file))
+    batch = tiny.batch([4, 9])
+    theirs = source.model.embed_images(batch.images("pairs"))
+    assert torch.allclose(task.model.embed_images(batch.images("pairs")), theirs, atol=1e-5)
+
+
+def test_adapters_of_a_source_are_merged(tmp_path: Path) -> None:
+    source = with_adapters(make_task("infonce", seed=1), 0.3)
+    run = save_run(tmp_path / "run", source)
+    (run / "config.yaml").write_text("trainer: {lora: {alpha: 4.0}}\n")
+    batch = tiny.batch([4, 9])
+    expected = source.model.embed_images(batch.images("pairs"))
+    for task in (make_task("infonce"), with_adapters(make_task("infonce"))):
+        init_from(task, str(run))
+        assert torch.allclose(task.model.embed_images(batch.images("pairs")), expected, atol=1e-5)
+
+
+def test_a_scale_of_another_objective_is_taken(tmp_path: Path) -> None:
+    source = make_task("sigmoid", seed=1)
+    model = tiny.image_text()
+    task = Task(model, {"classification": Classification(model, num_classes=3, features="embedding")})
+    init_from(task, str(save_run(tmp_path / "run", source)))
+    assert task.logit_scale == pytest.approx(21.0)
