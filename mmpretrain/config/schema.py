@@ -160,6 +160,16 @@ class LabelConfig:
 
 
 @dataclass
+class EpisodesConfig:
+    """Batches of a few classes, for objective=prototypical."""
+
+    ways: int = 16
+    """Number of classes of a batch."""
+    per_class: int = 8
+    """Number of samples of each class."""
+
+
+@dataclass
 class StreamConfig(LabelConfig):
     """One stream of training samples."""
 
@@ -189,6 +199,9 @@ class StreamConfig(LabelConfig):
     augment: list[Any] = field(default_factory=list)
     views: list[Any] = field(default_factory=list)
     """Further views of each image, each {transform: ..., augment: [...]}; see conf/objective/simclr.yaml."""
+    episodes: EpisodesConfig | None = None
+    """Batches of the same number of samples of each of a few classes: {ways: 16, per_class: 8}, with trainer.batch_size=128;
+    null: of any classes. It needs `label`."""
     mix: dict[str, Any] | None = None
     """Mixup and CutMix of images and their classes: augmentation=mixup; null: none. It needs `label`."""
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from math import gcd, lcm
+from typing import Protocol
 
 import numpy as np
 
@@ -99,6 +100,16 @@ class SourceOrder:
         self._window = lru_cache(maxsize=4)(self._make_window)
 
 
+class PositionOrder(Protocol):
+    """Interface of the order of one source."""
+
+    num_samples: int
+
+    @property
+    def window_samples(self) -> int: ...
+    def __call__(self, positions: np.ndarray) -> np.ndarray: ...
+
+
 def integer_shares(weights: Sequence[float]) -> list[int]:
     """Return the smallest integers in the ratio of the weights, as they are written: their sum is the period of the order.
 
@@ -167,7 +178,7 @@ class Order:
         period: number of positions after which the order repeats, with the same seeds; None never repeats.
     """
 
-    def __init__(self, sources: Sequence[SourceOrder], weights: Sequence[float], period: int | None = None) -> None:
+    def __init__(self, sources: Sequence[PositionOrder], weights: Sequence[float], period: int | None = None) -> None:
         self.sources = sources
         self._period = period
         self._shares = integer_shares(weights)

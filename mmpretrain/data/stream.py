@@ -15,12 +15,14 @@ from mmpretrain.batch import Refused, Samples
 from mmpretrain.data.augment import Augmentation
 from mmpretrain.data.classes import Classes
 from mmpretrain.data.decode import MAX_IMAGE_BYTES, BadSample, image_memory
+from mmpretrain.data.episodes import EpisodeOrder
 from mmpretrain.data.mixing import Mix
-from mmpretrain.data.order import Order, SourceOrder
+from mmpretrain.data.order import Order, PositionOrder, SourceOrder
 from mmpretrain.data.packing import packed, row_length
 from mmpretrain.data.sample_reader import CLASS_TEXT, CaptionFields, Fields, SampleReader
 from mmpretrain.data.shorten import Shorten, shortened
 from mmpretrain.data.source import SampleSource, ShardedSource, concatenated
+from mmpretrain.data.subset import samples_by_class
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.data.transforms import Transform
 from mmpretrain.schedules import Scheduled, ScheduledValue, TrainingProgress
@@ -145,6 +147,7 @@ class SampleStream:
         label: class of each sample: `cls` (an integer) or `json.<path>` (an integer or a class's name); None for no labels.
         classes: the classes; None if they are not known.
         mix: mixing of images and classes; None for none.
+        episodes: number of classes of a batch, and of samples of each; None for any classes.
 
     Raises: ValueError if the stream has neither text nor images, or lacks what another argument needs.
     """
@@ -170,6 +173,7 @@ class SampleStream:
         label: str | None = None,
         classes: Classes | None = None,
         mix: Mix | None = None,
+        episodes: tuple[int, int] | None = None,
     ) -> None:
         weights = [source.weight for source in sources]
         if None in weights and any(weight is not None for weight in weights):
@@ -200,14 +204,21 @@ class SampleStream:
             self.sources = [
                 Source("+".join(source.name for source in sources), concatenated([s.samples for s in sources]))
             ]
-        orders = [
-            SourceOrder(
-                hash64(seed, name, source.name),
-                source.samples.num_samples,
-                _shard_sizes(source.samples, shuffle, f"data.train.{name}"),
-            )
-            for source in self.sources
-        ]
+        if episodes is not None:
+            self._check_episodes(*episodes, label)
+
+        def order_of(source: Source) -> PositionOrder:
+            own = hash64(seed, name, source.name)
+            if episodes is not None:
+                assert label is not None
+                try:
+                    return EpisodeOrder(own, [*samples_by_class(source.samples, label, classes).values()], *episodes)
+                except ValueError as error:
+                    raise ValueError(f"data.train.{name}.episodes: {error}") from error
+            sizes = _shard_sizes(source.samples, shuffle, f"data.train.{name}")
+            return SourceOrder(own, source.samples.num_samples, sizes)
+
+        orders = [order_of(source) for source in self.sources]
         remote = [i for i, source in enumerate(self.sources) if _is_remote(source.samples)]
         self.prefetch_samples = max((orders[i].window_samples for i in remote), default=0)
         self.order = Order(
@@ -244,6 +255,21 @@ class SampleStream:
             )
             for source, first_id in zip(self.sources, np.cumsum([0, *sizes[:-1]]))
         ]
+
+    def _check_episodes(self, ways: int, per_class: int, label: str | None) -> None:
+        """Raises: ValueError if a batch is not one episode of one labelled source."""
+        key = f"data.train.{self.name}"
+        if label is None or len(self.sources) > 1:
+            raise ValueError(
+                f"{key}.episodes needs {'labels' if label is None else 'a single source'}; expected "
+                + (f"{key}.label, such as cls" if label is None else "sources without weights, or episodes=null")
+            )
+        if any(size != ways * per_class for size in self.batch_size.values):
+            raise ValueError(
+                f"{key}.episodes has {ways} classes of {per_class} samples, but batches of "
+                f"{'/'.join(f'{size:g}' for size in self.batch_size.values)}; expected one episode a batch: "
+                f"trainer.batch_size={ways * per_class}"
+            )
 
     def check_first_sample(self) -> None:
         """Read every field of one sample per source, so that a wrong field ends the run at its start.

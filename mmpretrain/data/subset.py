@@ -58,10 +58,8 @@ def select(source: SampleSource, path: str) -> npt.NDArray[np.int64]:
     return np.array(kept, np.int64)
 
 
-def draw_shots(
-    source: SampleSource, label: str, classes: Classes | None, shots: int, seed: int
-) -> npt.NDArray[np.int64]:
-    """Return the ids of `shots` samples of each class, ascending, int64 [m]: all of a class that has fewer.
+def samples_by_class(source: SampleSource, label: str, classes: Classes | None) -> dict[int, npt.NDArray[np.int64]]:
+    """Return the ids of the samples of each class that occurs, ascending, int64 [n] each, by class.
 
     The labels of all samples are read; samples without one are left out and counted in a warning.
 
@@ -69,8 +67,6 @@ def draw_shots(
         source: all samples.
         label: field of the labels, as in `classes.read_class`.
         classes: the classes; None if they are not known.
-        shots: number of samples of each class.
-        seed: seed of the draw.
 
     Raises: ValueError if no sample has a label.
     """
@@ -85,10 +81,25 @@ def draw_shots(
         raise ValueError(f"no sample of {source.location(0)} and the others has a label; of the first: {problems[0]}")
     if problems:
         log.warning("%d samples are left out, since they have no label; of the first: %s", len(problems), problems[0])
+    return {each: np.array(of_class[each], np.int64) for each in sorted(of_class)}
+
+
+def draw_shots(
+    source: SampleSource, label: str, classes: Classes | None, shots: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """Return the ids of `shots` samples of each class, ascending, int64 [m]: all of a class that has fewer.
+
+    Args:
+        source, label, classes: as in `samples_by_class`.
+        shots: number of samples of each class.
+        seed: seed of the draw.
+
+    Raises: ValueError if no sample has a label.
+    """
     kept = [
         samples[i]
-        for each, samples in of_class.items()
-        for i in permutation(hash64(seed, "shots", each), len(samples))[:shots].tolist()
+        for each, samples in samples_by_class(source, label, classes).items()
+        for i in permutation(hash64(seed, "shots", each), len(samples))[:shots]
     ]
     return np.array(sorted(kept), np.int64)
 

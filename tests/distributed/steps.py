@@ -28,6 +28,7 @@ from mmpretrain.objectives.classification import Classification
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
+from mmpretrain.objectives.prototypical import Prototypical
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.objectives.simclr import SimCLR
 from mmpretrain.optim import adamw, grad_norms, guarded_step, optimizer_tensors, timm_optimizer
@@ -95,6 +96,7 @@ def make_task(objectives: tuple[str, ...], text_dropout: float = 0.0, **image_ar
         "cappa": lambda: Captioning(model, decoder_depth=2, decoder_heads=2, num_queries=0, parallel=0.5),
         "classification": lambda: Classification(model, num_classes=4, label_smoothing=0.1),
         "classification_text": lambda: Classification(model, num_classes=4, features="embedding", tower="text"),
+        "prototypical": lambda: Prototypical(model, shots=2),
         "simclr": lambda: SimCLR(model, hidden_width=20, embed_dim=6),
         "simclr_layer": lambda: SimCLR(model, hidden_width=20, embed_dim=6, norm="layer"),
     }

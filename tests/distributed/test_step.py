@@ -47,6 +47,7 @@ MIXES = [
     ("cappa",),
     ("classification",),
     ("classification_text",),
+    ("prototypical",),
     ("simclr",),
     ("simclr_layer",),
     ("flip",),
@@ -60,7 +61,7 @@ MIXES = [
     ("infonce", "sigmoid", "mae"),
 ]
 WEIGHTS = dict.fromkeys((name for mix in MIXES for name in mix), 1.0) | {"sigmoid": 0.3, "mae": 0.7, "coca": 2.0}
-COUPLED = ("infonce", "sigmoid", "multi_positive", "simclr", "simclr_layer", "flip", "flip_block")
+COUPLED = ("infonce", "sigmoid", "multi_positive", "simclr", "simclr_layer", "flip", "flip_block", "prototypical")
 
 
 def whole_batch_gradients(objectives: tuple[str, ...]) -> Result:
