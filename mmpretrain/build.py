@@ -129,7 +129,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         if stream.synthetic is not None:
-            for key in ("image_size", "text_length", "repeat_batches", "group", "views", "label", "mix", "episodes"):
+            for key in ("image_size", "text_length", "repeat_batches", "group", "views", "label", "mix"):
                 if getattr(stream, key):
                     raise ValueError(
                         f"data.train.{name}.{key} is {getattr(stream, key)!r}, but noise has none; expected it left out, or "
@@ -162,7 +162,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             label=stream.label,
             classes=classes[name],
             mix=instantiate.instantiate(stream.mix, cfg.run.seed, f"data.train.{name}.mix"),
-            episodes=None if stream.episodes is None else (stream.episodes.ways, stream.episodes.per_class),
+            episodes=(stream.episodes.ways, stream.episodes.per_class) if stream.episodes.ways else None,
         )
         streams[name].check_first_sample()
         if model.image is not None and stream.transform is not None and stream.image_size is not None:

@@ -84,7 +84,7 @@ def check_ranges(config: TrainConfig) -> None:
         for key in ("max_samples", "shots", "repeat_batches"):
             if (count := getattr(stream, key)) is not None:
                 check_number(f"data.train.{name}.{key}", count, at_least=1)
-        if stream.episodes is not None:
+        if stream.episodes.ways:
             check_number(f"data.train.{name}.episodes.ways", stream.episodes.ways, at_least=2)
             check_number(f"data.train.{name}.episodes.per_class", stream.episodes.per_class, at_least=2)
         for key, least in (("batch_size", 1), ("image_size", 1), ("text_length", 3)):

@@ -161,10 +161,10 @@ class LabelConfig:
 
 @dataclass
 class EpisodesConfig:
-    """Batches of a few classes, for objective=prototypical."""
+    """Batches with the same number of samples of each of a few classes, for objective=prototypical."""
 
-    ways: int = 16
-    """Number of classes of a batch."""
+    ways: int = 0
+    """Number of classes of a batch; 0: batches of any classes. It needs `label`, and trainer.batch_size = ways x per_class."""
     per_class: int = 8
     """Number of samples of each class."""
 
@@ -199,9 +199,7 @@ class StreamConfig(LabelConfig):
     augment: list[Any] = field(default_factory=list)
     views: list[Any] = field(default_factory=list)
     """Further views of each image, each {transform: ..., augment: [...]}; see conf/objective/simclr.yaml."""
-    episodes: EpisodesConfig | None = None
-    """Batches of the same number of samples of each of a few classes: {ways: 16, per_class: 8}, with trainer.batch_size=128;
-    null: of any classes. It needs `label`."""
+    episodes: EpisodesConfig = field(default_factory=EpisodesConfig)
     mix: dict[str, Any] | None = None
     """Mixup and CutMix of images and their classes: augmentation=mixup; null: none. It needs `label`."""
 

@@ -262,7 +262,7 @@ class SampleStream:
         if label is None or len(self.sources) > 1:
             raise ValueError(
                 f"{key}.episodes needs {'labels' if label is None else 'a single source'}; expected "
-                + (f"{key}.label, such as cls" if label is None else "sources without weights, or episodes=null")
+                + (f"{key}.label, such as cls" if label is None else "sources without weights, or episodes.ways=0")
             )
         if any(size != ways * per_class for size in self.batch_size.values):
             raise ValueError(

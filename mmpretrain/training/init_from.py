@@ -76,7 +76,7 @@ def _take_scales(task: Task, tensors: dict[str, Tensor]) -> None:
             and scale not in tensors
             and learned
         ):
-            tensors[scale] = tensors[learned[0]]
+            tensors[scale] = tensors.pop(learned[0]) if learned[0] not in task.state_dict() else tensors[learned[0]]
 
 
 def _listed(names: Sequence[str]) -> str:
