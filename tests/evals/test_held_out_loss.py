@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmpretrain import evaluate as evaluate_command
 from mmpretrain.batch import Batch
+from mmpretrain.config.schema import EvalDataConfig, EvalSetConfig, EvaluateConfig
+from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.errors import UsageError
 from mmpretrain.evals.base import Context, evaluate
-from mmpretrain.evals.embeddings import EvalSet
+from mmpretrain.evals.embeddings import EvalSet, go_on
 from mmpretrain.evals.held_out_loss import HeldOutLoss
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import Objective
@@ -25,6 +28,7 @@ from mmpretrain.objectives.mlm import MLM
 from mmpretrain.scores import Score
 from mmpretrain.seeds import draw, hash64, uniform
 from tests import tiny
+from tests.checkpoints.test_objectives import save_heads
 from tests.evals.held_out import (
     BROKEN,
     NUM_SAMPLES,
@@ -200,3 +204,25 @@ def test_a_set_without_any_term_is_refused_in_one_line(tmp_path: Path) -> None:
     model = make_model()
     with pytest.raises(UsageError, match=r"data.val.val: mlm has no terms on it"):
         scores_of(context_of(model, make_set(tmp_path), mlm=MLM(model, mask_ratio=1e-9)))
+
+
+def test_a_checkpoint_has_the_losses_of_the_task_that_was_saved(tmp_path: Path) -> None:
+    task = save_heads(tmp_path / "run")
+    data = make_set(tmp_path)
+    assert data.caption is not None
+    context = Context(task.model, ClipTokenizer(16), {"val": data}, None, 4, 0)
+    expected = evaluate({"held_out_loss": HeldOutLoss()}, context.of(task, go_on))
+    assert set(expected) == {f"eval-val/{name}" for name in ("mae_loss", "mlm_loss", "mlm_perplexity", "mlm_accuracy")}
+    val = {"val": EvalSetConfig(shards=[str(path) for path in sorted(tmp_path.glob("*.tar"))], caption=data.caption)}
+    options = EvalDataConfig(workers=0, val_batch_size=4, root=".", val=val)
+    node = {"_target_": "mmpretrain.evals.held_out_loss.HeldOutLoss"}
+    cfg = EvaluateConfig(
+        str(tmp_path / "run"),
+        device="cpu",
+        ema=False,
+        precision=None,
+        data=options,
+        eval={"held_out_loss": node},
+        cache="none",
+    )
+    assert evaluate_command.run(cfg) == expected
