@@ -15,6 +15,19 @@ from torch import Tensor
 from mmpretrain.schedules import TrainingProgress
 
 
+class MissingField(ValueError):
+    """An objective reads a field that a stream does not have.
+
+    Args:
+        message: the error message.
+        field: `images` or `texts`.
+    """
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 @dataclass(frozen=True)
 class Refused:
     """Record of a sample that could not be used and was replaced."""
@@ -161,26 +174,28 @@ class Batch:
     def images(self, stream: str) -> Tensor:
         """Return a stream's images, uint8 [b, 3, h, w].
 
-        Raises: ValueError if the stream has no images.
+        Raises: MissingField if the stream has no images.
         """
         images = self.streams[stream].images
         if images is None:
-            raise ValueError(
+            raise MissingField(
                 f"data.train.{stream}.transform is null, but an objective reads the stream's images; "
-                "expected one, such as mmpretrain.data.transforms.CenterCrop"
+                "expected one, such as mmpretrain.data.transforms.CenterCrop",
+                "images",
             )
         return images
 
     def texts(self, stream: str) -> tuple[Tensor, Tensor]:
         """Return a stream's token ids, int64 [b, L], and the number of tokens of each text, int64 [b].
 
-        Raises: ValueError if the stream has no texts.
+        Raises: MissingField if the stream has no texts.
         """
         samples = self.streams[stream]
         if samples.text is None or samples.lengths is None:
-            raise ValueError(
+            raise MissingField(
                 f"data.train.{stream}.caption is null, but an objective reads the stream's texts; "
-                f"expected a field: data.train.{stream}.caption=txt"
+                f"expected a field: data.train.{stream}.caption=txt",
+                "texts",
             )
         return samples.text, samples.lengths
 

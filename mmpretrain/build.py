@@ -406,5 +406,6 @@ def build_evaluation(
         workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,
         timeout_seconds=cfg.data.timeout_seconds,
         autocast=autocast(device, cfg.trainer.precision),
+        build_objectives=lambda: task.objectives,
     )
     return Evaluation(evaluators, every, clock, context)

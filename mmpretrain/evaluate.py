@@ -62,13 +62,14 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
         workers=cfg.data.workers,
         autocast=autocast(device, precision),
         cache=_cache(cfg.cache, loaded, precision),
+        build_objectives=lambda: loaded.objectives,
     )
     evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
     idle = [name for name, evaluator in evaluators.items() if not chosen_sets(name, evaluator, context)]
     if idle and distributed.is_main():
         log.warning(
-            "eval: %s find no data set with what they need, such as a caption, or a label and classes; they "
-            "give no score",
+            "eval: %s find no data set with what they need, such as a caption, a label and classes, or an "
+            "objective of the run; they give no score",
             ", ".join(idle),
         )
     scores = evaluate(evaluators, context)

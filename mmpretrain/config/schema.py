@@ -164,7 +164,7 @@ class EpisodesConfig:
     """Batches with the same number of samples of each of a few classes, for objective=prototypical."""
 
     ways: int = 0
-    """Number of classes of a batch; 0: batches of any classes. It needs `label`, and trainer.batch_size = ways x per_class."""
+    """Number of classes of a batch; 0: batches of any classes. It needs `label`, and a batch of ways x per_class."""
     per_class: int = 8
     """Number of samples of each class."""
 

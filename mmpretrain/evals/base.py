@@ -1,6 +1,6 @@
 """Evaluations of a run: their schedule and data sets. Each data set is embedded once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -14,6 +14,7 @@ from mmpretrain.errors import UsageError, misspelt
 from mmpretrain.evals.embedding_cache import EmbeddingCache
 from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.base import Objective
 from mmpretrain.reporting.writers import RunWriter
 from mmpretrain.schedules import Clock, Duration
 from mmpretrain.scores import Score
@@ -52,14 +53,30 @@ class Context:
     autocast: AbstractContextManager[object] = field(default_factory=nullcontext)
     cache: EmbeddingCache | None = None
     """Embeddings on disk; None: none are kept."""
+    build_objectives: Callable[[], Mapping[str, Objective]] = dict
+    """Function that returns `objectives`; the default is that of a model without any."""
     shown: Shown = field(default_factory=Shown)
     _embedded: dict[str, Embedded] = field(default_factory=dict)
 
     def of(self, task: Task, check_stop: CheckStop) -> "Context":
         """Return a context for the current weights of a task, without embeddings or pictures."""
         return replace(
-            self, model=task.model, logit_scale=task.logit_scale, check_stop=check_stop, shown=Shown(), _embedded={}
+            self,
+            model=task.model,
+            logit_scale=task.logit_scale,
+            build_objectives=lambda: task.objectives,
+            check_stop=check_stop,
+            shown=Shown(),
+            _embedded={},
         )
+
+    @property
+    def objectives(self) -> Mapping[str, Objective]:
+        """Objectives that the model was trained with, by name; those of a checkpoint are built on first use.
+
+        Raises: ValueError if an objective of a checkpoint cannot be built.
+        """
+        return self.build_objectives()
 
     @property
     def captioned_sets(self) -> list[str]:

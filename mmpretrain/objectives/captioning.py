@@ -79,10 +79,15 @@ class Captioning(nn.Module):
         _, lengths = batch.texts(self.streams[0])
         return (lengths - 1).clamp(min=0).sum()
 
-    def generate(self, encodings: Encodings, longest: int = 32) -> Tensor:
+    def generate(self, encodings: Encodings, longest: int = 32, end_id: int | None = None) -> Tensor:
         """Generate captions by greedy decoding from the first token of each text (the start token).
 
-        Returns: token ids, int64 [b, min(longest, context length)].
+        Args:
+            encodings: encodings of the micro-batch; of its texts, only the first tokens are read.
+            longest: maximum number of tokens.
+            end_id: end token, at which generation stops once every caption has it; None generates `longest` tokens.
+
+        Returns: token ids, int64 [b, L] with L of at most `longest` and the context length.
         """
         (stream,) = self.streams
         ids = encodings.batch.texts(stream)[0][:, :1]
@@ -90,6 +95,8 @@ class Captioning(nn.Module):
             lengths = torch.full((len(ids),), length, device=ids.device)
             states = self.decode(encodings.with_text(stream, ids, lengths), parallel=0.0)
             ids = torch.cat([ids, (states[:, -1] @ encodings.token_embeddings.T).argmax(-1, keepdim=True)], dim=1)
+            if end_id is not None and bool((ids[:, 1:] == end_id).any(1).all()):
+                break
         return ids
 
     def examples(self, encodings: Encodings, decode: Decode) -> list[Example]:
