@@ -6,12 +6,13 @@ no model larger than its weights is built. SECURITY.md describes the scope of th
 
 import typing
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmpretrain import files
 from mmpretrain.checkpoints import foreign, store, untrusted
 from mmpretrain.checkpoints.building import SMALL_PART, built, built_module, numel, shape_text
 from mmpretrain.checkpoints.loaded import Loaded, checked, fit_tokenizer, preprocess_of
@@ -106,8 +107,19 @@ def load_checkpoint(
         config=saved,
         folder=folder,
         num_samples=store.load_state(path).get("samples", 0),
-        build_objectives=partial(load_objectives, saved["objective"], heads, model, tokenizer, source, trust),
+        build_objectives=lambda: load_objectives(
+            saved["objective"], heads, model, tokenizer, source, _class_names(folder), trust
+        ),
     )
+
+
+def _class_names(folder: Path) -> dict[str, Sequence[str]]:
+    """Return the names of the classes that each objective predicts, from run.json. Raises: ValueError if it is malformed."""
+    path = folder / "run.json"
+    names = files.read_json(path).get("classes", {}) if path.exists() else {}
+    if not instantiate.accepts(names, Mapping[str, Sequence[str]]):
+        raise ValueError(f"{path}: classes is {str(names)[:80]}; expected lists of names, as the run wrote them")
+    return typing.cast(dict[str, Sequence[str]], names)
 
 
 def merged_as_saved(tensors: dict[str, Tensor], saved: Mapping[str, Any]) -> dict[str, Tensor]:

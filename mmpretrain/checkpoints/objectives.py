@@ -10,6 +10,7 @@ from torch import Tensor
 from mmpretrain.checkpoints import untrusted
 from mmpretrain.checkpoints.building import built, built_module, numel
 from mmpretrain.config import instantiate
+from mmpretrain.data.classes import Classes
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import Objective, check_objective, hooks_of
@@ -24,6 +25,7 @@ def load_objectives(
     model: ImageTextModel,
     tokenizer: Tokenizer,
     source: Path,
+    classes: Mapping[str, Sequence[str]] | None = None,
     trust: Sequence[str] = (),
 ) -> dict[str, Objective]:
     """Build the objectives of a checkpoint's configuration and load their weights. Those of weight 0 are left out.
@@ -34,6 +36,7 @@ def load_objectives(
         model: the checkpoint's model.
         tokenizer: the checkpoint's tokenizer.
         source: file of the configuration.
+        classes: names of the classes that an objective predicts, by its name.
         trust: see `load.load_checkpoint`.
 
     Returns: objectives by name, in evaluation mode on the model's device.
@@ -48,7 +51,8 @@ def load_objectives(
             prefix = f"objectives.{name}."
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             arguments = {key: value for key, value in node.items() if key != "weight"}
-            objectives[name] = _load(arguments, name, own, model, tokenizer, source, trust)
+            names = (classes or {}).get(name)
+            objectives[name] = _load(arguments, name, own, model, tokenizer, source, names, trust)
     return objectives
 
 
@@ -66,6 +70,7 @@ def _load(
     model: ImageTextModel,
     tokenizer: Tokenizer,
     source: Path,
+    classes: Sequence[str] | None,
     trust: Sequence[str],
 ) -> Any:
     key = f"objective.{name}"
@@ -73,8 +78,12 @@ def _load(
     resolved = instantiate.resolve(node, key, find)
     largest = numel(tensors) + sum(parameter.numel() for parameter in model.parameters())
     untrusted.check_objective(node, name, largest, trust)
-    takes_path = "config_path" in inspect.signature(find(node.get("_target_"), key)).parameters
-    runtime = {"model": model, **({"config_path": key} if takes_path else {})}
+    parameters = inspect.signature(find(node.get("_target_"), key)).parameters
+    runtime: dict[str, Any] = {"model": model}
+    if "config_path" in parameters:
+        runtime["config_path"] = key
+    if "classes" in parameters and classes is not None:
+        runtime["classes"] = Classes(classes, [[name] for name in classes])
 
     def build() -> Any:
         objective = instantiate.call(resolved, 0, **runtime)

@@ -124,6 +124,8 @@ class Hooks:
 
     num_views: int = 0
     """Number of additional views of its streams' images that it reads (SimCLR reads 2)."""
+    class_names: Sequence[str] | None = None
+    """Names of the classes that it predicts. The run's directory keeps them, so that a checkpoint tells what it predicts."""
     perplexity: bool = False
     """If True, exp(loss) is logged as `<objective>_perplexity`."""
     set_tokenizer: Callable[[TokenIds], None] = lambda tokenizer: None

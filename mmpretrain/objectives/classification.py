@@ -80,7 +80,7 @@ class Classification(nn.Module):
                 f"data.train.{stream}.classes; expected them, or {config_path}.head=random"
             )
         self.streams = (stream,)
-        self.names = None if classes is None else classes.names
+        self.class_names = None if classes is None else classes.names
         self._texts = classes.texts if head == "zero_shot" and classes is not None else None
         self._tower, self._features, self._label_smoothing = tower, features, label_smoothing
         encoder = model.image_encoder if tower == "image" else model.text_encoder
@@ -153,7 +153,7 @@ class Classification(nn.Module):
         return shown
 
     def _name(self, label: int) -> str:
-        return str(label) if self.names is None else self.names[label]
+        return str(label) if self.class_names is None else self.class_names[label]
 
     def _logits(self, encodings: Encodings) -> Tensor:
         (stream,) = self.streams

@@ -27,6 +27,7 @@ from mmpretrain.data.source import Fingerprint
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
 from mmpretrain.models.huggingface import CONFIG_FILE
+from mmpretrain.objectives.base import hooks_of
 from mmpretrain.reporting import report
 from mmpretrain.reporting.progress import print_results
 from mmpretrain.reporting.records import read_intervals, read_results
@@ -199,7 +200,7 @@ def _keep(refusal: str, sources: Mapping[str, Path], kept: Path) -> None:
 
 
 def write_facts(setup: Setup, folder: Path) -> None:
-    """Write run.json, which the report reads: sizes of model and data, and the hardware that the run was last started on."""
+    """Write run.json: sizes of model and data and names of classes, and the hardware that the run was last started on."""
     parameters: Counter[str] = Counter()
     for name, parameter in setup.task.named_parameters():
         parameters[optim.tower_of(name)] += parameter.numel()
@@ -210,10 +211,12 @@ def write_facts(setup: Setup, folder: Path) -> None:
         }
         for name, stream in setup.streams.items()
     }
+    names = {name: hooks_of(objective).class_names for name, objective in setup.task.objectives.items()}
     is_gpu = setup.device.type == "cuda"
     facts = {
         "parameters": parameters,
         "data": data,
+        "classes": {name: list(of_objective) for name, of_objective in names.items() if of_objective is not None},
         "device": torch.cuda.get_device_name(setup.device) if is_gpu else str(setup.device),
         "processes": distributed.world_size(),
     }
