@@ -25,6 +25,7 @@ from mmpretrain.data.subset import select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluator
+from mmpretrain.evals.clip_prompts import PREFIX
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.evals.zero_shot import read_classes
 from mmpretrain.launchers import has_own_gpu
@@ -339,8 +340,10 @@ def build_eval_sets(
     return eval_sets
 
 
-def _local(classes: str, root: str | None) -> Path:
-    """Return the path of a class list. Raises: ValueError if it is remote."""
+def _local(classes: str, root: str | None) -> Path | str:
+    """Return the path of a class list, or `clip:NAME` as it is. Raises: ValueError if it is remote."""
+    if classes.startswith(PREFIX):
+        return classes
     path = classes if is_remote(classes) else os.path.join(root or "", classes)
     if is_remote(path):
         raise ValueError(f"classes is {path!r}; expected a file of this machine: copy it, and give its absolute path")
