@@ -17,6 +17,7 @@ from mmpretrain.config import checks, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
 from mmpretrain.config.schema import EvalSetConfig, LabelConfig, SplitConfig, StreamConfig, TrainConfig
 from mmpretrain.data.classes import Classes, read_classes
+from mmpretrain.data.clip_prompts import PREFIX
 from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.remote import is_remote
@@ -371,8 +372,10 @@ def _classes(data: LabelConfig, root: str | None) -> Classes | None:
     return read_classes(_local(data.classes, root), data.class_column, data.text_column, data.templates)
 
 
-def _local(classes: str, root: str | None) -> Path:
-    """Return the path of a class list. Raises: ValueError if it is remote."""
+def _local(classes: str, root: str | None) -> Path | str:
+    """Return the path of a class list, or `clip:NAME` as it is. Raises: ValueError if it is remote."""
+    if classes.startswith(PREFIX):
+        return classes
     path = classes if is_remote(classes) else os.path.join(root or "", classes)
     if is_remote(path):
         raise ValueError(f"classes is {path!r}; expected a file of this machine: copy it, and give its absolute path")

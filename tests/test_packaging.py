@@ -87,7 +87,8 @@ def test_wheel_holds_every_module_and_yaml(tmp_path: Path) -> None:
 
     modules = {name for name in names if re.fullmatch(r"(mmpretrain|data_tools|analysis)/.*\.py", name)}
     conf = {f"mmpretrain/{name}" for name in names if re.fullmatch(r"conf/(.*\.yaml|__init__\.py)", name)}
-    missing = (modules | conf) - packed
+    prompts = {name for name in names if name.startswith("mmpretrain/evals/prompts/")}
+    missing = (modules | conf | prompts) - packed
     assert not missing, f"not in the wheel (is an __init__.py missing?): {sorted(missing)}"
     assert not [name for name in packed if name.startswith(("tests/", "conf/"))]
 

@@ -150,13 +150,15 @@ class LabelConfig:
     label: str | None = None
     """Member that holds the label: cls (an integer) or json.<field> (an integer or a class's name); null: no labels."""
     classes: str | None = None
-    """Class list, in the order of the labels: a TSV with a header, or one name a line; relative to data.root."""
+    """Class list, in the order of the labels: a TSV with a header, or one name a line, relative to data.root; or clip:NAME,
+    the classes of a data set of CLIP's paper, such as clip:cifar10."""
     class_column: str = "label"
     """Column of the class list that holds the names."""
     text_column: str | None = None
     """Column of the class list that holds a text for each class, used as it is; null: templates."""
     templates: Any = "openai"
-    """Prompts for class names: `openai` or `simple` (open_clip's sets), or a list of sentences with {} for the name."""
+    """Prompts for class names: `openai` or `simple` (open_clip's sets), clip:NAME, such as clip:cifar10, or a list of
+    sentences with {} for the name."""
 
 
 @dataclass
@@ -209,7 +211,8 @@ class SplitConfig:
     """Samples that an evaluator learns from: either `shards` or `source`."""
 
     shards: Any = None
-    """Tars of the training split, with the same fields, for linear_probe, knn and few_shot; null: these do not apply."""
+    """Tars of the training split, with the same fields, for linear_probe, knn, few_shot and text_classification; null:
+    these do not apply."""
     source: dict[str, Any] | None = None
     """Samples of the training split that are stored otherwise, instead of `shards`."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import open_clip
 
+from mmpretrain.data.clip_prompts import PREFIX, clip_prompts
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import read_label
 from mmpretrain.data.source import SampleSource
@@ -32,18 +33,30 @@ class Classes:
 
 
 def read_classes(
-    path: Path, class_column: str = "label", text_column: str | None = None, templates: str | Sequence[str] = "openai"
+    path: Path | str,
+    class_column: str = "label",
+    text_column: str | None = None,
+    templates: str | Sequence[str] = "openai",
 ) -> Classes:
-    """Read the classes of a file: a TSV with a header, or one name per line.
+    """Read the classes of a file: a TSV with a header, or one name per line; or those of a data set of CLIP's paper.
 
     Args:
-        path: path of the file; the order of its lines is the order of the labels.
+        path: path of the file, whose lines are in the order of the labels; or `clip:NAME` (see `clip_prompts`).
         class_column: column of the TSV with the class names.
         text_column: column of the TSV with a text for each class, which is used without templates.
-        templates: `openai` or `simple` (sets of open_clip), or sentences with `{}` as placeholder of the class name.
+        templates: `openai` or `simple` (sets of open_clip), `clip:NAME`, or sentences with `{}` as placeholder of the name.
 
-    Raises: ValueError for a missing file, column or value, an empty file, or unknown templates.
+    Raises: ValueError for a missing file, column or value, an empty file, or an unknown data set or unknown templates.
     """
+    if str(path).startswith(PREFIX):
+        if text_column:
+            raise ValueError(f"text_column is {text_column!r}, but {path} has no columns; expected null")
+        names_of = clip_prompts(str(path), "classes").names
+        fills = _templates(templates)
+        return Classes(
+            [names[0] for names in names_of], [[fill(name) for name in names for fill in fills] for names in names_of]
+        )
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -70,9 +83,11 @@ def read_classes(
 
 
 def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
+    if isinstance(templates, str) and templates.startswith(PREFIX):
+        templates = clip_prompts(templates, "templates").templates
     if isinstance(templates, str):
         if templates not in _TEMPLATE_SETS:
-            known = ", ".join(_TEMPLATE_SETS)
+            known = ", ".join([*_TEMPLATE_SETS, f"{PREFIX}NAME"])
             raise ValueError(
                 f"templates is {templates!r}; expected {known}, or a list of sentences with {{}} for the name"
             )

@@ -84,6 +84,11 @@ class Context:
         return [name for name, data in self.sets.items() if data.caption is not None]
 
     @property
+    def text_sets(self) -> list[str]:
+        """Names of the data sets with captions and without images; with a text encoder alone, all with captions."""
+        return [name for name in self.captioned_sets if name not in self.image_sets]
+
+    @property
     def pair_sets(self) -> list[str]:
         """Names of the data sets with images and captions."""
         return [name for name in self.captioned_sets if name in self.image_sets]
@@ -112,6 +117,12 @@ class Context:
         """Names of the data sets with images, labels and a training split."""
         return [name for name in self.labelled_sets if self.sets[name].train is not None]
 
+    @property
+    def trainable_text_sets(self) -> list[str]:
+        """Names of the data sets with captions, labels and a training split, and without images."""
+        labelled = [name for name in self.text_sets if self.sets[name].label is not None]
+        return [name for name in labelled if self.sets[name].train is not None]
+
     def embedded(self, name: str) -> Embedded:
         """Return the embeddings of the data set `name`. The first call is a collective."""
         if name not in self._embedded:
@@ -124,7 +135,10 @@ class Context:
         if split not in self._embedded:
             data = self.sets[name]
             assert data.train is not None
-            self._embedded[split] = self._embed(replace(data, name=split, shards=data.train, caption=None, train=None))
+            caption = data.caption if name in self.text_sets else None
+            self._embedded[split] = self._embed(
+                replace(data, name=split, shards=data.train, caption=caption, train=None)
+            )
         return self._embedded[split]
 
     def _embed(self, data: EvalSet) -> Embedded:

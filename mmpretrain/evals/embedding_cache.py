@@ -20,7 +20,7 @@ from mmpretrain.evals.embeddings import Embedded, EvalSet, tell_refused
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
-_TENSORS = ("images", "features", "texts", "samples", "pairs", "labels")
+_TENSORS = ("images", "features", "texts", "text_features", "samples", "pairs", "labels")
 
 
 class EmbeddingCache:
@@ -63,7 +63,8 @@ class EmbeddingCache:
     def _key(self, data: EvalSet, batch_size: int, device: torch.device) -> str:
         preprocess = None if data.preprocess is None else vars(data.preprocess)
         parts = {
-            "version": __version__, "model": self._model, "device": device.type, "batch_size": batch_size,
+            "version": __version__, "tensors": _TENSORS, "model": self._model, "device": device.type,
+            "batch_size": batch_size,
             "data": str(data.shards.fingerprint), "preprocess": preprocess, "caption": data.caption, "label": data.label,
             "fields": dict(data.fields), "classes": None if data.classes is None else list(data.classes.names),
         }  # fmt: skip

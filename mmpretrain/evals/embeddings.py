@@ -65,6 +65,7 @@ class Embedded:
     - `images`: image embeddings of unit length, float32 [n, e].
     - `features`: pooled states of the image encoder, before the projection, float32 [n, width].
     - `texts`: embeddings of the distinct texts, of unit length, float32 [m, e].
+    - `text_features`: pooled states of the text encoder, before the projection, float32 [m, width].
     - `captions`: the distinct texts [m].
     - `samples`: index of each image's sample in the data set, int64 [n].
     - `pairs`: indices (image, text) of matching pairs, int64 [p, 2].
@@ -76,6 +77,7 @@ class Embedded:
     images: Tensor
     features: Tensor
     texts: Tensor
+    text_features: Tensor
     captions: Sequence[str]
     samples: Tensor
     pairs: Tensor
@@ -170,18 +172,24 @@ def embed_texts(
     The result is [m, 0] if the model has no text encoder. `check_stop` is called before each batch, equally often on all
     ranks.
     """
+    rows = [rows for rows, _ in _text_batches(model, tokenizer, texts, batch_size, check_stop)]
+    return _gathered(rows, len(texts), model.text_embed_dim, model.device)
+
+
+def _text_batches(
+    model: ImageTextModel, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int, check_stop: CheckStop
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Yield (embeddings float32 [k, e], pooled states float32 [k, width]) of this rank's share of the texts."""
     if model.text is None:
-        return torch.zeros(len(texts), 0, device=model.device)
+        return
     mine = texts[distributed.share(len(texts))]
-    parts = []
     for i in range(_num_batches(len(texts), batch_size)):
         check_stop()
         if not (some := mine[i * batch_size : (i + 1) * batch_size]):
             continue
         ids, lengths = tokenizer(some)
-        parts.append(model.embed_texts(ids, lengths, packed(lengths, ids.shape[1])).float())
-    local = torch.cat(parts) if parts else torch.zeros(0, model.text_embed_dim, device=model.device)
-    return distributed.gather_ragged_rows(local)
+        pooled = model.pool_texts(ids, lengths, packed(lengths, ids.shape[1]))
+        yield model.embed_pooled_texts(pooled).float(), pooled.float()
 
 
 def _num_batches(count: int, batch_size: int) -> int:
@@ -240,10 +248,13 @@ def embed(
     distinct = {text: None for texts in all_captions for text in texts}
     number = {text: i for i, text in enumerate(distinct)}
     pairs = [(i, number[text]) for i, texts_of in enumerate(all_captions) for text in texts_of]
+    text_rows = list(_text_batches(model, tokenizer, list(distinct), batch_size, check_stop))
+    text_width = 0 if model.text is None else model.text.width
     return Embedded(
         images=_gathered(images, len(all_values), model.image_embed_dim, device),
         features=_gathered(features, len(all_values), _image_width(model), device),
-        texts=embed_texts(model, tokenizer, list(distinct), batch_size, check_stop),
+        texts=_gathered([rows for rows, _ in text_rows], len(distinct), model.text_embed_dim, device),
+        text_features=_gathered([pooled for _, pooled in text_rows], len(distinct), text_width, device),
         captions=list(distinct),
         samples=torch.tensor([sample for part in gathered for sample in part[2]], dtype=torch.int64),
         pairs=torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2),

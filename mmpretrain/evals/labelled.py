@@ -10,7 +10,9 @@ from mmpretrain.evals.base import Context
 from mmpretrain.evals.embeddings import Embedded
 
 Features = Literal["pooled", "embedding"]
-"""Which features of an image: the encoder's pooled states before the projection, or its embedding of unit length."""
+"""Which features of a sample: the encoder's pooled states before the projection, or its embedding of unit length."""
+Tower = Literal["image", "text"]
+"""Encoder of the features. A sample with several texts has the features of its first one."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LabelledSplits:
     num_classes: int
 
     @classmethod
-    def of(cls, name: str, context: Context, features: Features) -> "LabelledSplits":
+    def of(cls, name: str, context: Context, features: Features, tower: Tower = "image") -> "LabelledSplits":
         """Embed both splits of the data set `name`. A collective.
 
         Raises: UsageError if the training split has a single class.
@@ -36,8 +38,12 @@ class LabelledSplits:
                 f"data.val.{name}.train has samples of {len(present)} class; expected several, as data.val.{name}.label says"
             )
         num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-        return cls(_features(train, features), train.labels, _features(test, features), test.labels, num_classes)
+        train_features, test_features = (_features(split, features, tower) for split in (train, test))
+        return cls(train_features, train.labels, test_features, test.labels, num_classes)
 
 
-def _features(embedded: Embedded, features: Features) -> Tensor:
-    return embedded.features if features == "pooled" else embedded.images
+def _features(embedded: Embedded, features: Features, tower: Tower) -> Tensor:
+    if tower == "image":
+        return embedded.features if features == "pooled" else embedded.images
+    texts = embedded.text_features if features == "pooled" else embedded.texts
+    return texts[embedded.first_texts]

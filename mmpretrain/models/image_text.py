@@ -167,8 +167,17 @@ class ImageTextModel(nn.Module):
 
         Without image encoder they are the pooled states, as in `embed_images`.
         """
+        return self.embed_pooled_texts(self.pool_texts(ids, lengths, packing))
+
+    @torch.no_grad()
+    def pool_texts(self, ids: Tensor, lengths: Tensor, packing: Packing | None = None) -> Tensor:
+        """Return the pooled states [b, width] of texts, before the projection, without gradients."""
         packing = None if packing is None else packing.map(lambda tensor: tensor.to(self.device))
-        pooled = self.encode_text(ids.to(self.device), lengths.to(self.device), packing).pooled
+        return self.encode_text(ids.to(self.device), lengths.to(self.device), packing).pooled
+
+    @torch.no_grad()
+    def embed_pooled_texts(self, pooled: Tensor) -> Tensor:
+        """Return the embeddings [b, e] of texts with pooled states [b, width], as `embed_texts` does."""
         return self.project_text(pooled) if self._is_projected(self.text_projection) else _unit(pooled)
 
     def project_image(self, pooled: Tensor) -> Tensor:

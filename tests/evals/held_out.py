@@ -80,6 +80,7 @@ def embedded(images: Tensor, texts: Tensor, pairs: Sequence[tuple[int, int]]) ->
         images=F.normalize(images, dim=-1),
         features=images,
         texts=F.normalize(texts, dim=-1),
+        text_features=texts,
         captions=[f"text {number}" for number in range(len(texts))],
         samples=torch.arange(len(images)),
         pairs=torch.tensor(pairs),
