@@ -98,7 +98,7 @@ def _scores(name: str, values: Sequence[Any]) -> Tensor:
     for value in values:
         try:
             scores.append(float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             scores.append(math.nan)
         if not math.isfinite(scores[-1]):
             raise UsageError(f"data.val.{name}.fields.similarity: {value!r}; expected a number")
