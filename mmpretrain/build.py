@@ -403,7 +403,10 @@ def build_evaluation(
     context = Context(
         model=task.model,
         tokenizer=tokenizer,
-        sets=build_eval_sets(cfg.data.val, cfg.data.root, task.model, cfg.data.max_image_bytes, cfg.data),
+        # Experiments without evaluators may lack held-out data.
+        sets=build_eval_sets(
+            cfg.data.val if cfg.eval else {}, cfg.data.root, task.model, cfg.data.max_image_bytes, cfg.data
+        ),
         logit_scale=task.logit_scale,
         batch_size=cfg.data.val_batch_size,
         workers=own_cores() if cfg.data.workers == "auto" else cfg.data.workers,

@@ -38,11 +38,12 @@ class LabelledSplits:
                 f"data.val.{name}.train has samples of {len(present)} class; expected several, as data.val.{name}.label says"
             )
         num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-        train_features, test_features = (_features(split, features, tower) for split in (train, test))
+        train_features, test_features = (features_of(split, features, tower) for split in (train, test))
         return cls(train_features, train.labels, test_features, test.labels, num_classes)
 
 
-def _features(embedded: Embedded, features: Features, tower: Tower) -> Tensor:
+def features_of(embedded: Embedded, features: Features, tower: Tower) -> Tensor:
+    """Return the features of an embedded data set, float32 [n, d]."""
     if tower == "image":
         return embedded.features if features == "pooled" else embedded.images
     texts = embedded.text_features if features == "pooled" else embedded.texts

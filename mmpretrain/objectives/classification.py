@@ -82,7 +82,7 @@ class Classification(nn.Module):
         self.streams = (stream,)
         self.class_names = None if classes is None else classes.names
         self._texts = classes.texts if head == "zero_shot" and classes is not None else None
-        self._tower, self._features, self._label_smoothing = tower, features, label_smoothing
+        self.tower, self.features, self._label_smoothing = tower, features, label_smoothing
         encoder = model.image_encoder if tower == "image" else model.text_encoder
         self.dropout = nn.Dropout(dropout)
         is_pooled = features == "pooled"
@@ -125,7 +125,7 @@ class Classification(nn.Module):
         features = self.dropout(features.to(self.head.weight.dtype))
         with torch.autocast(features.device.type, enabled=False):
             logits: Tensor = self.head(features)
-        return logits * self.logit_scale.exp() if self._features == "embedding" else logits
+        return logits * self.logit_scale.exp() if self.features == "embedding" else logits
 
     def loss(self, encodings: Encodings) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the cross-entropy over the samples, and the number of right predictions as `accuracy`."""
@@ -157,10 +157,10 @@ class Classification(nn.Module):
 
     def _logits(self, encodings: Encodings) -> Tensor:
         (stream,) = self.streams
-        if self._features == "pooled":
-            encoding = encodings.image(stream) if self._tower == "image" else encodings.text(stream)
+        if self.features == "pooled":
+            encoding = encodings.image(stream) if self.tower == "image" else encodings.text(stream)
             return self.logits(encoding.pooled)
-        embed = encodings.image_embedding if self._tower == "image" else encodings.text_embedding
+        embed = encodings.image_embedding if self.tower == "image" else encodings.text_embedding
         return self.logits(embed(stream))
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -64,7 +64,10 @@ def test_a_plain_list_has_one_name_a_line(tmp_path: Path) -> None:
     [
         ({"class_column": "lable"}, r"classes.tsv has no column 'lable'; it has: id, label, name, text$"),
         ({"text_column": "txt"}, r"classes.tsv has no column 'txt'; it has: id, label, name, text$"),
-        ({"templates": "opnai"}, r"^templates is 'opnai'; expected openai, simple, or a list of sentences with \{\}"),
+        (
+            {"templates": "opnai"},
+            r"^templates is 'opnai'; expected openai, simple, clip:NAME, or a list of sentences with \{\}",
+        ),
         ({"templates": ["a photo"]}, r"^templates is \['a photo'\]; expected sentences, each with \{\} where"),
         ({"templates": []}, r"^templates is \[\]; expected sentences"),
         ({"templates": 5}, r"^templates is 5; expected sentences"),

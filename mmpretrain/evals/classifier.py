@@ -1,0 +1,87 @@
+"""Accuracy of the classifiers that a model was trained with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmpretrain.errors import UsageError, check_number
+from mmpretrain.evals.base import Context
+from mmpretrain.evals.class_scores import class_scores, right_class_ranks
+from mmpretrain.evals.labelled import features_of
+from mmpretrain.objectives.classification import Classification
+from mmpretrain.scores import Score
+
+
+class Classifier:
+    """Score each objective `Classification` of the run on held-out data.
+
+    Args:
+        data: names of `data.val` to use; None uses each data set with labels, and images or texts as an objective reads.
+        chunk_size: number of samples classified at once; memory is proportional to chunk_size x number of classes.
+
+    Raises: UsageError if `chunk_size` is below 1.
+    """
+
+    towers = ()
+
+    def __init__(self, data: Sequence[str] | None = None, chunk_size: int = 4096) -> None:
+        check_number("chunk_size", chunk_size, at_least=1)
+        self.data = data
+        self.chunk_size = chunk_size
+
+    def applicable_datasets(self, context: Context) -> list[str]:
+        """Return the data sets with labels that an objective can classify."""
+        return [name for name in context.sets if _classifiers(name, context)]
+
+    def __call__(self, name: str, context: Context) -> dict[str, Score]:
+        """Return `<objective>_acc1`, `_acc5` and `_mean_per_class_recall`; `_acc5` of more than five classes alone.
+
+        Raises: UsageError if the data set has other classes than the objective.
+        """
+        embedded = context.embedded(name)
+        scores: dict[str, Score] = {}
+        for objective_name, objective in _classifiers(name, context).items():
+            self._check_classes(name, context, objective_name, objective, embedded.labels)
+            features = features_of(embedded, objective.features, objective.tower)
+            ranks = [
+                right_class_ranks(objective.logits(rows), labels)
+                for rows, labels in zip(features.split(self.chunk_size), embedded.labels.split(self.chunk_size))
+            ]
+            found = class_scores(torch.cat(ranks), embedded.labels, f"{objective_name}_")
+            if objective.num_classes <= 5:
+                del found[f"{objective_name}_acc5"]
+            scores |= found
+        return scores
+
+    def _check_classes(
+        self, name: str, context: Context, objective_name: str, objective: Classification, labels: Tensor
+    ) -> None:
+        classes = context.sets[name].classes
+        if classes is not None and objective.class_names is not None:
+            ours, theirs = list(objective.class_names), list(classes.names)
+            if ours != theirs:
+                place = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+                told = [repr(each[place]) if place < len(each) else "none" for each in (theirs, ours)]
+                raise UsageError(
+                    f"data.val.{name}.classes has {len(theirs)} classes with {told[0]} as number {place}, but "
+                    f"objective.{objective_name} was trained on {len(ours)} with {told[1]}; expected the same list: that of "
+                    "data.train"
+                )
+        elif len(labels) and int(labels.max()) >= objective.num_classes:
+            raise UsageError(
+                f"data.val.{name} has label {int(labels.max())}, but objective.{objective_name} predicts "
+                f"{objective.num_classes} classes; expected labels of the training data"
+            )
+
+
+def _classifiers(name: str, context: Context) -> dict[str, Classification]:
+    """Return the objectives that can classify the samples of a data set, by name."""
+    if context.sets[name].label is None:
+        return {}
+    towers = [tower for tower, sets in (("image", context.image_sets), ("text", context.text_sets)) if name in sets]
+    return {
+        key: each
+        for key, each in context.objectives.items()
+        if isinstance(each, Classification) and each.tower in towers
+    }
