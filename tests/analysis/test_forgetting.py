@@ -13,6 +13,7 @@ from PIL import Image
 from analysis.__main__ import main
 from analysis.forgetting import Pair, pairs_of, table
 from analysis.runs import Run, find_runs
+from tests import runs as commands
 from tests.analysis.test_compare import write_run
 
 OLD, NEW = "eval-val/acc1", "eval-new/acc1"
@@ -104,3 +105,25 @@ def test_wrong_use_is_told_in_one_line(
     assert main(["forgetting", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and told in line
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_replay_and_distillation_is_compared_with_its_first(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experiment continual_clip, on two sets that are the same here."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("emoji", "grocery"):
+        (data / name).symlink_to(pairs)
+    commands.trained(tmp_path, pairs, "trainer.duration=2steps", "run.dir=first")
+    settings = (
+        "experiment=continual_clip", "init_from=first", "objective=[infonce,distillation]", "trainer.duration=3steps",
+        "data.val.new={shards: grocery/val, label: null, classes: null, text_column: null}", "run.dir=second",
+    )  # fmt: skip
+    commands.trained(tmp_path, data, *settings)
+    assert main(["forgetting", str(tmp_path / "second")]) == 2, "init_from is relative to the folder of the run"
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    assert main(["forgetting", "second"]) == 0
+    assert "eval-val/image_retrieval_recall@1" in capsys.readouterr().out
