@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.interpolate import interpolate
 from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.config.schema import InterpolateConfig
+from mmpretrain.interpolate import run
 from mmpretrain.training.task import Task
 from tests import runs, tiny
 from tests.saved_runs import save_run
@@ -123,20 +126,23 @@ def test_a_run_begins_with_an_interpolated_checkpoint_and_does_not_resume_it(pai
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("given", "told"),
     [
-        (["checkpoints=[a]"], "checkpoints is ['a']; expected at least two"),
-        (["checkpoints=[a,b]", "alpha=2"], "alpha is 2; expected a number at least 0 and at most 1"),
-        (["checkpoints=[a,b]", "alpha=[x]"], "alpha is ['x']; expected a number or a list of them"),
-        (["checkpoints=[a,b,b]", "alpha=0.5"], "alpha is given with 3 checkpoints; expected two"),
-        (["checkpoints=[a,nowhere]"], "nowhere holds no checkpoint"),
-        (["checkpoints=[a,b]", "ema=true"], "has no averaged weights"),
+        ({"checkpoints": ["a"]}, r"checkpoints is \['a'\]; expected at least two"),
+        ({"alpha": 2}, r"alpha is 2; expected a number at least 0 and at most 1"),
+        ({"alpha": ["x"]}, r"alpha is \['x'\]; expected a number or a list of them"),
+        ({"alpha": []}, r"alpha is \[\]; expected a number or a list of them"),
+        ({"checkpoints": ["a", "b", "b"], "alpha": 0.5}, r"alpha is given with 3 checkpoints; expected two"),
+        ({"checkpoints": ["a", "nowhere"]}, r"nowhere holds no checkpoint"),
+        ({"ema": True}, r"has no averaged weights; expected a run with trainer.ema_decay"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_wrong_use_is_told_in_one_line(
+    given: dict[str, Any], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     save_two(tmp_path)
-    finished = runs.run("mmpretrain.interpolate", [*arguments, "output=out"], tmp_path)
-    assert finished.code == 2
-    (line,) = finished.errors
-    assert told in line
+    with pytest.raises(ValueError, match=told) as error:
+        run(InterpolateConfig(**{"checkpoints": ["a", "b"], "output": "out", "ema": False, **given}))
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

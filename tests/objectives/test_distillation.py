@@ -46,6 +46,7 @@ def test_a_model_of_one_encoder_is_refused(parts: dict[str, None]) -> None:
         Distillation(model, config_path="objective.keep")
 
 
+@pytest.mark.slow
 def test_a_run_is_held_to_the_weights_of_init_from_and_resumes_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
     first, whole, cut = (tmp_path / name for name in ("first", "whole", "cut"))
     for folder in (first, whole, cut):
