@@ -35,10 +35,15 @@ class Row:
 
     def cell(self, metric: str) -> str:
         """Return `mean ± sd`, or `-` without a value."""
-        mean, deviation = self.mean(metric), self.deviation(metric)
-        if mean is None:
-            return "-"
-        return f"{mean:.4f}" if deviation is None else f"{mean:.4f} ± {deviation:.4f}"
+        return cell(self.values.get(metric, ()))
+
+
+def cell(values: Sequence[float], sign: str = "") -> str:
+    """Return `mean ± sd` of the scores of several seeds, or `-` without one. With `sign` "+" positive means have a sign."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{sign}.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 def table(runs: Sequence[Run], metric: str | None) -> tuple[str, list[str], list[Row]]:

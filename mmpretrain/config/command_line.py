@@ -255,7 +255,8 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
 
     - `-m` may be given at any position and is moved to the front.
     - Options of groups are names: `debug=nan` names a preset, so `nan` is quoted; Hydra would read a number.
-    - A path may contain `=` and `,`, as names of runs do, and braces, as patterns of tars do. Such a path is quoted.
+    - A path may contain `=` and `,`, as names of runs do, and braces, as patterns of tars do. Such a path is quoted. In
+      the list `checkpoints` commas separate the paths.
     - `+data.train.NAME.KEY=` and `+data.val.NAME.KEY=` add a stream or a held-out data set. They are rewritten to add a
       whole dictionary, since Hydra cannot add part of one to a typed dictionary.
     - A schedule is quoted, and `config.resolve` parses it.
@@ -282,6 +283,8 @@ def hydra_arguments(arguments: Sequence[str]) -> list[str]:
         elif _PATHS.fullmatch(key):
             # Commas outside of brackets separate the values of a sweep; elsewhere they belong to the path.
             value = ",".join(map(_quoted_path, parts)) if is_sweep else _quoted_path(value)
+        elif key == "checkpoints" and re.fullmatch(r"\[.*\]", value):
+            value = f"[{','.join(map(_quoted_path, _parts(value[1:-1])))}]"
         if is_given and (added := _ADDED.fullmatch(key)):
             key = added["sets"]
             for name in reversed(added["inside"].split(".")):

@@ -21,7 +21,13 @@ from mmpretrain.config import schema
 from mmpretrain.config.instantiate import find
 
 CONF = Path(str(importlib.resources.files("mmpretrain.conf")))
-COMMANDS = {"train": "TrainConfig", "evaluate": "EvaluateConfig", "export": "ExportConfig", "embed": "EmbedConfig"}
+COMMANDS = {
+    "train": "TrainConfig",
+    "evaluate": "EvaluateConfig",
+    "export": "ExportConfig",
+    "embed": "EmbedConfig",
+    "interpolate": "InterpolateConfig",
+}
 GROUPS = (
     "objective",
     "model",

@@ -317,6 +317,16 @@ class ExportConfig:
 
 
 @dataclass
+class InterpolateConfig:
+    """Configuration of `python -m mmpretrain.interpolate`."""
+
+    checkpoints: list[str] = MISSING
+    alpha: Any = None
+    output: str = MISSING
+    ema: bool = MISSING
+
+
+@dataclass
 class EmbedConfig:
     """Configuration of `python -m mmpretrain.embed`."""
 
@@ -341,3 +351,4 @@ def register_schemas() -> None:
     store.store("evaluate_schema", EvaluateConfig)
     store.store("export_schema", ExportConfig)
     store.store("embed_schema", EmbedConfig)
+    store.store("interpolate_schema", InterpolateConfig)

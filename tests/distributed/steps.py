@@ -25,6 +25,7 @@ from mmpretrain.objectives.base import Objective
 from mmpretrain.objectives.captioning import Captioning
 from mmpretrain.objectives.causal_lm import CausalLM
 from mmpretrain.objectives.classification import Classification
+from mmpretrain.objectives.distillation import Distillation
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.mlm import MLM
@@ -99,9 +100,20 @@ def make_task(objectives: tuple[str, ...], text_dropout: float = 0.0, **image_ar
         "prototypical": lambda: Prototypical(model, shots=2),
         "simclr": lambda: SimCLR(model, hidden_width=20, embed_dim=6),
         "simclr_layer": lambda: SimCLR(model, hidden_width=20, embed_dim=6, norm="layer"),
+        "distillation": lambda: distillation(model),
     }
     parts: dict[str, Objective] = {name: makers[name]() for name in objectives}
     return Task(model, parts).double()
+
+
+def distillation(model: ImageTextModel) -> Distillation:
+    """Distillation to other weights than the model's, since there would be no gradient where it begins."""
+    objective = Distillation(model)
+    teacher = objective.teacher.state_dict()
+    objective.teacher.load_state_dict(
+        {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in teacher.items()}
+    )
+    return objective
 
 
 def make_samples(rows: Tensor, batch_size: int = BATCH_SIZE) -> Samples:

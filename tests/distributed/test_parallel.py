@@ -37,6 +37,7 @@ MIXES = {
     "slip": ("infonce", "simclr_layer"),
     "clip_mae_mlm": ("infonce", "mae_images", "mlm_texts"),
     "coca": ("infonce", "coca"),
+    "continual": ("infonce", "distillation"),
 }
 
 

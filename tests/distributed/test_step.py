@@ -52,6 +52,8 @@ MIXES = [
     ("simclr_layer",),
     ("flip",),
     ("flip_block",),
+    ("distillation",),
+    ("infonce", "distillation"),
     ("infonce", "mae"),
     ("flip", "mae_images", "mlm_texts"),
     ("infonce", "mae", "mlm"),

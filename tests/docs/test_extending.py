@@ -62,7 +62,7 @@ def run_page(page: str, folder: Path, pairs: Path, *overrides: str, model: tuple
 
 def test_an_objective_with_a_teacher_and_a_coupled_one(pairs: Path, tmp_path: Path) -> None:
     run_page("objective", tmp_path, pairs, "trainer.micro_batch_size=8")
-    for run, name in (("run", "distillation"), ("run1", "barlow_twins")):
+    for run, name in (("run", "mean_teacher"), ("run1", "barlow_twins")):
         losses = [record[f"train/{name}_loss"] for record in runs.records(tmp_path / run) if "train/loss" in record]
         assert len(losses) == 6 and all(map(math.isfinite, losses))
 

@@ -1,5 +1,6 @@
 """The classifier that a run has trained, on held-out data; and as its checkpoint gives it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_accuracy_is_that_of_the_objectives_logits(tmp_path: Path, features: str
 def test_texts_are_classified_by_the_text_encoder(tmp_path: Path) -> None:
     model = make_model()
     ours = objective(model, tower="text")
-    data = make_set(tmp_path, label="json.label", classes=CLASSES, preprocess=None)
+    data = replace(make_set(tmp_path, label="json.label", classes=CLASSES), preprocess=None)
     context = make_context(model, data, build_objectives=lambda: {"own": ours})
     scores = evaluate({"classifier": Classifier()}, context)
     embedded = context.embedded("val")
@@ -79,9 +80,7 @@ def test_other_classes_are_told(tmp_path: Path) -> None:
     ours = objective(model)
     data = make_set(tmp_path, caption=None, label="cls", classes=other)
     context = make_context(model, data, build_objectives=lambda: {"own": ours})
-    with pytest.raises(
-        UsageError, match=r"classes has 3 classes with 'elk' as number 1, but objective\.own was trained on 3"
-    ):
+    with pytest.raises(UsageError, match=r"classes has 3 classes with .elk. as number 1, but objective\.own was"):
         evaluate({"classifier": Classifier()}, context)
     few = objective(model, classes=None, num_classes=2)
     context = make_context(model, make_set(tmp_path, caption=None, label="cls"), build_objectives=lambda: {"own": few})

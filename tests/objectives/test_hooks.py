@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 
-class Distillation(nn.Module):
+class MeanTeacher(nn.Module):
     """Follow an average of one's own image encoder: the sum over images of 1 - <x_i, teacher(x_i)>."""
 
     def __init__(self, model, decay: float = 0.9, stream: str = "pairs") -> None:
@@ -51,8 +51,8 @@ class Distillation(nn.Module):
         return (1 - torch.cosine_similarity(found, target, dim=-1)).sum()
 '''
 TEACHER_YAML = """
-distillation:
-  _target_: teacher.Distillation
+mean_teacher:
+  _target_: teacher.MeanTeacher
   weight: 1.0
 """
 
@@ -60,9 +60,9 @@ distillation:
 def train(folder: Path, pairs: Path, *overrides: str) -> runs.Finished:
     (folder / "teacher.py").write_text(TEACHER)
     (folder / "conf" / "objective").mkdir(parents=True, exist_ok=True)
-    (folder / "conf" / "objective" / "distillation.yaml").write_text(TEACHER_YAML)
+    (folder / "conf" / "objective" / "mean_teacher.yaml").write_text(TEACHER_YAML)
     search = f"hydra.searchpath=[file://{folder}/conf]"
-    settings = ("objective=[infonce,distillation]", "schedule=constant", "checkpoint.keep_last=0", *overrides)
+    settings = ("objective=[infonce,mean_teacher]", "schedule=constant", "checkpoint.keep_last=0", *overrides)
     return runs.train(folder, f"data.root={pairs}", search, *settings, environment={"PYTHONPATH": str(folder)})
 
 
@@ -85,7 +85,7 @@ def test_a_teacher_starts_from_loaded_weights_follows_each_step_and_resumes(pair
     teacher = start[f"model.image.{name}"]
     for step in steps:
         teacher = torch.lerp(teacher, step[f"model.image.{name}"], torch.tensor(1 - 0.9))
-        torch.testing.assert_close(step[f"objectives.distillation.teacher.{name}"], teacher)
+        torch.testing.assert_close(step[f"objectives.mean_teacher.teacher.{name}"], teacher)
 
     assert train(cut, pairs, *overrides, "trainer.duration=2steps").code == 0
     assert train(cut, pairs, *overrides, "trainer.duration=4steps").code == 0

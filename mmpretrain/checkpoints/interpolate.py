@@ -1,0 +1,102 @@
+"""Interpolation of checkpoints of one model in the space of weights: WiSE-FT and model soups."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmpretrain import files
+from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.load import find
+from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER
+from mmpretrain.config import config_yaml
+
+Tensors = Mapping[str, Tensor]
+
+
+def interpolate(checkpoints: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return the weighted sum of the weights of several checkpoints.
+
+    theta = sum_k w_k theta_k
+
+    With the weights (1 - alpha, alpha) of two checkpoints it is WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903, section 3),
+    with 1/n of n checkpoints a uniform model soup (Wortsman et al. 2022, arXiv:2203.05482, section 2). Parameters are
+    interpolated as they are stored, `logit_scale` as a logarithm. Sums are in float64. Integers are those of the last one.
+
+    Args:
+        checkpoints: theta_k, tensors by name: `model.*` and `objectives.*`. Those of objectives that not all checkpoints have
+            are left out.
+        weights: w_k, one for each checkpoint.
+
+    Returns: tensors by name, with the dtypes of the last checkpoint.
+    Raises: ValueError if the checkpoints have different models.
+    """
+    last = checkpoints[-1]
+    for other in checkpoints[:-1]:
+        _check_same_model(other, last)
+    names = [name for name, tensor in last.items() if all(_shape(name, other) == tensor.shape for other in checkpoints)]
+    return {
+        name: sum(
+            (weight * other[name].double() for weight, other in zip(weights, checkpoints, strict=True)),
+            torch.zeros((), dtype=torch.float64),
+        ).to(last[name].dtype)
+        if last[name].is_floating_point()
+        else last[name]
+        for name in names
+    }
+
+
+def _shape(name: str, tensors: Tensors) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
+
+
+def _check_same_model(given: Tensors, expected: Tensors) -> None:
+    """Raises: ValueError that names the first tensor of the model whose shape differs."""
+    names = sorted(name for name in {*given, *expected} if name.startswith("model."))
+    wrong = [name for name in names if _shape(name, given) != _shape(name, expected)]
+    if wrong:
+        shapes = [
+            "absent" if shape is None else list(shape) for shape in (_shape(wrong[0], t) for t in (given, expected))
+        ]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"the checkpoints are not of one model: {wrong[0]} is {shapes[0]} in one and {shapes[1]} in another{more}; "
+            "expected runs of the same model"
+        )
+
+
+def read(checkpoints: Sequence[str | Path], ema: bool = False) -> list[Tensors]:
+    """Return the tensors of runs or checkpoints, or with `ema` their averaged weights.
+
+    Raises: ValueError if one has no valid checkpoint or no averaged weights.
+    """
+    paths = [find(each)[1] for each in checkpoints]
+    for path in paths:
+        if ema and not store.has(path, "ema"):
+            raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
+    return [store.load_tensors(path, "ema" if ema else "model") for path in paths]
+
+
+def write(tensors: Tensors, like: str | Path, folder: Path) -> Path:
+    """Write a run's directory with one checkpoint, which other commands load, but no run resumes.
+
+    Args:
+        tensors: the checkpoint's tensors.
+        like: run or checkpoint whose configuration, tokenizer and number of samples seen are copied.
+        folder: new directory.
+
+    Returns: the checkpoint's folder.
+    Raises: ValueError if the directory has checkpoints already.
+    """
+    if (folder / "checkpoints").exists():
+        raise ValueError(f"{folder} has checkpoints already; expected a new folder: output=...")
+    source, path = find(like)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / "config.yaml", config_yaml.to_yaml(config_yaml.read(source / "config.yaml")))
+    for name in (TOKENIZER_FOLDER, HUGGINGFACE_FOLDER):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name, symlinks=True, dirs_exist_ok=True)
+    state = {"samples": store.load_state(path).get("samples", 0)}
+    return store.save(folder / "checkpoints", 0, {"model": tensors, "optimizer": {}}, state, keep_last=0)
