@@ -125,6 +125,6 @@ def _ratio(sums: Tensor, counts: Tensor) -> Score:
 
 def _exp(score: Score) -> Score:
     def exp(value: float) -> float:
-        return math.exp(value) if value < math.log(float("1e300")) else math.inf
+        return math.exp(value) if value < 700 else math.inf  # exp(710) overflows
 
     return Score(exp(score), {unit: (exp(low), exp(high)) for unit, (low, high) in score.intervals.items()})

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from mmpretrain.batch import Batch, Samples
@@ -15,6 +17,7 @@ from mmpretrain.config import config_yaml, instantiate
 from mmpretrain.data.tokenizer import ClipTokenizer
 from mmpretrain.objectives.base import hooks_of
 from mmpretrain.training.task import Encodings, Task
+from tests.checkpoints.test_fuzz_run_directory import damage_value
 from tests.saved_runs import MODEL, save_run
 
 OBJECTIVES = "mmpretrain.objectives"
@@ -127,3 +130,18 @@ def test_an_objective_of_ones_own_is_loaded_once_its_module_is_trusted(
         load_checkpoint(tmp_path / "run").objectives  # noqa: B018
     (mine,) = load_checkpoint(tmp_path / "run", trust=["own_heads"]).objectives.values()
     assert isinstance(mine, nn.Module) and type(mine).__name__ == "Mine"
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_damaged_objectives_are_built_or_refused_in_one_line(saved_heads: Path, data: st.DataObject) -> None:
+    before = (saved_heads / "config.yaml").read_text()
+    plain = config_yaml.from_yaml(before)
+    plain["objective"] = damage_value(data, plain["objective"])
+    try:
+        (saved_heads / "config.yaml").write_text(yaml.safe_dump(plain))
+        load_checkpoint(saved_heads).objectives  # noqa: B018
+    except ValueError as error:
+        assert "\n" not in str(error)
+    finally:
+        (saved_heads / "config.yaml").write_text(before)
