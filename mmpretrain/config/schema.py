@@ -174,14 +174,17 @@ class SplitConfig:
 
 @dataclass
 class EvalSetConfig:
-    """One held-out data set: either `shards` or `source`."""
+    """One held-out data set: `shards`, `source` or `wds`."""
 
     shards: Any = None
     """Tars: a file, a folder, a glob or brace pattern, or a list of them."""
     source: dict[str, Any] | None = None
     """Samples that are stored otherwise, instead of `shards`; see `data.train.<stream>.source`."""
+    wds: str | None = None
+    """Folder in CLIP_benchmark's WebDataset layout, relative to data.root, with `test/*.tar`, `classnames.txt` and the like.
+    It gives shards, caption or label, classes, templates and train; `templates` counts where it has none."""
     caption: str | None = None
-    """Member that holds the captions: txt or json.<field>; null: no retrieval."""
+    """Member that holds the captions: txt, txt.lines (one a line) or json.<field>; null: no retrieval."""
     label: str | None = None
     """Member that holds the label: cls (an integer) or json.<field> (an integer or a class's name); null: no zero-shot."""
     classes: str | None = None
@@ -251,6 +254,9 @@ class EvalDataConfig(StorageOptions):
     root: str | None = None
     workers: int = MISSING
     val: dict[str, EvalSetConfig] = field(default_factory=dict)
+    suite: str | None = None
+    """Folder of folders in CLIP_benchmark's WebDataset layout, such as wds_cifar10: each of them is a data set, besides those
+    of data.val."""
     val_batch_size: int | None = MISSING
 
 

@@ -60,6 +60,11 @@ def read_classes(
         raise ValueError(f"{path} names no class; expected at least one")
     if own_texts:
         return Classes(names, [[text] for text in own_texts])
+    return classes_named(names, templates)
+
+
+def classes_named(names: Sequence[str], templates: str | Sequence[str]) -> Classes:
+    """Return classes with a text of each template, as `read_classes` does. Raises: ValueError for unknown templates."""
     return Classes(names, [[fill(name) for fill in _templates(templates)] for name in names])
 
 
