@@ -255,8 +255,6 @@ class EvalDataConfig(StorageOptions):
     workers: int = MISSING
     val: dict[str, EvalSetConfig] = field(default_factory=dict)
     suite: str | None = None
-    """Folder of folders in CLIP_benchmark's WebDataset layout, such as wds_cifar10: each of them is a data set, besides those
-    of data.val."""
     val_batch_size: int | None = MISSING
 
 
