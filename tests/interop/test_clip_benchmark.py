@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -16,41 +15,17 @@ from mmpretrain.config.schema import EvalDataConfig, EvaluateConfig, Precision
 from mmpretrain.interop import clip_benchmark as interop
 from tests.checkpoints.test_foreign import write_open_clip
 from tests.saved_runs import save_run
-from tests.tars import encode, smooth_pixels, write_tar
+from tests.suites import write_suite
 
 pytest.importorskip("clip_benchmark")
 
-NAMES = ["cat", "dog", "ant", "old bus", "red car", "sea", "tree"]
 KS = (1, 5, 10)
 EVALUATORS = {"zero_shot": "zero_shot.ZeroShot", "retrieval": "retrieval.Retrieval"}
 
 
-def image(seed: int) -> bytes:
-    """A small image of a few colours, so that random weights tell images apart."""
-    pixels = smooth_pixels(32, 36, seed) // 2 + np.random.default_rng(seed).integers(0, 128, 3, dtype=np.uint8)
-    return encode(pixels.astype(np.uint8), "PNG")
-
-
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 images of 7 classes; 40 images with one to three captions of their own; and 12 with captions of many images."""
-    folder = tmp_path_factory.mktemp("suite")
-    labelled = [{"png": image(i), "cls": str(i * i % 7)} for i in range(60)]
-    texts = [[f"{'very ' * (i % 3)}number {i} of kind {j}" for j in range(i % 3 + 1)] for i in range(40)]
-    captioned = [{"png": image(100 + i), "txt": "\n".join(each)} for i, each in enumerate(texts)]
-    shared = [{"png": image(200 + i // 2), "txt": f"text {i // 4}"} for i in range(12)]
-    for name, samples in (("labelled", labelled), ("captioned", captioned), ("shared", shared)):
-        test = folder / f"wds_{name}" / "test"
-        test.mkdir(parents=True)
-        write_tar(test / "0.tar", samples[:10])
-        write_tar(test / "1.tar", samples[10:], 10)
-        (test / "nshards.txt").write_text("2\n")
-        if name != "labelled":
-            (test.parent / "dataset_type.txt").write_text("retrieval\n")
-    (folder / "wds_labelled" / "classnames.txt").write_text("\n".join(NAMES))
-    templates = "a photo of a {c}.\nmy {c}, my {c}\n"
-    (folder / "wds_labelled" / "zeroshot_classification_templates.txt").write_text(templates)
-    return folder
+    return write_suite(tmp_path_factory.mktemp("suite"))
 
 
 @pytest.fixture(scope="module", params=["run", "open_clip"])
@@ -120,13 +95,14 @@ def test_only_ours_know_texts_that_several_images_share(checkpoint: str, suite: 
 @pytest.mark.slow
 def test_ties_count_for_the_model_at_clip_benchmark_alone(tmp_path: Path, suite: Path) -> None:
     task = save_run(tmp_path / "run")
-    constant = {"model.image_projection.weight": 0.0, "model.text_projection.weight": 0.0}
     with torch.no_grad():
-        for name, value in constant.items():
-            task.state_dict()[name].fill_(value)
-    store.save(tmp_path / "run" / "checkpoints", 6, {"model": task.state_dict()}, {"samples": 0}, keep_last=0)
+        for projection in (task.model.image_projection, task.model.text_projection):
+            assert projection is not None
+            projection.weight.zero_()
+    parts = {"model": task.state_dict(), "optimizer": {"x/step": torch.ones(())}}
+    store.save(tmp_path / "run" / "checkpoints", 6, parts, {"samples": 0}, keep_last=0)
     scores = ours(str(tmp_path / "run"), suite)
-    assert theirs(str(tmp_path / "run"), suite, "labelled")["acc5"] > 0.5
+    assert theirs(str(tmp_path / "run"), suite, "labelled")["acc5"] > 0
     assert theirs(str(tmp_path / "run"), suite, "captioned")["text_retrieval_recall@10"] > 0
     assert scores["eval-labelled/acc5"] == scores["eval-captioned/text_retrieval_recall@10"] == 0
 
