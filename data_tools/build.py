@@ -10,15 +10,16 @@ from itertools import chain
 from pathlib import Path
 
 from data_tools.classes import MAX_INTEGER_CLASSES, Classes, classes_of, one_line, read_classes, write_classes
-from data_tools.coco import read_coco
 from data_tools.images import ImageOptions, check_image, encode_image, read_image
 from data_tools.output import CLASSES, REFUSALS, close_output, locked_output, open_output, write_refusals
 from data_tools.pool import run_tasks
-from data_tools.samples import ImageRoot, Refusal, Sample, accept_rows, key_problem
+from data_tools.samples import Refusal, Sample, accept_rows, key_problem
 from data_tools.shard_writer import WrittenShard, delete_shard, file_sha256, finish_shard
-from data_tools.tables import Table, caption_texts, read_pairs
 from data_tools.torchvision_sets import read_torchvision
+from mmpretrain.data.coco import read_coco
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.image_root import ImageRoot
+from mmpretrain.data.pairs import Table, caption_texts, read_pairs
 from mmpretrain.seeds import hash64, permutation
 
 ROWS_PER_CHECK = 64

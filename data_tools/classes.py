@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.output import write_atomically
-from data_tools.tables import read_pairs
+from mmpretrain.data.pairs import read_pairs
 
 _INDEX = re.compile(r"0|[1-9][0-9]*")
 _INDEX_DIGITS = 6

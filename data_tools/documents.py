@@ -8,9 +8,9 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from data_tools.classes import one_line
-from data_tools.tables import SURROGATE
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import read_json_field
+from mmpretrain.data.pairs import SURROGATE
 
 TEXT_SUFFIXES = (".txt", ".txt.gz")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")

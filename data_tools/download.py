@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_tools.indexing import TABLE, IndexedTar, index_tars
 from data_tools.output import locked_folder
-from data_tools.tables import Table
+from mmpretrain.data.pairs import Table
 from mmpretrain.files import read_json
 
 _FORMATS = ("tsv", "csv", "jsonl", "parquet")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_tools.files import read_file
 from mmpretrain.data.decode import (
     MAX_IMAGE_BYTES,
     WHITE,
@@ -19,6 +18,7 @@ from mmpretrain.data.decode import (
     to_rgb,
     with_end_marker,
 )
+from mmpretrain.data.plain_file import read_file
 
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

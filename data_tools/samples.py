@@ -1,17 +1,16 @@
 """Conversion of table rows to samples with a key, image file, caption and label, or to refusals."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_tools.classes import Classes, one_line
-from data_tools.tables import SURROGATE, Table, caption_texts, row_json
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import MAX_CAPTION_CHARACTERS
+from mmpretrain.data.image_root import ImageRoot
+from mmpretrain.data.pairs import SURROGATE, Table, caption_texts, row_json
 
 
 @dataclass(frozen=True)
@@ -31,34 +30,6 @@ class Refusal:
     row_number: int
     image: str
     reason: str
-
-
-@dataclass(frozen=True)
-class ImageRoot:
-    """Folder that a table's image paths are relative to. Paths may leave it only with `allow_outside`.
-
-    Symbolic links inside the folder may lead outside: they come from the folder's owner, not from the table's author.
-    """
-
-    folder: Path
-    allow_outside: bool = False
-
-    @cached_property
-    def _prefix(self) -> str:
-        return f"{os.path.abspath(self.folder).rstrip('/')}/"
-
-    def locate(self, image: str) -> Path:
-        """Return the file of an image path. Raises: BadSample if it is outside of the folder."""
-        if "\0" in image:  # some versions of normpath truncate the path there
-            raise BadSample("no such file (its path has a NUL byte)")
-        # The normalised path is also the one opened: `..` after a symbolic link would lead elsewhere.
-        path = os.path.normpath(os.path.join(self.folder, image))
-        if not self.allow_outside and not f"{os.path.abspath(path)}/".startswith(self._prefix):
-            raise BadSample(
-                f"its path leaves {str(self.folder)!r}: name the images' folder with --image-root, or trust the "
-                "table with --allow-outside"
-            )
-        return Path(path)
 
 
 def accept_rows(

@@ -6,9 +6,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_tools.documents import MAX_TEXT_BYTES, decode_line, read_lines
-from data_tools.tables import SURROGATE, Table, caption_texts, read_pairs
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import decode_captions
+from mmpretrain.data.pairs import SURROGATE, Table, caption_texts, read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 
 MAX_PIECE_CHARACTERS = 1 << 12

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_tools.classes import Classes, one_line
 from data_tools.pool import run_tasks
-from data_tools.tables import Table
+from mmpretrain.data.pairs import Table
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _UNREADABLE = (OSError, RuntimeError, ValueError)

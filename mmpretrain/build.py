@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import torch
 
 from mmpretrain import distributed
 from mmpretrain.checkpoints.loaded import fit_tokenizer, preprocess_of
-from mmpretrain.config import checks, instantiate
+from mmpretrain.config import checks, eval_sets, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
 from mmpretrain.config.schema import EvalSetConfig, LabelConfig, SplitConfig, StreamConfig, TrainConfig
-from mmpretrain.data.classes import Classes, read_classes
+from mmpretrain.data.classes import Classes, classes_named, read_classes
 from mmpretrain.data.clip_prompts import PREFIX
 from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.remote import is_remote
-from mmpretrain.data.source import SampleSource, selected
+from mmpretrain.data.source import ClassifiedSource, SampleSource, selected
 from mmpretrain.data.stream import SampleStream, Source, Stream
 from mmpretrain.data.subset import draw_shots, select
 from mmpretrain.data.synthetic import SyntheticStream
@@ -333,6 +334,7 @@ def build_eval_sets(
 
     Raises: ValueError for missing shards, classes or fields, and for a source that `lookup` refuses.
     """
+    sets = {name: eval_sets.expanded(data, f"data.val.{name}", root) for name, data in sets.items()}
     for name, data in sets.items():
         if data.caption is not None:
             check_caption_field(data.caption, f"data.val.{name}.caption")
@@ -345,24 +347,51 @@ def build_eval_sets(
     def samples_of(key: str, data: EvalSetConfig | SplitConfig) -> SampleSource:
         return _samples(key, data.shards, data.source, root, storage, lookup=lookup)
 
-    eval_sets = {
-        name: EvalSet(
+    built = {}
+    for name, data in sets.items():
+        key = f"data.val.{name}"
+        samples = samples_of(key, data)
+        has_train = data.train.shards is not None or data.train.source is not None
+        train = samples_of(f"{key}.train", data.train) if has_train else None
+        built[name] = EvalSet(
             name=name,
-            shards=samples_of(f"data.val.{name}", data),
+            shards=samples,
             preprocess=preprocess_of(model, max_image_bytes) if data.images else None,
             caption=data.caption,
             label=data.label,
-            classes=_classes(data, root),
+            classes=_eval_classes(key, data, samples, train, root),
             fields=data.fields,
-            train=None
-            if data.train.shards is data.train.source is None
-            else samples_of(f"data.val.{name}.train", data.train),
+            train=train,
         )
-        for name, data in sets.items()
-    }
-    for eval_set in eval_sets.values():
+    for eval_set in built.values():
         check_readable(eval_set)
-    return eval_sets
+    return built
+
+
+def _eval_classes(
+    key: str, data: EvalSetConfig, samples: SampleSource, train: SampleSource | None, root: str | None
+) -> Classes | None:
+    """Return the classes of a data set: those of its class list, or else those that its sources name.
+
+    Raises: ValueError for a wrong class list, and if numbers mean other classes in the training split.
+    """
+    if data.classes is not None:
+        return _classes(data, root)
+    names, of_train = (
+        each.class_names if isinstance(each, ClassifiedSource) else None for each in (samples, train or samples)
+    )
+    if data.label is None or not names:
+        return None
+    if of_train and of_train != names:
+        if data.label == "cls":
+            other = min(set(names) ^ set(of_train))
+            raise ValueError(
+                f"{key}.label is 'cls', the number of a class, but only one of both splits has class {other!r}; expected the "
+                f"name of the class: {key}.label=json.<column>, such as json.label for class folders"
+            )
+        names = sorted({*names, *of_train})
+    spoken = classes_named([name.replace("_", " ") for name in names], data.templates)
+    return replace(spoken, names=names)
 
 
 def _classes(data: LabelConfig, root: str | None) -> Classes | None:

@@ -12,7 +12,7 @@ from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints import untrusted
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.checkpoints.loaded import Loaded, checked
-from mmpretrain.config import checks, command_line
+from mmpretrain.config import checks, command_line, eval_sets
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision, SplitConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, chosen_sets, evaluate
@@ -44,9 +44,10 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
     checks.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
-    sets = cfg.data.val or _sets_of_run(loaded)
-    lookup = None if cfg.data.val else untrusted.lookup(untrusted.SOURCES, cfg.trust, untrusted.SOURCE_MEMBERS)
     root = cfg.data.root or loaded.setting("data.root", str)
+    given = eval_sets.with_suite(cfg.data.val, cfg.data.suite, root)
+    sets = given or _sets_of_run(loaded)
+    lookup = None if given else untrusted.lookup(untrusted.SOURCES, cfg.trust, untrusted.SOURCE_MEMBERS)
     precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     batch_size = cfg.data.val_batch_size or loaded.setting("data.val_batch_size", int)
     errors.check_number("config.yaml: data.val_batch_size", batch_size, at_least=1)

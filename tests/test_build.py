@@ -11,15 +11,20 @@ from hydra import compose, initialize_config_module
 from mmpretrain import build
 from mmpretrain.batch import Samples
 from mmpretrain.config import resolve
-from mmpretrain.config.schema import EvalSetConfig, TrainConfig, register_schemas
+from mmpretrain.config.schema import EvalSetConfig, SplitConfig, TrainConfig, register_schemas
+from mmpretrain.data.classes import Classes
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import SampleStream
 from mmpretrain.errors import UsageError
+from mmpretrain.evals.embeddings import EvalSet
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
 from mmpretrain.schedules import Duration, TrainingProgress
 from mmpretrain.training.task import Task
 from tests import runs
+from tests.data.test_files import write_image
+from tests.data.test_wds_folder import write_folder
+from tests.tars import encode, smooth_pixels, write_tar
 
 SMALL_SIMCLR = ("objective.simclr.hidden_width=8", "objective.simclr.embed_dim=4")
 Weights = Mapping[str, torch.Tensor]
@@ -331,6 +336,37 @@ def test_held_out_sets_are_opened_with_their_captions_checked(cfg: TrainConfig, 
     ):
         with pytest.raises(ValueError, match=message):
             sets(**parts)
+
+
+def test_classes_without_a_list_are_those_that_the_sources_name(cfg: TrainConfig, task: Task, tmp_path: Path) -> None:
+    for image in ("train/wild_cat/a", "train/dog/a", "val/dog/a", "val/ant/a"):
+        write_image(tmp_path / f"{image}.png", 0)
+    source = {"_target_": "mmpretrain.data.files.FileSource"}
+
+    def held_out(**parts: Any) -> EvalSet:
+        data = EvalSetConfig(source={**source, "path": "val"}, templates=["my {}"], **parts)
+        sets = build.build_eval_sets({"a": data}, str(tmp_path), task.model, cfg.data.max_image_bytes, cfg.data)
+        return sets["a"]
+
+    assert held_out(label="cls").classes == Classes(["ant", "dog"], [["my ant"], ["my dog"]])
+    assert held_out().classes is None
+    train = SplitConfig(source={**source, "path": "train"})
+    expected = Classes(["ant", "dog", "wild_cat"], [["my ant"], ["my dog"], ["my wild cat"]])
+    assert held_out(label="json.label", train=train).classes == expected
+    with pytest.raises(ValueError, match=r"^data\.val\.a\.label is 'cls'.* has class 'ant'; .*label=json\.<column>"):
+        held_out(label="cls", train=train)
+
+
+def test_a_folder_of_clip_benchmark_is_a_held_out_set(cfg: TrainConfig, task: Task, tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path / "wds_a", 0, classnames="cat\ndog\n", zeroshot_classification_templates="a photo of a {c}.\n"
+    )
+    (folder / "test" / "nshards.txt").write_text("1")
+    write_tar(folder / "test" / "0.tar", [{"png": encode(smooth_pixels(9, 9)), "cls": "1"}])
+    given = {"a": EvalSetConfig(wds="wds_a")}
+    found = build.build_eval_sets(given, str(tmp_path), task.model, cfg.data.max_image_bytes, cfg.data)["a"]
+    assert found.classes == Classes(["cat", "dog"], [["a photo of a cat."], ["a photo of a dog."]])
+    assert (found.label, found.shards.num_samples, found.train) == ("cls", 1, None)
 
 
 def test_evaluators_have_intervals_of_their_own_or_the_trainers() -> None:

@@ -219,14 +219,17 @@ class SplitConfig:
 
 @dataclass
 class EvalSetConfig(LabelConfig):
-    """One held-out data set: either `shards` or `source`."""
+    """One held-out data set: `shards`, `source` or `wds`."""
 
     shards: Any = None
     """Tars: a file, a folder, a glob or brace pattern, or a list of them."""
     source: dict[str, Any] | None = None
     """Samples that are stored otherwise, instead of `shards`; see `data.train.<stream>.source`."""
+    wds: str | None = None
+    """Folder in CLIP_benchmark's WebDataset layout, relative to data.root, with `test/*.tar`, `classnames.txt` and the like.
+    It gives shards, caption or label, classes, templates and train; `templates` counts where it has none."""
     caption: str | None = None
-    """Member that holds the captions: txt or json.<field>; null: no retrieval."""
+    """Member that holds the captions: txt, txt.lines (one a line) or json.<field>; null: no retrieval."""
     images: bool = True
     """false: the samples have no images; only evaluators of texts apply."""
     fields: dict[str, str] = field(default_factory=dict)
@@ -286,6 +289,7 @@ class EvalDataConfig(StorageOptions):
     root: str | None = None
     workers: int = MISSING
     val: dict[str, EvalSetConfig] = field(default_factory=dict)
+    suite: str | None = None
     val_batch_size: int | None = MISSING
 
 

@@ -52,10 +52,8 @@ def read_classes(
         if text_column:
             raise ValueError(f"text_column is {text_column!r}, but {path} has no columns; expected null")
         names_of = clip_prompts(str(path), "classes").names
-        fills = _templates(templates)
-        return Classes(
-            [names[0] for names in names_of], [[fill(name) for name in names for fill in fills] for names in names_of]
-        )
+        texts = [[text for of_name in classes_named(names, templates).texts for text in of_name] for names in names_of]
+        return Classes([names[0] for names in names_of], texts)
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
@@ -79,7 +77,13 @@ def read_classes(
         raise ValueError(f"{path} names no class; expected at least one")
     if own_texts:
         return Classes(names, [[text] for text in own_texts])
-    return Classes(names, [[fill(name) for fill in _templates(templates)] for name in names])
+    return classes_named(names, templates)
+
+
+def classes_named(names: Sequence[str], templates: str | Sequence[str]) -> Classes:
+    """Return classes with a text of each template, as `read_classes` does. Raises: ValueError for unknown templates."""
+    fills = _templates(templates)
+    return Classes(names, [[fill(name) for fill in fills] for name in names])
 
 
 def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:

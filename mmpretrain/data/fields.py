@@ -71,8 +71,10 @@ def read_label(data: bytes, field: str) -> str:
 
 def check_caption_field(field: str, key: str) -> None:
     """Raise ValueError if a caption field is malformed, such as `json` alone, whose text would become the caption."""
-    if field == "json" or not re.fullmatch(r"\w+|json(\.[^.]+)+", field):
-        raise ValueError(f"{key} is {field!r}; expected a member such as txt, or a field of json: json.caption")
+    if field == "json" or not re.fullmatch(r"\w+(\.lines)?|json(\.[^.]+)+", field):
+        raise ValueError(
+            f"{key} is {field!r}; expected a member such as txt, its lines (txt.lines), or a field of json: json.caption"
+        )
 
 
 def decode_text(data: bytes, what: str) -> str:
@@ -89,16 +91,18 @@ def decode_text(data: bytes, what: str) -> str:
 
 
 def decode_captions(data: bytes, field: str) -> list[str]:
-    """Return the captions of a sample: the text of a member, or a string or list of strings in its `json` member.
+    """Return the captions of a sample: the text of a member, its lines, or a string or list of strings in `json`.
 
     Args:
         data: bytes of the member.
-        field: name of a text member such as `txt`, or `json.<dotted path>`.
+        field: name of a text member such as `txt`; `txt.lines` for one caption a line; or `json.<dotted path>`.
 
     Raises: BadSample if the member cannot be parsed or has no caption with a visible character.
     """
     if field.startswith("json."):
         value = read_json_field(data, field.removeprefix("json."))
+    elif field.endswith(".lines"):
+        value = decode_text(data, f"its {field.removesuffix('.lines')} member").splitlines()
     else:
         value = decode_text(data, f"its {field} member")
     captions = value if isinstance(value, list) else [value]
@@ -114,5 +118,5 @@ def decode_captions(data: bytes, field: str) -> list[str]:
 
 
 def read_captions(source: SampleSource, sample_id: int, field: str) -> list[str]:
-    """Return the captions in `field` (`txt` or `json.<path>`). Raises: BadSample if there are none."""
+    """Return the captions in `field` (`txt`, `txt.lines` or `json.<path>`). Raises: BadSample if there are none."""
     return decode_captions(source.read(sample_id, (field.split(".")[0],)), field)

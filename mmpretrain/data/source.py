@@ -100,6 +100,16 @@ class ShardedSource(SampleSource, Protocol):
         ...
 
 
+@runtime_checkable
+class ClassifiedSource(SampleSource, Protocol):
+    """A `SampleSource` that knows the names of its classes."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes, in the order of the numbers in `cls`; None if there are none."""
+        ...
+
+
 def field_limit(field: str) -> int:
     """Return the limit on the size of a field, in bytes: 512 MiB for an image, 16 MiB for anything else."""
     return _MAX_IMAGE_BYTES if field in IMAGE_EXTENSIONS else _MAX_TEXT_BYTES

@@ -200,7 +200,10 @@ def _sample_problems(
     starts: list[int],
     members: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]],
 ) -> list[str]:
-    """Report repeated keys, and samples without an image or a caption. A tar of texts alone needs no images."""
+    """Report repeated keys, and samples without an image or a caption.
+
+    A tar of texts alone needs no images, and one of labelled images (`cls`) no captions.
+    """
 
     def named(rows: Sequence[int] | npt.NDArray[np.int64]) -> str:
         shown = ", ".join(f"{as_text(keys[row])!r} at byte {starts[row]}" for row in rows[:_NAMED_PER_PROBLEM])
@@ -221,6 +224,8 @@ def _sample_problems(
     }
     if is_text_alone(members):
         del wanted["an image"]
+    if "cls" in suffixes.values() and not wanted["a caption"]:
+        del wanted["a caption"]
     for what, extensions in wanted.items():
         present = np.zeros(len(keys), bool)
         for extension in extensions:

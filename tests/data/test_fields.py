@@ -6,11 +6,19 @@ import ftfy
 import pytest
 
 from mmpretrain.data.decode import BadSample
-from mmpretrain.data.fields import decode_captions, read_json_field, read_label
+from mmpretrain.data.fields import check_caption_field, decode_captions, read_json_field, read_label
 
 
 def test_captions_of_text() -> None:
     assert decode_captions("  Ünï 🐈 \n".encode(), "txt") == ["Ünï 🐈"]
+    assert decode_captions(b"a cat\na dog\n", "txt") == ["a cat\na dog"]
+
+
+def test_captions_of_lines() -> None:
+    assert decode_captions(b" a cat\r\n\nb\n", "txt.lines") == ["a cat", "b"]
+    check_caption_field("txt.lines", "caption")
+    with pytest.raises(ValueError, match=r"^caption is 'txt\.words'; expected a member such as txt, its lines"):
+        check_caption_field("txt.words", "caption")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +38,8 @@ def test_captions_of_json(value: object, field: str, expected: list[str]) -> Non
     [
         (b"", "txt", "caption field 'txt' is empty"),
         (b" \n\t", "txt", "caption field 'txt' is empty"),
+        (b" \n\n", "txt.lines", r"caption field 'txt\.lines' is empty"),
+        (b"abc\xff", "txt.lines", "txt member is not UTF-8"),
         ("a cat".encode("utf-16-le"), "txt", "txt member has NULs, as UTF-16 has; convert it to UTF-8"),
         (b"abc\xff", "txt", "txt member is not UTF-8 .* at byte 3"),
         (b"{", "json.caption", "json member does not parse"),

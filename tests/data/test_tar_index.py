@@ -136,6 +136,11 @@ def test_a_json_counts_as_caption_only_where_no_sample_has_another(tmp_path: Pat
     assert images.problems == ["none of the 2 samples has a caption"]
 
 
+def test_labelled_images_need_no_captions(tmp_path: Path) -> None:
+    labelled = [("a.jpg", b""), ("a.cls", b"0"), ("b.jpg", b""), ("b.cls", b"1")]
+    assert index_tar(write_members(tmp_path / "labelled.tar", labelled)).problems == []
+
+
 def test_every_truncation_is_named_and_leaves_whole_samples(tmp_path: Path) -> None:
     whole = write_members(tmp_path / "whole.tar", pairs(["a", "b", "c"], image=b"x" * 700)).read_bytes()
     end_of_members = 3 * (512 + 1024 + 512 + 512)

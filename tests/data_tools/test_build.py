@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_tools.__main__ import main
 from data_tools.output import open_output
-from data_tools.tables import read_pairs
+from mmpretrain.data.pairs import read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 from mmpretrain.data.tar_index import index_tar
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_tools.build import BuildOptions, build
 from data_tools.images import ImageOptions
-from data_tools.tables import read_pairs
+from mmpretrain.data.pairs import read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 from tests.tars import encode
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from data_tools.__main__ import main
-from data_tools.tables import read_pairs
+from mmpretrain.data.pairs import read_pairs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.tables import read_pairs
+from mmpretrain.data.pairs import read_pairs
 from mmpretrain.data.shards import Shards, expand_shards
 from tests import runs
 from tests.parquets import table_of

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.files import read_file
 from mmpretrain.data.decode import BadSample
+from mmpretrain.data.plain_file import read_file
 
 
 def test_a_regular_file_is_read_up_to_the_limit(tmp_path: Path) -> None:

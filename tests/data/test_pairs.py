@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_tools.tables import caption_texts, is_quoted_tsv, read_pairs, row_json
+from mmpretrain.data.pairs import caption_texts, is_quoted_tsv, read_pairs, row_json
 
 ROWS = [
     {"path": "a.png", "caption": 'a "quoted" word'},
@@ -178,7 +178,7 @@ def test_a_field_may_be_long_up_to_the_limit_of_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["tsv", "csv", "jsonl"])
 def test_a_row_beyond_the_limit_is_refused(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_tools.tables.MAX_ROW_CHARACTERS", 30)
+    monkeypatch.setattr("mmpretrain.data.pairs.MAX_ROW_CHARACTERS", 30)
     rows = {"tsv": "{}\t{}\n", "csv": "{},{}\n", "jsonl": '{{"p": "{}", "c": "{}"}}\n'}
     lines = [rows[suffix].format(*pair) for pair in [("p", "c"), ("a", "b"), ("a", "b" * 40)]]
     (tmp_path / f"pairs.{suffix}").write_text("".join(lines))

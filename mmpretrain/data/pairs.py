@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import read_file
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import decode_text, is_visible
+from mmpretrain.data.plain_file import read_file
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_ROW_CHARACTERS = 1 << 24
@@ -64,11 +64,15 @@ class Table:
             )
 
 
-def read_pairs(path: Path) -> Table:
+def read_pairs(path: Path, option: str = "pairs") -> Table:
     """Read a table in the format of its suffix, or a folder of images.
 
     Of images with `.txt` files the columns are `image` and `caption`. Images in class folders, none with a `.txt` beside it,
     have `image` and `label`; files beside the class folders are refused. Hidden files and folders are left out.
+
+    Args:
+        path: path of the table or folder.
+        option: name of the option that holds the path, for messages.
 
     Raises: ValueError for an unknown suffix, a file that cannot be read in its format or is too large, or no rows.
     """
@@ -76,19 +80,19 @@ def read_pairs(path: Path) -> Table:
         table = _read_folder(path)
     elif not path.exists():
         raise ValueError(
-            f"pairs {str(path)!r}: no such file; expected a .tsv, .csv, .jsonl or .parquet file or a folder"
+            f"{option} {str(path)!r}: no such file; expected a .tsv, .csv, .jsonl or .parquet file or a folder"
         )
     elif path.suffix in _READERS:
         check_fits_memory(path)
         table = _READERS[path.suffix](path)
     else:
         expected = "a folder or a file in " + ", ".join(_READERS)
-        raise ValueError(f"pairs {str(path)!r}: unknown kind {path.suffix!r}; expected {expected}{_hint(path)}")
+        raise ValueError(f"{option} {str(path)!r}: unknown kind {path.suffix!r}; expected {expected}{_hint(path)}")
     if not table.rows and not table.refused:
         what = "images" if path.is_dir() else "rows"
-        raise ValueError(f"pairs {str(path)!r}: no {what} in it; expected at least one")
+        raise ValueError(f"{option} {str(path)!r}: no {what} in it; expected at least one")
     if not table.columns:
-        raise ValueError(f"pairs {str(path)!r}: every row is refused, the first because: {table.refused[0][1]}")
+        raise ValueError(f"{option} {str(path)!r}: every row is refused, the first because: {table.refused[0][1]}")
     return table
 
 
