@@ -21,7 +21,10 @@ from mmpretrain.config import schema
 from mmpretrain.config.instantiate import find
 
 CONF = Path(str(importlib.resources.files("mmpretrain.conf")))
-COMMANDS = {"train": "TrainConfig", "evaluate": "EvaluateConfig", "export": "ExportConfig", "embed": "EmbedConfig"}
+COMMANDS = {
+    "train": "TrainConfig", "evaluate": "EvaluateConfig", "export": "ExportConfig", "embed": "EmbedConfig",
+    "demo": "DemoConfig",
+}  # fmt: skip
 GROUPS = (
     "objective",
     "model",

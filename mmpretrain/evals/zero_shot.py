@@ -60,7 +60,13 @@ def read_classes(
         raise ValueError(f"{path} names no class; expected at least one")
     if own_texts:
         return Classes(names, [[text] for text in own_texts])
-    return Classes(names, [[fill(name) for fill in _templates(templates)] for name in names])
+    return prompted(names, templates)
+
+
+def prompted(names: Sequence[str], templates: str | Sequence[str]) -> Classes:
+    """Return the classes of these names, with a text of each template; `templates` and errors as in `read_classes`."""
+    fills = _templates(templates)
+    return Classes(names, [[fill(name) for fill in fills] for name in names])
 
 
 def _templates(templates: str | Sequence[str]) -> list[Callable[[str], str]]:
