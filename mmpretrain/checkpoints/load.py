@@ -5,23 +5,21 @@ no model larger than its weights is built. SECURITY.md describes the scope of th
 """
 
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmpretrain.checkpoints import foreign, store, untrusted
+from mmpretrain.checkpoints.building import SMALL_PART, built, built_module, numel, shape_text
 from mmpretrain.checkpoints.loaded import Loaded, fit_tokenizer, preprocess_of
+from mmpretrain.checkpoints.objectives import load_objectives
 from mmpretrain.config import config_yaml, instantiate
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.encoders import TextEncoder
 from mmpretrain.models.image_text import ImageTextModel
-
-# Numbers of elements below which a model or its buffers are never refused as too large.
-_SMALL_MODEL = 1 << 16
-_SMALL_BUFFERS = 1 << 28
 
 
 def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
@@ -40,70 +38,13 @@ def find(run_or_checkpoint: str | Path) -> tuple[Path, Path]:
     return path, newest
 
 
-def _built(what: str, source: Path, build: Callable[[], Any]) -> Any:
-    """Call `build` on an unchecked part of a configuration. Raises: ValueError for any error in it."""
-    try:
-        return build()
-    except ValueError as error:
-        raise ValueError(" ".join(str(error).split())) from error
-    except BaseException as error:  # invalid arguments raise different exceptions in different parts
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # raised by Rust libraries
-            raise
-        reason = next(iter(str(error).splitlines()), "no reason is given")
-        raise ValueError(f"{source}: {what} cannot be built ({type(error).__name__}: {reason})") from error
-
-
-def _built_model(resolved: Any, tensors: Mapping[str, Tensor], source: Path) -> ImageTextModel:
-    """Build the model of a resolved node with random weights, after checking that it is not larger than `tensors`.
-
-    Raises: ValueError if names or shapes of `tensors` are not those of the model.
-    """
-
-    def build() -> Any:
-        return _built("model", source, lambda: instantiate.call(resolved, 0))
-
-    # Allow twice the size, since a part may be built and then replaced.
-    limits = 10 * len(tensors) + 1000, 2 * _numel(tensors) + _SMALL_MODEL
-    try:
-        with untrusted.at_most(*limits, source), torch.device("meta"):  # needs no memory
-            model = build()
-    except ValueError as error:
-        if not untrusted.needs_memory(error):
-            raise
-        with untrusted.at_most(*limits, source):
-            model = build()
-    if not isinstance(model, ImageTextModel):
-        raise ValueError(f"{source}: model is a {type(model).__name__}; expected a model of images and texts")
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    given = {name: tensor.shape for name, tensor in tensors.items()}
-    if expected != given:
-        names = sorted(name for name in {**expected, **given} if expected.get(name) != given.get(name))
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise ValueError(
-            f"the checkpoint does not hold the weights of the model in {source}: {names[0]} is "
-            f"{_shape(given.get(names[0]))}, expected {_shape(expected.get(names[0]))}{more}"
-        )
-    if sum(buffer.numel() for buffer in model.buffers()) > max(_numel(tensors), _SMALL_BUFFERS):
-        raise ValueError(f"{source}: the model's buffers are larger than its weights; expected the run's own file")
-    built: ImageTextModel = build()
-    return built
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "absent" if shape is None else str(list(shape))
-
-
-def _numel(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
-
-
 def load_checkpoint(
     run_or_checkpoint: str | Path,
     device: torch.device | str = "cpu",
     trust: Sequence[str] = (),
     ema: bool = False,
 ) -> Loaded:
-    """Build a checkpoint's model and load its weights. Objectives are not built.
+    """Build a checkpoint's model and load its weights. Objectives are built on first use (`Loaded.objectives`).
 
     The network is only used for published weights of open_clip and timm.
 
@@ -139,14 +80,22 @@ def load_checkpoint(
     tokenizer_parts = instantiate.resolve(
         tokenizer_node, "data.tokenizer", untrusted.lookup(untrusted.TOKENIZERS, trust)
     )
-    untrusted.check_model(node, max(_numel(weights), _SMALL_MODEL), trust, folder)
+    untrusted.check_model(node, max(numel(weights), SMALL_PART), trust, folder)
     untrusted.check_tokenizer(tokenizer_node, folder, trust)
+
+    def build_model() -> ImageTextModel:
+        model = instantiate.call(model_parts, 0)
+        if not isinstance(model, ImageTextModel):
+            raise ValueError(f"{source}: model is a {type(model).__name__}; expected a model of images and texts")
+        return model
+
     with untrusted.offline():
-        model = _built_model(model_parts, weights, source)
-        tokenizer: Tokenizer = _built("data.tokenizer", source, lambda: instantiate.call(tokenizer_parts, 0))
+        model: ImageTextModel = built_module("model", build_model, weights, source)
+        tokenizer: Tokenizer = built("data.tokenizer", source, lambda: instantiate.call(tokenizer_parts, 0))
     model.load_state_dict(weights)
     if model.text is not None:
-        _built("data.tokenizer", source, lambda: fit_tokenizer(tokenizer, typing.cast(TextEncoder, model.text)))
+        built("data.tokenizer", source, lambda: fit_tokenizer(tokenizer, typing.cast(TextEncoder, model.text)))
+    heads = {name: tensor for name, tensor in tensors.items() if name.startswith("objectives.")}
     return Loaded(
         model=model.to(device).eval(),
         preprocess=preprocess_of(model),
@@ -155,6 +104,7 @@ def load_checkpoint(
         config=saved,
         folder=folder,
         num_samples=store.load_state(path).get("samples", 0),
+        build_objectives=partial(load_objectives, saved["objective"], heads, model, tokenizer, source, trust),
     )
 
 
@@ -165,6 +115,6 @@ def _scalars(tensors: Mapping[str, Tensor], objectives: Sequence[str], path: Pat
         for name in [f"objectives.{objective}.{scalar}" for objective in reversed(objectives)]:
             if name in tensors:
                 if tensors[name].numel() != 1:
-                    raise ValueError(f"{path}: {name} is {_shape(tensors[name].shape)}; expected one number")
+                    raise ValueError(f"{path}: {name} is {shape_text(tensors[name].shape)}; expected one number")
                 scalars[scalar] = float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])
     return scalars

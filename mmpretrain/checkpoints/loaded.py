@@ -1,8 +1,9 @@
 """A trained model with what is needed to use it, whichever library trained it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.encoders import TextEncoder
 from mmpretrain.models.image_text import ImageTextModel
+from mmpretrain.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class Loaded:
     """The run's directory; for weights of another library, the text that named them."""
     num_samples: int = 0
     """Number of samples seen in training; 0 if unknown."""
+    build_objectives: Callable[[], Mapping[str, Objective]] = dict
+    """Function that builds `objectives`; the default is that of a model of another library, which has none."""
+
+    @cached_property
+    def objectives(self) -> Mapping[str, Objective]:
+        """Objectives of the run with their weights, by name, in evaluation mode on the model's device. Built on first use.
+
+        Raises: ValueError if the configuration names other parts than mmpretrain's and trusted ones, or an objective does not
+            fit its weights.
+        """
+        return self.build_objectives()
 
     @property
     def fingerprint(self) -> str:

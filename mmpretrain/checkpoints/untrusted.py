@@ -20,7 +20,8 @@ from mmpretrain.data.source import SampleSource
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.models.huggingface import CONFIG_FILE, read_config
 
-MODELS, TOKENIZERS, SOURCES = "mmpretrain.models", "mmpretrain.data.tokenizer", "mmpretrain.data"
+MODELS, OBJECTIVES = "mmpretrain.models", "mmpretrain.objectives"
+TOKENIZERS, SOURCES = "mmpretrain.data.tokenizer", "mmpretrain.data"
 SOURCE_MEMBERS = ("num_samples", "fingerprint", "key", "location", "read")
 TOKENIZER_FOLDER = "tokenizer"
 """Folder in a run's directory with a copy of the local tokenizer that it was trained with."""
@@ -157,14 +158,34 @@ def check_model(node: Any, largest: int, trust: Sequence[str], folder: Path) -> 
         check_text(value, path)
         if path in kept and value == str(kept[path]):
             _check_config(kept[path], largest, trust)
-            continue
-        is_name = path.endswith((".path", ".hf_model_name", ".hf_tokenizer_name"))
-        if isinstance(value, str) and value not in trust and (is_name or _ELSEWHERE.search(value)):
-            raise ValueError(
-                f"{path} is {value!r}, which leads to files elsewhere; if you know them, name it: trust=[{value!r}]"
-            )
-        if isinstance(value, int) and value > largest:
-            raise ValueError(f"{path} is {value}; expected at most {largest}, given the size of its weights")
+        else:
+            _check_value(value, path, largest, trust)
+
+
+def check_objective(node: Any, name: str, largest: int, trust: Sequence[str]) -> None:
+    """Check the values of an objective's node.
+
+    Args:
+        node: the node of the objective `name`.
+        name: name of the objective.
+        largest: number of elements of the weights of the model and the objective, which no number may exceed.
+        trust: names of files and hubs that are allowed.
+
+    Raises: ValueError for a value that refers to files or is too large.
+    """
+    for path, value in leaves(node, f"config.yaml: objective.{name}"):
+        check_text(value, path)
+        _check_value(value, path, max(largest, _SMALL_INTEGER), trust)
+
+
+def _check_value(value: Any, path: str, largest: int, trust: Sequence[str]) -> None:
+    is_name = path.endswith((".path", ".hf_model_name", ".hf_tokenizer_name"))
+    if isinstance(value, str) and value not in trust and (is_name or _ELSEWHERE.search(value)):
+        raise ValueError(
+            f"{path} is {value!r}, which leads to files elsewhere; if you know them, name it: trust=[{value!r}]"
+        )
+    if isinstance(value, int) and value > largest:
+        raise ValueError(f"{path} is {value}; expected at most {largest}, given the size of its weights")
 
 
 def _check_config(folder: Path, largest: int, trust: Sequence[str]) -> None:
@@ -229,10 +250,10 @@ def offline() -> Iterator[None]:
 
 
 @contextmanager
-def at_most(num_parameters: int, num_elements: int, source: Path) -> Iterator[None]:
+def at_most(num_parameters: int, num_elements: int, what: str, source: Path) -> Iterator[None]:
     """Limit the parameters that modules register inside the block, by their number and their total number of elements.
 
-    Raises: ValueError if a limit is exceeded.
+    Raises: ValueError that says of `what`, a part of the configuration `source`, that it exceeds a limit.
     """
     parameters, elements = 0, 0
 
@@ -241,7 +262,7 @@ def at_most(num_parameters: int, num_elements: int, source: Path) -> Iterator[No
         parameters += 1
         elements += 0 if parameter is None else parameter.numel()
         if parameters > num_parameters or elements > num_elements:
-            raise ValueError(f"{source}: the model has more weights than the checkpoint; expected the run's own file")
+            raise ValueError(f"{source}: the {what} has more weights than the checkpoint; expected the run's own file")
 
     handle = register_module_parameter_registration_hook(check)
     try:
