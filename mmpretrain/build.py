@@ -232,12 +232,12 @@ def build_source(
     return source
 
 
-def build_images(images: str | Sequence[str] | Mapping[str, Any], storage: StorageOptions) -> SampleSource:
+def build_images(images: str | Sequence[str] | dict[str, Any], storage: StorageOptions) -> SampleSource:
     """Open the images of a command's `images`: a folder of image files, tars, or the node of a source. A collective.
 
     Raises: ValueError for a folder without images, and for an unsuitable source.
     """
-    if isinstance(images, Mapping):
+    if isinstance(images, dict):
         checks.check_source(images, "images")
         return build_source(images, "images", None)
     if isinstance(images, str) and Path(images).is_dir() and not any(Path(images).glob("*.tar")):

@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,14 @@ from torch import Tensor
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.evals.base import Context
+from mmpretrain.interactive.abilities import Abilities
 from mmpretrain.interactive.classification import Classifier, class_names
+from mmpretrain.interactive.reconstruction import reconstructions
 from mmpretrain.interactive.search import Found, ImageSearch
 from mmpretrain.interactive.word_maps import word_maps
+from mmpretrain.objectives.mae import MAE
 from mmpretrain.reporting import pictures
+from mmpretrain.seeds import hash64
 
 Shown = list[tuple[np.ndarray, str]]
 """Pictures, uint8 [h, w, 3], with their captions."""
@@ -30,48 +33,35 @@ _TEMPLATES: dict[str, str | Sequence[str]] = {
 _MAX_SHOWN = 60
 _MAX_SCORES = 10
 _MAX_CHARACTERS = 100_000
-# Fonts of the reader's system, since others would be fetched.
-_FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
+_NUM_MASKS = 4
+_MAX_SEED = 1_000_000
 _SIDE = 288
 
 
-@dataclass(frozen=True)
-class Page:
-    """Content of the page.
-
-    `search` is None without images to search, `classifier` without a text encoder, and `has_word_maps` is False if the
-    image encoder has no patches that can be compared with a text.
-    """
-
-    title: str
-    context: Context
-    preprocess: Preprocess
-    search: ImageSearch | None
-    classifier: Classifier | None
-    has_word_maps: bool
-
-
-def build(page: Page) -> gr.Blocks:
-    """Build the page. Nothing on it is fetched from the network."""
-    # One request at a time uses the model, whatever the tab.
-    with gr.Blocks(title=page.title, analytics_enabled=False) as blocks:
-        gr.Markdown(f"## {html.escape(page.title)}")
+def build(title: str, abilities: Abilities) -> gr.Blocks:
+    """Build the page with a tab for each ability. Nothing on it is fetched from the network."""
+    context, preprocess = abilities.context, abilities.preprocess
+    with gr.Blocks(title=title, analytics_enabled=False) as blocks:
+        gr.Markdown(f"## {html.escape(title)}")
         with gr.Tabs():
-            if page.search is not None:
+            if abilities.search is not None:
                 with gr.Tab("Search"):
-                    _search_tab(page.search, page.preprocess, has_text=page.context.model.text is not None)
-            if page.classifier is not None:
+                    _search_tab(abilities.search, preprocess, has_text=context.model.text is not None)
+            if abilities.classifier is not None:
                 with gr.Tab("Zero-shot"):
-                    _zero_shot_tab(page.classifier, page.preprocess)
-            if page.has_word_maps:
+                    _zero_shot_tab(abilities.classifier, preprocess)
+            if abilities.has_word_maps:
                 with gr.Tab("Words"):
-                    _words_tab(page.context, page.preprocess)
+                    _words_tab(context, preprocess)
+            if abilities.autoencoder is not None:
+                with gr.Tab("Reconstruction"):
+                    _reconstruction_tab(abilities.autoencoder, context, preprocess)
     return blocks
 
 
 def theme() -> gr.themes.Base:
-    """Return Gradio's default theme with the fonts of the reader's system."""
-    return gr.themes.Default(**_FONTS)
+    """Return Gradio's default theme with the fonts of the reader's system, which are not fetched."""
+    return gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
 
 
 def _search_tab(search: ImageSearch, preprocess: Preprocess, has_text: bool) -> None:
@@ -150,6 +140,22 @@ def _words_tab(context: Context, preprocess: Preprocess) -> None:
         _on(trigger, compare, [image, text], maps, "word_maps")
 
 
+def _reconstruction_tab(autoencoder: MAE, context: Context, preprocess: Preprocess) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            image = _image_input(preprocess)
+            seed = gr.Number(0, label="seed of the masks", precision=0, minimum=0, maximum=_MAX_SEED)
+            button = gr.Button("Reconstruct", variant="primary")
+        found = _gallery("The image, its visible patches, and these with predictions for the others: a mask a row.", 3)
+
+    def reconstruct(file: str | None, seed: float) -> Shown:
+        pixels, seeds = _preprocessed(file, preprocess), [hash64(int(seed), row) >> 1 for row in range(_NUM_MASKS)]
+        rows = reconstructions(pixels, seeds, autoencoder, context)
+        return [(pictures.enlarged(each, _SIDE), "") for row in rows for each in row]
+
+    _on(button.click, reconstruct, [image, seed], found, "reconstruct")
+
+
 def _gallery(label: str, columns: int) -> gr.Gallery:
     with gr.Column(scale=3):
         gr.Markdown(label)
@@ -182,7 +188,7 @@ def _preprocessed(file: str | None, preprocess: Preprocess) -> Tensor:
 
 
 def _on(trigger: Any, function: Callable[..., Any], inputs: list[Any], output: Any, name: str | None) -> None:
-    """Call a function on an event, and show a ValueError as one line."""
+    """Call a function on an event, and show a ValueError as one line. One call at a time uses the model."""
 
     @wraps(function)
     def answered(*arguments: Any) -> Any:
