@@ -1,10 +1,11 @@
 """Show a checkpoint on a local web page: python -m mmpretrain.demo checkpoint=RUN_DIR images=FOLDER_OR_TARS."""
 
 import logging
+import os
 import signal
 import threading
 
-from mmpretrain import build, distributed, errors
+from mmpretrain import build, errors
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.config import command_line
 from mmpretrain.config.schema import DemoConfig, Precision
@@ -35,8 +36,8 @@ def main(cfg: DemoConfig) -> None:
 def run(cfg: DemoConfig) -> None:
     """Serve the page until SIGINT or SIGTERM. Raises: ValueError for a usage error."""
     check_installed()
-    if distributed.world_size() > 1:
-        raise ValueError(f"{distributed.world_size()} processes were started; expected one: leave out torchrun")
+    if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ValueError(f"{world_size} processes were started; expected one: leave out torchrun")
     errors.check_number("port", cfg.port, at_least=1, at_most=65535)
     errors.check_number("batch_size", cfg.batch_size, at_least=1)
     errors.check_number("workers", cfg.workers, at_least=0)

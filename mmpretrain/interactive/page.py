@@ -195,7 +195,7 @@ def _on(trigger: Any, function: Callable[..., Any], inputs: list[Any], output: A
         try:
             return function(*arguments)
         except ValueError as error:
-            message = html.escape(" ".join(str(error).split()))
+            message = html.escape(" ".join(str(error).split()), quote=False)
             raise gr.Error(message, title="", print_exception=False) from None
 
     visibility = "private" if name is None else "public"
