@@ -15,7 +15,7 @@ from mmpretrain.interactive.abilities import abilities_of
 from mmpretrain.interactive.server import check_installed, served
 from mmpretrain.training.precision import autocast
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mmpretrain.demo")  # __name__ is __main__ in the command, which logs only warnings
 
 _INTERRUPTED_EXIT_CODE = 130
 
