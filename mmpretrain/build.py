@@ -1,6 +1,7 @@
 """Construction of a run's parts from its configuration."""
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmpretrain import distributed
-from mmpretrain.checkpoints.loaded import fit_tokenizer, preprocess_of
+from mmpretrain import distributed, files
+from mmpretrain.checkpoints.loaded import Loaded, fit_tokenizer, preprocess_of
 from mmpretrain.config import checks, eval_sets, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
-from mmpretrain.config.schema import EvalSetConfig, LabelConfig, SplitConfig, StreamConfig, TrainConfig
+from mmpretrain.config.schema import EvalSetConfig, LabelConfig, Precision, SplitConfig, StreamConfig, TrainConfig
 from mmpretrain.data.classes import Classes, classes_named, read_classes
 from mmpretrain.data.clip_prompts import PREFIX
 from mmpretrain.data.fields import check_caption_field
+from mmpretrain.data.image_folder import ImageFolder
 from mmpretrain.data.open_shards import StorageOptions, open_shards
 from mmpretrain.data.remote import is_remote
 from mmpretrain.data.source import ClassifiedSource, SampleSource, selected
@@ -28,6 +30,7 @@ from mmpretrain.data.subset import draw_shots, select
 from mmpretrain.data.synthetic import SyntheticStream
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluator
+from mmpretrain.evals.embedding_cache import EmbeddingCache
 from mmpretrain.evals.embeddings import EvalSet, check_readable
 from mmpretrain.launchers import has_own_gpu
 from mmpretrain.models.image_text import ImageTextModel
@@ -256,6 +259,28 @@ def build_source(
     if source.num_samples < 1:
         raise ValueError(f"{key} has {source.num_samples} samples; expected at least one")
     return source
+
+
+def build_images(images: str | Sequence[str] | dict[str, Any], storage: StorageOptions) -> SampleSource:
+    """Open the images of a command's `images`: a folder of image files, tars, or the node of a source. A collective.
+
+    Raises: ValueError for a folder without images, and for an unsuitable source.
+    """
+    if isinstance(images, dict):
+        checks.check_source(images, "images")
+        return build_source(images, "images", None)
+    if isinstance(images, str) and Path(images).is_dir() and not any(Path(images).glob("*.tar")):
+        return ImageFolder(images)
+    return open_shards(images, None, storage)
+
+
+def build_cache(folder: str, loaded: Loaded, precision: Precision) -> EmbeddingCache | None:
+    """Return the cache of a model's embeddings: `auto` is the user's cache folder, and `none` keeps none."""
+    if folder == "none":
+        return None
+    tokenizer = loaded.config["data"].get("tokenizer")
+    model = f"{loaded.fingerprint} {precision.value} {json.dumps(tokenizer, sort_keys=True, default=str)}"
+    return EmbeddingCache(files.user_cache("embeddings") if folder == "auto" else folder, model)
 
 
 def _samples(

@@ -20,11 +20,9 @@ from torch import Tensor
 from mmpretrain import build, distributed, errors, files
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.checkpoints.loaded import Loaded
-from mmpretrain.config import checks, command_line
+from mmpretrain.config import command_line
 from mmpretrain.config.schema import EmbedConfig, Precision
 from mmpretrain.data.image_batches import split
-from mmpretrain.data.open_shards import StorageOptions, open_shards
-from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.source import Fingerprint, SampleSource
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.evals.embeddings import embed_batches
@@ -74,11 +72,13 @@ def run(cfg: EmbedConfig) -> list[Path]:
     with autocast(device, precision):
         if cfg.images is not None:
             assert loaded.preprocess is not None
-            images = _Images(cfg.images, loaded.preprocess, cfg.storage)
+            images = build.build_images(cfg.images, cfg.storage)
+            keys = [images.key(sample) for sample in range(images.num_samples)]
+            fingerprint = images.fingerprint
+            content = fingerprint.hash if isinstance(fingerprint, Fingerprint) else fingerprint
             output = _Output(
-                folder / "images", images.keys, loaded.model.image_embed_dim, cfg.batch_size,
-                {**work, "images": images.fingerprint},
-            )  # fmt: skip
+                folder / "images", keys, loaded.model.image_embed_dim, cfg.batch_size, {**work, "images": content}
+            )
             written += output.write(partial(_of_images, images, loaded, cfg.workers), device)
         if cfg.texts is not None:
             texts = _texts(Path(cfg.texts))
@@ -101,52 +101,21 @@ def _texts(path: Path) -> list[str]:
     return texts
 
 
-class _Images:
-    """Images of a folder, of tar files or of a `SampleSource`, with keys and a fingerprint.
-
-    Raises: ValueError for a folder without images, and for an unsuitable source.
-    """
-
-    def __init__(
-        self, source: str | Sequence[str] | dict[str, Any], preprocess: Preprocess, storage: StorageOptions
-    ) -> None:
-        self._preprocess = preprocess
-        self._source: SampleSource | None = None
-        self._files: list[Path] = []
-        if isinstance(source, str) and Path(source).is_dir() and not any(Path(source).glob("*.tar")):
-            kinds = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-            self._files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower() in kinds)
-            if not self._files:
-                raise ValueError(f"images={source}: no image in it; expected {', '.join(sorted(kinds))}, or tars")
-            self.keys = [str(path.relative_to(source)) for path in self._files]
-            stats = [path.stat() for path in self._files]
-            lines = "".join(f"{stat.st_size} {stat.st_mtime_ns}\n" for stat in stats)
-            described = f"{Path(source).resolve()}\n{lines}".encode("utf-8", "surrogateescape")
-            self.fingerprint = hashlib.sha256(described).hexdigest()
-            return
-        if isinstance(source, dict):
-            checks.check_source(source, "images")
-            self._source = build.build_source(source, "images", None)
-        else:
-            self._source = open_shards(source, None, storage)
-        self.keys = [self._source.key(sample) for sample in range(self._source.num_samples)]
-        fingerprint = self._source.fingerprint
-        self.fingerprint = fingerprint.hash if isinstance(fingerprint, Fingerprint) else fingerprint
-
-    def __call__(self, i: int, out: Tensor) -> None:
-        """Write image `i` to `out`, uint8 [c, h, w]. Raises: BadSample."""
-        self._preprocess(self._files[i] if self._source is None else self._source.read(i, IMAGE_EXTENSIONS), out)
-
-
 def _of_images(
-    images: _Images, loaded: Loaded, workers: int, batches: Sequence[range]
+    images: SampleSource, loaded: Loaded, workers: int, batches: Sequence[range]
 ) -> Generator[Tensor, None, None]:
     """Yield embeddings [b, e] of each batch of images. Rows of images that cannot be decoded are NaN."""
+    preprocess = loaded.preprocess
+    assert preprocess is not None
+
+    def read(sample: int, out: Tensor) -> None:
+        preprocess(images.read(sample, IMAGE_EXTENSIONS), out)
+
     for (batch, embedded, _), numbers in zip(
-        embed_batches(loaded.model, images, batches, loaded.preprocess, workers), batches, strict=True
+        embed_batches(loaded.model, read, batches, preprocess, workers), batches, strict=True
     ):
         for number, reason in batch.refused:
-            log.warning("refused %s: %s", images.keys[number], reason)
+            log.warning("refused %s: %s", images.key(number), reason)
         rows = embedded.new_full((len(numbers), embedded.shape[1]), torch.nan)
         rows[[number - numbers.start for number in batch.samples]] = embedded
         yield rows

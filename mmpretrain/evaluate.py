@@ -16,7 +16,6 @@ from mmpretrain.config import checks, command_line, eval_sets
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision, SplitConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, chosen_sets, evaluate
-from mmpretrain.evals.embedding_cache import EmbeddingCache
 from mmpretrain.reporting.progress import print_results
 from mmpretrain.reporting.records import finite, intervals_of
 from mmpretrain.scores import Score
@@ -62,7 +61,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
         batch_size=batch_size,
         workers=cfg.data.workers,
         autocast=autocast(device, precision),
-        cache=_cache(cfg.cache, loaded, precision),
+        cache=build.build_cache(cfg.cache, loaded, precision),
         build_objectives=lambda: loaded.objectives,
     )
     evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
@@ -87,15 +86,6 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
             files.write_text(Path(cfg.output), text + "\n")
         print_results(results, loaded.folder, intervals)
     return scores
-
-
-def _cache(folder: str, loaded: Loaded, precision: Precision) -> EmbeddingCache | None:
-    """Return the cache of embeddings in a folder: `auto` is the user's cache folder, and `none` keeps none."""
-    if folder == "none":
-        return None
-    tokenizer = loaded.config["data"].get("tokenizer")
-    model = f"{loaded.fingerprint} {precision.value} {json.dumps(tokenizer, sort_keys=True, default=str)}"
-    return EmbeddingCache(files.user_cache("embeddings") if folder == "auto" else folder, model)
 
 
 def _sets_of_run(loaded: Loaded) -> dict[str, EvalSetConfig]:

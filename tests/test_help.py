@@ -27,7 +27,7 @@ def test_help_of_train_names_groups_values_and_examples(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("runs"))
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export", "embed", "interpolate"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "embed", "interpolate", "demo"])
 def test_other_commands_have_help(command: str, tmp_path: Path) -> None:
     finished = runs.run(f"mmpretrain.{command}", ["--help"], tmp_path)
     assert finished.code == 0, finished.stderr

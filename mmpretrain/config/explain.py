@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "ExportConfig",
     "embed": "EmbedConfig",
     "interpolate": "InterpolateConfig",
+    "demo": "DemoConfig",
 }
 GROUPS = (
     "objective",

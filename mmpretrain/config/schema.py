@@ -348,6 +348,25 @@ class EmbedConfig:
     trust: list[str] = field(default_factory=list)
 
 
+@dataclass
+class DemoConfig:
+    """Configuration of `python -m mmpretrain.demo`."""
+
+    checkpoint: str = MISSING
+    images: Any = None
+    host: str = MISSING
+    port: int = MISSING
+    cache: str = MISSING
+    batch_size: int = MISSING
+    workers: int = MISSING
+    device: str = MISSING
+    precision: Precision | None = MISSING
+    ema: bool = MISSING
+    storage: StorageOptions = field(default_factory=StorageOptions)
+    """Where tars of `images` have their indexes, and the cache of remote ones."""
+    trust: list[str] = field(default_factory=list)
+
+
 def register_schemas() -> None:
     """Register the schemas with Hydra under the names that the defaults lists use."""
     store = ConfigStore.instance()
@@ -356,3 +375,4 @@ def register_schemas() -> None:
     store.store("export_schema", ExportConfig)
     store.store("embed_schema", EmbedConfig)
     store.store("interpolate_schema", InterpolateConfig)
+    store.store("demo_schema", DemoConfig)

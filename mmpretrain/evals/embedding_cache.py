@@ -52,7 +52,7 @@ class EmbeddingCache:
         if all(distributed.gather_objects(found is not None)):
             assert found is not None
             if distributed.is_main():
-                log.info("the embeddings of data.val.%s were computed before: %s", data.name, path)
+                log.info("the embeddings of %s were computed before: %s", data.shown_key, path)
             tell_refused(data, found.refused)
             return found
         embedded = embed()

@@ -54,6 +54,13 @@ class EvalSet:
     classes: Classes | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     train: SampleSource | None = None
+    key: str | None = None
+    """Key of the configuration that messages name; None: `data.val.<name>`."""
+
+    @property
+    def shown_key(self) -> str:
+        """Key of the configuration that messages name."""
+        return self.key or f"data.val.{self.name}"
 
 
 @dataclass(frozen=True)
@@ -294,8 +301,9 @@ def tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:
     if not refused:
         return
     named = "; ".join(f"{refusal.key} of {refusal.shard}: {refusal.reason}" for refusal in refused[:_MAX_NAMED])
-    count = f"{len(refused)} of the {data.shards.num_samples} samples of data.val.{data.name} cannot be used"
+    count = f"{len(refused)} of the {data.shards.num_samples} samples of {data.shown_key} cannot be used"
     if len(refused) == data.shards.num_samples:
-        raise ValueError(f"{count}, such as {named}; fix the data, or data.val.{data.name}.caption and .label")
+        fields = "" if data.key else f", or {data.shown_key}.caption and .label"
+        raise ValueError(f"{count}, such as {named}; fix the data{fields}")
     if distributed.is_main():
         log.warning("%s and are left out: %s%s", count, named, "; ..." if len(refused) > _MAX_NAMED else "")

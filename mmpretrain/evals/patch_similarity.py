@@ -3,10 +3,28 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.evals.base import Context, evenly_spread
+from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.reporting import pictures
+
+
+def embeds_patches(model: ImageTextModel) -> bool:
+    """Return True if the image encoder is a ViT that pools one of its tokens, so that patch tokens can be projected."""
+    image = model.image
+    return image is not None and image.is_vit and image.num_prefix_tokens > 0 and getattr(image, "pools_token", True)
+
+
+def patch_embeddings(model: ImageTextModel, images: Tensor) -> Tensor:
+    """Project the patch tokens of uint8 images [b, c, h, w] like the class token.
+
+    Returns: float32 [b, rows, columns, e] of unit length.
+    """
+    encoder = model.image_encoder
+    tokens = model.encode_image(images.to(model.device)).tokens[:, encoder.num_prefix_tokens :]
+    return model.project_image(tokens).float().unflatten(1, encoder.grid_size)
 
 
 class PatchSimilarity:
@@ -23,26 +41,19 @@ class PatchSimilarity:
 
     def applicable_datasets(self, context: Context) -> list[str]:
         """Return the data sets with captions; none if the image encoder is not a ViT that pools one of its tokens."""
-        image = context.model.image_encoder
-        if not image.is_vit or image.num_prefix_tokens == 0 or not getattr(image, "pools_token", True):
-            return []
-        return context.pair_sets
+        return context.pair_sets if embeds_patches(context.model) else []
 
     def __call__(self, name: str, context: Context) -> dict[str, float]:
         """Show the picture `patch_similarity`. There are no scores."""
-        model, encoder, embedded = context.model, context.model.image_encoder, context.embedded(name)
+        embedded = context.embedded(name)
         if not distributed.is_main():
             return {}
         rows = evenly_spread(self.num_images, len(embedded.images))
         texts = [embedded.first_texts[row] for row in rows]
         images = torch.stack([context.image(name, row) for row in rows])
         with context.autocast:
-            tokens = model.encode_image(images.to(model.device)).tokens[:, encoder.num_prefix_tokens :]
-            patches = model.project_image(tokens).float()
-        maps = [
-            (patch_rows @ embedded.texts[text]).reshape(encoder.grid_size).cpu().numpy()
-            for patch_rows, text in zip(patches, texts, strict=True)
-        ]
+            patches = patch_embeddings(context.model, images)
+        maps = [(grid @ embedded.texts[text]).cpu().numpy() for grid, text in zip(patches, texts, strict=True)]
         captions = [embedded.captions[text] for text in texts]
         context.show(name, "patch_similarity", pictures.heat_maps(list(images), maps, captions))
         return {}

@@ -94,6 +94,11 @@ def _thumbnail(image: Tensor, side: int) -> Image.Image:
     return picture.resize((side, side), Image.Resampling.NEAREST)
 
 
+def enlarged(image: Tensor, side: int) -> np.ndarray:
+    """Draw a square image uint8 [c, h, h] with its pixels as they are, uint8 [side, side, 3]."""
+    return np.asarray(_thumbnail(image, side))
+
+
 def gallery(queries: Sequence[Answers], side: int = 120) -> np.ndarray:
     """Draw one row per query with its answers: correct ones in green, wrong ones in red."""
     font = _font(13)
@@ -220,14 +225,23 @@ def heat_maps(
         top = i * (side + title) + title
         picture = _thumbnail(image, side)
         page.paste(picture, (left, top))
-        faded = Image.blend(Image.new("RGB", picture.size, "white"), picture, 0.4)
-        page.paste(Image.blend(faded, _heat(values, side), 0.6), (right, top))
+        page.paste(_overlaid(picture, values), (right, top))
         middle = top - title // 2
         canvas.text((left, middle), textwrap.shorten(caption, 44, placeholder=" …"), "black", font, anchor="lm")
         canvas.text((right, middle), f"similarity {values.min():.2f}", "black", font, anchor="lm")
         page.paste(_scale(_INFERNO, 100, 10), (right + 112, middle - 5))
         canvas.text((right + 220, middle), f"{values.max():.2f}", "black", font, anchor="lm")
     return np.asarray(page)
+
+
+def heat_map(image: Tensor, values: np.ndarray, side: int = 288) -> np.ndarray:
+    """Draw an image uint8 [c, h, w] below its heat map, float [rows, columns], as uint8 [side, side, 3]."""
+    return np.asarray(_overlaid(_thumbnail(image, side), values))
+
+
+def _overlaid(picture: Image.Image, values: np.ndarray) -> Image.Image:
+    faded = Image.blend(Image.new("RGB", picture.size, "white"), picture, 0.4)
+    return Image.blend(faded, _heat(values, picture.width), 0.6)
 
 
 def _heat(values: np.ndarray, side: int) -> Image.Image:
