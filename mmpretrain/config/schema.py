@@ -211,8 +211,8 @@ class SplitConfig:
     """Samples that an evaluator learns from: either `shards` or `source`."""
 
     shards: Any = None
-    """Tars of the training split, with the same fields, for linear_probe, knn, few_shot and text_classification; null:
-    these do not apply."""
+    """Tars of the training split, with the same fields, for linear_probe, knn, few_shot, text_classification and memorised;
+    null: these do not apply."""
     source: dict[str, Any] | None = None
     """Samples of the training split that are stored otherwise, instead of `shards`."""
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmpretrain.data.source import selected
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.errors import UsageError, misspelt
 from mmpretrain.evals.embedding_cache import EmbeddingCache
@@ -139,6 +140,24 @@ class Context:
             self._embedded[split] = self._embed(
                 replace(data, name=split, shards=data.train, caption=caption, train=None)
             )
+        return self._embedded[split]
+
+    def embedded_train_pairs(self, name: str, max_samples: int) -> Embedded:
+        """Return the embeddings of images and captions of the training split of the data set `name`.
+
+        Args:
+            name: name of the data set, which has a training split and captions.
+            max_samples: largest number of samples, spread evenly over the split.
+
+        The first call is a collective.
+        """
+        split = f"{name}.train of {max_samples} pairs"
+        if split not in self._embedded:
+            data = self.sets[name]
+            assert data.train is not None
+            rows = evenly_spread(max_samples, data.train.num_samples)
+            chosen = selected(data.train, np.array(rows, np.int64))
+            self._embedded[split] = self._embed(replace(data, name=f"{name}.train", shards=chosen, train=None))
         return self._embedded[split]
 
     def _embed(self, data: EvalSet) -> Embedded:

@@ -190,7 +190,7 @@ def _text_batches(
     if model.text is None:
         return
     mine = texts[distributed.share(len(texts))]
-    for i in range(_num_batches(len(texts), batch_size)):
+    for i in range(num_batches(len(texts), batch_size)):
         check_stop()
         if not (some := mine[i * batch_size : (i + 1) * batch_size]):
             continue
@@ -199,7 +199,7 @@ def _text_batches(
         yield model.embed_pooled_texts(pooled).float(), pooled.float()
 
 
-def _num_batches(count: int, batch_size: int) -> int:
+def num_batches(count: int, batch_size: int) -> int:
     """Return the largest number of batches in any rank's share of `count` items."""
     largest_share = -(-count // distributed.world_size())
     return -(-largest_share // batch_size)
@@ -236,7 +236,7 @@ def embed(
     batches = embed_batches(model, _Reader(data), split(share, batch_size), data.preprocess, workers, timeout_seconds)
     images, features, values, samples, refused = [], [], [], [], []
     with closing(batches):
-        for _ in range(_num_batches(data.shards.num_samples, batch_size)):
+        for _ in range(num_batches(data.shards.num_samples, batch_size)):
             check_stop()
             if (embedded := next(batches, None)) is None:
                 continue

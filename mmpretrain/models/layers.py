@@ -74,3 +74,37 @@ def layers_above_by_name(module: nn.Module) -> dict[str, int]:
             "method layers_above that returns the number of layers above each of its parameters, by name"
         )
     return layers_above_blocks(module, stem=_STEM, blocks=_BLOCKS, norm=_NORM)
+
+
+def blocks_of(encoder: Any, key: str) -> dict[str, nn.Module]:
+    """Return the blocks of an encoder by name, from the first to the last.
+
+    A block is the largest module that has parameters of its layer alone, by the encoder's own `layers_above`.
+
+    Args:
+        encoder: an image or text encoder.
+        key: name of the encoder in messages.
+
+    Raises: ValueError if the encoder does not tell its layers, or has none.
+    """
+    if not hasattr(encoder, "layers_above"):
+        raise ValueError(
+            f"{key} is a {type(encoder).__name__}, which does not tell its layers; expected a method layers_above that "
+            "returns the number of layers above each of its parameters, by name"
+        )
+    above: Mapping[str, int] = encoder.layers_above()
+    found: dict[int, tuple[tuple[int, bool, int], str, nn.Module]] = {}
+    for name, module in encoder.named_modules():
+        # Containers are not called: an encoder calls what they hold.
+        if not name or isinstance(module, nn.ModuleList | nn.ModuleDict):
+            continue
+        numbers = [above[f"{name}.{parameter}"] for parameter, _ in module.named_parameters()]
+        if len(set(numbers)) == 1:
+            size = (len(numbers), not isinstance(module, nn.Sequential), -len(name))
+            if numbers[0] not in found or size > found[numbers[0]][0]:
+                found[numbers[0]] = size, name, module
+    stem = max(above.values(), default=0)
+    blocks = {found[number][1]: found[number][2] for number in sorted(found, reverse=True) if 0 < number < stem}
+    if not blocks:
+        raise ValueError(f"{key} is a {type(encoder).__name__} without blocks; expected at least one")
+    return blocks

@@ -27,7 +27,7 @@ def config(*overrides: str) -> EvaluateConfig:
 
 def test_all_are_those_that_give_scores() -> None:
     options = {path.stem for path in explain.CONF.glob("eval/*.yaml")}
-    assert set(config("checkpoint=x", "eval=all").eval) == options - PICTURES - {"all"}
+    assert set(config("checkpoint=x", "eval=all").eval) == options - PICTURES - {"all", "cka"}  # cka needs a second model
 
 
 @pytest.mark.slow
@@ -45,4 +45,4 @@ def test_all_applicable_evaluators_run_on_all_data_sets_of_a_suite(
     ):  # fmt: skip
         assert expected in found
     # The suite has no training split, and no fields of json.
-    assert "linear_probe, knn, few_shot, choice, fairness find no data set" in caplog.text
+    assert "linear_probe, knn, few_shot, choice, fairness, memorised, text_classification" in caplog.text
