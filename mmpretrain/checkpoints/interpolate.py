@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmpretrain import files
 from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.load import find
+from mmpretrain.checkpoints.load import find, merged_as_saved
 from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER
 from mmpretrain.config import config_yaml
 
@@ -68,15 +68,18 @@ def _check_same_model(given: Tensors, expected: Tensors) -> None:
 
 
 def read(checkpoints: Sequence[str | Path], ema: bool = False) -> list[Tensors]:
-    """Return the tensors of runs or checkpoints, or with `ema` their averaged weights.
+    """Return the tensors of runs or checkpoints, or with `ema` their averaged weights. Adapters (LoRA) are merged.
 
     Raises: ValueError if one has no valid checkpoint or no averaged weights.
     """
-    paths = [find(each)[1] for each in checkpoints]
-    for path in paths:
+    found = [find(each) for each in checkpoints]
+    for _, path in found:
         if ema and not store.has(path, "ema"):
             raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
-    return [store.load_tensors(path, "ema" if ema else "model") for path in paths]
+    return [
+        merged_as_saved(store.load_tensors(path, "ema" if ema else "model"), config_yaml.read(folder / "config.yaml"))
+        for folder, path in found
+    ]
 
 
 def write(tensors: Tensors, like: str | Path, folder: Path) -> Path:

@@ -125,6 +125,20 @@ def test_a_run_begins_with_an_interpolated_checkpoint_and_does_not_resume_it(pai
     assert refused.code == 2 and "has no 'step'; expected it as the run wrote it" in refused.errors[0]
 
 
+@pytest.mark.slow
+def test_adapters_are_merged_before_they_are_interpolated(pairs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    runs.trained(tmp_path, pairs, "trainer.duration=1steps", "run.dir=a")
+    lora = ("trainer.lora.rank=2", "init_from=a", "optimizer.lr=0.1", "schedule=constant")
+    runs.trained(tmp_path, pairs, "trainer.duration=3steps", *lora, "run.dir=b")
+    ends = [load_checkpoint(tmp_path / name).model.state_dict() for name in ("a", "b")]
+    assert not torch.equal(*(end["text.transformer.resblocks.0.mlp.c_fc.weight"] for end in ends))
+    interpolated = run(InterpolateConfig([str(tmp_path / "a"), str(tmp_path / "b")], 0.3, str(tmp_path / "c"), False))
+    middle = load_checkpoint(interpolated[0]).model.state_dict()
+    for name, tensor in middle.items():
+        torch.testing.assert_close(tensor, 0.7 * ends[0][name] + 0.3 * ends[1][name])
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
