@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from mmpretrain.checkpoints.exported import Exported
 from mmpretrain.checkpoints.loaded import Loaded
-from mmpretrain.checkpoints.programs import describe, programs_of
+from mmpretrain.checkpoints.programs import INPUTS, describe, programs_of
 
 _MAX_FILE_BYTES = 2_000_000_000  # a protobuf holds 2 GiB; weights beyond that lie in a second file
 
@@ -31,19 +31,16 @@ def export(loaded: Loaded, folder: Path) -> Exported:
     programs = programs_of(loaded.model)
     for name, program in programs.items():
         _write(name, program, folder / f"{name}.onnx")
-    calls = "\n".join(f'{name} = onnxruntime.InferenceSession("DIR/{name}.onnx")' for name in programs)
-    feeds = {
-        "image": 'image.run(None, {"pixel_values": pixels})[0]',
-        "text": 'text.run(None, {"input_ids": ids, "attention_mask": mask})[0]',
-    }
-    runs = "\n".join(feeds[name] for name in programs)
+    loads = "\n".join(f'{name} = onnxruntime.InferenceSession("DIR/{name}.onnx")' for name in programs)
+    feeds = {name: ", ".join(f'"{each}": {each}' for each in INPUTS[name]) for name in programs}
+    calls = "\n".join(f"{name}.run(None, {{{feed}}})[0]" for name, feed in feeds.items())
     return Exported(
         "onnx",
         f"""\
 ```python
 import onnxruntime
+{loads}
 {calls}
-{runs}
 ```
 {describe(loaded, folder, "onnx")}""",
     )
@@ -61,6 +58,7 @@ def _write(name: str, program: ExportedProgram, path: Path) -> None:
             torch.onnx.export(
                 program, (), path, dynamo=True, verbose=False, output_names=[f"{name}_embeds"],
                 external_data=num_bytes > _MAX_FILE_BYTES,
+                dynamic_shapes={key: {0: "batch"} for key in INPUTS[name]},
             )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

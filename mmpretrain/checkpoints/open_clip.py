@@ -222,17 +222,18 @@ def export(loaded: Loaded, folder: Path) -> Exported:
 
 def _usage(model: ImageTextModel, tokenizer: Tokenizer) -> str:
     is_clips = isinstance(tokenizer, ClipTokenizer)
-    texts = (
-        "" if is_clips else f"\nThe tokenizer is not among the files: it is a {type(tokenizer).__name__} of the run."
+    load = '\ntokenizer = open_clip.get_tokenizer("local-dir:DIR")' if is_clips else ""
+    ids = 'tokenizer(["a photo"])' if is_clips else "ids"
+    notes = (
+        [] if is_clips else [f"The tokenizer is not among the files: it is a {type(tokenizer).__name__} of the run."]
     )
-    crop = (
-        "" if model.crop_pct == 1 else f"\nIn our evaluation images have a crop_pct of {model.crop_pct}; here it is 1."
-    )
+    if model.crop_pct != 1:
+        notes.append(f"In our evaluation images have a crop_pct of {model.crop_pct}; here it is 1.")
     return f"""\
 ```python
 import open_clip
-model, transform = open_clip.create_model_from_pretrained("local-dir:DIR")
-tokenizer = open_clip.get_tokenizer("local-dir:DIR")
-image = model.encode_image(transform(image)[None], normalize=True)
-text = model.encode_text(tokenizer(["a photo"]), normalize=True)
-```{texts}{crop}"""
+model, transform = open_clip.create_model_from_pretrained("local-dir:DIR"){load}
+image = model.eval().encode_image(transform(image)[None], normalize=True)
+text = model.encode_text({ids}, normalize=True)
+```
+{" ".join(notes)}""".rstrip()

@@ -15,6 +15,9 @@ from mmpretrain.checkpoints.hugging_face.inputs import preprocessor_config, writ
 from mmpretrain.checkpoints.loaded import Loaded
 from mmpretrain.models.image_text import ImageTextModel
 
+INPUTS = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
+"""Names of the inputs of each tower."""
+
 
 class _Images(nn.Module):
     """Embed normalised images float32 [b, c, h, w] as unit vectors [b, e]."""
@@ -101,7 +104,7 @@ def describe(loaded: Loaded, folder: Path, suffix: str) -> str:
         shape = ["b", length]
         towers["text"] = {
             "file": f"text.{suffix}",
-            "inputs": {key: {"dtype": "int64", "shape": shape} for key in ("input_ids", "attention_mask")},
+            "inputs": {key: {"dtype": "int64", "shape": shape} for key in INPUTS["text"]},
             "embed_dim": model.text_embed_dim, "pad_id": loaded.tokenizer.pad_id or 0,
         }  # fmt: skip
         lines.append(
@@ -109,9 +112,12 @@ def describe(loaded: Loaded, folder: Path, suffix: str) -> str:
             "and 1 for each token, 0 for padding."
         )
         try:
-            lines.append(write_tokenizer(loaded.tokenizer, folder))
+            cleaning = write_tokenizer(loaded.tokenizer, folder)
+            lines.append(cleaning and f"- The tokenizer lies beside it. {cleaning}")
         except ValueError:
-            lines.append(f"The tokenizer is not among the files: it is a {type(loaded.tokenizer).__name__} of the run.")
+            lines.append(
+                f"- The tokenizer is not among the files: it is a {type(loaded.tokenizer).__name__} of the run."
+            )
     lines.append(
         "- Both return embeddings of unit length, float32 [b, e]; their products times the scale are the logits, plus the "
         "bias if there is one (export.json)."

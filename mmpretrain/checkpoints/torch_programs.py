@@ -6,7 +6,7 @@ import torch
 
 from mmpretrain.checkpoints.exported import Exported
 from mmpretrain.checkpoints.loaded import Loaded
-from mmpretrain.checkpoints.programs import describe, programs_of
+from mmpretrain.checkpoints.programs import INPUTS, describe, programs_of
 
 
 def export(loaded: Loaded, folder: Path) -> Exported:
@@ -17,21 +17,17 @@ def export(loaded: Loaded, folder: Path) -> Exported:
     programs = programs_of(loaded.model)
     for name, program in programs.items():
         torch.export.save(program, folder / f"{name}.pt2")
-    calls = "\n".join(
-        f'{name} = torch.export.load("DIR/{name}.pt2").module()    # {", ".join(_inputs(name))}' for name in programs
-    )
+    loads = "\n".join(f'{name} = torch.export.load("DIR/{name}.pt2").module()' for name in programs)
+    calls = "\n".join(f"{name}({', '.join(f'{each}={each}' for each in INPUTS[name])})" for name in programs)
     return Exported(
         "pytorch",
         f"""\
 ```python
 import torch
+{loads}
 {calls}
 ```
 {describe(loaded, folder, "pt2")}
 
 Loading a .pt2 is not safe if others made it: it may run code.""",
     )
-
-
-def _inputs(name: str) -> tuple[str, ...]:
-    return ("pixel_values",) if name == "image" else ("input_ids", "attention_mask")

@@ -85,7 +85,7 @@ def _of_run(subject: Subject, folder: Path, state: Mapping[str, Any]) -> list[st
     facts = files.read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     path = folder / "results.json"
     results = read_results(path) if path.exists() else {}
-    is_last = results.get("steps") == state.get("step") is not None
+    is_last = "step" in state and results.get("steps") == state["step"]
     length = {"steps": state.get("step"), "samples": state.get("samples"), "wall_seconds": state.get("wall_seconds")}
     if is_last:  # with the last evaluation
         length["wall_seconds"] = results.get("wall_seconds")
@@ -134,7 +134,9 @@ def _limits(scores: Mapping[str, float | None], intervals: Intervals) -> str:
     for title, (evaluator, parts) in _LIMITS.items():
         found = {name: value for name, value in scores.items() if _is_of(name, parts)}
         table = _table(*table_of(found, intervals))
-        text += f"{title}:\n\n{table}\n" if found else f"{title}: not measured in training (`eval={evaluator}`).\n\n"
+        text += (
+            f"{title}:\n\n{table}\n" if found else f"{title}: not measured for these weights (`eval={evaluator}`).\n\n"
+        )
     return text.rstrip("\n") + "\n"
 
 

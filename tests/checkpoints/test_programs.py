@@ -95,6 +95,8 @@ def test_a_graph_embeds_as_we_do(name: str, tmp_path: Path) -> None:
     onnx_graphs.export(loaded, tmp_path)
     sessions = {file.stem: onnxruntime.InferenceSession(file) for file in tmp_path.glob("*.onnx")}
 
+    assert all(each.shape[0] == "batch" for session in sessions.values() for each in session.get_inputs())
+
     def run(session: Any, batch: dict[str, Tensor]) -> Tensor:
         arrays: dict[str, np.ndarray] = {key: tensor.numpy() for key, tensor in batch.items()}
         return torch.from_numpy(session.run(None, arrays)[0])

@@ -84,7 +84,7 @@ def test_limits_are_those_that_evaluators_measured(tmp_path: Path) -> None:
     assert [name for name in scores if name.startswith("eval-")] == ["eval-val/acc1"]
     bare = model_card(subject(), evaluated(tmp_path / "other", {"eval-val/acc1": 0.5}), STATE)
     for evaluator in ("fairness", "calibration", "geometry"):
-        assert f"not measured in training (`eval={evaluator}`)" in bare
+        assert f"not measured for these weights (`eval={evaluator}`)" in bare
 
 
 def test_energy_is_measured_or_estimated_and_says_which(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from mmpretrain.data.tokenizer import ClipTokenizer, FileTokenizer, HuggingFaceT
 from mmpretrain.models.image_text import ImageTextModel
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_CLEANED = "In training, texts were first mended by ftfy, freed from HTML entities{}, which this tokenizer does not do."
+_CLEANED = "mmpretrain first mends texts with ftfy and resolves HTML entities{}, which this tokenizer does not do."
 _MAX_TOKENIZER_BYTES = 256 << 20
 
 
@@ -46,13 +46,13 @@ def preprocessor_config(model: ImageTextModel) -> dict[str, Any]:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> str:
     """Write a tokenizer that gives the same ids.
 
-    Returns: how its cleaning of texts differs from ours, a sentence; empty if it does not.
+    Returns: a sentence on how its cleaning of texts differs from ours; empty if it does not.
     Raises: ValueError if `transformers` cannot read such a tokenizer.
     """
     # Exact types: a class of one's own may tokenize otherwise than the one that it inherits from.
     if type(tokenizer) is HuggingFaceTokenizer:
         tokenizer.save(folder)
-        return _CLEANED.format(f" and cleaned by open_clip's `{tokenizer.clean}` (repeated spaces become one)")
+        return _CLEANED.format(f", then cleans them as open_clip's `{tokenizer.clean}` (repeated spaces become one)")
     if type(tokenizer) is ClipTokenizer:
         backend, names = _clip(), {"bos_token": _START, "eos_token": _END, "unk_token": _END, "pad_token": _END}
         difference = _CLEANED.format("")
