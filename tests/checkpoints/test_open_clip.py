@@ -110,6 +110,21 @@ def test_no_file_is_overwritten_and_others_stay(run: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob(".partial*"))
 
 
+def test_a_run_and_weights_of_others_are_exported_with_a_card(run: Path, tmp_path: Path) -> None:
+    first = runs.run("mmpretrain.export", [f"checkpoint={run}", f"output={tmp_path}/out"], tmp_path)
+    assert first.code == 0, first.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| weights | as trained, after step 2 |" in card and "| objectives | 1 × sigmoid |" in card
+    arguments = [f"checkpoint=open_clip:local-dir:{tmp_path}/out", f"output={tmp_path}/hf", "format=huggingface"]
+    second = runs.run("mmpretrain.export", arguments, tmp_path)
+    assert second.code == 0, second.stderr
+    assert [Path(line).name for line in second.stdout.split()] == [
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    assert "Weights of another library" in (tmp_path / "hf" / "README.md").read_text()
+
+
 def test_a_shape_that_open_clip_does_not_have_is_refused(pairs: Path, tmp_path: Path) -> None:
     overrides = ("trainer.duration=1steps", "model.text.causal=false", "model.text.pool=mean", "eval=[]")
     assert runs.train(tmp_path, f"data.root={pairs}", *overrides).code == 0
