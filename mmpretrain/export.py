@@ -1,16 +1,30 @@
 """Write a checkpoint for another library: python -m mmpretrain.export checkpoint=RUN_DIR format=open_clip output=DIR."""
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from mmpretrain import errors
-from mmpretrain.checkpoints import open_clip
-from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain import errors, files
+from mmpretrain.checkpoints import foreign, onnx_graphs, open_clip, store, timm_folder, torch_programs
+from mmpretrain.checkpoints.exported import Exported, Exporter
+from mmpretrain.checkpoints.hugging_face import export as hugging_face
+from mmpretrain.checkpoints.load import find, load_checkpoint
+from mmpretrain.checkpoints.loaded import Loaded
 from mmpretrain.config import command_line
 from mmpretrain.config.schema import ExportConfig
+from mmpretrain.reporting import model_card
 
-_FORMATS = {"open_clip": open_clip.export}
+_FORMATS: Mapping[str, Exporter | None] = {
+    "open_clip": open_clip.export,
+    "huggingface": hugging_face.export,
+    "timm": timm_folder.export,
+    "onnx": onnx_graphs.export,
+    "torch_export": torch_programs.export,
+    "card": None,  # the model card alone
+}
 
 
 @command_line.command("export")
@@ -21,16 +35,64 @@ def main(cfg: ExportConfig) -> None:
 
 
 def run(cfg: ExportConfig) -> list[Path]:
-    """Write a checkpoint in `cfg.format`, and return the paths of the files. Raises: ValueError for a usage error."""
+    """Write a checkpoint in `cfg.format` with a model card. All files appear at the end, and none is overwritten.
+
+    Returns: paths of the files.
+    Raises: ValueError for a usage error.
+    """
     if cfg.format not in _FORMATS:
         raise ValueError(f"format is {cfg.format!r}; {errors.nearest(cfg.format, list(_FORMATS))}")
+    folder = Path(cfg.output).absolute()
+    _check_absent(folder, [model_card.FILE])
     loaded = load_checkpoint(cfg.checkpoint, trust=cfg.trust, ema=cfg.ema)
-    files = _FORMATS[cfg.format](
-        loaded.model, loaded.config["model"], loaded.scalars, Path(cfg.output), loaded.tokenizer
-    )
-    for file in files:
+    partial = folder.with_name(f"{files.PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir(parents=True)
+    try:
+        exporter = _FORMATS[cfg.format]
+        exported = None if exporter is None else exporter(loaded, partial)
+        files.write_text(partial / model_card.FILE, _card(cfg, loaded, exported))
+        names = sorted(path.name for path in partial.iterdir())
+        _check_absent(folder, names)
+        _move(partial, folder, names)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    written = [Path(cfg.output) / name for name in names]
+    for file in written:
         Console(markup=False, emoji=False).print(str(file), soft_wrap=True)
-    return files
+    return written
+
+
+def _check_absent(folder: Path, names: list[str]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is {str(folder)!r}, a file; expected a folder")
+    if present := [name for name in names if (folder / name).exists()]:
+        raise ValueError(f"output={folder} has a {present[0]} already; expected another folder, or remove the file")
+
+
+def _move(partial: Path, folder: Path, names: list[str]) -> None:
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    for name in names:
+        (partial / name).rename(folder / name)
+
+
+def _card(cfg: ExportConfig, loaded: Loaded, exported: Exported | None) -> str:
+    model = loaded.model
+    towers = {"image": model.image, "text": model.text}
+    subject = model_card.Subject(
+        source=str(loaded.folder),
+        towers=tuple(name for name, tower in towers.items() if tower is not None),
+        is_average=cfg.ema,
+        library=None if exported is None else exported.library,
+        usage=None if exported is None else exported.usage,
+    )
+    if foreign.is_foreign(cfg.checkpoint):
+        return model_card.model_card(subject, None, {})
+    folder, path = find(cfg.checkpoint)
+    state: dict[str, Any] = store.load_state(path)
+    return model_card.model_card(subject, folder, state)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpretrain import files
 from mmpretrain.checkpoints import tensor_files
-from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.checkpoints.exported import Exported
+from mmpretrain.checkpoints.loaded import Loaded
+from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.lora import has_adapters, plain_name
 from mmpretrain.models.open_clip import OpenClipHFText, OpenClipResNet, OpenClipText, OpenClipVision, model_config
@@ -194,40 +197,44 @@ def _config_of_shapes(model: ImageTextModel) -> dict[str, Any]:
     }
 
 
-def export(
-    model: ImageTextModel,
-    node: Mapping[str, Any],
-    scalars: Mapping[str, float],
-    folder: Path,
-    tokenizer: Tokenizer | None = None,
-) -> list[Path]:
-    """Export a model for `open_clip.create_model("local-dir:FOLDER")`.
+def export(loaded: Loaded, folder: Path) -> Exported:
+    """Write open_clip_model.safetensors and open_clip_config.json for `open_clip.create_model("local-dir:FOLDER")`.
 
-    Args:
-        model: model with towers that open_clip supports.
-        node: configuration that the model was built from.
-        scalars: `logit_scale` (not its logarithm) and `logit_bias`, if the model has them.
-        folder: folder for open_clip_model.safetensors and open_clip_config.json.
-        tokenizer: tokenizer whose end token the text encoder pools; None for CLIP's tokenizer.
-
-    Returns: paths of the files.
     Raises: ValueError if open_clip has no such architecture.
     """
+    model, scalars, tokenizer = loaded.model, loaded.scalars, loaded.tokenizer
     if model.num_channels != 3:
         raise ValueError(f"the model takes images of {model.num_channels} channels; open_clip's models take 3")
     tensors = to_open_clip(model, scalars.get("logit_scale"), scalars.get("logit_bias"))
-    settings = open_clip_config(model, node)
+    settings = open_clip_config(model, loaded.config["model"])
     # By default open_clip pools the token with the largest id as the end token: set its id if it is another.
     text = model.text
     pools_end = isinstance(text, TextTransformer) or (
         isinstance(text, OpenClipText) and text.text.pool_type == "argmax"
     )
-    if tokenizer is not None and pools_end and tokenizer.end_id != tokenizer.vocab_size - 1:
+    if pools_end and tokenizer.end_id != tokenizer.vocab_size - 1:
         settings["model_cfg"]["text_cfg"] |= {"pool_type": "eos", "eos_id": tokenizer.end_id}
     if "logit_bias" in scalars:
         settings["model_cfg"] |= {"init_logit_bias": scalars["logit_bias"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "open_clip_model.safetensors", folder / "open_clip_config.json"]
-    tensor_files.save(tensors, files[0])
-    files[1].write_text(json.dumps(settings, indent=2) + "\n")
-    return files
+    tensor_files.save(tensors, folder / "open_clip_model.safetensors")
+    files.write_text(folder / "open_clip_config.json", json.dumps(settings, indent=2) + "\n")
+    return Exported("open_clip", _usage(model, tokenizer))
+
+
+def _usage(model: ImageTextModel, tokenizer: Tokenizer) -> str:
+    is_clips = isinstance(tokenizer, ClipTokenizer)
+    load = '\ntokenizer = open_clip.get_tokenizer("local-dir:DIR")' if is_clips else ""
+    ids = 'tokenizer(["a photo"])' if is_clips else "ids"
+    notes = (
+        [] if is_clips else [f"The tokenizer is not among the files: it is a {type(tokenizer).__name__} of the run."]
+    )
+    if model.crop_pct != 1:
+        notes.append(f"In our evaluation images have a crop_pct of {model.crop_pct}; here it is 1.")
+    return f"""\
+```python
+import open_clip
+model, transform = open_clip.create_model_from_pretrained("local-dir:DIR"){load}
+image = model.eval().encode_image(transform(image)[None], normalize=True)
+text = model.encode_text({ids}, normalize=True)
+```
+{" ".join(notes)}""".rstrip()

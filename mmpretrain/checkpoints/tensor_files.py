@@ -41,12 +41,13 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-def save(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file with the default permissions of new files. Raises: OSError if it cannot be written."""
     path.touch()  # gets the default permissions; the library replaces it by a file that only its owner may read
     mode = path.stat().st_mode
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, path, None if metadata is None else dict(metadata))
     except SafetensorError as error:  # raised when the disk is full, for example
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

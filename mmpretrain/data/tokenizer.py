@@ -216,6 +216,8 @@ class FileTokenizer:
         file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(f"data.tokenizer.path is {path!r}; expected a tokenizer.json or a folder with one")
+        self.file = file
+        self.pad, self.end = pad, end
         self._tokenizer = TokenizersTokenizer.from_file(str(file))
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.no_padding()
@@ -301,7 +303,7 @@ class HuggingFaceTokenizer:
             ) from error
         if clean not in _CLEANING:
             raise ValueError(f"clean is {clean!r}; expected one of {', '.join(_CLEANING)}")
-        self._clean = clean
+        self.clean = clean
         self.context_length = context_length
         self.vocab_size: int = len(self._tokenizer)
         self.pad_id: int | None = self._tokenizer.pad_token_id
@@ -313,9 +315,14 @@ class HuggingFaceTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokenize texts. Returns (ids, int64 [n, longest]; lengths, int64 [n]); lengths count special tokens."""
-        cleaned = [_cleaned(text, self._clean, self.context_length) for text in texts]
+        cleaned = [_cleaned(text, self.clean, self.context_length) for text in texts]
         encoded = self._tokenizer(cleaned, max_length=self.context_length, truncation=True)["input_ids"]
         return _padded(encoded, self.pad_id or 0)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, which `transformers` reads, with `context_length` as the largest length."""
+        self._tokenizer.model_max_length = self.context_length
+        self._tokenizer.save_pretrained(folder)
 
     def word_starts(self, ids: Tensor) -> Tensor:
         """Mark the first token of each word: token ids, int64 [n, L], to bool [n, L]."""

@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
 
 def of_picks(x: Tensor, token_indices: Tensor) -> Tensor:
     """Gather tokens of x [b, l, d] by their indices int64 [b, m]; returns [b, m, d]."""
-    return x[torch.arange(len(x), device=x.device)[:, None], token_indices]
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], token_indices]  # len() fixes the size in torch.export
 
 
 class Block(nn.Module):

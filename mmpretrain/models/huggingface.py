@@ -60,7 +60,7 @@ def huggingface_model(path: str, pretrained: bool = False, args: Mapping[str, An
     if unknown := sorted(name for name in args or {} if _LEFT_OUT.fullmatch(name) or name == "model_type"):
         raise ValueError(f"args has {unknown[0]!r}, which cannot be replaced; expected fields of the model's shape")
     kind = fields["model_type"]
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.for_model(**{**fields, **(args or {})})
             config.use_cache = False  # states of earlier tokens are for generation
@@ -87,7 +87,7 @@ def huggingface_model(path: str, pretrained: bool = False, args: Mapping[str, An
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the progress bars and reports of `transformers`; what matters of them is raised as errors."""
     from transformers.utils import logging
 

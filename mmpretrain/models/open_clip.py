@@ -208,7 +208,7 @@ class OpenClipVision(nn.Module):
         visual = self.visual
         patches = visual.conv1(images).flatten(2).transpose(1, 2)
         positions = visual.positional_embedding.to(patches.dtype)
-        prefix = (visual.class_embedding.to(patches.dtype) + positions[0]).expand(len(patches), 1, -1)
+        prefix = (visual.class_embedding.to(patches.dtype) + positions[0]).expand(patches.shape[0], 1, -1)
         patches = patches + positions[1:]
         is_seen = None
         if mask is not None:
@@ -230,7 +230,7 @@ class OpenClipVision(nn.Module):
         *blocks, last = visual.transformer.resblocks
         for block in blocks:
             x = block(x, attn_mask)
-        first = torch.zeros(len(images), 1, dtype=torch.int64, device=images.device)
+        first = torch.zeros(images.shape[0], 1, dtype=torch.int64, device=images.device)
         ends = Encoding(lambda: last(x, attn_mask), lambda _: last(x, attn_mask, token_indices=first)[:, 0])
         return Encoding(
             lambda: ends.tokens if visual.attn_pool is not None else visual.ln_post(ends.tokens),

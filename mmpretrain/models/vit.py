@@ -34,6 +34,7 @@ class TimmEncoder(nn.Module):
 
     trunk: Any  # timm's models share no base type with these attributes
     head: nn.Module | None  # projection that comes with the model
+    args: dict[str, Any]  # arguments that the model was created with
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class TimmEncoder(nn.Module):
         except (TypeError, AssertionError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"timm refuses model.image.args {dict(args or {})} for {name!r}: {error}") from error
         self.head = None
+        self.args = dict(args or {})
         self._describe(image_size)
         if init != "timm":
             if not self.is_vit:
@@ -66,6 +68,7 @@ class TimmEncoder(nn.Module):
         nn.Module.__init__(encoder)
         encoder.trunk = trunk
         encoder.head = head
+        encoder.args = {"global_pool": trunk.global_pool} if hasattr(trunk, "global_pool") else {}
         encoder._describe(image_size)
         return encoder
 

@@ -33,8 +33,9 @@ def test_open_clip_opens_it_with_the_same_embeddings(run: Path, tmp_path: Path) 
     finished = runs.run("mmpretrain.export", [f"checkpoint={run}", f"output={tmp_path}/out"], tmp_path)
     assert finished.code == 0, finished.stderr
     assert [Path(line).name for line in finished.stdout.split()] == [
-        "open_clip_model.safetensors",
+        "README.md",
         "open_clip_config.json",
+        "open_clip_model.safetensors",
     ]
     modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
     (tmp_path / "new").touch()
@@ -79,7 +80,7 @@ def test_the_end_of_a_text_is_that_of_its_tokenizer(model: tuple[str, ...], pair
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["output=out", "format=onnx"], "format is 'onnx'; expected one of: open_clip"),
+        (["output=out", "format=onxx"], "format is 'onxx'; did you mean 'onnx'?"),
         ([], "output has no value"),
     ],
 )
@@ -88,6 +89,40 @@ def test_wrong_use_is_told_in_one_line(run: Path, arguments: list[str], message:
     assert finished.code == 2
     assert len(finished.stderr.splitlines()) == 1
     assert message in finished.stderr
+
+
+def test_no_file_is_overwritten_and_others_stay(run: Path, tmp_path: Path) -> None:
+    arguments = [f"checkpoint={run}", f"output={tmp_path}/out"]
+    (tmp_path / "out").mkdir()
+    for present, content in (("README.md", "mine"), ("open_clip_config.json", "{}")):
+        (tmp_path / "out" / present).write_text(content)
+        finished = runs.run("mmpretrain.export", arguments, tmp_path)
+        assert finished.code == 2
+        message = f"output={tmp_path}/out has a {present} already; expected another folder, or remove the file"
+        assert finished.errors == [f"error: {message}"]
+        assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [(present, content)]
+        (tmp_path / "out" / present).unlink()
+    (tmp_path / "out" / ".gitattributes").write_text("*.safetensors")
+    assert runs.run("mmpretrain.export", arguments, tmp_path).code == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        ".gitattributes", "README.md", "open_clip_config.json", "open_clip_model.safetensors",
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".partial*"))
+
+
+def test_a_run_and_weights_of_others_are_exported_with_a_card(run: Path, tmp_path: Path) -> None:
+    first = runs.run("mmpretrain.export", [f"checkpoint={run}", f"output={tmp_path}/out"], tmp_path)
+    assert first.code == 0, first.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| weights | as trained, after step 2 |" in card and "| objectives | 1 × sigmoid |" in card
+    arguments = [f"checkpoint=open_clip:local-dir:{tmp_path}/out", f"output={tmp_path}/hf", "format=huggingface"]
+    second = runs.run("mmpretrain.export", arguments, tmp_path)
+    assert second.code == 0, second.stderr
+    assert [Path(line).name for line in second.stdout.split()] == [
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    assert "Weights of another library" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_a_shape_that_open_clip_does_not_have_is_refused(pairs: Path, tmp_path: Path) -> None:

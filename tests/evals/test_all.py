@@ -27,7 +27,10 @@ def config(*overrides: str) -> EvaluateConfig:
 
 def test_all_are_those_that_give_scores() -> None:
     options = {path.stem for path in explain.CONF.glob("eval/*.yaml")}
-    assert set(config("checkpoint=x", "eval=all").eval) == options - PICTURES - {"all", "cka"}  # cka needs a second model
+    assert set(config("checkpoint=x", "eval=all").eval) == options - PICTURES - {
+        "all",
+        "cka",
+    }  # cka needs a second model
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.training.init_from import init_from
 from mmpretrain.training.task import Task
-from tests import runs, tiny
+from tests import exports, runs, tiny
 
 CLIP_SHAPE: dict[str, Any] = {"pre_norm": True}
 
@@ -193,7 +193,7 @@ def test_the_average_begins_with_the_weights_too(pairs: Path, tmp_path: Path) ->
 def test_open_clip_trains_on_from_our_checkpoint(tmp_path: Path) -> None:
     """Out to open_clip's own loader and back."""
     source = make_task(seed=1, **CLIP_SHAPE)
-    export(source.model, {}, {"logit_scale": 20.0}, tmp_path)
+    export(exports.unchanged(source.model, {"logit_scale": 20.0}), tmp_path)
     theirs = open_clip.create_model(f"local-dir:{tmp_path}").eval()
     images = torch.randint(0, 256, (2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE), dtype=torch.uint8)
     with torch.no_grad():

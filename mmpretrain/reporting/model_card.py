@@ -1,0 +1,182 @@
+"""Model card of a checkpoint, README.md as Hugging Face's hub shows it. Every value is read from the run's files."""
+
+import html
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmpretrain import files
+from mmpretrain.config import config_yaml
+from mmpretrain.errors import printable
+from mmpretrain.reporting.energy import describe_energy
+from mmpretrain.reporting.overview import overview
+from mmpretrain.reporting.progress import Intervals, table_of
+from mmpretrain.reporting.records import read_intervals, read_metrics, read_refused, read_results
+
+FILE = "README.md"
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_REASONS = 10
+# Parts of the names of metrics that tell of a limit or a bias, by what they are about and the evaluator that measures it.
+_LIMITS = {
+    "Gaps between groups of images": ("fairness", ("group_",)),
+    "Calibration": ("calibration", ("ece", "nll", "temperature")),
+    "Modality gap": ("geometry", ("modality_gap",)),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The exported weights."""
+
+    source: str
+    """The run, checkpoint or model of another library that was exported."""
+    towers: tuple[str, ...]
+    """Names of the towers, `image` and `text`."""
+    is_average: bool
+    """True for the moving average of the weights."""
+    library: str | None
+    """Library of the files beside the card; None if there are none."""
+    usage: str | None
+    """How to load them, in Markdown."""
+
+
+def model_card(subject: Subject, folder: Path | None, state: Mapping[str, Any]) -> str:
+    """Return the card.
+
+    Args:
+        subject: the exported weights.
+        folder: the run's directory; None for weights of another library.
+        state: content of the checkpoint's state.json.
+
+    Raises: ValueError if a file of the run is not as the run writes it.
+    """
+    title = subject.source if folder is None else _name(folder)
+    parts = [_metadata(subject), f"# {printable(title)}\n"]
+    if folder is None:
+        parts.append(
+            f"Weights of another library, `{printable(subject.source)}`. Their training and scores are unknown here.\n"
+        )
+    else:
+        parts += _of_run(subject, folder, state)
+    if subject.usage is not None:
+        parts.append(f"## How to load it\n\n{subject.usage}\n")
+    parts.append(
+        "## Licence\n\nNot chosen yet: whoever publishes the model fills in this section and `license` above.\n"
+    )
+    return "\n".join(parts)
+
+
+def _name(folder: Path) -> str:
+    return "/".join(folder.absolute().parts[-2:])
+
+
+def _metadata(subject: Subject) -> str:
+    tasks = {("image", "text"): "zero-shot-image-classification", ("image",): "image-feature-extraction"}
+    lines = [f"library_name: {subject.library}"] if subject.library else []
+    lines += [f"pipeline_tag: {tasks.get(subject.towers, 'feature-extraction')}", "tags: [mmpretrain]"]
+    return "\n".join(["---", *lines, "# license: apache-2.0    # to be chosen", "---", ""])
+
+
+def _of_run(subject: Subject, folder: Path, state: Mapping[str, Any]) -> list[str]:
+    configuration = files.read_text(folder / "config.yaml", _MAX_CONFIG_BYTES)
+    facts = files.read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    path = folder / "results.json"
+    results = read_results(path) if path.exists() else {}
+    is_last = "step" in state and results.get("steps") == state["step"]
+    length = {"steps": state.get("step"), "samples": state.get("samples"), "wall_seconds": state.get("wall_seconds")}
+    if is_last:  # with the last evaluation
+        length["wall_seconds"] = results.get("wall_seconds")
+    scores = _scores(folder, state.get("step"), subject.is_average)
+    intervals = read_intervals(folder) if is_last else {}
+    wall_seconds = results.get("wall_seconds", length["wall_seconds"])
+    rows = {
+        "run": _name(folder),
+        "weights": f"{'moving average' if subject.is_average else 'as trained'}, after step {state.get('step', 'unknown')}",
+        **overview(config_yaml.from_yaml(configuration, str(folder / "config.yaml")), facts, length),
+        **_fingerprints(state.get("fingerprint")),
+        "energy of the run": describe_energy(folder, facts, wall_seconds),
+    }
+    if "hardware" in rows:
+        rows["hardware"] += " (of the last start; those of earlier ones are not recorded)"
+    limits = {name: value for name, value in scores.items() if _is_limit(name)}
+    others = {name: value for name, value in scores.items() if name not in limits}
+    unevaluated = f"Not evaluated in training after step {state.get('step', 'unknown')}.\n"
+    return [
+        "Pre-trained with mmpretrain.\n",
+        f"## Training\n\n{_table(['', ''], [[name, value] for name, value in rows.items()])}",
+        f"## Scores\n\n{_table(*table_of(others, intervals)) if others else unevaluated}",
+        f"## Limits and biases\n\n{_limits(limits, intervals)}\n{_refused(folder / 'quarantine.jsonl')}",
+        f"## Configuration\n\n{_fenced(configuration)}\n",
+    ]
+
+
+def _scores(folder: Path, step: Any, is_average: bool) -> dict[str, float | None]:
+    """Return the scores of the weights after a step, from metrics.jsonl: those of other steps are of other weights."""
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["step"] == step]
+    found = {name: value for record in records for name, value in record.items() if name.startswith("eval-")}
+    return {name: value for name, value in found.items() if name.partition("/")[0].endswith("-ema") == is_average}
+
+
+def _is_limit(name: str) -> bool:
+    return any(_is_of(name, parts) for _, parts in _LIMITS.values())
+
+
+def _is_of(name: str, parts: tuple[str, ...]) -> bool:
+    metric = name.rpartition("/")[2]
+    return any(part in metric if part == "group_" else metric.startswith(part) for part in parts)
+
+
+def _limits(scores: Mapping[str, float | None], intervals: Intervals) -> str:
+    text = ""
+    for title, (evaluator, parts) in _LIMITS.items():
+        found = {name: value for name, value in scores.items() if _is_of(name, parts)}
+        table = _table(*table_of(found, intervals))
+        text += (
+            f"{title}:\n\n{table}\n" if found else f"{title}: not measured for these weights (`eval={evaluator}`).\n\n"
+        )
+    return text.rstrip("\n") + "\n"
+
+
+def _refused(path: Path) -> str:
+    refused = read_refused(path)
+    if not refused:
+        return "Refused training samples: none.\n"
+    reasons = Counter(record["reason"] for record in refused)
+    lines = [f"- {count:,} × {_plain(reason)}" for reason, count in reasons.most_common(_MAX_REASONS)]
+    more = len(reasons) - len(lines)
+    lines += [f"- and {more} other reasons"] if more else []
+    return f"Training samples that were refused in the run: {len(refused):,}\n\n" + "\n".join(lines) + "\n"
+
+
+def _fingerprints(streams: Any) -> dict[str, str]:
+    """Return the fingerprint of each source of the training data, as a checkpoint records them."""
+    if not isinstance(streams, dict):
+        return {"data fingerprint": "unknown"}
+    return {
+        f"fingerprint of {stream}": ", ".join(f"{source} {text}" for source, text in sources.items())
+        for stream, sources in streams.items()
+        if isinstance(sources, dict)
+    }
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """Escape control characters and HTML: the run may be somebody else's."""
+    return html.escape(printable(text), quote=False)
+
+
+def _fenced(text: str) -> str:
+    """Return a text as a block of code, which none of its lines can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return "\n".join([f"{fence}yaml", *map(printable, text.rstrip().splitlines()), fence])
