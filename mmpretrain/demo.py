@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 
-from mmpretrain import build, errors
+from mmpretrain import build, build_data, build_evaluation, errors
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.config import command_line
 from mmpretrain.config.schema import DemoConfig, Precision
@@ -46,7 +46,7 @@ def run(cfg: DemoConfig) -> None:
     precision = cfg.precision or Precision(loaded.setting("trainer.precision", Precision))
     sets = {}
     if cfg.images is not None:
-        images = build.build_images(cfg.images, cfg.storage)
+        images = build_data.build_images(cfg.images, cfg.storage)
         log.info("embedding %d images, unless they were embedded before", images.num_samples)
         sets["images"] = EvalSet("images", images, loaded.preprocess, key="images")
     context = Context(
@@ -57,7 +57,7 @@ def run(cfg: DemoConfig) -> None:
         batch_size=cfg.batch_size,
         workers=cfg.workers,
         autocast=autocast(device, precision),
-        cache=build.build_cache(cfg.cache, loaded, precision),
+        cache=build_evaluation.build_cache(cfg.cache, loaded, precision),
     )
     abilities = abilities_of(loaded, context)
     with served(str(loaded.folder), abilities, cfg.host, cfg.port) as address:

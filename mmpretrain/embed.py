@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from mmpretrain import build, distributed, errors, files
+from mmpretrain import build, build_data, distributed, errors, files
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.checkpoints.loaded import Loaded
 from mmpretrain.config import command_line
@@ -72,7 +72,7 @@ def run(cfg: EmbedConfig) -> list[Path]:
     with autocast(device, precision):
         if cfg.images is not None:
             assert loaded.preprocess is not None
-            images = build.build_images(cfg.images, cfg.storage)
+            images = build_data.build_images(cfg.images, cfg.storage)
             keys = [images.key(sample) for sample in range(images.num_samples)]
             fingerprint = images.fingerprint
             content = fingerprint.hash if isinstance(fingerprint, Fingerprint) else fingerprint

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmpretrain import build, distributed, errors, files
+from mmpretrain import build, build_evaluation, distributed, errors, files
 from mmpretrain.checkpoints import untrusted
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.checkpoints.loaded import Loaded, checked
@@ -56,15 +56,15 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
     context = Context(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        sets=build.build_eval_sets(sets, root, loaded.model, max_image_bytes, storage, lookup),
+        sets=build_evaluation.build_eval_sets(sets, root, loaded.model, max_image_bytes, storage, lookup),
         logit_scale=loaded.scalars.get("logit_scale"),
         batch_size=batch_size,
         workers=cfg.data.workers,
         autocast=autocast(device, precision),
-        cache=build.build_cache(cfg.cache, loaded, precision),
+        cache=build_evaluation.build_cache(cfg.cache, loaded, precision),
         build_objectives=lambda: loaded.objectives,
     )
-    evaluators, _ = build.build_evaluators(cfg.eval, "1steps")
+    evaluators, _ = build_evaluation.build_evaluators(cfg.eval, "1steps")
     idle = [name for name, evaluator in evaluators.items() if not chosen_sets(name, evaluator, context)]
     if idle and distributed.is_main():
         log.warning(

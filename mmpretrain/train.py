@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mmpretrain import build, distributed, errors
+from mmpretrain import build, build_evaluation, distributed, errors
 from mmpretrain.config import command_line, instantiate, resolve
 from mmpretrain.config.schema import TrainConfig
 from mmpretrain.errors import TrainingError, enough_space
@@ -63,7 +63,7 @@ def train(cfg: TrainConfig) -> Mapping[str, float | None]:
         streams = build.build_streams(cfg, task)
         tokenizer = build.build_tokenizer(cfg.data.tokenizer, task)
         clock = clock_of(streams, Duration.parse(cfg.trainer.duration, "trainer.duration"))
-        evaluation = build.build_evaluation(cfg, task, tokenizer, clock, device)
+        evaluation = build_evaluation.build_evaluation(cfg, task, tokenizer, clock, device)
         task = task.to(device)
         if cfg.trainer.dry_run:
             return dry_run(Setup(cfg, clock, task, weights, streams, tokenizer))

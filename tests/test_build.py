@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from mmpretrain import build
+from mmpretrain import build, build_evaluation
 from mmpretrain.batch import Samples
 from mmpretrain.config import resolve
 from mmpretrain.config.schema import EvalSetConfig, SplitConfig, TrainConfig, register_schemas
@@ -325,7 +325,7 @@ def test_a_tokenizer_that_does_not_fit_the_text_encoder_is_refused(pairs: Path) 
 def test_held_out_sets_are_opened_with_their_captions_checked(cfg: TrainConfig, task: Task, pairs: Path) -> None:
     def sets(**parts: Any) -> dict[str, Any]:
         given = {"a": EvalSetConfig(**{"shards": "val", "caption": "txt", **parts})}
-        return build.build_eval_sets(given, str(pairs), task.model, cfg.data.max_image_bytes, cfg.data)
+        return build_evaluation.build_eval_sets(given, str(pairs), task.model, cfg.data.max_image_bytes, cfg.data)
 
     assert list(sets()) == ["a"]
     for parts, message in (
@@ -345,7 +345,9 @@ def test_classes_without_a_list_are_those_that_the_sources_name(cfg: TrainConfig
 
     def held_out(**parts: Any) -> EvalSet:
         data = EvalSetConfig(source={**source, "path": "val"}, templates=["my {}"], **parts)
-        sets = build.build_eval_sets({"a": data}, str(tmp_path), task.model, cfg.data.max_image_bytes, cfg.data)
+        sets = build_evaluation.build_eval_sets(
+            {"a": data}, str(tmp_path), task.model, cfg.data.max_image_bytes, cfg.data
+        )
         return sets["a"]
 
     assert held_out(label="cls").classes == Classes(["ant", "dog"], [["my ant"], ["my dog"]])
@@ -364,19 +366,19 @@ def test_a_folder_of_clip_benchmark_is_a_held_out_set(cfg: TrainConfig, task: Ta
     (folder / "test" / "nshards.txt").write_text("1")
     write_tar(folder / "test" / "0.tar", [{"png": encode(smooth_pixels(9, 9)), "cls": "1"}])
     given = {"a": EvalSetConfig(wds="wds_a")}
-    found = build.build_eval_sets(given, str(tmp_path), task.model, cfg.data.max_image_bytes, cfg.data)["a"]
+    found = build_evaluation.build_eval_sets(given, str(tmp_path), task.model, cfg.data.max_image_bytes, cfg.data)["a"]
     assert found.classes == Classes(["cat", "dog"], [["a photo of a cat."], ["a photo of a dog."]])
     assert (found.label, found.shards.num_samples, found.train) == ("cls", 1, None)
 
 
 def test_evaluators_have_intervals_of_their_own_or_the_trainers() -> None:
     target = "mmpretrain.evals.retrieval.Retrieval"
-    evaluators, every = build.build_evaluators(
+    evaluators, every = build_evaluation.build_evaluators(
         {"a": {"_target_": target, "every": "5steps", "ks": [1]}, "b": {"_target_": target, "every": None}}, "2epochs"
     )
     assert every == {"a": Duration.parse("5steps", "a"), "b": Duration.parse("2epochs", "b")}
     assert list(evaluators) == ["a", "b"]
     with pytest.raises(ValueError, match=r"^eval\.c\.every is 'often'"):
-        build.build_evaluators({"c": {"_target_": target, "every": "often"}}, "2epochs")
+        build_evaluation.build_evaluators({"c": {"_target_": target, "every": "often"}}, "2epochs")
     with pytest.raises(UsageError, match=r"^eval\.c: ks is 0; expected a number at least 1"):
-        build.build_evaluators({"c": {"_target_": target, "ks": [0]}}, "2epochs")
+        build_evaluation.build_evaluators({"c": {"_target_": target, "ks": [0]}}, "2epochs")

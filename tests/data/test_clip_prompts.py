@@ -9,7 +9,7 @@ import pytest
 from torchvision import datasets
 from torchvision.models import video
 
-from mmpretrain.build import build_eval_sets
+from mmpretrain.build_evaluation import build_eval_sets
 from mmpretrain.config.schema import DataConfig, EvalSetConfig
 from mmpretrain.data.classes import Classes, read_classes
 from mmpretrain.data.clip_prompts import clip_prompts
