@@ -16,7 +16,7 @@ from mmpretrain.errors import UsageError
     ("overrides", "line"),
     [
         (["trainer.batchsize=1"], "unknown configuration key 'trainer.batchsize'; did you mean 'batch_size'?"),
-        (["writer=[nope]"], "there is no writer 'nope'; expected one of: mlflow, tensorboard, wandb"),
+        (["writer=[nope]"], "there is no writer 'nope'; expected one of: energy, mlflow, tensorboard, wandb"),
         (
             ["objective.infonce.config_path=x"],
             "objective.infonce.config_path is an argument that no YAML gives a value; add it: "
