@@ -33,6 +33,7 @@ def test_overfit_memorises_one_batch(objective: str, pairs: Path, tmp_path: Path
     assert runs.records(tmp_path / "run")[-1]["train/loss"] < 0.01
 
 
+@pytest.mark.slow
 def test_profile_leaves_a_trace(pairs: Path, tmp_path: Path) -> None:
     finished = debug(tmp_path, "profile", f"data.root={pairs}", "trainer.batch_size=16", "eval=[]")
     assert finished.code == 0, finished.stderr

@@ -340,6 +340,7 @@ def test_directory_in_use_is_refused_until_its_process_is_killed(pairs: Path, tm
     assert_refused(finished, "trainer.duration ends at step 1", "expected at least")
 
 
+@pytest.mark.slow
 def test_a_fresh_interpreter_answers_in_one_line_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mmpretrain.train", "trainer.batchsize=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _SPLIT = 1e-4  # relative rounding error of a float32 loss when a micro-batch is split
 _SPLIT_GRADIENT, _NEGLIGIBLE = 1e-2, 1e-6  # relative to a parameter's gradient norm; to the whole gradient's norm
+_ZERO = 1e-6  # absolute rounding error of a float32 loss
 _NAMED_LAYERS = 8
 
 
@@ -172,7 +173,9 @@ def _depends_on_neighbours(task: Task, example: Batch, weights: Mapping[str, flo
         bool((split_losses[name]["loss"] - each["loss"]).abs() > _SPLIT * (each["loss"].abs() + 0.01))
         for name, each in losses.items()
     )
-    if other_losses or by_loss:
+    # Gradients of a loss at its minimum 0, such as that of two samples of one class, are rounding errors.
+    is_zero = all(bool(each["loss"].abs() < _ZERO) for each in losses.values())
+    if other_losses or by_loss or is_zero:
         return other_losses
     return any(
         bool(gradient.norm() > _NEGLIGIBLE * total)

@@ -146,6 +146,7 @@ def test_a_foreign_model_has_no_average(tmp_path: Path) -> None:
         load_checkpoint("timm:resnet18", ema=True)
 
 
+@pytest.mark.slow
 def test_the_commands_evaluate_and_embed_a_foreign_model(pairs: Path, tmp_path: Path) -> None:
     write_open_clip(tmp_path / "clip", {})
     settings = ("checkpoint=open_clip:local-dir:clip", "device=cpu")

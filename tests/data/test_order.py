@@ -188,6 +188,7 @@ def test_positions_dealt_out_by_arithmetic_are_each_sources_next(shares: list[in
     assert [part.tolist() for part in split_by_shares(some, shares)] == [sources[some].tolist(), indices[some].tolist()]
 
 
+@pytest.mark.slow
 def test_shares_of_any_number_of_digits_are_exact() -> None:
     order = Order([SourceOrder(0, 30), SourceOrder(1, 50), SourceOrder(2, 20)], [0.1234567891, 1.0, 1e-7])
     shares = integer_shares([0.1234567891, 1.0, 1e-7])

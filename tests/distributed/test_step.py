@@ -45,8 +45,7 @@ MIXES = [
     ("captioning",),
     ("coca",),
     ("cappa",),
-    ("classification",),
-    ("classification_text",),
+    ("classification", "classification_text"),
     ("prototypical",),
     ("simclr",),
     ("simclr_layer",),
@@ -58,7 +57,6 @@ MIXES = [
     ("flip", "mae_images", "mlm_texts"),
     ("infonce", "mae", "mlm"),
     ("infonce", "simclr"),
-    ("infonce", "classification"),
     ("infonce", "coca", "causal_lm"),
     ("infonce", "sigmoid", "mae"),
 ]

@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 COLOURS = ("red", "green", "blue", "grey")
 NUM_STEPS = 12
 EXPERIMENTS = {
+    "finetune_b16": ("init_from=null",),
     "finetune_tiny": (),
     "finetune_linear": (),
     "finetune_lora": ("trainer.lora.rank=2",),
@@ -45,6 +46,8 @@ COMMON = (
 
 def sizes_of(name: str) -> tuple[str, ...]:
     """The overrides that make the towers of an experiment tiny."""
+    if name == "finetune_b16":
+        return ("size=tiny",)
     image, text = name != "finetune_text", name in ("finetune_zero_shot", "finetune_flyp", "finetune_text")
     return (*(IMAGE if image else ()), *(TEXT if text else ()))
 
@@ -63,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides_of(name: str, data: Path) -> list[str]:
     size = (*sizes_of(name), *EXPERIMENTS[name], f"trainer.duration={NUM_STEPS}steps", "checkpoint.every=2steps")
-    return [f"experiment={name}", *COMMON, *size, f"data.root={data}", f"init_from={data}/run"]
+    return [f"experiment={name}", *COMMON, f"init_from={data}/run", *size, f"data.root={data}"]
 
 
 def trained(name: str, data: Path, folder: Path, world_size: int = 1, *more: str) -> Path:

@@ -328,6 +328,7 @@ def test_a_signal_while_other_ranks_are_waited_for_ends_with_85(pairs: Path, tmp
     assert (finished.code, finished.stderr) == (85, "stopped by a signal; the same command goes on\n")
 
 
+@pytest.mark.slow
 def test_a_signal_while_another_rank_is_stopped_saves_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
     commands = train_some_steps(tmp_path, pairs, world_size=2)
     commands[1].send(signal.SIGSTOP)
@@ -340,6 +341,7 @@ def test_a_signal_while_another_rank_is_stopped_saves_the_last_whole_step(pairs:
     goes_on(tmp_path, pairs, finished.stderr)
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_worker_is_stopped_saves_and_copies_the_last_whole_step(pairs: Path, tmp_path: Path) -> None:
     (command,) = train_some_steps(tmp_path, pairs, "data.workers=2", f"run.sync_to={tmp_path / 'copy'}")
     workers = runs.children(command.pid)
@@ -370,6 +372,7 @@ def test_a_step_whose_forward_pass_moved_batch_norm_is_not_saved(pairs: Path, tm
     assert not runs.checkpoints(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_an_error_while_a_signal_is_answered_does_not_keep_the_process(pairs: Path, tmp_path: Path) -> None:
     (command,) = train_some_steps(tmp_path, pairs, "model.image._target_=own.FailingWriter")
     (tmp_path / "hang").touch()
@@ -433,6 +436,7 @@ def test_handlers_are_as_before_once_the_block_is_left() -> None:
         assert after == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_signal_stops_an_evaluation_which_comes_again(world_size: int, pairs: Path, tmp_path: Path) -> None:
     many = f"data.val.val.shards=[{','.join(['val'] * 100)}]"

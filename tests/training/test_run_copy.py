@@ -495,6 +495,7 @@ def test_a_copy_is_found_by_any_spelling_of_its_address(scheme: str, tmp_path: P
     assert RunCopy(tmp_path / "fresh", place, 1.0, 0).restore() == ("step_00000001", [])
 
 
+@pytest.mark.slow
 def test_addresses_of_google_storage_have_one_spelling() -> None:
     assert canonical("gcs://bucket/runs/a/") == canonical("GS://bucket/runs/a") == "gs://bucket/runs/a"
 

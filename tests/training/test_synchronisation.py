@@ -71,6 +71,7 @@ def test_a_step_of_a_mix_runs_on_fake_cuda_tensors(strategy: str, library: Path)
     assert errors_of(cases, library) == dict.fromkeys(cases)
 
 
+@pytest.mark.slow
 def test_a_layer_that_waits_or_mixes_devices_or_precisions_fails(library: Path) -> None:
     cases = {fault: f"one:mae:{fault}" for fault in FAULTS}
     errors = errors_of(list(cases.values()), library)
