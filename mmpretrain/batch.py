@@ -20,7 +20,7 @@ class MissingField(ValueError):
 
     Args:
         message: the error message.
-        field: `images` or `texts`.
+        field: `images`, `texts` or `labels`.
     """
 
     def __init__(self, message: str, field: str) -> None:
@@ -202,13 +202,14 @@ class Batch:
     def labels(self, stream: str) -> Tensor:
         """Return a stream's classes, int64 [b].
 
-        Raises: ValueError if the stream has no labels.
+        Raises: MissingField if the stream has no labels.
         """
         labels = self.streams[stream].labels
         if labels is None:
-            raise ValueError(
+            raise MissingField(
                 f"data.train.{stream}.label is null, but an objective reads the stream's labels; "
-                f"expected a field, such as data.train.{stream}.label=cls"
+                f"expected a field, such as data.train.{stream}.label=cls",
+                "labels",
             )
         return labels
 

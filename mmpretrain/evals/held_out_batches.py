@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch, MissingField, Refused, Samples
+from mmpretrain.data.classes import read_class
 from mmpretrain.data.fields import read_captions
 from mmpretrain.data.image_batches import image_batches, split
 from mmpretrain.data.stream import with_text
@@ -42,18 +43,22 @@ class Block:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reader of the fields that an objective needs: writes the image, and returns the captions."""
+    """Reader of the fields that an objective needs: writes the image, and returns the captions and the class."""
 
     data: EvalSet
     fields: Collection[str]
 
-    def __call__(self, sample: int, out: Tensor) -> list[str]:
+    def __call__(self, sample: int, out: Tensor) -> tuple[list[str], int]:
         data = self.data
         if "images" in self.fields and data.preprocess is not None:
             data.preprocess(data.shards.read(sample, IMAGE_EXTENSIONS), out)
+        captions: list[str] = []
         if "texts" in self.fields and data.caption is not None:
-            return read_captions(data.shards, sample, data.caption)
-        return []
+            captions = read_captions(data.shards, sample, data.caption)
+        label = -1
+        if "labels" in self.fields and data.label is not None:
+            label = read_class(data.shards, sample, data.label, data.classes)
+        return captions, label
 
 
 def blocks(
@@ -68,7 +73,7 @@ def blocks(
         name: name of the data set.
         context: input of the evaluator.
         streams: names under which the objective reads the samples.
-        fields: `images`, `texts` or both; others are not read.
+        fields: some of `images`, `texts` and `labels`; others are not read.
         size: number of samples of a block; the last one may be smaller.
 
     Returns: generator of blocks, to be read to its end on every rank.
@@ -91,11 +96,14 @@ def blocks(
             samples = _samples(read.samples)
             if preprocess is not None:
                 samples = replace(samples, images=read.images)
+            captions = [of_sample for of_sample, _ in read.values]
             if "texts" in fields and read.samples:
-                text, lengths = context.tokenizer([captions[0] for captions in read.values])
+                text, lengths = context.tokenizer([of_sample[0] for of_sample in captions])
                 samples = with_text(samples, text, lengths, context.tokenizer)
+            if "labels" in fields:
+                samples = replace(samples, labels=torch.tensor([label for _, label in read.values], dtype=torch.int64))
             seed = int(samples.seeds[0]) if read.samples else 0
-            yield Block(Batch(dict.fromkeys(streams, samples), seed, END), read.samples, read.values)
+            yield Block(Batch(dict.fromkeys(streams, samples), seed, END), read.samples, captions)
     tell_refused(data, [refusal for part in distributed.gather_objects(refused) for refusal in part])
 
 
@@ -107,7 +115,7 @@ def _samples(numbers: list[int]) -> Samples:
 
 
 def needed_fields(objective: IndependentObjective, context: Context) -> frozenset[str]:
-    """Return the fields that an objective reads, `images` and `texts` or one of them, by computing a loss of one sample."""
+    """Return the fields that an objective reads, of `images`, `texts` and `labels`, by computing a loss of one sample."""
     needed: set[str] = set()
     while True:
         samples = _samples([0])
@@ -117,6 +125,8 @@ def needed_fields(objective: IndependentObjective, context: Context) -> frozense
             samples = replace(samples, images=torch.zeros(shape, dtype=torch.uint8))
         if "texts" in needed:
             samples = with_text(samples, *context.tokenizer(["a"]), context.tokenizer)
+        if "labels" in needed:
+            samples = replace(samples, labels=torch.zeros(1, dtype=torch.int64))
         batch = Batch(dict.fromkeys(objective.streams, samples), progress=END).to(context.model.device)
         try:
             with torch.no_grad(), context.autocast, in_evaluation_mode(context.model, objective):

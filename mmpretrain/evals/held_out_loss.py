@@ -48,9 +48,9 @@ class HeldOutLoss:
         self.block_size = block_size
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """Return the data sets that have what one of the objectives reads: images, captions or both."""
-        needs = [needed_fields(objective, context) for objective in self._chosen(context).values()]
-        return [name for name in context.sets if any(_has(name, context, fields) for fields in needs)]
+        """Return the data sets that have what one of the objectives reads: images, captions, labels of its classes."""
+        chosen = [(objective, needed_fields(objective, context)) for objective in self._chosen(context).values()]
+        return [name for name in context.sets if any(_has(name, context, *each) for each in chosen)]
 
     def _chosen(self, context: Context) -> dict[str, IndependentObjective]:
         possible = {
@@ -73,7 +73,7 @@ class HeldOutLoss:
         scores: dict[str, Score] = {}
         for key, objective in self._chosen(context).items():
             fields = needed_fields(objective, context)
-            if not _has(name, context, fields):
+            if not _has(name, context, objective, fields):
                 continue
             counts, sums = self._sums(name, context, objective, fields)
             if not (counts.sum() > 0):
@@ -110,9 +110,12 @@ class HeldOutLoss:
         }
 
 
-def _has(name: str, context: Context, fields: Collection[str]) -> bool:
-    """Return True if a data set has all of the fields `images` and `texts` that an objective reads."""
-    sets = {"images": context.image_sets, "texts": context.captioned_sets}
+def _has(name: str, context: Context, objective: IndependentObjective, fields: Collection[str]) -> bool:
+    """Return True if a data set has all of the fields that an objective reads, with labels of its classes."""
+    classes, names = context.sets[name].classes, hooks_of(objective).class_names
+    is_other = classes is not None and names is not None and list(classes.names) != list(names)
+    labelled = [each for each, data in context.sets.items() if data.label is not None and not is_other]
+    sets = {"images": context.image_sets, "texts": context.captioned_sets, "labels": labelled}
     return all(name in sets[field] for field in fields)
 
 

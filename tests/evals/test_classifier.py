@@ -11,6 +11,7 @@ from mmpretrain.data.classes import Classes
 from mmpretrain.errors import UsageError
 from mmpretrain.evals.base import evaluate
 from mmpretrain.evals.classifier import Classifier
+from mmpretrain.evals.held_out_loss import HeldOutLoss
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.classification import Classification
 from tests import tiny
@@ -86,3 +87,21 @@ def test_other_classes_are_told(tmp_path: Path) -> None:
     context = make_context(model, make_set(tmp_path, caption=None, label="cls"), build_objectives=lambda: {"own": few})
     with pytest.raises(UsageError, match=r"data\.val\.val has label 2, but objective\.own predicts 2 classes"):
         evaluate({"classifier": Classifier()}, context)
+
+
+def test_the_held_out_loss_is_the_objectives(tmp_path: Path) -> None:
+    model = make_model()
+    ours = objective(model, label_smoothing=0.1)
+    data = make_set(tmp_path, caption=None, label="json.label", classes=CLASSES)
+    context = make_context(model, data, build_objectives=lambda: {"own": ours})
+    scores = evaluate({"held_out_loss": HeldOutLoss(block_size=4)}, context)
+    images = torch.stack([torch.from_numpy(pixels(number)).permute(2, 0, 1) for number in READABLE])
+    labels = torch.tensor([number % 3 for number in READABLE])
+    with torch.no_grad():
+        logits = ours.logits(model.encode_image(images).pooled)
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert scores["eval-val/own_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert scores["eval-val/own_accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    other = replace(data, classes=Classes(["a", "b", "c"], [["a"], ["b"], ["c"]]))
+    context = make_context(model, other, build_objectives=lambda: {"own": ours})
+    assert HeldOutLoss().applicable_datasets(context) == []
