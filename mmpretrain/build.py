@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.build_data import build_classes, build_samples
+from mmpretrain.build_data import build_classes, build_samples, build_source, named_classes
 from mmpretrain.checkpoints.loaded import fit_tokenizer
 from mmpretrain.config import instantiate
 from mmpretrain.config.schema import StreamConfig, TrainConfig
 from mmpretrain.data.classes import Classes
 from mmpretrain.data.open_shards import StorageOptions
-from mmpretrain.data.source import selected
+from mmpretrain.data.source import ClassifiedSource, selected
 from mmpretrain.data.stream import SampleStream, Source, Stream
 from mmpretrain.data.subset import draw_shots
 from mmpretrain.data.synthetic import SyntheticStream
@@ -80,7 +80,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
             runtime["config_path"] = path
         if "classes" in parameters:
             stream = node.get("stream", parameters["stream"].default)
-            runtime["classes"] = build_classes(cfg.data.train.get(stream, StreamConfig()), cfg.data.root)
+            runtime["classes"] = _classes(stream, cfg.data.train.get(stream, StreamConfig()), cfg.data.root)
         objectives[name] = instantiate.instantiate(node, cfg.run.seed, path, **runtime)
         check_objective(objectives[name], path, model)
     return Task(model, objectives), weights
@@ -94,7 +94,6 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
     Raises: ValueError if a stream is not configured or lacks shards, or if the first one has another batch size.
     """
     model = task.model
-    classes = {name: build_classes(stream, cfg.data.root) for name, stream in cfg.data.train.items()}
     model_size = 1 if model.image is None else model.image.image_size  # no objective reads images without an encoder
     for name in task.streams:
         if name not in cfg.data.train:
@@ -124,9 +123,10 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 name, batch_size, cfg.run.seed, model_size, model.num_channels, **stream.synthetic
             )
             continue
+        classes = _classes(name, stream, cfg.data.root)
         streams[name] = SampleStream(
             name=name,
-            sources=_sources(name, stream, cfg.data.root, cfg.data, classes[name], cfg.run.seed),
+            sources=_sources(name, stream, cfg.data.root, cfg.data, classes, cfg.run.seed),
             batch_size=batch_size,
             seed=cfg.run.seed,
             caption=stream.caption,
@@ -145,7 +145,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
             max_image_bytes=cfg.data.max_image_bytes,
             shuffle=stream.shuffle,
             label=stream.label,
-            classes=classes[name],
+            classes=classes,
             mix=instantiate.instantiate(stream.mix, cfg.run.seed, f"data.train.{name}.mix"),
             episodes=(stream.episodes.ways, stream.episodes.per_class) if stream.episodes.ways else None,
         )
@@ -153,6 +153,15 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
         if model.image is not None and stream.transform is not None and stream.image_size is not None:
             _check_image_sizes(model, ScheduledValue(stream.image_size, f"data.train.{name}.image_size"))
     return streams
+
+
+def _classes(name: str, stream: StreamConfig, root: str) -> Classes | None:
+    """Return the classes of a stream: those of its class list, or else those that its source names. Raises: ValueError."""
+    if stream.classes is not None or stream.source is None or stream.label is None:
+        return build_classes(stream, root)
+    source = build_source(stream.source, f"data.train.{name}.source", root)
+    names = source.class_names if isinstance(source, ClassifiedSource) else None
+    return named_classes(names, stream.templates) if names else None
 
 
 @torch.no_grad()

@@ -4,13 +4,14 @@ import inspect
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmpretrain.config import checks, instantiate
 from mmpretrain.config.instantiate import accepts, expected_type
 from mmpretrain.config.schema import LabelConfig
-from mmpretrain.data.classes import Classes, read_classes
+from mmpretrain.data.classes import Classes, classes_named, read_classes
 from mmpretrain.data.clip_prompts import PREFIX
 from mmpretrain.data.image_folder import ImageFolder
 from mmpretrain.data.open_shards import StorageOptions, open_shards
@@ -129,6 +130,11 @@ def build_classes(data: LabelConfig, root: str | None) -> Classes | None:
     if data.classes is None:
         return None
     return read_classes(_local(data.classes, root), data.class_column, data.text_column, data.templates)
+
+
+def named_classes(names: Sequence[str], templates: str | Sequence[str]) -> Classes:
+    """Return classes with names of a source's own, whose underscores are spaces in the texts. Raises: ValueError."""
+    return replace(classes_named([name.replace("_", " ") for name in names], templates), names=names)
 
 
 def _local(classes: str, root: str | None) -> Path | str:

@@ -3,17 +3,16 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mmpretrain import files
-from mmpretrain.build_data import build_classes, build_samples
+from mmpretrain.build_data import build_classes, build_samples, named_classes
 from mmpretrain.checkpoints.loaded import Loaded, preprocess_of
 from mmpretrain.config import eval_sets, instantiate
 from mmpretrain.config.schema import EvalSetConfig, Precision, SplitConfig, TrainConfig
-from mmpretrain.data.classes import Classes, classes_named
+from mmpretrain.data.classes import Classes
 from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.open_shards import StorageOptions
 from mmpretrain.data.source import ClassifiedSource, SampleSource
@@ -113,8 +112,7 @@ def _eval_classes(
                 f"name of the class: {key}.label=json.<column>, such as json.label for class folders"
             )
         names = sorted({*names, *of_train})
-    spoken = classes_named([name.replace("_", " ") for name in names], data.templates)
-    return replace(spoken, names=names)
+    return named_classes(names, data.templates)
 
 
 def build_evaluators(nodes: Mapping[str, Any], default_every: str) -> tuple[dict[str, Evaluator], dict[str, Duration]]:

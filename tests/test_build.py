@@ -17,9 +17,10 @@ from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import SampleStream
 from mmpretrain.errors import UsageError
 from mmpretrain.evals.embeddings import EvalSet
+from mmpretrain.objectives.classification import Classification
 from mmpretrain.objectives.infonce import InfoNCE
 from mmpretrain.objectives.mae import MAE
-from mmpretrain.schedules import Duration, TrainingProgress
+from mmpretrain.schedules import Clock, Duration, TrainingProgress
 from mmpretrain.training.task import Task
 from tests import runs
 from tests.data.test_files import write_image
@@ -382,3 +383,60 @@ def test_evaluators_have_intervals_of_their_own_or_the_trainers() -> None:
         build_evaluation.build_evaluators({"c": {"_target_": target, "every": "often"}}, "2epochs")
     with pytest.raises(UsageError, match=r"^eval\.c: ks is 0; expected a number at least 1"):
         build_evaluation.build_evaluators({"c": {"_target_": target, "ks": [0]}}, "2epochs")
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+CLASSIFICATION = ("objective=[classification]", "data.train.pairs.caption=null", "data.train.pairs.label=json.label")
+
+
+def test_class_folders_name_the_classes_of_a_run(pairs: Path, tmp_path: Path) -> None:
+    for name in ("red_fox/a.png", "red_fox/b.png", "elk/c.png"):
+        write_image(tmp_path / name, 0)
+    source = f"data.train.pairs.source={{_target_: mmpretrain.data.files.FileSource, path: {tmp_path}}}"
+    cfg = configuration(pairs, *CLASSIFICATION, "data.train.pairs.shards=null", source)
+    task, _ = build.build_task(cfg)
+    objective = task.objectives["classification"]
+    assert isinstance(objective, Classification) and objective.class_names == ["elk", "red_fox"]
+    labels = first_samples(cfg, task).labels
+    assert labels is not None and set(labels.tolist()) <= {0, 1}
+
+
+def test_a_few_shots_of_each_class_are_a_run_of_their_own(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("red\ngreen\nblue\ngrey\n")
+    classes = f"data.train.pairs.classes={tmp_path}/classes.txt"
+    cfg = configuration(pairs, *CLASSIFICATION, classes, "data.train.pairs.shots=3")
+    task, _ = build.build_task(cfg)
+    stream = build.build_streams(cfg, task)["pairs"]
+    assert stream.order.num_samples == 12
+    other = configuration(pairs, *CLASSIFICATION, classes, "data.train.pairs.shots=3", "run.seed=1")
+    assert build.build_streams(other, task)["pairs"].fingerprints != stream.fingerprints
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("data.train.pairs.label=null", "data.train.pairs.shots=3"),
+            "shots is 3 of each class, but the stream has no label",
+        ),
+        (("data.train.pairs.classes=nothing.tsv",), "nothing.tsv', which is no file"),
+        ((), "the number of classes is not known; set data.train.pairs.classes"),
+    ],
+)
+def test_what_lacks_labels_or_classes_is_refused(pairs: Path, overrides: tuple[str, ...], message: str) -> None:
+    known = () if not overrides else ("objective.classification.num_classes=4",)
+    with pytest.raises(ValueError, match=r".") as raised:
+        cfg = configuration(pairs, *CLASSIFICATION, *known, *overrides)
+        build.build_streams(cfg, build.build_task(cfg)[0])
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_held_out_data_of_a_run_without_evaluators_may_be_missing(pairs: Path) -> None:
+    cfg = configuration(pairs, "data.val.val.shards=nothing", "eval=[]")
+    task, _ = build.build_task(cfg)
+    tokenizer = build.build_tokenizer(cfg.data.tokenizer, task)
+    clock = Clock(16, 200, 16)
+    evaluation = build_evaluation.build_evaluation(cfg, task, tokenizer, clock, torch.device("cpu"))
+    assert not evaluation.is_due(16)
