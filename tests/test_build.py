@@ -394,8 +394,8 @@ CLASSIFICATION = ("objective=[classification]", "data.train.pairs.caption=null",
 def test_class_folders_name_the_classes_of_a_run(pairs: Path, tmp_path: Path) -> None:
     for name in ("red_fox/a.png", "red_fox/b.png", "elk/c.png"):
         write_image(tmp_path / name, 0)
-    source = f"data.train.pairs.source={{_target_: mmpretrain.data.files.FileSource, path: {tmp_path}}}"
-    cfg = configuration(pairs, *CLASSIFICATION, "data.train.pairs.shards=null", source)
+    cfg = configuration(pairs, *CLASSIFICATION, "data.train.pairs.shards=null")
+    cfg.data.train["pairs"].source = {"_target_": "mmpretrain.data.files.FileSource", "path": str(tmp_path)}
     task, _ = build.build_task(cfg)
     objective = task.objectives["classification"]
     assert isinstance(objective, Classification) and objective.class_names == ["elk", "red_fox"]
