@@ -40,6 +40,7 @@ def commands(emoji: Path, photographs: Path) -> dict[str, list[str]]:
         "loss_memory": ["loss_memory", "--rounds", "5"],
         "grad_cache": ["grad_cache", "--image-size", "64"],
         "scaling": ["scaling", "--rounds", "1"],
+        "evaluators": ["evaluators"],
     }
 
 

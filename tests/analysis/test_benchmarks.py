@@ -25,6 +25,7 @@ from mmpretrain.training.traffic import Collective
 SMALL = {
     "cluster": ["--model", "emoji_clip", "--batch", "32", "--ranks", "2,16", "--micro-batch", "2"],
     "data": ["--sides", "256", "--images", "64", "--rounds", "1"],
+    "evaluators": ["--samples", "200", "--width", "16", "--classes", "4"],
     "grad_cache": ["--batch", "16", "--micro-batch", "8", "--image-size", "64"],
     "loss_memory": ["--batch", "256", "--width", "32", "--rounds", "1"],
     "order": ["--samples", "1e6", "--rounds", "1"],
