@@ -25,7 +25,9 @@ def main(cfg: DemoConfig) -> None:
     """Run the command."""
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("mmpretrain").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that temporary files are removed
+    # So that temporary files are removed. SIGINT, too: a shell's background jobs begin with it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         with errors.usage_errors():
             run(cfg)

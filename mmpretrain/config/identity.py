@@ -34,14 +34,29 @@ _BEFORE: Mapping[str, Any] = {
     "optimizer.groups": [],
     "optimizer.towers.image.layer_decay": None,
     "optimizer.towers.text.layer_decay": None,
+    "trainer.lora.rank": 0,
+    "trainer.lora.alpha": 16.0,
+    "trainer.lora.dropout": 0.0,
+    "trainer.lora.targets": ["*"],
 }
-_BEFORE_OF_STREAMS: Mapping[str, Any] = {"shuffle": "blocks"}
+_BEFORE_OF_STREAMS: Mapping[str, Any] = {
+    "shuffle": "blocks",
+    "label": None,
+    "classes": None,
+    "class_column": "label",
+    "text_column": None,
+    "templates": "openai",
+    "shots": None,
+    "episodes.ways": 0,
+    "episodes.per_class": 8,
+    "mix": None,
+}
 
 
 def _before(key: str) -> Any:
     """Return the value that applied to runs made before a key existed."""
-    if re.fullmatch(r"data\.train\.[^.]+\.[^.]+", key):
-        return _BEFORE_OF_STREAMS.get(key.rpartition(".")[2], "absent")
+    if of_stream := re.fullmatch(r"data\.train\.[^.]+\.(.+)", key):
+        return _BEFORE_OF_STREAMS.get(of_stream[1], "absent")
     return _BEFORE.get(key, "absent")
 
 
