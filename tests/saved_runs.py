@@ -47,7 +47,10 @@ def save_run(folder: Path, model: dict[str, Any] = MODEL, tokenizer: str = "Clip
         "trainer": {"precision": "fp32"},
         "model": model,
         "data": {"tokenizer": {"_target_": f"mmpretrain.data.tokenizer.{tokenizer}", "context_length": 16}},
-        "objective": {"sigmoid": {}, "infonce": {}},
+        "objective": {
+            "sigmoid": {"_target_": "mmpretrain.objectives.sigmoid.Sigmoid"},
+            "infonce": {"_target_": "mmpretrain.objectives.infonce.InfoNCE"},
+        },
     }
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(config_yaml.to_yaml(plain))
