@@ -113,7 +113,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         if stream.synthetic is not None:
-            for key in ("image_size", "text_length", "repeat_batches", "group", "views", "label", "mix"):
+            for key in ("image_size", "text_length", "repeat_batches", "group", "views", "label", "mix", "shots"):
                 if getattr(stream, key):
                     raise ValueError(
                         f"data.train.{name}.{key} is {getattr(stream, key)!r}, but noise has none; expected it left out, or "

@@ -68,15 +68,17 @@ def init_from(task: Task, source: str) -> None:
 def _take_scales(task: Task, tensors: dict[str, Tensor]) -> None:
     """Give each of the task's scales that the source lacks the first one of the source, unless it goes with a bias."""
     learned = [name for name in tensors if name.startswith("objectives.") and name.endswith(".logit_scale")]
-    for name, objective in task.objectives.items():
-        scale = f"objectives.{name}.logit_scale"
-        if (
-            hasattr(objective, "logit_scale")
-            and not hasattr(objective, "logit_bias")
-            and scale not in tensors
-            and learned
-        ):
-            tensors[scale] = tensors.pop(learned[0]) if learned[0] not in task.state_dict() else tensors[learned[0]]
+    lacking = [
+        f"objectives.{name}.logit_scale"
+        for name, objective in task.objectives.items()
+        if hasattr(objective, "logit_scale") and not hasattr(objective, "logit_bias")
+    ]
+    lacking = [name for name in lacking if name not in tensors]
+    if learned and lacking:
+        source = tensors[learned[0]]
+        tensors.update(dict.fromkeys(lacking, source))
+        if learned[0] not in task.state_dict():
+            del tensors[learned[0]]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -262,6 +262,7 @@ def test_adapters_of_a_source_are_merged(tmp_path: Path) -> None:
 def test_a_scale_of_another_objective_is_taken(tmp_path: Path) -> None:
     source = make_task("sigmoid", seed=1)
     model = tiny.image_text()
-    task = Task(model, {"classification": Classification(model, num_classes=3, features="embedding")})
-    init_from(task, str(save_run(tmp_path / "run", source)))
-    assert task.logit_scale == pytest.approx(21.0)
+    parts = {name: Classification(model, num_classes=3, features="embedding") for name in ("first", "second")}
+    init_from(Task(model, parts), str(save_run(tmp_path / "run", source)))
+    for each in parts.values():
+        assert float(each.logit_scale.detach().exp()) == pytest.approx(21.0)
