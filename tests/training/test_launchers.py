@@ -166,5 +166,6 @@ def test_an_early_signal_to_tasks_of_srun_is_told_once(tmp_path: Path) -> None:
         )  # fmt: skip
         assert task.stdout is not None and task.stdout.readline() == "\n"
         task.terminate()
+        task.wait()  # communicate() closes the standard input, whose end could come before the signal
         outputs.append((task.communicate()[1], task.returncode))
     assert outputs == [("stopped by a signal; the same command goes on\n", 85), ("", 85)]
