@@ -106,8 +106,11 @@ def write_pairs(root: Path, broken: Sequence[int] = ()) -> Path:
 # ---------------------------------------------------------------------------------------------- processes
 
 _PRELOADED = (
-    "mmpretrain.build",
+    "mmpretrain.build_evaluation",
     "mmpretrain.checkpoints.load",
+    "mmpretrain.evals.retrieval",
+    "mmpretrain.reporting.report",
+    "mmpretrain.reporting.tensorboard",
     "mmpretrain.training.trainer",
     "torch.nn.parallel",
     "torch.utils.data",
