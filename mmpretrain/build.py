@@ -113,11 +113,12 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"of {name}; expected the same: leave data.train.{name}.batch_size null"
             )
         if stream.synthetic is not None:
-            for key in ("image_size", "text_length", "repeat_batches", "group", "views", "label", "mix", "shots"):
-                if getattr(stream, key):
+            keys = ("image_size", "text_length", "repeat_batches", "group", "views", "label", "mix", "shots")
+            given = {key: getattr(stream, key) for key in keys} | {"episodes.ways": stream.episodes.ways}
+            for key, value in given.items():
+                if value:
                     raise ValueError(
-                        f"data.train.{name}.{key} is {getattr(stream, key)!r}, but noise has none; expected it left out, or "
-                        "data=pairs"
+                        f"data.train.{name}.{key} is {value!r}, but noise has none; expected it left out, or data=pairs"
                     )
             streams[name] = SyntheticStream(
                 name, batch_size, cfg.run.seed, model_size, model.num_channels, **stream.synthetic

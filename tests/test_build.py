@@ -269,6 +269,7 @@ def test_a_stream_that_cannot_be_built_is_refused_in_one_line(
     [
         ("image_size=16", "16"), ("text_length=8", "8"), ("repeat_batches=2", "2"), ("group=caption", "'caption'"),
         ("views=[{transform: {_target_: mmpretrain.data.transforms.CenterCrop}}]", "[{'transform': "),
+        ("label=cls", "'cls'"), ("shots=5", "5"), ("episodes.ways=4", "4"),
     ],
 )  # fmt: skip
 def test_what_noise_cannot_have_is_refused(override: str, value: str, task: Task, pairs: Path) -> None:
