@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from mmpretrain import distributed
-from mmpretrain.build_data import build_classes, build_samples, build_source, named_classes
+from mmpretrain.build_data import build_classes, build_samples, build_source, check_class_numbers, named_classes
 from mmpretrain.checkpoints.loaded import fit_tokenizer
 from mmpretrain.config import instantiate
 from mmpretrain.config.schema import StreamConfig, TrainConfig
 from mmpretrain.data.classes import Classes
 from mmpretrain.data.open_shards import StorageOptions
-from mmpretrain.data.source import ClassifiedSource, selected
+from mmpretrain.data.source import class_names_of, selected
 from mmpretrain.data.stream import SampleStream, Source, Stream
 from mmpretrain.data.subset import draw_shots
 from mmpretrain.data.synthetic import SyntheticStream
@@ -22,6 +22,7 @@ from mmpretrain.launchers import has_own_gpu
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.lora import add_adapters
 from mmpretrain.objectives.base import check_objective, hooks_of
+from mmpretrain.objectives.prototypical import Prototypical
 from mmpretrain.schedules import ScheduledValue
 from mmpretrain.seeds import torch_seed
 from mmpretrain.training.task import Task
@@ -78,7 +79,7 @@ def build_task(cfg: TrainConfig) -> tuple[Task, dict[str, ScheduledValue]]:
         runtime: dict[str, Any] = {"model": model}
         if "config_path" in parameters:
             runtime["config_path"] = path
-        if "classes" in parameters:
+        if {"classes", "stream"} <= parameters.keys():
             stream = node.get("stream", parameters["stream"].default)
             runtime["classes"] = _classes(stream, cfg.data.train.get(stream, StreamConfig()), cfg.data.root)
         objectives[name] = instantiate.instantiate(node, cfg.run.seed, path, **runtime)
@@ -102,6 +103,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known}): "
                 f"+data.train.{name}.shards=..."
             )
+    _check_episodes(cfg, task)
     names = sorted((name for name in cfg.data.train if name in task.streams), key=lambda name: name != "pairs")
     streams: dict[str, Stream] = {}
     for name in names:
@@ -156,12 +158,27 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
     return streams
 
 
+def _check_episodes(cfg: TrainConfig, task: Task) -> None:
+    """Raises: ValueError for episodes in which no sample of a class is left to be classified."""
+    for key, objective in task.objectives.items():
+        if not isinstance(objective, Prototypical):
+            continue
+        for name in objective.streams:
+            episodes = cfg.data.train[name].episodes
+            if episodes.ways and objective.shots >= episodes.per_class:
+                raise ValueError(
+                    f"objective.{key}.shots is {objective.shots}, but data.train.{name}.episodes has {episodes.per_class} "
+                    f"samples of each class, of which none is left to be classified; expected fewer shots, or "
+                    f"data.train.{name}.episodes.per_class={2 * objective.shots}"
+                )
+
+
 def _classes(name: str, stream: StreamConfig, root: str) -> Classes | None:
     """Return the classes of a stream: those of its class list, or else those that its source names. Raises: ValueError."""
     if stream.classes is not None or stream.source is None or stream.label is None:
         return build_classes(stream, root)
     source = build_source(stream.source, f"data.train.{name}.source", root)
-    names = source.class_names if isinstance(source, ClassifiedSource) else None
+    names = class_names_of(source)
     return named_classes(names, stream.templates) if names else None
 
 
@@ -217,7 +234,7 @@ def _sources(
             except ValueError as error:
                 raise ValueError(f"data.train.{name}.shots: {error}") from error
         return [Source(name, samples)]
-    return [
+    sources = [
         Source(
             source_name,
             build_samples(
@@ -227,6 +244,11 @@ def _sources(
         )
         for source_name, source in stream.sources.items()
     ]
+    if stream.label is not None:
+        check_class_numbers(
+            f"data.train.{name}.label", stream.label, [class_names_of(each.samples) for each in sources]
+        )
+    return sources
 
 
 def build_tokenizer(node: instantiate.Node, task: Task) -> Tokenizer:

@@ -132,6 +132,24 @@ def build_classes(data: LabelConfig, root: str | None) -> Classes | None:
     return read_classes(_local(data.classes, root), data.class_column, data.text_column, data.templates)
 
 
+def check_class_numbers(key: str, label: str, names: Sequence[Sequence[str] | None]) -> None:
+    """Raises: ValueError if numbers of classes mean other classes in another source.
+
+    Args:
+        key: full name of the label.
+        label: field of the label.
+        names: names of the classes of each source; None for one that names none.
+    """
+    known = [list(each) for each in names if each]
+    other = next((each for each in known if each != known[0]), None)
+    if label == "cls" and other is not None:
+        name = min(set(known[0]) ^ set(other), default=known[0][0])
+        raise ValueError(
+            f"{key} is 'cls', the number of a class, but the sources have other classes, such as {name!r}, or in another "
+            f"order; expected the name of the class: {key}=json.<column>, such as json.label for class folders"
+        )
+
+
 def named_classes(names: Sequence[str], templates: str | Sequence[str]) -> Classes:
     """Return classes with names of a source's own, whose underscores are spaces in the texts. Raises: ValueError."""
     return replace(classes_named([name.replace("_", " ") for name in names], templates), names=names)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from mmpretrain import files
-from mmpretrain.build_data import build_classes, build_samples, named_classes
+from mmpretrain.build_data import build_classes, build_samples, check_class_numbers, named_classes
 from mmpretrain.checkpoints.loaded import Loaded, preprocess_of
 from mmpretrain.config import eval_sets, instantiate
 from mmpretrain.config.schema import EvalSetConfig, Precision, SplitConfig, TrainConfig
 from mmpretrain.data.classes import Classes
 from mmpretrain.data.fields import check_caption_field
 from mmpretrain.data.open_shards import StorageOptions
-from mmpretrain.data.source import ClassifiedSource, SampleSource
+from mmpretrain.data.source import SampleSource, class_names_of
 from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.evals.base import Context, Evaluation, Evaluator, check_evaluator
 from mmpretrain.evals.embedding_cache import EmbeddingCache
@@ -84,6 +84,7 @@ def build_eval_sets(
             classes=_eval_classes(key, data, samples, train, root),
             fields=data.fields,
             train=train,
+            sources=json.dumps([data.source, data.train.source], sort_keys=True, default=str),
         )
     for eval_set in built.values():
         check_readable(eval_set)
@@ -99,18 +100,11 @@ def _eval_classes(
     """
     if data.classes is not None:
         return build_classes(data, root)
-    names, of_train = (
-        each.class_names if isinstance(each, ClassifiedSource) else None for each in (samples, train or samples)
-    )
+    names, of_train = (class_names_of(each) for each in (samples, train or samples))
     if data.label is None or not names:
         return None
+    check_class_numbers(f"{key}.label", data.label, [names, of_train])
     if of_train and of_train != names:
-        if data.label == "cls":
-            other = min(set(names) ^ set(of_train))
-            raise ValueError(
-                f"{key}.label is 'cls', the number of a class, but only one of both splits has class {other!r}; expected the "
-                f"name of the class: {key}.label=json.<column>, such as json.label for class folders"
-            )
         names = sorted({*names, *of_train})
     return named_classes(names, data.templates)
 

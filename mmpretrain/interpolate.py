@@ -35,8 +35,9 @@ def run(cfg: InterpolateConfig) -> list[Path]:
         folders = [Path(cfg.output, f"alpha_{alpha:g}") for alpha in alphas]
         mixtures = {folder: [1 - alpha, alpha] for folder, alpha in zip(folders, alphas, strict=True)}
     tensors = interpolate.read(cfg.checkpoints, cfg.ema)
+    without = interpolate.left_out(tensors)
     for folder, weights in mixtures.items():
-        interpolate.write(interpolate.interpolate(tensors, weights), cfg.checkpoints[-1], folder)
+        interpolate.write(interpolate.interpolate(tensors, weights), cfg.checkpoints, without, folder)
         Console(markup=False, emoji=False).print(str(folder), soft_wrap=True)
     return list(mixtures)
 

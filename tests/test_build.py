@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from mmpretrain import build, build_evaluation
 from mmpretrain.batch import Samples
 from mmpretrain.config import resolve
-from mmpretrain.config.schema import EvalSetConfig, SplitConfig, TrainConfig, register_schemas
+from mmpretrain.config.schema import EvalSetConfig, SourceConfig, SplitConfig, TrainConfig, register_schemas
 from mmpretrain.data.classes import Classes
 from mmpretrain.data.order import step_positions
 from mmpretrain.data.stream import SampleStream
@@ -357,7 +357,7 @@ def test_classes_without_a_list_are_those_that_the_sources_name(cfg: TrainConfig
     train = SplitConfig(source={**source, "path": "train"})
     expected = Classes(["ant", "dog", "wild_cat"], [["my ant"], ["my dog"], ["my wild cat"]])
     assert held_out(label="json.label", train=train).classes == expected
-    with pytest.raises(ValueError, match=r"^data\.val\.a\.label is 'cls'.* has class 'ant'; .*label=json\.<column>"):
+    with pytest.raises(ValueError, match=r"^data\.val\.a\.label is 'cls'.*, such as 'ant', .*label=json\.<column>"):
         held_out(label="cls", train=train)
 
 
@@ -402,6 +402,30 @@ def test_class_folders_name_the_classes_of_a_run(pairs: Path, tmp_path: Path) ->
     assert isinstance(objective, Classification) and objective.class_names == ["elk", "red_fox"]
     labels = first_samples(cfg, task).labels
     assert labels is not None and set(labels.tolist()) <= {0, 1}
+
+
+def test_numbers_of_classes_mean_the_same_in_all_sources(pairs: Path, tmp_path: Path) -> None:
+    for name in ("a/cat/0.png", "a/dog/0.png", "b/cat/0.png", "b/elk/0.png"):
+        write_image(tmp_path / name, 0)
+    cfg = configuration(
+        pairs, *CLASSIFICATION, "objective.classification.num_classes=3", "data.train.pairs.shards=null"
+    )
+    target = {"_target_": "mmpretrain.data.files.FileSource"}
+    cfg.data.train["pairs"].sources = {
+        name: SourceConfig(source={**target, "path": str(tmp_path / name)}, weight=1.0) for name in ("a", "b")
+    }
+    cfg.data.train["pairs"].label = "cls"
+    assert refused(cfg).startswith("data.train.pairs.label is 'cls', the number of a class, but the sources have other")
+
+
+def test_episodes_leave_samples_to_classify(pairs: Path) -> None:
+    cfg = configuration(
+        pairs, "objective=[prototypical]", "data.train.pairs.label=json.label", "objective.prototypical.shots=8",
+        "data.train.pairs.episodes={ways: 2, per_class: 8}",
+    )  # fmt: skip
+    assert refused(cfg).startswith(
+        "objective.prototypical.shots is 8, but data.train.pairs.episodes has 8 samples of each class, of which none"
+    )
 
 
 def test_a_few_shots_of_each_class_are_a_run_of_their_own(pairs: Path, tmp_path: Path) -> None:

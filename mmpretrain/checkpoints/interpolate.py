@@ -1,7 +1,8 @@
 """Interpolation of checkpoints of one model in the space of weights: WiSE-FT and model soups."""
 
+import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mmpretrain import files
 from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.load import find, merged_as_saved
+from mmpretrain.checkpoints.load import class_names, find, merged_as_saved
 from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER
 from mmpretrain.config import config_yaml
 
@@ -36,7 +37,7 @@ def interpolate(checkpoints: Sequence[Tensors], weights: Sequence[float]) -> dic
     last = checkpoints[-1]
     for other in checkpoints[:-1]:
         _check_same_model(other, last)
-    names = [name for name, tensor in last.items() if all(_shape(name, other) == tensor.shape for other in checkpoints)]
+    names = [name for name in last if not name.startswith(tuple(_prefix(each) for each in left_out(checkpoints)))]
     return {
         name: sum(
             (weight * other[name].double() for weight, other in zip(weights, checkpoints, strict=True)),
@@ -46,6 +47,19 @@ def interpolate(checkpoints: Sequence[Tensors], weights: Sequence[float]) -> dic
         else last[name]
         for name in names
     }
+
+
+def left_out(checkpoints: Sequence[Tensors]) -> set[str]:
+    """Return the names of the last checkpoint's objectives with a tensor that another lacks or has in another shape."""
+    return {
+        name.split(".")[1]
+        for name, tensor in checkpoints[-1].items()
+        if name.startswith("objectives.") and any(_shape(name, other) != tensor.shape for other in checkpoints)
+    }
+
+
+def _prefix(objective: str) -> str:
+    return f"objectives.{objective}."
 
 
 def _shape(name: str, tensors: Tensors) -> torch.Size | None:
@@ -82,12 +96,16 @@ def read(checkpoints: Sequence[str | Path], ema: bool = False) -> list[Tensors]:
     ]
 
 
-def write(tensors: Tensors, like: str | Path, folder: Path) -> Path:
+def write(tensors: Tensors, checkpoints: Sequence[str | Path], without: Collection[str], folder: Path) -> Path:
     """Write a run's directory with one checkpoint, which other commands load, but no run resumes.
+
+    Configuration, tokenizer and number of samples seen are those of the last of `checkpoints`. Objectives that another one
+    lacks, or trained on other classes, are left out of the configuration.
 
     Args:
         tensors: the checkpoint's tensors.
-        like: run or checkpoint whose configuration, tokenizer and number of samples seen are copied.
+        checkpoints: the runs or checkpoints that were interpolated.
+        without: names of objectives to leave out.
         folder: new directory.
 
     Returns: the checkpoint's folder.
@@ -95,9 +113,23 @@ def write(tensors: Tensors, like: str | Path, folder: Path) -> Path:
     """
     if (folder / "checkpoints").exists():
         raise ValueError(f"{folder} has checkpoints already; expected a new folder: output=...")
-    source, path = find(like)
+    sources = [find(each)[0] for each in checkpoints]
+    source, path = find(checkpoints[-1])
+    configs = [config_yaml.read(each / "config.yaml") for each in sources]
+    classes = [class_names(each) for each in sources]
+    config = configs[-1]
+    kept = [
+        name
+        for name in config["objective"]
+        if name not in without
+        and all(name in other["objective"] for other in configs)
+        and all(of_other.get(name) == classes[-1].get(name) for of_other in classes)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / "config.yaml", config_yaml.to_yaml(config_yaml.read(source / "config.yaml")))
+    own = {**config, "objective": {name: config["objective"][name] for name in kept}}
+    files.write_text(folder / "config.yaml", config_yaml.to_yaml(own))
+    facts = {"classes": {name: names for name, names in classes[-1].items() if name in kept}}
+    files.write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")
     for name in (TOKENIZER_FOLDER, HUGGINGFACE_FOLDER):
         if (source / name).is_dir():
             shutil.copytree(source / name, folder / name, symlinks=True, dirs_exist_ok=True)

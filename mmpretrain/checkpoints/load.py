@@ -108,12 +108,12 @@ def load_checkpoint(
         folder=folder,
         num_samples=store.load_state(path).get("samples", 0),
         build_objectives=lambda: load_objectives(
-            saved["objective"], heads, model, tokenizer, source, _class_names(folder), trust
+            saved["objective"], heads, model, tokenizer, source, class_names(folder), trust
         ),
     )
 
 
-def _class_names(folder: Path) -> dict[str, Sequence[str]]:
+def class_names(folder: Path) -> dict[str, Sequence[str]]:
     """Return the names of the classes that each objective predicts, from run.json. Raises: ValueError if it is malformed."""
     path = folder / "run.json"
     names = files.read_json(path).get("classes", {}) if path.exists() else {}

@@ -1,6 +1,7 @@
 """A trained model with what is needed to use it, whichever library trained it."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,9 +50,9 @@ class Loaded:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights, in hexadecimal."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
+        """Hash of the weights, the pixels' mean and standard deviation, and the model's configuration, in hexadecimal."""
+        digest = hashlib.sha256(json.dumps(self.config["model"], sort_keys=True, default=str).encode())
+        for name, tensor in (self.model.state_dict() | dict(self.model.named_buffers())).items():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -43,7 +43,7 @@ _MULTIRUN = ("-m", "--multirun")
 _HELP = ("-h", "--help")
 _OPTIONS = {option for action in get_args_parser()._actions for option in action.option_strings}
 _PATHS = re.compile(
-    r"\+?(checkpoint|data\.root|images|init_from|output|run\.dir|texts|data\.suite|data\.(train|val)\.(\w+\.)+(shards|subset|classes|wds))"
+    r"\+?(checkpoint|data\.root|eval\.\w+\.other|images|init_from|output|run\.dir|texts|data\.suite|data\.(train|val)\.(\w+\.)+(shards|subset|classes|wds))"
 )
 # Words that Hydra reads as a number, a Boolean or null; an option of a group may have such a name.
 _NO_NAME = re.compile(

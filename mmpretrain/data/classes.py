@@ -32,6 +32,13 @@ class Classes:
         return {name: i for i, name in reversed(list(enumerate(self.names)))}
 
 
+def first_other(names: Sequence[str], others: Sequence[str]) -> tuple[int, str, str]:
+    """Return the first number of a class whose name differs in two lists, and both names as text; `none` behind an end."""
+    number = next((i for i, (a, b) in enumerate(zip(names, others)) if a != b), min(len(names), len(others)))
+    of_first, of_second = (repr(each[number]) if number < len(each) else "none" for each in (names, others))
+    return number, of_first, of_second
+
+
 def read_classes(
     path: Path | str,
     class_column: str = "label",
@@ -120,6 +127,8 @@ def read_class(source: SampleSource, sample: int, field: str, classes: Classes |
         label = int(value)
     except ValueError:
         raise BadSample(f"its label {value!r} is neither an integer nor the name of a class", "label") from None
-    if classes is not None and not 0 <= label < len(classes.names):
+    if label < 0:
+        raise BadSample(f"its label {label} is negative; classes are numbered from 0", "label")
+    if classes is not None and label >= len(classes.names):
         raise BadSample(f"its label {label} is none of the {len(classes.names)} classes", "label")
     return label

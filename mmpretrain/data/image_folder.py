@@ -24,7 +24,9 @@ class ImageFolder:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         kinds = {f".{extension}" for extension in IMAGE_EXTENSIONS}
         self._folder = Path(folder)
-        self._files = sorted(path for path in self._folder.rglob("*") if path.suffix.lower() in kinds)
+        self._files = sorted(
+            path for path in self._folder.rglob("*") if path.suffix.lower() in kinds and path.is_file()
+        )
         if not self._files:
             raise ValueError(f"{folder}: no image in it; expected {', '.join(sorted(kinds))}, or tars")
         self._keys = [str(path.relative_to(self._folder)) for path in self._files]

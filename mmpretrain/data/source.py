@@ -277,6 +277,12 @@ def selected(source: SampleSource, ids: npt.NDArray[np.int64]) -> SampleSource:
     return Selection(source.sources, ids if source.kept is None else source.kept[ids])
 
 
+def class_names_of(source: SampleSource) -> Sequence[str] | None:
+    """Return the names of a source's classes, in the order of the numbers in `cls`; None if it knows none."""
+    (*_, last) = source.sources if isinstance(source, Selection) else (source,)
+    return last.class_names if isinstance(last, ClassifiedSource) else None
+
+
 def concatenated(parts: Sequence[SampleSource]) -> SampleSource:
     """Concatenate sources, in their order; each keeps its selection of samples."""
     selections = [part if isinstance(part, Selection) else Selection([part]) for part in parts]

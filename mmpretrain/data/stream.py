@@ -205,17 +205,17 @@ class SampleStream:
                 Source("+".join(source.name for source in sources), concatenated([s.samples for s in sources]))
             ]
         if episodes is not None:
-            self._check_episodes(*episodes, label)
+            self._check_episodes(*episodes, label, shuffle)
 
         def order_of(source: Source) -> PositionOrder:
             own = hash64(seed, name, source.name)
+            sizes = _shard_sizes(source.samples, shuffle, f"data.train.{name}")
             if episodes is not None:
                 assert label is not None
                 try:
                     return EpisodeOrder(own, [*samples_by_class(source.samples, label, classes).values()], *episodes)
                 except ValueError as error:
                     raise ValueError(f"data.train.{name}.episodes: {error}") from error
-            sizes = _shard_sizes(source.samples, shuffle, f"data.train.{name}")
             return SourceOrder(own, source.samples.num_samples, sizes)
 
         orders = [order_of(source) for source in self.sources]
@@ -256,13 +256,18 @@ class SampleStream:
             for source, first_id in zip(self.sources, np.cumsum([0, *sizes[:-1]]))
         ]
 
-    def _check_episodes(self, ways: int, per_class: int, label: str | None) -> None:
+    def _check_episodes(self, ways: int, per_class: int, label: str | None, shuffle: Shuffle) -> None:
         """Raises: ValueError if a batch is not one episode of one labelled source."""
         key = f"data.train.{self.name}"
         if label is None or len(self.sources) > 1:
             raise ValueError(
                 f"{key}.episodes needs {'labels' if label is None else 'a single source'}; expected "
                 + (f"{key}.label, such as cls" if label is None else "sources without weights, or episodes.ways=0")
+            )
+        if shuffle != Shuffle.blocks:
+            raise ValueError(
+                f"{key}.shuffle is {shuffle.value}, but episodes draw from all samples of a class; expected "
+                f"{key}.shuffle=blocks"
             )
         if any(size != ways * per_class for size in self.batch_size.values):
             raise ValueError(
@@ -282,18 +287,21 @@ class SampleStream:
                 self._check_readable(reader.samples, read, fix)
 
     def _reads(self, reader: SampleReader) -> list[tuple[str, Callable[[int], object]]]:
-        """Return functions that read each part of a sample, with the fix for a part that cannot be read."""
+        """Return functions that read each part of a sample, with the fix for a part that cannot be read.
+
+        The class comes first, since a caption may be one of its texts.
+        """
         key = f"data.train.{self.name}"
         reads: list[tuple[str, Callable[[int], object]]] = []
+        if self._label is not None:
+            fix = f"set {key}.label to cls or a field `json.<name>` that it has, and {key}.classes to the list of its classes"
+            reads.append((fix, reader.read_class))
         if self._captions is not None:
             fix = f"set {key}.caption to `txt` or a field `json.<name>` that it has, or fix the data"
             reads += [(fix, partial(reader.read_captions, field=field)) for field in self._captions.names]
         if self._group is not None:
             fix = f"set {key}.group to caption, id, cls or a field `json.<name>` that it has"
             reads.append((fix, partial(reader.read_group, caption="")))
-        if self._label is not None:
-            fix = f"set {key}.label to cls or a field `json.<name>` that it has, and {key}.classes to the list of its classes"
-            reads.append((fix, reader.read_class))
         if self._has_images:
             out = [*image_memory(1 + self._num_views, self._channels, int(self._image_size.values[0]))]
             reads.append(("fix the data", partial(reader.read_images, seed=0, out=out)))

@@ -14,6 +14,7 @@ from mmpretrain.data.tokenizer import Tokenizer
 from mmpretrain.errors import UsageError, misspelt
 from mmpretrain.evals.embedding_cache import EmbeddingCache
 from mmpretrain.evals.embeddings import CheckStop, Embedded, EvalSet, embed, embed_texts, go_on, read_image
+from mmpretrain.models.evaluation_mode import in_evaluation_mode
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import Objective
 from mmpretrain.reporting.writers import RunWriter
@@ -225,16 +226,12 @@ def evaluate(evaluators: Mapping[str, Evaluator], context: Context) -> dict[str,
     Raises: ValueError if an evaluator names a data set that is not applicable; UsageError if its scores are no numbers.
     """
     scores: dict[str, Score] = {}
-    was_training = context.model.training
-    context.model.eval()
-    try:
+    with in_evaluation_mode(context.model):
         for name, evaluator in evaluators.items():
             for data in chosen_sets(name, evaluator, context):
                 context.check_stop()
                 found = _scores(evaluator(data, context), name)
                 scores |= {f"eval-{data}/{metric}": score for metric, score in found.items()}
-    finally:
-        context.model.train(was_training)
     return scores
 
 
@@ -345,7 +342,7 @@ class Evaluation:
 
 def evenly_spread(count: int, total: int) -> list[int]:
     """Return `count` of `total` indices, or all if there are fewer, spread evenly from the first to the last."""
-    return torch.linspace(0, total - 1, min(count, total)).round().long().tolist()
+    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long().tolist()
 
 
 def check_evaluator(evaluator: object, name: str) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmpretrain.data.classes import first_other
 from mmpretrain.errors import UsageError, check_number
 from mmpretrain.evals.base import Context
 from mmpretrain.evals.class_scores import class_scores, right_class_ranks
 from mmpretrain.evals.labelled import features_of
+from mmpretrain.models.evaluation_mode import in_evaluation_mode
 from mmpretrain.objectives.classification import Classification
 from mmpretrain.scores import Score
 
@@ -44,10 +46,11 @@ class Classifier:
         for objective_name, objective in _classifiers(name, context).items():
             self._check_classes(name, context, objective_name, objective, embedded.labels)
             features = features_of(embedded, objective.features, objective.tower)
-            ranks = [
-                right_class_ranks(objective.logits(rows), labels)
-                for rows, labels in zip(features.split(self.chunk_size), embedded.labels.split(self.chunk_size))
-            ]
+            with in_evaluation_mode(objective):
+                ranks = [
+                    right_class_ranks(objective.logits(rows), labels)
+                    for rows, labels in zip(features.split(self.chunk_size), embedded.labels.split(self.chunk_size))
+                ]
             found = class_scores(torch.cat(ranks), embedded.labels, f"{objective_name}_")
             if objective.num_classes <= 5:
                 del found[f"{objective_name}_acc5"]
@@ -61,11 +64,10 @@ class Classifier:
         if classes is not None and objective.class_names is not None:
             ours, theirs = list(objective.class_names), list(classes.names)
             if ours != theirs:
-                place = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
-                told = [repr(each[place]) if place < len(each) else "none" for each in (theirs, ours)]
+                number, own, other = first_other(ours, theirs)
                 raise UsageError(
-                    f"data.val.{name}.classes has {len(theirs)} classes with {told[0]} as number {place}, but "
-                    f"objective.{objective_name} was trained on {len(ours)} with {told[1]}; expected the same list: that of "
+                    f"data.val.{name}.classes has {len(theirs)} classes with {other} as number {number}, but "
+                    f"objective.{objective_name} was trained on {len(ours)} with {own}; expected the same list: that of "
                     "data.train"
                 )
         elif len(labels) and int(labels.max()) >= objective.num_classes:

@@ -65,7 +65,8 @@ class EmbeddingCache:
         parts = {
             "version": __version__, "tensors": _TENSORS, "model": self._model, "device": device.type,
             "batch_size": batch_size,
-            "data": str(data.shards.fingerprint), "preprocess": preprocess, "caption": data.caption, "label": data.label,
+            "data": str(data.shards.fingerprint), "sources": data.sources, "preprocess": preprocess,
+            "caption": data.caption, "label": data.label,
             "fields": dict(data.fields), "classes": None if data.classes is None else list(data.classes.names),
         }  # fmt: skip
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:40]

@@ -54,6 +54,8 @@ class EvalSet:
     classes: Classes | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     train: SampleSource | None = None
+    sources: str = ""
+    """Configuration of `shards` and `train` that are no tars. Embeddings depend on the columns that it names."""
     key: str | None = None
     """Key of the configuration that messages name; None: `data.val.<name>`."""
 

@@ -1,12 +1,12 @@
 """Held-out samples as micro-batches of an objective, in blocks that do not depend on ranks or batch sizes."""
 
-from collections.abc import Collection, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Generator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmpretrain import distributed
 from mmpretrain.batch import Batch, MissingField, Refused, Samples
@@ -17,6 +17,7 @@ from mmpretrain.data.stream import with_text
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.evals.base import Context
 from mmpretrain.evals.embeddings import EvalSet, tell_refused
+from mmpretrain.models.evaluation_mode import in_evaluation_mode
 from mmpretrain.objectives.base import IndependentObjective
 from mmpretrain.schedules import Clock, TrainingProgress
 from mmpretrain.seeds import draws, hash64
@@ -136,17 +137,3 @@ def needed_fields(objective: IndependentObjective, context: Context) -> frozense
             if missing.field in needed:
                 raise
             needed.add(missing.field)
-
-
-@contextmanager
-def in_evaluation_mode(*modules: object) -> Iterator[None]:
-    """Set modules to evaluation mode inside the block."""
-    parts = [each for module in modules if isinstance(module, nn.Module) for each in module.modules()]
-    were_training = [each.training for each in parts]
-    try:
-        for each in parts:
-            each.training = False
-        yield
-    finally:
-        for each, was_training in zip(parts, were_training, strict=True):
-            each.training = was_training

@@ -1,5 +1,6 @@
 """Low-rank adaptation of a model's linear layers: LoRA (Hu et al. 2022), with the adapters of `peft`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -46,10 +47,15 @@ def add_adapters(
             f"trainer.lora.targets is {list(targets)}; expected patterns of linear layers, such as {known}"
         )
     for tower in ("image", "text"):
+        if (encoder := getattr(model, tower)) is None:
+            continue
+        encoder.requires_grad_(False)
         names = [name.removeprefix(f"{tower}.") for name in matching if name.startswith(f"{tower}.")]
         if names:
-            config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)  # type: ignore[arg-type]
-            inject_adapter_in_model(config, getattr(model, tower))
+            # peft compares an expression with whole names, but a list also with their ends.
+            whole = "|".join(map(re.escape, names))
+            config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=whole)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, encoder)
 
 
 def plain_name(name: str) -> str:

@@ -5,7 +5,8 @@ of its YAML. The objective owns the heads that only it uses. Its result does not
 objectives. A loss of the whole step's rows may be computed by parts, each on one rank (`split` in `mmpretrain.losses`).
 
 An objective may also define the hooks of `Hooks`, which have defaults. If its `__init__` has a parameter `config_path`, it
-receives its own key in the configuration, such as `objective.mae`, for error messages.
+receives its own key in the configuration, such as `objective.mae`, for error messages. If it has `classes` and `stream`, it
+receives the `Classes` of `data.train.<stream>`, or None.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmpretrain.batch import Batch
 from mmpretrain.data.classes import Classes
 from mmpretrain.errors import check_number
+from mmpretrain.models.evaluation_mode import in_evaluation_mode
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import Decode, Encodings, Example, TokenIds
 
@@ -79,7 +80,7 @@ class Classification(nn.Module):
                 f"{config_path}.head is 'zero_shot', which needs {config_path}.features=embedding, a text encoder, and "
                 f"data.train.{stream}.classes; expected them, or {config_path}.head=random"
             )
-        self.streams = (stream,)
+        self.streams, self._config_path = (stream,), config_path
         self.class_names = None if classes is None else classes.names
         self._texts = classes.texts if head == "zero_shot" and classes is not None else None
         self.tower, self.features, self._label_smoothing = tower, features, label_smoothing
@@ -105,20 +106,26 @@ class Classification(nn.Module):
         """Set the classifier to the zero-shot one of the model's initial weights."""
         if self._texts is None:
             return
-        was_training = model.training
-        model.eval()
-        rows = [
-            torch.cat(
-                [model.embed_texts(*part) for part in zip(ids.split(_TEXTS_AT_ONCE), lengths.split(_TEXTS_AT_ONCE))]
-            )
-            for ids, lengths in self._tokens
-        ]
-        model.train(was_training)
+        with in_evaluation_mode(model):
+            rows = [
+                torch.cat(
+                    [model.embed_texts(*part) for part in zip(ids.split(_TEXTS_AT_ONCE), lengths.split(_TEXTS_AT_ONCE))]
+                )
+                for ids, lengths in self._tokens
+            ]
         self.head.weight.copy_(F.normalize(torch.stack([of_class.mean(0) for of_class in rows]), dim=-1))
 
     def count(self, batch: Batch) -> Tensor:
-        """Return the number of labelled samples of a micro-batch."""
-        return torch.tensor(len(batch.labels(self.streams[0])))
+        """Return the number of labelled samples of a micro-batch. Raises: ValueError for a label that is no class."""
+        (stream,) = self.streams
+        labels, mixed = batch.labels(stream), batch.streams[stream].mixed_labels
+        largest = max((int(each.max()) for each in (labels, mixed) if each is not None and len(each)), default=0)
+        if largest >= self.num_classes:
+            raise ValueError(
+                f"data.train.{stream} has label {largest}, but {self._config_path}.num_classes is {self.num_classes}; "
+                f"expected labels from 0 to {self.num_classes - 1}"
+            )
+        return torch.tensor(len(labels))
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the logits [b, C] of pooled states or embeddings [b, d], in the precision of the head, at least float32."""

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.data.classes import Classes
 from mmpretrain.errors import check_number
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.objectives.base import Encodings
@@ -53,6 +54,7 @@ class Prototypical(nn.Module):
 
     Args:
         model: the model.
+        classes: classes of the stream, from `data.train.<stream>.classes`, if it has any.
         shots: number of support samples of each class.
         features: `embedding`, of unit length, or `pooled` states, as in the paper.
         temperature: scale of the squared distances; 1 in the paper.
@@ -64,6 +66,7 @@ class Prototypical(nn.Module):
     def __init__(
         self,
         model: ImageTextModel,
+        classes: Classes | None = None,
         shots: int = 5,
         features: Literal["embedding", "pooled"] = "embedding",
         temperature: float = 0.1,
@@ -74,6 +77,7 @@ class Prototypical(nn.Module):
         check_number(f"{config_path}.shots", shots, at_least=1)
         check_number(f"{config_path}.temperature", temperature, above=0)
         self.streams = (stream,)
+        self.class_names = None if classes is None else classes.names
         self.shots, self.features, self.temperature = shots, features, temperature
 
     def embed(self, encodings: Encodings) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

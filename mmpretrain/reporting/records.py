@@ -115,9 +115,15 @@ def _check_numbers(values: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name!r} is {shown}; expected a number or null, as the run wrote it")
 
 
+_LOWER_IS_BETTER = (
+    "loss", "perplexity", "seconds", "alignment", "caption_rate", "drop", "ece", "ece_scaled", "gap", "nll", "nll_scaled",
+    "uniformity",
+)  # fmt: skip
+
+
 def is_lower_better(metric: str) -> bool:
-    """Return True for metrics that improve when they fall: names that end with `loss`, `perplexity` or `seconds`."""
-    return metric.endswith(("loss", "perplexity", "seconds"))
+    """Return True for metrics that improve when they fall, by the end of their names, such as `loss` or `seconds`."""
+    return metric.endswith(_LOWER_IS_BETTER)
 
 
 def is_better(metric: str, score: float, best: float | None) -> bool:

@@ -26,9 +26,10 @@ def init_from(task: Task, source: str) -> None:
     """Load initial weights into the task.
 
     Two kinds of mismatch are logged and ignored: weights of objectives or of a text encoder that this run does not have,
-    and weights of this run's objectives and adapters that the source lacks. A classifier of embeddings takes the scale that
-    another objective of the source has learned. Any other missing, additional or differently shaped weight is an error.
-    Adapters of the source are merged. Image position embeddings of another grid size are interpolated.
+    and weights of this run's objectives and adapters that the source lacks. An objective that learns a scale and no bias,
+    such as a classifier of embeddings, takes the source's `logit_scale` if the source has none under its name. Any other
+    missing, additional or differently shaped weight is an error. Adapters of the source are merged. Image position
+    embeddings of another grid size are interpolated.
 
     Args:
         task: the model and its objectives.
@@ -38,10 +39,10 @@ def init_from(task: Task, source: str) -> None:
     Raises: ValueError if the source does not exist or its weights do not fit this model.
     """
     own = task.state_dict()
-    tensors = _read(source, task)
+    tensors, objectives = _read(source, task)
     adapted = {plain_name(name): name for name in own}
     tensors = {adapted.get(name, name): tensor for name, tensor in tensors.items()}
-    _take_scales(task, tensors)
+    _take_scales(task, tensors, objectives)
     for name in _IMAGE_POSITIONS:
         if name in own and name in tensors and tensors[name].shape != own[name].shape:
             tensors[name] = _resized(tensors[name], own[name], task.model)
@@ -65,9 +66,18 @@ def init_from(task: Task, source: str) -> None:
     task.load_state_dict({**own, **{name: tensors[name] for name in own if name in tensors}})
 
 
-def _take_scales(task: Task, tensors: dict[str, Tensor]) -> None:
-    """Give each of the task's scales that the source lacks the first one of the source, unless it goes with a bias."""
+def _take_scales(task: Task, tensors: dict[str, Tensor], objectives: Sequence[str]) -> None:
+    """Give each of the task's scales that the source lacks the first one of the source, unless it goes with a bias.
+
+    Args:
+        task: the task.
+        tensors: the source's tensors, which are changed.
+        objectives: names of the source's objectives in the order of its configuration, as `load_checkpoint` chooses; may be
+            empty.
+    """
     learned = [name for name in tensors if name.startswith("objectives.") and name.endswith(".logit_scale")]
+    of_run = [f"objectives.{name}.logit_scale" for name in objectives]
+    learned = [name for name in of_run if name in learned] or learned
     lacking = [
         f"objectives.{name}.logit_scale"
         for name, objective in task.objectives.items()
@@ -77,6 +87,7 @@ def _take_scales(task: Task, tensors: dict[str, Tensor]) -> None:
     if learned and lacking:
         source = tensors[learned[0]]
         tensors.update(dict.fromkeys(lacking, source))
+        log.info("init_from: %s begins with %s", ", ".join(lacking), learned[0])
         if learned[0] not in task.state_dict():
             del tensors[learned[0]]
 
@@ -103,22 +114,23 @@ def _resized(positions: Tensor, own: Tensor, model: ImageTextModel) -> Tensor:
     return resized.reshape(own.shape)
 
 
-def _read(source: str, task: Task) -> dict[str, Tensor]:
-    """Return the source's tensors under the task's parameter names."""
+def _read(source: str, task: Task) -> tuple[dict[str, Tensor], Sequence[str]]:
+    """Return the source's tensors under the task's parameter names, and the names of a run's objectives."""
     path = Path(source)
     if path.is_dir():
         folder, checkpoint = find(path)
-        return merged_as_saved(store.load_tensors(checkpoint, "model"), config_yaml.read(folder / "config.yaml"))
+        saved = config_yaml.read(folder / "config.yaml")
+        return merged_as_saved(store.load_tensors(checkpoint, "model"), saved), [*(saved.get("objective") or ())]
     try:
         tensors = read_weights(path if path.is_file() else published_weights(source))
     except ValueError as error:
         raise ValueError(f"init_from={source}: {error}") from error
     if any(name.startswith(("model.", "objectives.")) for name in tensors):
-        return tensors
+        return tensors, ()
     renamed = from_open_clip(task.model, tensors)
     scalars = {name: renamed.pop(name) for name in ("logit_scale", "logit_bias") if name in renamed}
     ours = {f"model.{name}" if name in task.model.state_dict() else name: t for name, t in renamed.items()}
     for leaf, tensor in scalars.items():
         learned = [name for name in task.state_dict() if name.startswith("objectives.") and name.endswith(f".{leaf}")]
         ours |= {name: tensor.reshape(1) for name in learned or [f"objectives.{leaf}"]}
-    return ours
+    return ours, ()

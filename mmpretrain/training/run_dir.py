@@ -20,9 +20,11 @@ import torch
 
 from mmpretrain import distributed, errors, files, optim
 from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.load import class_names
 from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER, huggingface_nodes
 from mmpretrain.config import config_yaml, identity
 from mmpretrain.config.schema import TrainConfig
+from mmpretrain.data.classes import first_other
 from mmpretrain.data.source import Fingerprint
 from mmpretrain.data.stream import Stream
 from mmpretrain.data.tokenizer import tokenizer_files
@@ -200,7 +202,10 @@ def _keep(refusal: str, sources: Mapping[str, Path], kept: Path) -> None:
 
 
 def write_facts(setup: Setup, folder: Path) -> None:
-    """Write run.json: sizes of model and data and names of classes, and the hardware that the run was last started on."""
+    """Write run.json: sizes of model and data and names of classes, and the hardware that the run was last started on.
+
+    Raises: ValueError if the run began with other classes.
+    """
     parameters: Counter[str] = Counter()
     for name, parameter in setup.task.named_parameters():
         parameters[optim.tower_of(name)] += parameter.numel()
@@ -212,11 +217,19 @@ def write_facts(setup: Setup, folder: Path) -> None:
         for name, stream in setup.streams.items()
     }
     names = {name: hooks_of(objective).class_names for name, objective in setup.task.objectives.items()}
+    classes = {name: list(of_objective) for name, of_objective in names.items() if of_objective is not None}
+    for name, before in class_names(folder).items():
+        if (now := classes.get(name, [])) != before:
+            number, old, new = first_other(before, now)
+            raise ValueError(
+                f"{folder} was made with {len(before)} classes of objective.{name} with {old} as number {number}, but now "
+                f"there are {len(now)} with {new}; expected the same list of classes to go on, or a new run with run.name=..."
+            )
     is_gpu = setup.device.type == "cuda"
     facts = {
         "parameters": parameters,
         "data": data,
-        "classes": {name: list(of_objective) for name, of_objective in names.items() if of_objective is not None},
+        "classes": classes,
         "device": torch.cuda.get_device_name(setup.device) if is_gpu else str(setup.device),
         "processes": distributed.world_size(),
     }

@@ -1,6 +1,7 @@
 """Models of open_clip and timm as checkpoints: the embeddings of their own code, and files that do not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,16 @@ def test_a_model_of_open_clip_by_its_name_takes_a_file(tmp_path: Path, caplog: p
     torch.testing.assert_close(ours.model.embed_images(pixels), theirs, atol=1e-5, rtol=0)
 
 
-def test_the_fingerprint_is_that_of_the_weights(tmp_path: Path) -> None:
+def test_the_fingerprint_is_that_of_weights_and_pixels(tmp_path: Path) -> None:
     write_open_clip(tmp_path / "clip", {})
     name = f"open_clip:local-dir:{tmp_path / 'clip'}"
     first, second = load_checkpoint(name), load_checkpoint(name)
     assert first.fingerprint == second.fingerprint
+    other = replace(first, config={**first.config, "model": {"name": "of another activation"}})
+    assert first.fingerprint != other.fingerprint
+    other = load_checkpoint(name)
+    other.model.pixel_mean += 0.1
+    assert first.fingerprint != other.fingerprint
     with torch.no_grad():
         next(second.model.parameters()).flatten()[0] += 1
     assert first.fingerprint != second.fingerprint

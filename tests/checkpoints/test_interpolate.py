@@ -10,9 +10,13 @@ import torch
 
 from mmpretrain.checkpoints import store
 from mmpretrain.checkpoints.interpolate import interpolate
-from mmpretrain.checkpoints.load import load_checkpoint
+from mmpretrain.checkpoints.load import find, load_checkpoint
+from mmpretrain.config import config_yaml
 from mmpretrain.config.schema import InterpolateConfig
+from mmpretrain.data.classes import Classes
 from mmpretrain.interpolate import run
+from mmpretrain.objectives.base import hooks_of
+from mmpretrain.objectives.classification import Classification
 from mmpretrain.training.task import Task
 from tests import runs, tiny
 from tests.saved_runs import save_run
@@ -85,6 +89,44 @@ def test_the_command_writes_runs_that_others_load(tmp_path: Path) -> None:
     again = runs.run("mmpretrain.interpolate", [*arguments[:2], "output=between"], tmp_path)
     assert again.code == 2
     assert again.errors == ["error: between/alpha_0 has checkpoints already; expected a new folder: output=..."]
+
+
+def add_classifier(folder: Path, classes: list[str]) -> None:
+    """Let a run of `save_run` be one that trained a classifier beside its other objectives."""
+    loaded = load_checkpoint(folder)
+    head = Classification(loaded.model, Classes(classes, [[name] for name in classes]), dropout=0.1)
+    config = config_yaml.read(folder / "config.yaml")
+    config["objective"]["classification"] = {"_target_": "mmpretrain.objectives.classification.Classification"}
+    (folder / "config.yaml").write_text(config_yaml.to_yaml(config))
+    (folder / "run.json").write_text(json.dumps({"classes": {"classification": classes}}))
+    tensors = store.load_tensors(find(folder)[1], "model")
+    tensors |= {f"objectives.classification.{name}": tensor for name, tensor in head.state_dict().items()}
+    store.save(folder / "checkpoints", 20, {"model": tensors, "optimizer": {}}, {"samples": 7}, 0)
+
+
+@pytest.mark.parametrize(
+    ("of_first", "kept"),
+    [
+        (["cat", "dog"], ["sigmoid", "infonce", "classification"]),
+        (["dog", "cat"], ["sigmoid", "infonce"]),  # the rows of its head have other meanings
+        (["cat", "dog", "elk"], ["sigmoid", "infonce"]),
+        ([], ["sigmoid", "infonce"]),  # as between a pre-trained and a fine-tuned run
+    ],
+)
+def test_objectives_that_all_have_are_kept(tmp_path: Path, of_first: list[str], kept: list[str]) -> None:
+    save_two(tmp_path)
+    if of_first:
+        add_classifier(tmp_path / "a", of_first)
+    add_classifier(tmp_path / "b", ["cat", "dog"])
+    run(
+        InterpolateConfig(
+            checkpoints=[f"{tmp_path}/a", f"{tmp_path}/b"], alpha=0.5, output=f"{tmp_path}/between", ema=False
+        )
+    )
+    loaded = load_checkpoint(tmp_path / "between" / "alpha_0.5")
+    assert list(loaded.objectives) == kept
+    head = loaded.objectives.get("classification")
+    assert head is None or hooks_of(head).class_names == ["cat", "dog"]
 
 
 def test_without_alpha_it_is_the_mean(tmp_path: Path) -> None:

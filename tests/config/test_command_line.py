@@ -49,6 +49,7 @@ def test_errors_of_composition_become_one_line(overrides: list[str], line: str) 
         ("data.train.pairs.shards=${data.root}/a", "${data.root}/a"),
         ("images=tars/{0..9}.tar", "tars/{0..9}.tar"),
         ("checkpoint=runs/a/objective=flip,run.seed=1", "runs/a/objective=flip,run.seed=1"),
+        ("eval.cka.other=runs/a/lr=0.001,run.seed=1", "runs/a/lr=0.001,run.seed=1"),
         ("checkpoints=[runs/a/run.seed=1, 'b,c', runs/d]", ["runs/a/run.seed=1", "b,c", "runs/d"]),
         ("data.train.pairs.shards=null", None),
     ],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mmpretrain.data.episodes import EpisodeOrder
+from mmpretrain.data.stream import Shuffle
 from tests.data.test_labels import CLASSES, label_of, read, shards, stream
 
 __all__ = ["shards"]  # a fixture
@@ -58,5 +59,7 @@ def test_what_is_no_episode_is_told(shards) -> None:  # type: ignore[no-untyped-
         ValueError, match=r"data\.train\.pairs\.episodes needs labels; expected data\.train\.pairs\.label"
     ):
         stream(shards, label=None, episodes=(2, 10))
+    with pytest.raises(ValueError, match=r"data\.train\.pairs\.shuffle is shards, but episodes draw .*shuffle=blocks"):
+        stream(shards, episodes=(2, 10), shuffle=Shuffle.shards)
     with pytest.raises(ValueError, match=r"data\.train\.pairs\.episodes: ways is 4, but 3 of 3 classes"):
         stream(shards, classes=CLASSES, episodes=(4, 5))

@@ -20,6 +20,9 @@ def make(folder: Path) -> Path:
 
 
 def test_images_are_sorted_by_path_and_read_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
     source = ImageFolder(make(tmp_path))
     assert isinstance(source, SampleSource)
     assert [source.key(i) for i in range(source.num_samples)] == ["b.PNG", "deep/a.jpg"]

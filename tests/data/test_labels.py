@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mmpretrain.batch import Samples
-from mmpretrain.data.classes import Classes
+from mmpretrain.data.classes import Classes, read_class
+from mmpretrain.data.decode import BadSample
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.mixing import Mix
 from mmpretrain.data.shards import Shards
@@ -84,6 +85,21 @@ def test_a_label_that_is_no_class_is_named(shards: Shards) -> None:
         ValueError, match=r"its label 'fox' is neither an integer nor the name of a class; set data\.train"
     ):
         stream(shards, label="json.kind", classes=two).check_first_sample()
+
+
+def test_a_negative_label_is_no_class() -> None:
+    class Negative:
+        def read(self, sample: int, fields: tuple[str, ...]) -> bytes:
+            return b"-1"
+
+    with pytest.raises(BadSample, match="its label -1 is negative; classes are numbered from 0"):
+        read_class(Negative(), 0, "cls", None)  # type: ignore[arg-type]
+
+
+def test_a_class_is_read_before_a_caption_that_is_its_text(shards: Shards) -> None:
+    ours = stream(shards, caption="class_text", classes=Classes(["x", "y"], [["x"], ["y"]]), label="json.kind")
+    with pytest.raises(ValueError, match=r"set data\.train\.pairs\.label to cls or a field"):
+        ours.check_first_sample()
 
 
 def test_captions_of_class_text_are_texts_of_the_class(shards: Shards) -> None:

@@ -56,6 +56,21 @@ def test_texts_are_classified_by_the_text_encoder(tmp_path: Path) -> None:
     assert scores["eval-val/own_acc1"] == pytest.approx(hits.double().mean().item())
 
 
+def test_nothing_is_dropped(tmp_path: Path) -> None:
+    model = make_model()
+    ours = objective(model, dropout=0.9).train()
+    data = make_set(tmp_path, caption=None, label="json.label", classes=CLASSES)
+    scores = [
+        evaluate(
+            {"classifier": Classifier()}, make_context(model, data, build_objectives=lambda each=each: {"own": each})
+        )
+        for each in (ours, objective(model))
+    ]
+    first, second = ({name: float(score) for name, score in of_one.items()} for of_one in scores)
+    assert first == second
+    assert ours.training and ours.dropout.training, "the run goes on with it"
+
+
 def test_a_constant_classifier_has_no_hit(tmp_path: Path) -> None:
     model = make_model()
     ours = objective(model)

@@ -59,7 +59,7 @@ def test_embeddings_are_found_again_bit_for_bit(tmp_path: Path, caplog: pytest.L
 
 @pytest.mark.parametrize(
     "change",
-    ["model", "caption", "label", "classes", "fields", "image_size", "batch_size", "data"],
+    ["model", "sources", "caption", "label", "classes", "fields", "image_size", "batch_size", "data"],
 )
 def test_what_embeddings_depend_on_is_part_of_their_name(change: str, tmp_path: Path) -> None:
     cache = EmbeddingCache(tmp_path / "cache", "weights")
@@ -67,6 +67,7 @@ def test_what_embeddings_depend_on_is_part_of_their_name(change: str, tmp_path: 
     other = context(tmp_path, cache)
     changes: dict[str, Any] = {
         "caption": {"caption": None}, "label": {"label": None}, "classes": {"classes": Classes(LABELS[::-1], [["x"]] * 3)},
+        "sources": {"sources": "[{path: a.tsv, caption: title}, null]"},
         "fields": {"fields": {}}, "image_size": {"preprocess": Preprocess(16)}, "data": {},
     }  # fmt: skip
     if change == "model":

@@ -62,7 +62,17 @@ def test_adapters_begin_with_zero_and_leave_the_base_alone() -> None:
     of_encoders = {name for name in trained if name.startswith("image.")}
     assert of_encoders and all(".mlp." in name and has_adapters([name]) for name in of_encoders)
     assert "image_projection.weight" in trained
+    assert not any(name.startswith("text.") for name in trained), "its layers match no target"
     assert {plain_name(name) for name in model.state_dict() if not has_adapters([name])} == set(plain.state_dict())
+
+
+def test_a_target_is_a_whole_name() -> None:
+    model = tiny.image_text()
+    assert model.image is not None
+    model.image.proj = nn.Linear(4, 4)  # type: ignore[assignment]  # other layers' names end alike
+    add_adapters(model, rank=2, alpha=4.0, targets=["image.proj"])
+    adapters = [name for name in model.state_dict() if has_adapters([name])]
+    assert adapters and all(name.startswith("image.proj.") for name in adapters)
 
 
 def test_layers_whose_weights_others_read_get_none() -> None:

@@ -55,6 +55,15 @@ def test_the_loss_is_the_cross_entropy_of_a_linear_layer(tower: Any) -> None:
     assert ours.count(batch).item() == 4
 
 
+@pytest.mark.parametrize("batch", [labelled([0, 3]), labelled([0, 1], [(1, 0.5), (3, 0.5)])])
+def test_labels_that_are_no_class_are_told(batch: Batch) -> None:
+    ours = objective(tiny.image_text(), classes=None, num_classes=3)
+    with pytest.raises(
+        ValueError, match=r"^data\.train\.pairs has label 3, but objective\.classification\.num_classes is 3"
+    ):
+        ours.count(batch)
+
+
 def test_smoothed_and_mixed_targets_are_timms() -> None:
     model = tiny.image_text().double()
     ours = objective(model, label_smoothing=0.1)

@@ -28,8 +28,12 @@ def test_a_score_that_is_no_number_is_never_the_best() -> None:
         ("train/mlm_perplexity", True),
         ("wall_seconds", True),
         ("eval-val/acc1", False),
+        ("eval-val/memorised_gap", True),
+        ("eval-val/memorised_caption_rate", True),
+        ("eval-val/corrupted_acc1_drop", True),
+        ("eval-val/ece_scaled", True),
     ],
 )
-def test_losses_perplexities_and_times_improve_when_they_fall(metric: str, is_lower: bool) -> None:
+def test_losses_errors_and_times_improve_when_they_fall(metric: str, is_lower: bool) -> None:
     assert is_lower_better(metric) == is_lower
     assert is_better(metric, 1.0, 2.0) == is_lower and is_better(metric, 2.0, 1.0) != is_lower

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from mmpretrain.checkpoints import store
+from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.checkpoints.open_clip import export, to_open_clip
+from mmpretrain.config import instantiate
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.lora import add_adapters, has_adapters, plain_name
 from mmpretrain.objectives.causal_lm import CausalLM
@@ -19,7 +21,7 @@ from mmpretrain.objectives.mae import MAE
 from mmpretrain.objectives.sigmoid import Sigmoid
 from mmpretrain.training.init_from import init_from
 from mmpretrain.training.task import Task
-from tests import exports, runs, tiny
+from tests import exports, runs, saved_runs, tiny
 
 CLIP_SHAPE: dict[str, Any] = {"pre_norm": True}
 
@@ -266,3 +268,12 @@ def test_a_scale_of_another_objective_is_taken(tmp_path: Path) -> None:
     init_from(Task(model, parts), str(save_run(tmp_path / "run", source)))
     for each in parts.values():
         assert float(each.logit_scale.detach().exp()) == pytest.approx(21.0)
+
+
+def test_of_several_scales_the_first_of_the_configuration_is_taken(tmp_path: Path) -> None:
+    saved_runs.save_run(tmp_path)  # sigmoid's scale is 20, and the second, infonce's, is 30
+    model = instantiate.instantiate(saved_runs.MODEL, 0, "model")
+    head = Classification(model, num_classes=3, features="embedding")
+    init_from(Task(model, {"own": head}), str(tmp_path))
+    assert float(head.logit_scale.detach().exp()) == pytest.approx(20.0)
+    assert load_checkpoint(tmp_path).scalars["logit_scale"] == pytest.approx(20.0)
