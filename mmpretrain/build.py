@@ -104,6 +104,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"+data.train.{name}.shards=..."
             )
     _check_episodes(cfg, task)
+    _check_mixed(cfg, task)
     names = sorted((name for name in cfg.data.train if name in task.streams), key=lambda name: name != "pairs")
     streams: dict[str, Stream] = {}
     for name in names:
@@ -170,6 +171,17 @@ def _check_episodes(cfg: TrainConfig, task: Task) -> None:
                     f"objective.{key}.shots is {objective.shots}, but data.train.{name}.episodes has {episodes.per_class} "
                     f"samples of each class, of which none is left to be classified; expected fewer shots, or "
                     f"data.train.{name}.episodes.per_class={2 * objective.shots}"
+                )
+
+
+def _check_mixed(cfg: TrainConfig, task: Task) -> None:
+    """Raises: ValueError if an objective reads mixed images as if they were of one sample each."""
+    for key, objective in task.objectives.items():
+        for name in objective.streams:
+            if cfg.data.train[name].mix is not None and not hooks_of(objective).reads_mixed:
+                raise ValueError(
+                    f"data.train.{name}.mix mixes images of different samples, which objective.{key} does not know; expected "
+                    f"data.train.{name}.mix=null, or objective=classification alone"
                 )
 
 

@@ -15,7 +15,7 @@ from mmpretrain.checkpoints.loaded import Loaded, checked
 from mmpretrain.config import checks, command_line, eval_sets
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision, SplitConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
-from mmpretrain.evals.base import Context, chosen_sets, evaluate
+from mmpretrain.evals.base import Context, chosen_sets, evaluate, lacking_tower, needs_text
 from mmpretrain.reporting.progress import print_results
 from mmpretrain.reporting.records import finite, intervals_of
 from mmpretrain.scores import Score
@@ -39,7 +39,7 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
     """Evaluate a checkpoint on the given data sets, or else on the run's own. Raises: ValueError for a usage error."""
     device = build.device_of(cfg.device)
     distributed.setup(device)
-    if cfg.output is not None and not Path(cfg.output).parent.is_dir():
+    if cfg.output is not None and (not Path(cfg.output).parent.is_dir() or Path(cfg.output).is_dir()):
         raise ValueError(f"output is {cfg.output!r}; expected a file in a folder that exists: make it first")
     checks.check_evaluate_ranges(cfg)
     loaded = load_checkpoint(cfg.checkpoint, device, cfg.trust, cfg.ema)
@@ -64,19 +64,26 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
         cache=build_evaluation.build_cache(cfg.cache, loaded, precision),
         build_objectives=lambda: loaded.objectives,
     )
-    evaluators, _ = build_evaluation.build_evaluators(cfg.eval, "1steps")
-    idle = [name for name, evaluator in evaluators.items() if not chosen_sets(name, evaluator, context)]
-    if idle and distributed.is_main():
-        log.warning(
-            "eval: %s find no data set with what they need, such as a caption, a label and classes, or an "
-            "objective of the run; they give no score",
-            ", ".join(idle),
+    built, _ = build_evaluation.build_evaluators(cfg.eval, "1steps")
+    # A model of one encoder is evaluated by those that need no other one; if there are none, each is refused below.
+    evaluators = {name: each for name, each in built.items() if lacking_tower(each, loaded.model) is None} or built
+    idle = {name: each for name, each in evaluators.items() if not chosen_sets(name, each, context)}
+    needs = needs_text(idle)
+    if len(idle) == len(evaluators):
+        raise ValueError(
+            f"no set of data.val has what eval needs: {needs}; give one with it: +data.val.mine.shards=..., "
+            "+data.val.mine.label=... and so on"
         )
+    if distributed.is_main():
+        if len(evaluators) < len(built):
+            others = ", ".join(name for name in built if name not in evaluators)
+            log.warning("eval: %s give no score: the model lacks an encoder that they need", others)
+        if idle:
+            log.warning("eval: no set of data.val has what these need, which give no score: %s", needs)
     scores = evaluate(evaluators, context)
     if not (scores or context.shown.pictures or context.shown.projections):
         raise ValueError(
-            f"no evaluation of eval=[{','.join(evaluators)}] finds a data set that has what it needs; "
-            "give one, such as +data.val.mine.shards=... with a caption, or a label and classes"
+            f"eval=[{','.join(evaluators)}] gives no score on the sets of data.val; see what each leaves out"
         )
     if distributed.is_main():
         results = {**scores, "samples": loaded.num_samples}

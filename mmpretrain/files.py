@@ -18,6 +18,8 @@ MAX_JSON_BYTES = 64 << 20
 
 PARTIAL = ".partial-"
 """Prefix of the names of incomplete files."""
+MAX_LIST_BYTES = 1 << 26
+"""Limit on the size of lists that users write, such as names of classes."""
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
@@ -54,9 +56,7 @@ def read_text(path: Path, max_bytes: int) -> str:
     try:
         return read_bytes(path, max_bytes).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}); expected it as it was written"
-        ) from None
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); expected UTF-8") from None
 
 
 def user_cache(name: str) -> Path:

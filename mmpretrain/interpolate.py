@@ -33,11 +33,14 @@ def run(cfg: InterpolateConfig) -> list[Path]:
         if number != 2:
             raise ValueError(f"alpha is given with {number} checkpoints; expected two, or no alpha for their mean")
         folders = [Path(cfg.output, f"alpha_{alpha:g}") for alpha in alphas]
+        if len(set(folders)) < len(folders):
+            raise ValueError(f"alpha is {alphas}, where two are equal to six digits; expected different ones")
         mixtures = {folder: [1 - alpha, alpha] for folder, alpha in zip(folders, alphas, strict=True)}
-    tensors = interpolate.read(cfg.checkpoints, cfg.ema)
-    without = interpolate.left_out(tensors)
+    tensors, objectives = interpolate.read(cfg.checkpoints, cfg.ema)
+    without, scales = interpolate.left_out(tensors), interpolate.own_scales(tensors, objectives)
     for folder, weights in mixtures.items():
-        interpolate.write(interpolate.interpolate(tensors, weights), cfg.checkpoints, without, folder)
+        mixed = interpolate.interpolate(tensors, weights, scales)
+        interpolate.write(mixed, cfg.checkpoints, weights, folder, without, scales)
         Console(markup=False, emoji=False).print(str(folder), soft_wrap=True)
     return list(mixtures)
 

@@ -418,6 +418,13 @@ def test_numbers_of_classes_mean_the_same_in_all_sources(pairs: Path, tmp_path: 
     assert refused(cfg).startswith("data.train.pairs.label is 'cls', the number of a class, but the sources have other")
 
 
+def test_images_are_mixed_only_for_objectives_that_know_it(pairs: Path) -> None:
+    mixup = ("augmentation=mixup", "data.train.pairs.label=json.label", "eval=[]")
+    assert refused(configuration(pairs, *mixup)).startswith(
+        "data.train.pairs.mix mixes images of different samples, which objective.infonce does not know; expected"
+    )
+
+
 def test_episodes_leave_samples_to_classify(pairs: Path) -> None:
     cfg = configuration(
         pairs, "objective=[prototypical]", "data.train.pairs.label=json.label", "objective.prototypical.shots=8",

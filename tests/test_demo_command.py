@@ -94,6 +94,7 @@ def test_the_page_answers_until_it_is_interrupted(pairs: Path, tmp_path: Path) -
         "b",
     ]
     assert len(demo.ask("reconstruct", image, 0)) == 12
+    assert len(demo.ask("reconstruct", image, None)) == 12, "a cleared field"
 
     (tmp_path / "bad.png").write_bytes(b"no image")
     for arguments, message in (
@@ -104,6 +105,9 @@ def test_the_page_answers_until_it_is_interrupted(pairs: Path, tmp_path: Path) -
     ):
         with pytest.raises(AppError, match=message):
             demo.ask("classify", *arguments)
+
+    with pytest.raises(AppError, match="expected"):
+        demo.ask("search_by_text", None, 3)
 
     finished = demo.end(signal.SIGINT)
     assert finished.code == 0 and "Traceback" not in finished.stderr, finished.stderr

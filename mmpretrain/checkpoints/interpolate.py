@@ -17,7 +17,9 @@ from mmpretrain.config import config_yaml
 Tensors = Mapping[str, Tensor]
 
 
-def interpolate(checkpoints: Sequence[Tensors], weights: Sequence[float]) -> dict[str, Tensor]:
+def interpolate(
+    checkpoints: Sequence[Tensors], weights: Sequence[float], scales: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """Return the weighted sum of the weights of several checkpoints.
 
     theta = sum_k w_k theta_k
@@ -30,6 +32,7 @@ def interpolate(checkpoints: Sequence[Tensors], weights: Sequence[float]) -> dic
         checkpoints: theta_k, tensors by name: `model.*` and `objectives.*`. Those of objectives that not all checkpoints have
             are left out.
         weights: w_k, one for each checkpoint.
+        scales: name of each checkpoint's `logit_scale`, to be interpolated under the name of the first (see `own_scales`).
 
     Returns: tensors by name, with the dtypes of the last checkpoint.
     Raises: ValueError if the checkpoints have different models.
@@ -38,15 +41,18 @@ def interpolate(checkpoints: Sequence[Tensors], weights: Sequence[float]) -> dic
     for other in checkpoints[:-1]:
         _check_same_model(other, last)
     names = [name for name in last if not name.startswith(tuple(_prefix(each) for each in left_out(checkpoints)))]
-    return {
-        name: sum(
-            (weight * other[name].double() for weight, other in zip(weights, checkpoints, strict=True)),
-            torch.zeros((), dtype=torch.float64),
-        ).to(last[name].dtype)
-        if last[name].is_floating_point()
-        else last[name]
+    mixed = {
+        name: _sum([other[name] for other in checkpoints], weights) if last[name].is_floating_point() else last[name]
         for name in names
     }
+    if scales:
+        mixed[scales[0]] = _sum([other[name] for other, name in zip(checkpoints, scales, strict=True)], weights)
+    return mixed
+
+
+def _sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    terms = [weight * tensor.double() for weight, tensor in zip(weights, tensors, strict=True)]
+    return torch.stack(terms).sum(0).to(tensors[-1].dtype)
 
 
 def left_out(checkpoints: Sequence[Tensors]) -> set[str]:
@@ -56,6 +62,26 @@ def left_out(checkpoints: Sequence[Tensors]) -> set[str]:
         for name, tensor in checkpoints[-1].items()
         if name.startswith("objectives.") and any(_shape(name, other) != tensor.shape for other in checkpoints)
     }
+
+
+def own_scales(checkpoints: Sequence[Tensors], objectives: Sequence[Sequence[str]]) -> list[str]:
+    """Return the name of each checkpoint's `logit_scale` if the objectives that learned them have different names.
+
+    This is so between a pre-trained and a fine-tuned run. The list is empty if a scale is kept under its own name, a
+    checkpoint has none, or the first one's objective has learned more than its scale.
+
+    Args:
+        checkpoints: tensors by name.
+        objectives: names of the objectives of each checkpoint, in the order of its configuration.
+    """
+    scales = []
+    for tensors, names in zip(checkpoints, objectives, strict=True):
+        learned = [f"{_prefix(name)}logit_scale" for name in names if f"{_prefix(name)}logit_scale" in tensors]
+        scales += learned[:1]
+    if len(scales) < len(checkpoints) or all(name == scales[0] for name in scales):
+        return []
+    of_first = [name for name in checkpoints[0] if name.startswith(scales[0].removesuffix("logit_scale"))]
+    return scales if of_first == scales[:1] else []
 
 
 def _prefix(objective: str) -> str:
@@ -81,8 +107,11 @@ def _check_same_model(given: Tensors, expected: Tensors) -> None:
         )
 
 
-def read(checkpoints: Sequence[str | Path], ema: bool = False) -> list[Tensors]:
-    """Return the tensors of runs or checkpoints, or with `ema` their averaged weights. Adapters (LoRA) are merged.
+def read(checkpoints: Sequence[str | Path], ema: bool = False) -> tuple[list[Tensors], list[list[str]]]:
+    """Return the tensors of runs or checkpoints, or with `ema` their averaged weights, and the names of their objectives.
+
+    Adapters (LoRA) are merged.
+
 
     Raises: ValueError if one has no valid checkpoint or no averaged weights.
     """
@@ -90,13 +119,22 @@ def read(checkpoints: Sequence[str | Path], ema: bool = False) -> list[Tensors]:
     for _, path in found:
         if ema and not store.has(path, "ema"):
             raise ValueError(f"{path} has no averaged weights; expected a run with trainer.ema_decay, or leave out ema")
-    return [
-        merged_as_saved(store.load_tensors(path, "ema" if ema else "model"), config_yaml.read(folder / "config.yaml"))
-        for folder, path in found
+    configs = [config_yaml.read(folder / "config.yaml") for folder, _ in found]
+    tensors: list[Tensors] = [
+        merged_as_saved(store.load_tensors(path, "ema" if ema else "model"), config)
+        for (_, path), config in zip(found, configs, strict=True)
     ]
+    return tensors, [list(config["objective"]) for config in configs]
 
 
-def write(tensors: Tensors, checkpoints: Sequence[str | Path], without: Collection[str], folder: Path) -> Path:
+def write(
+    tensors: Tensors,
+    checkpoints: Sequence[str | Path],
+    weights: Sequence[float],
+    folder: Path,
+    without: Collection[str] = (),
+    scales: Sequence[str] = (),
+) -> Path:
     """Write a run's directory with one checkpoint, which other commands load, but no run resumes.
 
     Configuration, tokenizer and number of samples seen are those of the last of `checkpoints`. Objectives that another one
@@ -105,8 +143,10 @@ def write(tensors: Tensors, checkpoints: Sequence[str | Path], without: Collecti
     Args:
         tensors: the checkpoint's tensors.
         checkpoints: the runs or checkpoints that were interpolated.
-        without: names of objectives to leave out.
+        weights: weight of each of them, which run.json keeps with their names.
         folder: new directory.
+        without: names of objectives to leave out.
+        scales: as in `interpolate`; the first run's objective of that scale is kept.
 
     Returns: the checkpoint's folder.
     Raises: ValueError if the directory has checkpoints already.
@@ -126,9 +166,16 @@ def write(tensors: Tensors, checkpoints: Sequence[str | Path], without: Collecti
         and all(of_other.get(name) == classes[-1].get(name) for of_other in classes)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    own = {**config, "objective": {name: config["objective"][name] for name in kept}}
+    nodes = {name: config["objective"][name] for name in kept}
+    if scales:
+        learner = scales[0].split(".")[1]
+        nodes = {learner: configs[0]["objective"][learner], **nodes}
+    own = {**config, "objective": nodes}
     files.write_text(folder / "config.yaml", config_yaml.to_yaml(own))
-    facts = {"classes": {name: names for name, names in classes[-1].items() if name in kept}}
+    facts = {
+        "classes": {name: names for name, names in classes[-1].items() if name in kept},
+        "interpolated": [[weight, str(each)] for weight, each in zip(weights, checkpoints, strict=True)],
+    }
     files.write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")
     for name in (TOKENIZER_FOLDER, HUGGINGFACE_FOLDER):
         if (source / name).is_dir():

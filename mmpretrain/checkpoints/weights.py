@@ -1,6 +1,8 @@
 """Files of weights of other libraries: reading without executing anything, and those that open_clip publishes."""
 
 import pickle
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 # Errors of a file without weights: another format, other objects, or no object (StopIteration in open_clip).
 _UNREADABLE = (
     SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, AttributeError, TypeError, StopIteration,
+    IndexError, AssertionError, OverflowError, ValueError, struct.error,
 )  # fmt: skip
 
 
@@ -21,10 +24,14 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     Raises: ValueError for any other file; OSError if it cannot be read.
     """
     try:
-        found: Any = load_state_dict(str(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # torch tells the pickle's protocol of files that it then refuses
+            found: Any = load_state_dict(str(file))
         tensors: dict[str, Tensor] = found["model"] if isinstance(found.get("model"), dict) else found
-        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            raise TypeError("not all of it are tensors")
+        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):
+            raise TypeError("not all of it are tensors with names")
     except _UNREADABLE as error:
         raise ValueError(
             f"its weights cannot be read ({type(error).__name__}); expected a .safetensors, or a .pt that holds tensors alone"

@@ -1,6 +1,8 @@
 """Classes of labelled data: their list, the texts that describe each of them, and the class of a sample."""
 
 import csv
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -8,10 +10,15 @@ from pathlib import Path
 
 import open_clip
 
+from mmpretrain import files
 from mmpretrain.data.clip_prompts import PREFIX, clip_prompts
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.fields import read_label
 from mmpretrain.data.source import SampleSource
+
+log = logging.getLogger(__name__)
+
+_MAX_LABEL = 10_000_000  # without a class list; memory of some evaluators is proportional to it
 
 _TEMPLATE_SETS = {
     "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
@@ -64,7 +71,7 @@ def read_classes(
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"classes is {str(path)!r}, which is no file; expected a TSV with a header or one name a line")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = files.read_text(path, files.MAX_LIST_BYTES).splitlines()
     own_texts: list[str] = []
     if lines and "\t" in lines[0]:
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -82,6 +89,11 @@ def read_classes(
         names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise ValueError(f"{path} names no class; expected at least one")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        log.warning(
+            "%s: %d names stand in it more than once, such as %r; a label's name means the first of them, and zero-shot "
+            "classification cannot tell them apart", path, len(repeated), repeated[0],
+        )  # fmt: skip
     if own_texts:
         return Classes(names, [[text] for text in own_texts])
     return classes_named(names, templates)
@@ -127,8 +139,8 @@ def read_class(source: SampleSource, sample: int, field: str, classes: Classes |
         label = int(value)
     except ValueError:
         raise BadSample(f"its label {value!r} is neither an integer nor the name of a class", "label") from None
-    if label < 0:
-        raise BadSample(f"its label {label} is negative; classes are numbered from 0", "label")
+    if not 0 <= label <= _MAX_LABEL:
+        raise BadSample(f"its label is {value[:40]}; expected the number of a class, from 0 to {_MAX_LABEL}", "label")
     if classes is not None and label >= len(classes.names):
         raise BadSample(f"its label {label} is none of the {len(classes.names)} classes", "label")
     return label

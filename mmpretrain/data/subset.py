@@ -96,9 +96,12 @@ def draw_shots(
 
     Raises: ValueError if no sample has a label.
     """
+    of_class = samples_by_class(source, label, classes)
+    if few := sum(len(samples) < shots for samples in of_class.values()):
+        log.info("%d of %d classes have fewer than %d samples: all of theirs are taken", few, len(of_class), shots)
     kept = [
         samples[i]
-        for each, samples in samples_by_class(source, label, classes).items()
+        for each, samples in of_class.items()
         for i in permutation(hash64(seed, "shots", each), len(samples))[:shots]
     ]
     return np.array(sorted(kept), np.int64)

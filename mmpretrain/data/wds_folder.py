@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmpretrain import files
+
 _NUM_SHARDS = "nshards.txt"
 _TYPE = "dataset_type.txt"
 _CLASSES = "classnames.txt"
@@ -61,7 +63,7 @@ def read_wds_folder(path: Path) -> WdsFolder:
 def type_of(path: Path) -> str:
     """Return the type of a folder's data set, such as `retrieval`; `classification` if the folder does not say it."""
     file = path / _TYPE
-    return file.read_text(encoding="utf-8").strip().lower() if file.exists() else "classification"
+    return files.read_text(file, files.MAX_LIST_BYTES).strip().lower() if file.exists() else "classification"
 
 
 def folders_of_suite(path: Path) -> dict[str, Path]:
@@ -86,7 +88,7 @@ def folders_of_suite(path: Path) -> dict[str, Path]:
 def _shards(split: Path) -> list[str]:
     """Return the paths of a split's tars. Raises: ValueError if one is missing."""
     file = split / _NUM_SHARDS
-    text = file.read_text(encoding="utf-8").strip() if file.exists() else "no such file"
+    text = files.read_text(file, files.MAX_LIST_BYTES).strip() if file.exists() else "no such file"
     if not (text.isascii() and text.isdigit() and int(text)):
         raise ValueError(f"{file}: {text[:40]!r}; expected the number of tars beside it, at least 1")
     paths = [split / f"{number}.tar" for number in range(int(text))]
@@ -106,7 +108,7 @@ def _templates(path: Path) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     """Return the lines of a file. Raises: ValueError if one is empty, or the file is."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in files.read_text(path, files.MAX_LIST_BYTES).splitlines()]
     if not lines or not all(lines):
         raise ValueError(f"{path}: line {lines.index('') + 1 if lines else 1} is empty; expected one entry a line")
     return lines

@@ -61,6 +61,8 @@ class Adversarial:
     Raises: UsageError if an attack is unknown, or a number is out of range.
     """
 
+    needs = "label and classes"
+
     def __init__(
         self,
         data: Sequence[str] | None = None,

@@ -23,6 +23,8 @@ from mmpretrain.scores import Score
 from mmpretrain.training.task import Task
 
 _TOWERS = ("image", "text")
+_WITHOUT = {"text": "linear_probe,knn,few_shot", "image": "text_classification,sentence_similarity"}
+"""Evaluators that need one encoder alone, by the other one."""
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Context:
             assert data.train is not None
             caption = data.caption if name in self.text_sets else None
             self._embedded[split] = self._embed(
-                replace(data, name=split, shards=data.train, caption=caption, train=None)
+                replace(data, name=split, shards=data.train, caption=caption, train=None, fields={})
             )
         return self._embedded[split]
 
@@ -158,7 +160,9 @@ class Context:
             assert data.train is not None
             rows = evenly_spread(max_samples, data.train.num_samples)
             chosen = selected(data.train, np.array(rows, np.int64))
-            self._embedded[split] = self._embed(replace(data, name=f"{name}.train", shards=chosen, train=None))
+            self._embedded[split] = self._embed(
+                replace(data, name=f"{name}.train", shards=chosen, train=None, fields={})
+            )
         return self._embedded[split]
 
     def _embed(self, data: EvalSet) -> Embedded:
@@ -200,7 +204,8 @@ class Evaluator(Protocol):
     """Protocol of an evaluator, which is called on every rank.
 
     An evaluator may also have `towers`, the encoders that it needs: `("image", "text")` (the default), `("image",)` or
-    `("text",)`. A model without one of them is refused.
+    `("text",)`. A model without one of them is refused. Its attribute `needs` tells what `data.val.<name>` must have, such as
+    "label and classes".
     """
 
     data: Sequence[str] | None = None
@@ -271,8 +276,8 @@ class Evaluation:
         self._untried = set(evaluators)
         chosen = {name: chosen_sets(name, evaluator, context) for name, evaluator in evaluators.items()}
         self._evaluated = sorted({data for sets in chosen.values() for data in sets})
-        self.without_data = [name for name, sets in chosen.items() if not sets]
-        """Names of the evaluators that find no data set with what they need, and give no score."""
+        self.without_data = needs_text({name: evaluators[name] for name, sets in chosen.items() if not sets})
+        """Evaluators that find no data set with what they need, with that; empty if there are none."""
 
     def check_best(self, best: str, has_average: bool) -> None:
         """Check that the metric of `checkpoint.best` is of a data set that is evaluated.
@@ -348,12 +353,26 @@ def evenly_spread(count: int, total: int) -> list[int]:
 def check_evaluator(evaluator: object, name: str) -> None:
     """Raises: ValueError if the evaluator `name` lacks a method, or has a public name that resembles one of the protocol."""
     kind = type(evaluator).__name__
-    members = ("applicable_datasets", "data", "towers")
+    members = ("applicable_datasets", "data", "needs", "towers")
     if (wrong := misspelt(type(evaluator), members)) is not None:
         raise ValueError(f"eval.{name}: {kind}.{wrong[0]} is no member of an evaluator; did you mean {wrong[1]}?")
     for method, call in (("__call__", "(name, context)"), ("applicable_datasets", "(context)")):
         if not callable(getattr(evaluator, method, None)):
             raise ValueError(f"eval.{name}: {kind} has no method {method}{call}; expected one")
+
+
+def needs_text(evaluators: Mapping[str, Evaluator]) -> str:
+    """Return the names of evaluators with what each needs in `data.val.<name>`."""
+    return "; ".join(f"{name} needs {_needs(evaluator)}" for name, evaluator in evaluators.items())
+
+
+def _needs(evaluator: Evaluator) -> str:
+    return str(getattr(evaluator, "needs", "what its applicable_datasets asks for"))
+
+
+def lacking_tower(evaluator: Evaluator, model: ImageTextModel) -> str | None:
+    """Return the encoder that an evaluator needs and a model lacks, `image` or `text`; None if there is none."""
+    return next((tower for tower in getattr(evaluator, "towers", _TOWERS) if getattr(model, tower, 0) is None), None)
 
 
 def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
@@ -364,10 +383,13 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
     towers = getattr(evaluator, "towers", _TOWERS)
     if isinstance(towers, str) or not set(towers) <= set(_TOWERS):
         raise ValueError(f"eval.{name} has towers = {towers!r}; expected a tuple of 'image', 'text' or both")
-    for tower in towers:
-        if getattr(context.model, tower) is None:
-            needed = " and ".join(f"{each}s" for each in towers)
-            raise ValueError(f"eval.{name} embeds {needed}, but model.{tower} is null; leave it out: eval=[]")
+    if (tower := lacking_tower(evaluator, context.model)) is not None:
+        needed = " and ".join(f"{each}s" for each in towers)
+        others = _WITHOUT[tower]
+        raise ValueError(
+            f"eval.{name} embeds {needed}, but model.{tower} is null; expected evaluators that do without, such as "
+            f"eval=[{others}], or none: eval=[]"
+        )
     possible = evaluator.applicable_datasets(context)
     if unknown := [data for data in possible if data not in context.sets]:
         known = ", ".join(context.sets) or "none"
@@ -378,6 +400,6 @@ def chosen_sets(name: str, evaluator: Evaluator, context: Context) -> list[str]:
     for data in named:
         if data not in possible:
             known = ", ".join(possible) or "there is none"
-            lack = "lacks what it needs" if data in context.sets else "is not in data.val"
+            lack = f"lacks what it needs ({_needs(evaluator)})" if data in context.sets else "is not in data.val"
             raise ValueError(f"eval.{name}.data has {data!r}, which {lack}; expected one of: {known}")
     return list(named)

@@ -64,6 +64,8 @@ class Calibration:
     Raises: UsageError if `num_bins` is below 1.
     """
 
+    needs = "label and classes, several images, and a model with a logit scale"
+
     def __init__(self, data: Sequence[str] | None = None, num_bins: int = 15) -> None:
         check_number("num_bins", num_bins, at_least=1)
         self.data = data

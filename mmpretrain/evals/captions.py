@@ -47,6 +47,7 @@ class Captions:
     Raises: UsageError if a number is out of range, or if a package or program of CIDEr is missing.
     """
 
+    needs = "caption, and a run with objective=captioning or another that writes captions"
     towers = ("image", "text")
 
     def __init__(

@@ -25,6 +25,8 @@ class Choice:
         data: names of `data.val` to use; None uses each data set with captions and one of these fields.
     """
 
+    needs = "caption, and fields.negatives or fields.pair"
+
     def __init__(self, data: Sequence[str] | None = None) -> None:
         self.data = data
 

@@ -78,6 +78,7 @@ class CKA:
     Raises: UsageError if `max_samples` is below 2; ValueError if the checkpoint cannot be loaded.
     """
 
+    needs = "images or a caption, of several samples"
     towers = ()
 
     def __init__(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from mmpretrain.data.classes import first_other
 from mmpretrain.errors import UsageError, check_number
@@ -25,6 +24,7 @@ class Classifier:
     Raises: UsageError if `chunk_size` is below 1.
     """
 
+    needs = "label, and a run with objective=classification"
     towers = ()
 
     def __init__(self, data: Sequence[str] | None = None, chunk_size: int = 4096) -> None:
@@ -33,18 +33,30 @@ class Classifier:
         self.chunk_size = chunk_size
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """Return the data sets with labels that an objective can classify."""
-        return [name for name in context.sets if _classifiers(name, context)]
+        """Return the data sets with labels that an objective can classify.
+
+        Raises: UsageError if one of those to be used has other classes than the objective.
+        """
+        possible = {name: found for name in context.sets if (found := _classifiers(name, context))}
+        for name, objectives in possible.items():
+            if self.data is None or name in self.data:
+                for objective_name, objective in objectives.items():
+                    _check_classes(name, context, objective_name, objective)
+        return list(possible)
 
     def __call__(self, name: str, context: Context) -> dict[str, Score]:
         """Return `<objective>_acc1`, `_acc5` and `_mean_per_class_recall`; `_acc5` of more than five classes alone.
 
-        Raises: UsageError if the data set has other classes than the objective.
+        Raises: UsageError if the data set has a label that is none of the objective's classes.
         """
         embedded = context.embedded(name)
         scores: dict[str, Score] = {}
         for objective_name, objective in _classifiers(name, context).items():
-            self._check_classes(name, context, objective_name, objective, embedded.labels)
+            if len(embedded.labels) and int(embedded.labels.max()) >= objective.num_classes:
+                raise UsageError(
+                    f"data.val.{name} has label {int(embedded.labels.max())}, but objective.{objective_name} predicts "
+                    f"{objective.num_classes} classes; expected labels of the training data"
+                )
             features = features_of(embedded, objective.features, objective.tower)
             with in_evaluation_mode(objective):
                 ranks = [
@@ -57,24 +69,19 @@ class Classifier:
             scores |= found
         return scores
 
-    def _check_classes(
-        self, name: str, context: Context, objective_name: str, objective: Classification, labels: Tensor
-    ) -> None:
-        classes = context.sets[name].classes
-        if classes is not None and objective.class_names is not None:
-            ours, theirs = list(objective.class_names), list(classes.names)
-            if ours != theirs:
-                number, own, other = first_other(ours, theirs)
-                raise UsageError(
-                    f"data.val.{name}.classes has {len(theirs)} classes with {other} as number {number}, but "
-                    f"objective.{objective_name} was trained on {len(ours)} with {own}; expected the same list: that of "
-                    "data.train"
-                )
-        elif len(labels) and int(labels.max()) >= objective.num_classes:
-            raise UsageError(
-                f"data.val.{name} has label {int(labels.max())}, but objective.{objective_name} predicts "
-                f"{objective.num_classes} classes; expected labels of the training data"
-            )
+
+def _check_classes(name: str, context: Context, objective_name: str, objective: Classification) -> None:
+    """Raises: UsageError if a data set has another list of classes than the objective."""
+    classes = context.sets[name].classes
+    if classes is None or objective.class_names is None:
+        return
+    ours, theirs = list(objective.class_names), list(classes.names)
+    if ours != theirs:
+        number, own, other = first_other(ours, theirs)
+        raise UsageError(
+            f"data.val.{name}.classes has {len(theirs)} classes with {other} as number {number}, but "
+            f"objective.{objective_name} was trained on {len(ours)} with {own}; expected the same list: that of data.train"
+        )
 
 
 def _classifiers(name: str, context: Context) -> dict[str, Classification]:

@@ -20,6 +20,8 @@ class ContrastiveLoss:
     Raises: UsageError if `batch_size` is below 1.
     """
 
+    needs = "caption, and a model with a logit scale"
+
     def __init__(self, data: Sequence[str] | None = None, batch_size: int = 128) -> None:
         check_number("batch_size", batch_size, at_least=1)
         self.data = data

@@ -25,6 +25,8 @@ class Fairness:
     Raises: UsageError if `min_samples` is below 1.
     """
 
+    needs = "fields.group, and label and classes, or caption"
+
     def __init__(self, data: Sequence[str] | None = None, min_samples: int = 10) -> None:
         check_number("min_samples", min_samples, at_least=1)
         self.data = data

@@ -31,6 +31,7 @@ class FewShot:
     Raises: UsageError if `shots` is empty, or a value is out of range.
     """
 
+    needs = "label and train.shards"
     towers = ("image",)
 
     def __init__(

@@ -18,6 +18,8 @@ class Gallery:
         num_answers: number of answers per query.
     """
 
+    needs = "caption"
+
     def __init__(self, data: Sequence[str] | None = None, num_queries: int = 8, num_answers: int = 5) -> None:
         self.data = data
         self.num_queries = num_queries

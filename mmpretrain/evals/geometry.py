@@ -52,6 +52,8 @@ class Geometry:
     Raises: UsageError if `max_samples` is below 2.
     """
 
+    needs = "caption, of several samples"
+
     def __init__(self, data: Sequence[str] | None = None, max_samples: int = 10_000) -> None:
         check_number("max_samples", max_samples, at_least=2)
         self.data = data

@@ -39,6 +39,8 @@ class HeldOutLoss:
 
     towers: tuple[str, ...] = ()
 
+    needs = "a run with an independent objective, such as mae or mlm, and what it reads"
+
     def __init__(
         self, data: Sequence[str] | None = None, objectives: Sequence[str] | None = None, block_size: int = 16
     ) -> None:

@@ -29,6 +29,7 @@ class KNN:
     Raises: UsageError if a value is out of range.
     """
 
+    needs = "label and train.shards"
     towers = ("image",)
 
     def __init__(

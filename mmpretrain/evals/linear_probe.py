@@ -60,6 +60,7 @@ class LinearProbe:
     Raises: UsageError if `cs` is empty, or a value is out of range.
     """
 
+    needs = "label and train.shards"
     towers = ("image",)
 
     def __init__(

@@ -29,6 +29,8 @@ class Memorised:
     Raises: UsageError if a number is below 1.
     """
 
+    needs = "caption and train.shards"
+
     def __init__(self, data: Sequence[str] | None = None, max_samples: int = 10_000, chunk_size: int = 1024) -> None:
         check_number("max_samples", max_samples, at_least=1)
         check_number("chunk_size", chunk_size, at_least=1)

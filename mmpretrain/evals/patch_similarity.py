@@ -35,6 +35,8 @@ class PatchSimilarity:
         num_images: number of images, spread evenly over the data set and the same in every evaluation.
     """
 
+    needs = "caption, and a model that embeds patches"
+
     def __init__(self, data: Sequence[str] | None = None, num_images: int = 6) -> None:
         self.data = data
         self.num_images = num_images

@@ -16,6 +16,7 @@ class Projector:
         num_images: number of images, spread evenly over the data set.
     """
 
+    needs = "images"
     towers = ("image",)
 
     def __init__(self, data: Sequence[str] | None = None, num_images: int = 500) -> None:

@@ -49,6 +49,8 @@ class Retrieval:
     Raises: UsageError if `ks` is empty, or if a k or `chunk_size` is below 1.
     """
 
+    needs = "caption"
+
     def __init__(
         self, data: Sequence[str] | None = None, ks: Sequence[int] = (1, 5, 10), chunk_size: int = 1024
     ) -> None:

@@ -33,6 +33,8 @@ class Robustness:
     Raises: UsageError if a corruption is unknown, or a number is out of range.
     """
 
+    needs = "label and classes"
+
     def __init__(
         self,
         data: Sequence[str] | None = None,

@@ -27,6 +27,7 @@ class SentenceSimilarity:
         data: names of `data.val` to use; None uses each data set with captions and both fields.
     """
 
+    needs = "caption, fields.sentence2 and fields.similarity"
     towers = ("text",)
 
     def __init__(self, data: Sequence[str] | None = None) -> None:

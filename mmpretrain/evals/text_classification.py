@@ -26,6 +26,7 @@ class TextClassification:
     Raises: UsageError if `cs` is empty, or a value is out of range.
     """
 
+    needs = "caption, label, train.shards and images=false"
     towers = ("text",)
 
     def __init__(

@@ -33,6 +33,8 @@ class ZeroShot:
     Raises: UsageError if `chunk_size` is below 1.
     """
 
+    needs = "label and classes"
+
     def __init__(self, data: Sequence[str] | None = None, chunk_size: int = 256) -> None:
         check_number("chunk_size", chunk_size, at_least=1)
         self.data = data

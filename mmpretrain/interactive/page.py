@@ -75,8 +75,8 @@ def _search_tab(search: ImageSearch, preprocess: Preprocess, has_text: bool) -> 
             by_image = gr.Button("Search by image")
         found = _gallery(f"The most similar of {search.num_images:,} images", columns=4)
 
-    def of_text(text: str, count: float) -> Shown:
-        return _captioned(search.by_text(text, int(count)))
+    def of_text(text: str | None, count: float) -> Shown:
+        return _captioned(search.by_text(text or "", int(count)))
 
     def of_image(file: str | None, count: float) -> Shown:
         return _captioned(search.by_image(_preprocessed(file, preprocess), int(count)))
@@ -110,8 +110,8 @@ def _zero_shot_tab(classifier: Classifier, preprocess: Preprocess) -> None:
                 gr.Markdown("The checkpoint has no `logit_scale`, so that there are no probabilities but cosines.")
                 scores = gr.Dataframe(headers=["class", "cosine"], interactive=False)
 
-    def classify(file: str | None, classes: str, templates: str) -> Any:
-        names, chosen = class_names(classes), _TEMPLATES.get(templates, [templates])
+    def classify(file: str | None, classes: str | None, templates: str | None) -> Any:
+        names, chosen = class_names(classes or ""), _TEMPLATES.get(templates or "", [templates or ""])
         scored = classifier(_preprocessed(file, preprocess), names, chosen)[:_MAX_SCORES]
         return dict(scored) if classifier.has_probabilities else [[name, round(score, 4)] for name, score in scored]
 
@@ -129,11 +129,11 @@ def _words_tab(context: Context, preprocess: Preprocess) -> None:
             columns=3,
         )
 
-    def compare(file: str | None, text: str) -> Shown:
+    def compare(file: str | None, text: str | None) -> Shown:
         pixels = _preprocessed(file, preprocess)
         return [
             (pictures.heat_map(pixels, values, _SIDE), f"{each}  ({values.min():.2f} to {values.max():.2f})")
-            for each, values in word_maps(pixels, text, context)
+            for each, values in word_maps(pixels, text or "", context)
         ]
 
     for trigger in (button.click, text.submit):
@@ -148,8 +148,8 @@ def _reconstruction_tab(autoencoder: MAE, context: Context, preprocess: Preproce
             button = gr.Button("Reconstruct", variant="primary")
         found = _gallery("The image, its visible patches, and these with predictions for the others: a mask a row.", 3)
 
-    def reconstruct(file: str | None, seed: float) -> Shown:
-        pixels, seeds = _preprocessed(file, preprocess), [hash64(int(seed), row) >> 1 for row in range(_NUM_MASKS)]
+    def reconstruct(file: str | None, seed: float | None) -> Shown:
+        pixels, seeds = _preprocessed(file, preprocess), [hash64(int(seed or 0), row) >> 1 for row in range(_NUM_MASKS)]
         rows = reconstructions(pixels, seeds, autoencoder, context)
         return [(pictures.enlarged(each, _SIDE), "") for row in rows for each in row]
 

@@ -1,11 +1,13 @@
 """CLIP_benchmark (Cherti & Beaumont) on our checkpoints: its own command with one more `--model_type`.
 
     python -m mmpretrain.interop.clip_benchmark eval --model_type mmpretrain --model RUN --pretrained weights --no_amp \\
-        --dataset wds/cifar10 --dataset_root FOLDER --output scores.json
+        --dataset wds/cifar10 --dataset_root FOLDER --num_workers 1 --output scores.json
 
-A data set of captions needs `--task zeroshot_retrieval`. The command downloads other data sets than `wds/` ones by itself.
+There may be no more workers, 4 by default, than a data set has tars. A data set of captions needs
+`--task zeroshot_retrieval`. The command downloads other data sets than `wds/` ones by itself.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.tokenizer import Tokenizer
-from mmpretrain.errors import UsageError
+from mmpretrain.errors import UsageError, usage_errors
 from mmpretrain.models.image_text import ImageTextModel
 
 MODEL_TYPE = "mmpretrain"
@@ -68,11 +70,12 @@ def load(
         device: device of the model.
 
     Returns: (model, preprocessing of one image, tokenizer).
-    Raises: ValueError if there is no checkpoint, or its model lacks an encoder.
+    Raises: UsageError if there is no checkpoint, or its model lacks an encoder.
     """
-    loaded = load_checkpoint(model_name, device, ema=pretrained == "ema")
+    with usage_errors():
+        loaded = load_checkpoint(model_name, device, ema=pretrained == "ema")
     if loaded.preprocess is None or loaded.model.text is None:
-        raise ValueError(f"{model_name} has one encoder; expected a model of images and texts for CLIP_benchmark")
+        raise UsageError(f"{model_name} has one encoder; expected a model of images and texts for CLIP_benchmark")
     return ClipBenchmarkModel(loaded.model), loaded.preprocess, ClipBenchmarkTokenizer(loaded.tokenizer)
 
 
@@ -99,11 +102,15 @@ def _accuracy(output: Tensor, target: Tensor, topk: Sequence[int] = (1,)) -> lis
 
 
 def main() -> None:
-    """Run CLIP_benchmark's command."""
-    register()
-    from clip_benchmark import cli
+    """Run CLIP_benchmark's command. A UsageError ends it with one line and exit code 2."""
+    try:
+        register()
+        from clip_benchmark import cli
 
-    cli.main()
+        cli.main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

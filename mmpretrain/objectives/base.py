@@ -127,6 +127,8 @@ class Hooks:
     """Number of additional views of its streams' images that it reads (SimCLR reads 2)."""
     class_names: Sequence[str] | None = None
     """Names of the classes that it predicts. The run's directory keeps them, so that a checkpoint tells what it predicts."""
+    reads_mixed: bool = False
+    """True if it reads `mixed_labels` and `mixed_shares` of samples, so that `data.train.<stream>.mix` may mix images."""
     perplexity: bool = False
     """If True, exp(loss) is logged as `<objective>_perplexity`."""
     set_tokenizer: Callable[[TokenIds], None] = lambda tokenizer: None

@@ -80,7 +80,7 @@ class Classification(nn.Module):
                 f"{config_path}.head is 'zero_shot', which needs {config_path}.features=embedding, a text encoder, and "
                 f"data.train.{stream}.classes; expected them, or {config_path}.head=random"
             )
-        self.streams, self._config_path = (stream,), config_path
+        self.streams, self._config_path, self.reads_mixed = (stream,), config_path, True
         self.class_names = None if classes is None else classes.names
         self._texts = classes.texts if head == "zero_shot" and classes is not None else None
         self.tower, self.features, self._label_smoothing = tower, features, label_smoothing

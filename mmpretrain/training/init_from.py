@@ -118,7 +118,10 @@ def _read(source: str, task: Task) -> tuple[dict[str, Tensor], Sequence[str]]:
     """Return the source's tensors under the task's parameter names, and the names of a run's objectives."""
     path = Path(source)
     if path.is_dir():
-        folder, checkpoint = find(path)
+        try:
+            folder, checkpoint = find(path)
+        except ValueError as error:
+            raise ValueError(f"init_from={source}: {error}") from error
         saved = config_yaml.read(folder / "config.yaml")
         return merged_as_saved(store.load_tensors(checkpoint, "model"), saved), [*(saved.get("objective") or ())]
     try:

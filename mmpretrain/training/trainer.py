@@ -115,9 +115,8 @@ class Trainer:
             log.info("frozen, since no objective reaches them: %s", ", ".join(setup.freeze.unreached))
         if evaluation.without_data and distributed.is_main():
             log.warning(
-                "eval: %s find no data set in data.val with what they need, such as a caption, or a label and classes; "
-                "they give no score", ", ".join(evaluation.without_data),
-            )  # fmt: skip
+                "eval: no set of data.val has what these need, which give no score: %s", evaluation.without_data
+            )
         saved = resume.find_checkpoint(self.folder, self.num_steps, self.fingerprint)
         if distributed.is_main():
             store.prune(self.folder / "checkpoints", cfg.checkpoint.keep_last)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.interpolate import interpolate
+from mmpretrain.checkpoints.interpolate import interpolate, own_scales
 from mmpretrain.checkpoints.load import find, load_checkpoint
 from mmpretrain.config import config_yaml
 from mmpretrain.config.schema import InterpolateConfig
@@ -127,6 +127,45 @@ def test_objectives_that_all_have_are_kept(tmp_path: Path, of_first: list[str], 
     assert list(loaded.objectives) == kept
     head = loaded.objectives.get("classification")
     assert head is None or hooks_of(head).class_names == ["cat", "dog"]
+
+
+def test_a_scale_that_another_objective_learned_is_interpolated_too(tmp_path: Path) -> None:
+    save_two(tmp_path)
+    for name, objective, scale in (("a", "infonce", 20.0), ("b", "classification", 30.0)):
+        folder = tmp_path / name
+        tensors = {k: t for k, t in store.load_tensors(find(folder)[1], "model").items() if k.startswith("model.")}
+        tensors[f"objectives.{objective}.logit_scale"] = torch.tensor([scale]).log()
+        if objective == "classification":
+            tensors["objectives.classification.head.weight"] = torch.zeros(2, 12)
+        config = config_yaml.read(folder / "config.yaml")
+        target = {"infonce": "infonce.InfoNCE", "classification": "classification.Classification"}[objective]
+        config["objective"] = {objective: {"_target_": f"mmpretrain.objectives.{target}"}}
+        (folder / "config.yaml").write_text(config_yaml.to_yaml(config))
+        store.save(folder / "checkpoints", 30, {"model": tensors, "optimizer": {}}, {"samples": 7}, 0)
+    run(InterpolateConfig([f"{tmp_path}/a", f"{tmp_path}/b"], alpha=0.5, output=f"{tmp_path}/between", ema=False))
+    loaded = load_checkpoint(tmp_path / "between" / "alpha_0.5")
+    assert loaded.scalars["logit_scale"] == pytest.approx((20 * 30) ** 0.5)
+    assert list(loaded.objectives) == ["infonce"]
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "expected"),
+    [
+        ([{"objectives.a.logit_scale": 0}, {"objectives.b.logit_scale": 1}], ["a", "b"]),
+        ([{"objectives.a.logit_scale": 0}, {"objectives.a.logit_scale": 1}], []),
+        ([{"objectives.a.logit_scale": 0}, {"objectives.b.head": 1}], []),
+        ([{"objectives.a.logit_scale": 0, "objectives.a.logit_bias": 1}, {"objectives.b.logit_scale": 1}], []),
+    ],
+)
+def test_scales_of_other_names_are_found(checkpoints: list[dict[str, Any]], expected: list[str]) -> None:
+    names = [list(dict.fromkeys(name.split(".")[1] for name in each)) for each in checkpoints]
+    assert own_scales(checkpoints, names) == [f"objectives.{name}.logit_scale" for name in expected]
+
+
+def test_equal_shares_are_refused(tmp_path: Path) -> None:
+    cfg = InterpolateConfig(["a", "b"], alpha=[0.1, 0.10000001], output=str(tmp_path), ema=False)
+    with pytest.raises(ValueError, match=r"^alpha is \[0\.1, 0\.10000001\], where two are equal to six digits"):
+        run(cfg)
 
 
 def test_without_alpha_it_is_the_mean(tmp_path: Path) -> None:

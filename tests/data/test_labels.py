@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmpretrain.batch import Samples
-from mmpretrain.data.classes import Classes, read_class
+from mmpretrain.data.classes import Classes, read_class, read_classes
 from mmpretrain.data.decode import BadSample
 from mmpretrain.data.loader import build_loader
 from mmpretrain.data.mixing import Mix
@@ -87,13 +87,23 @@ def test_a_label_that_is_no_class_is_named(shards: Shards) -> None:
         stream(shards, label="json.kind", classes=two).check_first_sample()
 
 
-def test_a_negative_label_is_no_class() -> None:
-    class Negative:
-        def read(self, sample: int, fields: tuple[str, ...]) -> bytes:
-            return b"-1"
+@pytest.mark.parametrize("label", ["-1", "1000000000", "9" * 30])
+def test_a_label_that_cannot_be_the_number_of_a_class_is_told(label: str, tmp_path: Path) -> None:
+    source = Shards([write_tar(tmp_path / "0.tar", [{"cls": label.encode()}])])
+    with pytest.raises(BadSample, match=rf"its label is {label}; expected the number of a class, from 0 to"):
+        read_class(source, 0, "cls", None)
 
-    with pytest.raises(BadSample, match="its label -1 is negative; classes are numbered from 0"):
-        read_class(Negative(), 0, "cls", None)  # type: ignore[arg-type]
+
+def test_names_that_stand_twice_in_a_class_list_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "classes.txt").write_text("fox\nelk\nfox\n")
+    assert list(read_classes(tmp_path / "classes.txt").names) == ["fox", "elk", "fox"]
+    assert "1 names stand in it more than once, such as 'fox'" in caplog.text
+
+
+def test_a_class_list_in_another_encoding_is_told(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes("\u00c4pfel\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes\.txt is not UTF-8 \(.*\); expected UTF-8"):
+        read_classes(tmp_path / "classes.txt")
 
 
 def test_a_class_is_read_before_a_caption_that_is_its_text(shards: Shards) -> None:
@@ -174,12 +184,15 @@ def test_a_bad_partner_is_replaced_and_told(tmp_path: Path) -> None:
     assert len(set(refused)) == 1 and len(refused) > 12
 
 
-def test_shots_are_as_many_of_each_class(shards: Shards) -> None:
+def test_shots_are_as_many_of_each_class(shards: Shards, caplog: pytest.LogCaptureFixture) -> None:
     for shots, counts in ((4, [4, 4, 4]), (15, [15, 15, 10])):
         kept = draw_shots(shards, "cls", CLASSES, shots, seed=0).tolist()
         assert kept == sorted(set(kept))
         assert [sum(label_of(i) == each for i in kept) for each in range(3)] == counts
     assert kept != draw_shots(shards, "cls", CLASSES, 15, seed=1).tolist()
+    with caplog.at_level("INFO"):
+        draw_shots(shards, "cls", CLASSES, 15, seed=0)
+    assert "1 of 3 classes have fewer than 15 samples" in caplog.text
     few = draw_shots(shards, "json.kind", CLASSES, 4, seed=0)
     assert few.tolist() == draw_shots(shards, "cls", None, 4, seed=0).tolist()
     assert set(few.tolist()) <= set(kept)

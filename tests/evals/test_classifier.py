@@ -97,7 +97,8 @@ def test_other_classes_are_told(tmp_path: Path) -> None:
     data = make_set(tmp_path, caption=None, label="cls", classes=other)
     context = make_context(model, data, build_objectives=lambda: {"own": ours})
     with pytest.raises(UsageError, match=r"classes has 3 classes with .elk. as number 1, but objective\.own was"):
-        evaluate({"classifier": Classifier()}, context)
+        Classifier().applicable_datasets(context)  # before a run begins
+    assert Classifier(data=["other"]).applicable_datasets(context) == ["val"]
     few = objective(model, classes=None, num_classes=2)
     context = make_context(model, make_set(tmp_path, caption=None, label="cls"), build_objectives=lambda: {"own": few})
     with pytest.raises(UsageError, match=r"data\.val\.val has label 2, but objective\.own predicts 2 classes"):

@@ -74,8 +74,14 @@ def test_bf16_is_for_the_models_passes_and_similarities_are_float32(tmp_path: Pa
     ("evaluator", "message"),
     [
         (Retrieval(data=["test"]), r"^eval.mine.data has 'test', which is not in data.val; expected one of: val$"),
-        (ZeroShot(data=["val"]), r"^eval.mine.data has 'val', which lacks what it needs; .*: there is none$"),
-        (ContrastiveLoss(data=["val"]), r"^eval.mine.data has 'val', which lacks what it needs; .*: there is none$"),
+        (
+            ZeroShot(data=["val"]),
+            r"^eval.mine.data has 'val', which lacks what it needs \(label and classes\); .*: there is none$",
+        ),
+        (
+            ContrastiveLoss(data=["val"]),
+            r"^eval.mine.data has 'val', which lacks what it needs \(caption, and a model with a logit scale\); .*",
+        ),
     ],
 )
 def test_data_sets_that_an_evaluator_cannot_be_run_on_are_refused(
@@ -143,14 +149,15 @@ def test_a_model_of_texts_is_evaluated_without_reading_images(tmp_path: Path) ->
 @pytest.mark.parametrize("evaluator", [Retrieval(), ZeroShot(), ContrastiveLoss(), Gallery(), PatchSimilarity()])
 def test_evaluators_of_images_and_texts_refuse_a_model_of_one(tmp_path: Path, evaluator: Evaluator) -> None:
     for tower, model in (("text", images_alone()), ("image", texts_alone())):
-        message = rf"^eval.mine embeds images and texts, but model.{tower} is null; leave it out: eval=\[\]$"
+        message = rf"^eval.mine embeds images and texts, but model.{tower} is null; expected evaluators .* eval=\[\]$"
         with pytest.raises(ValueError, match=message):
             evaluate({"mine": evaluator}, make_context(model, make_set(tmp_path)))
 
 
 def test_an_evaluator_of_images_refuses_a_model_of_texts(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"^eval.mine embeds images, but model.image is null; leave it out: eval=\[\]$"
+        ValueError,
+        match=r"^eval.mine embeds images, but model.image is null; .*\[text_classification,sentence_similarity\], or none",
     ):
         evaluate({"mine": Projector()}, make_context(texts_alone(), make_set(tmp_path)))
 
@@ -286,4 +293,4 @@ def test_evaluators_without_data_are_named(tmp_path: Path) -> None:
         Clock(16, 100, 160),
         make_context(data=make_set(tmp_path)),
     )
-    assert evaluation.without_data == ["zero_shot"]
+    assert evaluation.without_data == "zero_shot needs label and classes"

@@ -107,6 +107,19 @@ def test_ties_count_for_the_model_at_clip_benchmark_alone(tmp_path: Path, suite:
     assert scores["eval-labelled/acc5"] == scores["eval-captioned/text_retrieval_recall@10"] == 0
 
 
+def test_a_wrong_checkpoint_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suite: Path
+) -> None:
+    arguments = (
+        f"eval --model_type mmpretrain --model nowhere --pretrained weights --dataset wds/x --dataset_root {suite}"
+    )
+    monkeypatch.setattr("sys.argv", ["clip_benchmark", *arguments.split(), "--output", str(suite / "scores.json")])
+    with pytest.raises(SystemExit) as ended:
+        interop.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: nowhere holds no checkpoint; expected")
+
+
 def test_a_model_of_one_encoder_is_refused(tmp_path: Path) -> None:
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"has one encoder; expected a model of images and texts"):

@@ -154,12 +154,31 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def legacy(tensors: object, folder: Path) -> bytes:
+    """A file of torch's format before zip."""
+    torch.save(tensors, folder / "legacy", _use_new_zipfile_serialization=False)
+    return (folder / "legacy").read_bytes()
+
+
+def test_no_damaged_file_of_weights_ends_in_a_traceback(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    whole = legacy({"a": torch.ones(3), "b": torch.zeros(2)}, tmp_path)
+    damaged = [b"abc def", legacy({"a": torch.ones(3), 1: torch.ones(3)}, tmp_path)]
+    damaged += [whole[:length] for length in range(0, len(whole) - 8, 5)]
+    for content in damaged:
+        (tmp_path / "weights.pt").write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"^init_from=.*its weights cannot be read \(\w+\); expected a \.safetensors"
+        ):
+            init_from(make_task(), str(tmp_path / "weights.pt"))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("nowhere", r"^init_from=nowhere: there is no such file, and open_clip does not know it"),
         ("ViT-B-32/nope", r"ViT-B-32 has the tags openai, laion400m_e31"),
-        ("/tmp", r"holds no checkpoint"),
+        ("/tmp", r"^init_from=/tmp: .*holds no checkpoint"),
     ],
 )
 def test_a_source_that_is_not_there_is_told(source: str, message: str) -> None:

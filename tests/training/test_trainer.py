@@ -106,7 +106,10 @@ def test_evaluate_command_gives_the_scores_of_training(finished_run: Path, tmp_p
     arguments = [f"checkpoint={finished_run}", "device=cpu", "data.workers=0", f"output={output}"]
     finished = runs.run("mmpretrain.evaluate", arguments, tmp_path)
     assert finished.code == 0, finished.stderr
-    assert "eval: zero_shot find no data set" in finished.stderr
+    assert (
+        "eval: no set of data.val has what these need, which give no score: zero_shot needs label and classes"
+        in finished.stderr
+    )
     scores, results = json.loads(output.read_text()), runs.results(finished_run)
     names = [name for name in results if name.startswith("eval-")]
     assert len(names) == 7
@@ -133,8 +136,9 @@ def test_evaluate_command_gives_the_scores_of_training(finished_run: Path, tmp_p
         (["checkpoint=RUN", "data.root=/nowhere"], ("/nowhere/val", "name existing tars")),
         (["checkpoint=RUN", "data.workers=-1"], ("data.workers is -1", "at least 0")),
         (["checkpoint=RUN", "data.val_batch_size=0"], ("data.val_batch_size is 0", "at least 1")),
-        (["checkpoint=RUN", "eval=[zero_shot]"], ("no evaluation of eval=[zero_shot]", "+data.val.mine.shards=...")),
+        (["checkpoint=RUN", "eval=[zero_shot]"], ("zero_shot needs label and classes", "+data.val.mine.label=...")),
         (["checkpoint=nowhere", "output=absent/x.json"], ("output is 'absent/x.json'", "a folder that exists")),
+        (["checkpoint=nowhere", "output=/tmp"], ("output is '/tmp'", "a file in a folder that exists")),
     ],
 )
 def test_wrong_use_of_evaluate_is_answered_in_one_line(
