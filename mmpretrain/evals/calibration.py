@@ -1,5 +1,6 @@
 """Calibration of zero-shot probabilities: expected calibration error, and what one temperature mends (Guo et al. 2017)."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,11 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     Args:
         logits: logits of the classes, float64 [n, C].
         labels: true classes, int64 [n].
+
+    Returns: T; NaN if a logit is not finite.
     """
+    if not bool(logits.isfinite().all()):  # bisection would end at a bound
+        return math.nan
     right = logits.gather(1, labels[:, None])[:, 0]
     low, high = -20.0, 20.0  # of log(1 / T)
     for _ in range(_MAX_ITERATIONS):

@@ -28,13 +28,13 @@ def cka_matrix(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> np.ndarray:
     Args:
         xs, ys: features of the same n samples in each layer, [n, p] and [n, q].
 
-    Returns: float64 [len(xs), len(ys)], from 0 to 1; 0 where either is constant over the samples.
+    Returns: float64 [len(xs), len(ys)], from 0 to 1; 0 where either is constant over the samples, NaN where one is not finite.
     """
     centred_xs, centred_ys = ([_centred(each) for each in layers] for layers in (xs, ys))
     products = np.array([[_product(x, y) for y in centred_ys] for x in centred_xs])
     norms_x, norms_y = (np.array([_product(x, x) for x in layers]) ** 0.5 for layers in (centred_xs, centred_ys))
     norms = norms_x[:, None] * norms_y
-    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
+    return np.divide(products, norms, out=np.zeros_like(products), where=norms != 0)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _centred(x: Tensor) -> Tensor:
     rows = x.double()
     centred = rows - rows.mean(0)
     norm = centred.norm()
-    return centred / norm if norm > _CONSTANT * rows.norm() else torch.zeros_like(centred)
+    return torch.zeros_like(centred) if norm <= _CONSTANT * rows.norm() else centred / norm  # NaN stays NaN
 
 
 def _product(x: Tensor, y: Tensor) -> float:

@@ -35,7 +35,11 @@ def rank_me(rows: Tensor, epsilon: float = 1e-7) -> float:
     Args:
         rows: embeddings [n, e], with singular values sigma.
         epsilon: epsilon of the equation.
+
+    Returns: float from 1 to min(n, e); NaN if an embedding is not finite.
     """
+    if not bool(rows.isfinite().all()):  # which have no singular values
+        return math.nan
     singular = torch.linalg.svdvals(rows.double())
     p = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + epsilon
     return float((-(p * p.log()).sum()).exp())

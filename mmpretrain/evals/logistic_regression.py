@@ -1,5 +1,6 @@
 """Multinomial logistic regression with the objective of scikit-learn, for probes of features."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,8 +34,11 @@ def fit(
         start: weights to start from, as this function returns them; None: zeros.
         max_iterations: largest number of iterations.
 
-    Returns: (W, b) as [k, d + 1], in the dtype of `features`.
+    Returns: (W, b) as [k, d + 1], in the dtype of `features`; NaN, for which nothing is a hit, if a feature or a weight of
+        `start` is not finite.
     """
+    if not all(bool(each.isfinite().all()) for each in (features, start) if each is not None):  # L-BFGS would raise
+        return features.new_full((num_classes, features.shape[1] + 1), math.nan)
     share = distributed.share(len(features))
     mine, targets = features[share], F.one_hot(labels[share], num_classes).to(features.dtype)
     shape = (num_classes, features.shape[1] + 1)

@@ -65,6 +65,14 @@ def test_a_collapsed_model_has_the_loss_of_chance(tmp_path: Path) -> None:
     assert scores["eval-val/nll"] == pytest.approx(np.log(3)) == scores["eval-val/nll_scaled"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_model_has_no_temperature(tmp_path: Path, value: float) -> None:
+    found = context(tmp_path, 100.0)
+    diverged = replace(found._embedded["val"], images=torch.full_like(found._embedded["val"].images, value))
+    scores = evaluate({"calibration": Calibration()}, replace(found, _embedded={"val": diverged}))
+    assert len(scores) == 5 and all(np.isnan(score) for score in scores.values())
+
+
 def test_a_run_without_logit_scale_has_no_probabilities(tmp_path: Path) -> None:
     assert Calibration().applicable_datasets(context(tmp_path, None)) == []
     assert Calibration().applicable_datasets(context(tmp_path, 1.0)) == ["val"]

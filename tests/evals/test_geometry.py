@@ -33,6 +33,13 @@ def test_rank_me_counts_directions() -> None:
     assert np.isfinite(rank_me(torch.zeros(3, 3)))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_model_has_no_geometry(tmp_path: Path, value: float) -> None:
+    data = embedded(torch.full((6, 4), value), torch.full((2, 4), value), [(i, i % 2) for i in range(6)])
+    scores = evaluate({"geometry": Geometry()}, make_context(data=make_set(tmp_path), _embedded={"val": data}))
+    assert len(scores) == 7 and all(np.isnan(score) for score in scores.values())
+
+
 def test_scores_are_of_images_and_their_first_captions(tmp_path: Path) -> None:
     images, texts = F.normalize(torch.randn(6, 4), dim=1), F.normalize(torch.randn(7, 4), dim=1)
     pairs = [(0, 2), (0, 1), (1, 1), (2, 0), (3, 3), (4, 5), (5, 6)]

@@ -128,6 +128,17 @@ def test_a_collapsed_model_is_at_chance(tmp_path: Path) -> None:
             assert score <= 1 / NUM_CLASSES + 1e-9, name
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e15])  # the last one overflows in the fit
+def test_a_diverged_model_has_no_hit(tmp_path: Path, value: float) -> None:
+    found = context(tmp_path)
+    cached = {name: replace(each, features=each.features * value) for name, each in found._embedded.items()}
+    evaluators: dict[str, Any] = {"probe": LinearProbe()}
+    if not np.isfinite(value):
+        evaluators |= {"knn": KNN(), "few": FewShot(shots=[2])}
+    scores = evaluate(evaluators, replace(found, _embedded=cached))
+    assert {score for name, score in scores.items() if "_acc" in name or name.endswith("recall")} == {0.0}
+
+
 def test_features_are_those_before_the_projection_or_the_embeddings(tmp_path: Path) -> None:
     scores = {}
     for features in ("pooled", "embedding"):
