@@ -28,7 +28,8 @@ def cka_matrix(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> np.ndarray:
     Args:
         xs, ys: features of the same n samples in each layer, [n, p] and [n, q].
 
-    Returns: float64 [len(xs), len(ys)], from 0 to 1; 0 where either is constant over the samples, NaN where one is not finite.
+    Returns: float64 [len(xs), len(ys)], from 0 to 1; 0 where either is constant over the samples, NaN where either is not
+        finite.
     """
     centred_xs, centred_ys = ([_centred(each) for each in layers] for layers in (xs, ys))
     products = np.array([[_product(x, y) for y in centred_ys] for x in centred_xs])

@@ -54,7 +54,7 @@ class LinearProbe:
         features: `pooled`, the encoder's states before the projection, or `embedding`, of unit length in the shared space.
         cs: inverse strengths of the regularisation, from which the best on a held-out part of the training split is
             chosen. One value is taken as it is.
-        held_out_fraction: fraction of each class of the training split that decides on C.
+        held_out_fraction: fraction of each class of the training split that decides on C; one sample at least of two or more.
         max_iterations: largest number of L-BFGS's iterations.
 
     Raises: UsageError if `cs` is empty, or a value is out of range.

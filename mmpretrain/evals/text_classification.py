@@ -20,7 +20,7 @@ class TextClassification:
         features: `pooled`, the text encoder's states before the projection, or `embedding`, of unit length.
         cs: inverse strengths of the regularisation, from which the best on a held-out part of the training split is
             chosen. One value is taken as it is.
-        held_out_fraction: fraction of each class of the training split that decides on C.
+        held_out_fraction: fraction of each class of the training split that decides on C; one sample at least of two or more.
         max_iterations: largest number of L-BFGS's iterations.
 
     Raises: UsageError if `cs` is empty, or a value is out of range.
