@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmpretrain.errors import check_number
 from mmpretrain.evals.base import Context, evenly_spread
+from mmpretrain.evals.embeddings import check_several
 from mmpretrain.scores import Score, mean_score
 
 _CHUNK = 1024
@@ -73,8 +74,11 @@ class Geometry:
         - `modality_gap`: distance of the mean image and the mean text embedding (Liang et al. 2022).
         - `image_rankme`, `text_rankme`, `feature_rankme`: see `rank_me`; of the embeddings, and of the image encoder's pooled
           states.
+
+        Raises: UsageError if a single image can be read.
         """
         embedded = context.embedded(name)
+        check_several(name, embedded)
         rows = evenly_spread(self.max_samples, len(embedded.images))
         images, features = embedded.images[rows], embedded.features[rows]
         texts = embedded.texts[[embedded.first_texts[row] for row in rows]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mmpretrain.errors import UsageError
 from mmpretrain.evals import geometry
 from mmpretrain.evals.base import evaluate
 from mmpretrain.evals.geometry import Geometry, rank_me, uniformity
@@ -60,3 +61,11 @@ def test_a_collapsed_model_has_rank_one_and_no_uniformity(tmp_path: Path) -> Non
     assert scores["eval-val/image_uniformity"] == pytest.approx(0, abs=1e-5)
     assert scores["eval-val/image_rankme"] == pytest.approx(1, abs=1e-4)
     assert scores["eval-val/alignment"] == scores["eval-val/modality_gap"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_single_readable_image_is_one_line(tmp_path: Path) -> None:
+    data = embedded(torch.ones(1, 4), torch.ones(1, 4), [(0, 0)])
+    with pytest.raises(
+        UsageError, match=r"^data.val.val has 1 image that can be read, of 1; expected two or more: .*$"
+    ):
+        evaluate({"geometry": Geometry()}, make_context(data=make_set(tmp_path), _embedded={"val": data}))
