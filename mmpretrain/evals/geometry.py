@@ -83,7 +83,7 @@ class Geometry:
         images, features = embedded.images[rows], embedded.features[rows]
         texts = embedded.texts[[embedded.first_texts[row] for row in rows]]
         return {
-            "alignment": mean_score((images - texts).double().square().sum(1)),
+            "alignment": mean_score((images - texts).double().square().sum(1), embedded.labels[rows]),
             "image_uniformity": uniformity(images),
             "text_uniformity": uniformity(texts),
             "modality_gap": float((images.double().mean(0) - texts.double().mean(0)).norm()),

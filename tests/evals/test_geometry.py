@@ -1,5 +1,6 @@
 """Alignment, uniformity, modality gap and effective rank, by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,10 @@ def test_scores_are_of_images_and_their_first_captions(tmp_path: Path) -> None:
     assert scores["eval-val/modality_gap"] == pytest.approx(float((images.mean(0) - first.mean(0)).norm()), rel=1e-5)
     assert scores["eval-val/text_uniformity"] == pytest.approx(uniformity(first))
     assert scores["eval-val/image_rankme"] == pytest.approx(rank_me(images))
+    assert set(scores["eval-val/alignment"].intervals) == {"sample"}
+    labelled = replace(context._embedded["val"], labels=torch.arange(6) % 2)
+    scores = evaluate({"geometry": Geometry()}, replace(context, _embedded={"val": labelled}))
+    assert set(scores["eval-val/alignment"].intervals) == {"sample", "class"}
     few = evaluate({"geometry": Geometry(max_samples=2)}, context)  # the first and the last one
     assert few["eval-val/alignment"] == pytest.approx(float((images - first)[[0, 5]].square().sum(1).mean()), rel=1e-5)
 
