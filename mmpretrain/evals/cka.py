@@ -125,10 +125,10 @@ class CKA:
         embedded = context.embedded(name)
         layers = {}
         if self._compares_images(data):
-            samples = embedded.samples[self._rows(len(embedded.images))].tolist()
+            samples = embedded.samples[evenly_spread(self.max_samples, len(embedded.images))].tolist()
             layers["image"] = [self._of_images(side, samples, context) for side in (own, others)]
         if self._compares_texts(data, context):
-            texts = [embedded.captions[row] for row in self._rows(len(embedded.captions))]
+            texts = [embedded.captions[row] for row in evenly_spread(self.max_samples, len(embedded.captions))]
             layers["text"] = [self._of_texts(side, texts, context) for side in (own, others)]
         other.to("cpu")  # between evaluations the memory is the training's
         scores: dict[str, float] = {}
@@ -141,9 +141,6 @@ class CKA:
                 down, right = ([*range(1, len(side)), "pooled"] for side in (rows, columns))
                 context.show(name, f"cka_{tower}", heat_matrix(matrix, down, right, "this model", "other"))
         return scores
-
-    def _rows(self, count: int) -> list[int]:
-        return evenly_spread(count if self.max_samples is None else self.max_samples, count)
 
     def _of_images(self, side: _Side, samples: Sequence[int], context: Context) -> list[Tensor]:
         """Return the states of each layer, float32 [n, d]. A collective."""
