@@ -158,7 +158,10 @@ def _is_target(value: Any) -> bool:
 
 
 def _arguments_of(target: Any) -> tuple[dict[str, tuple[str, Any]], dict[str, str]]:
-    """Return (name -> (annotation as written, default), name -> description in the docstring's Args)."""
+    """Return (name -> (annotation as written, default), name -> description in the docstring's Args).
+
+    A class that inherits its arguments has the descriptions of its bases for those that it does not describe.
+    """
     function = target.__init__ if inspect.isclass(target) else target
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
@@ -171,11 +174,12 @@ def _arguments_of(target: Any) -> tuple[dict[str, tuple[str, Any]], dict[str, st
         annotation = ast.unparse(each.annotation) if each.annotation else ""
         if each.arg not in _FROM_CODE:
             found[each.arg] = annotation, Default.required if default is inspect.Parameter.empty else default
-    section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", inspect.getdoc(target) or "", flags=re.MULTILINE)
     texts: dict[str, str] = {}
-    for entry in re.findall(r"^    (\S.*?(?:\n {8}.*)*)$", section[1] if section else "", flags=re.MULTILINE):
-        names, _, text = entry.partition(":")
-        texts |= {name.strip(): text for name in names.split(",")}
+    for described in reversed(inspect.getmro(target)) if inspect.isclass(target) else [target]:
+        section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", inspect.getdoc(described) or "", flags=re.MULTILINE)
+        for entry in re.findall(r"^    (\S.*?(?:\n {8}.*)*)$", section[1] if section else "", flags=re.MULTILINE):
+            names, _, text = entry.partition(":")
+            texts |= {name.strip(): text for name in names.split(",")}
     return found, texts
 
 

@@ -98,8 +98,7 @@ class Adversarial:
         data, embedded = context.sets[name], context.embedded(name)
         assert data.classes is not None and data.preprocess is not None
         weights = class_embeddings(data.classes, context)
-        count = len(embedded.images)
-        rows = torch.tensor(evenly_spread(count if self.max_samples is None else self.max_samples, count))
+        rows = torch.tensor(evenly_spread(self.max_samples, len(embedded.images)))
         labels = embedded.labels[rows]
         is_right = right_class_ranks(embedded.images[rows] @ weights.T, labels) < 1
         right = is_right.nonzero()[:, 0]

@@ -345,9 +345,10 @@ class Evaluation:
         }
 
 
-def evenly_spread(count: int, total: int) -> list[int]:
-    """Return `count` of `total` indices, or all if there are fewer, spread evenly from the first to the last."""
-    return torch.linspace(0, total - 1, min(count, total), dtype=torch.float64).round().long().tolist()
+def evenly_spread(count: int | None, total: int) -> list[int]:
+    """Return `count` of `total` indices, spread evenly from the first to the last; all if it is None or there are fewer."""
+    number = total if count is None else min(count, total)
+    return torch.linspace(0, total - 1, number, dtype=torch.float64).round().long().tolist()
 
 
 def check_evaluator(evaluator: object, name: str) -> None:

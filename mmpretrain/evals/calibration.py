@@ -1,13 +1,17 @@
 """Calibration of zero-shot probabilities: expected calibration error, and what one temperature mends (Guo et al. 2017)."""
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmpretrain import seeds
 from mmpretrain.errors import check_number
 from mmpretrain.evals.base import Context
+from mmpretrain.evals.class_scores import right_class_ranks
+from mmpretrain.evals.embeddings import check_several
 from mmpretrain.evals.zero_shot import class_embeddings
 from mmpretrain.scores import Score, mean_score, statistic_score
 
@@ -20,10 +24,10 @@ def calibration_error(probabilities: Tensor, labels: Tensor, num_bins: int) -> f
     Args:
         probabilities: probabilities of the classes [n, C].
         labels: true classes, int64 [n].
-        num_bins: number of bins of equal width, by the probability of the predicted class.
+        num_bins: number of bins of equal width, by the probability of the predicted class. A tie for it is no hit.
     """
-    confidence, predicted = probabilities.double().max(1)
-    return _error_of_bins(confidence, (predicted == labels).double(), num_bins)
+    hits = (right_class_ranks(probabilities, labels) < 1).double()
+    return _error_of_bins(probabilities.double().amax(1), hits, num_bins)
 
 
 def _error_of_bins(confidence: Tensor, hits: Tensor, num_bins: int) -> float:
@@ -34,6 +38,24 @@ def _error_of_bins(confidence: Tensor, hits: Tensor, num_bins: int) -> float:
     return float(gaps.abs().sum() / len(hits))
 
 
+def error_score(confidence: Tensor, hits: Tensor, num_bins: int) -> Score:
+    """Return the expected calibration error with its basic bootstrap interval, from 0 to 1.
+
+    Noise within bins adds to the error, and a resample has more of it than the sample: the percentiles of resamples are too
+    large, and often all above the error itself. The basic interval, 2 * error - percentiles, takes that bias off. It is
+    widened to the error where it would lie below.
+
+    Args:
+        confidence: probability of the predicted class, float64 [n].
+        hits: 1 for a right prediction, else 0, float64 [n].
+        num_bins: number of bins, as in `calibration_error`.
+    """
+    error = statistic_score(lambda drawn: _error_of_bins(confidence[drawn], hits[drawn], num_bins), len(hits))
+    low, high = error.intervals["sample"]
+    low, high = np.clip([min(2 * error - high, error), max(2 * error - low, error)], 0, 1).tolist()
+    return Score(error, {"sample": (low, high)})
+
+
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
     """Return the temperature T > 0 that minimises the mean negative log-likelihood of softmax(logits / T).
 
@@ -42,7 +64,11 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
     Args:
         logits: logits of the classes, float64 [n, C].
         labels: true classes, int64 [n].
+
+    Returns: T; NaN if a logit is not finite.
     """
+    if not bool(logits.isfinite().all()):  # bisection would end at a bound
+        return math.nan
     right = logits.gather(1, labels[:, None])[:, 0]
     low, high = -20.0, 20.0  # of log(1 / T)
     for _ in range(_MAX_ITERATIONS):
@@ -78,8 +104,12 @@ class Calibration:
         return [name for name in context.classified_sets if context.sets[name].shards.num_samples > 1]
 
     def __call__(self, name: str, context: Context) -> dict[str, Score | float]:
-        """Return `ece`, `nll`, and, with a fitted temperature, `ece_scaled`, `nll_scaled` and `temperature`."""
+        """Return `ece`, `nll`, and, with a fitted temperature, `ece_scaled`, `nll_scaled` and `temperature`.
+
+        Raises: UsageError if a single image can be read.
+        """
         classes, embedded = context.sets[name].classes, context.embedded(name)
+        check_several(name, embedded)
         assert classes is not None and context.logit_scale is not None
         weights, labels = class_embeddings(classes, context), embedded.labels
         logits = context.logit_scale * (embedded.images @ weights.T).double()
@@ -96,10 +126,7 @@ class Calibration:
 
     def _scores(self, logits: Tensor, labels: Tensor, suffix: str) -> dict[str, Score]:
         log_probabilities = logits.log_softmax(1)
-        log_confidence, predicted = log_probabilities.max(1)
-        confidence, hits = log_confidence.exp(), (predicted == labels).double()
-        error = statistic_score(
-            lambda drawn: _error_of_bins(confidence[drawn], hits[drawn], self.num_bins), len(labels)
-        )
+        confidence, hits = log_probabilities.amax(1).exp(), (right_class_ranks(logits, labels) < 1).double()
+        error = error_score(confidence, hits, self.num_bins)
         losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
         return {f"ece{suffix}": error, f"nll{suffix}": mean_score(losses, labels)}

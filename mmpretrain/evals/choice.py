@@ -41,12 +41,14 @@ class Choice:
         texts = embedded.texts[embedded.first_texts]
         scores = {}
         if "negatives" in embedded.fields:
-            scores["choice_acc"] = self._choices(name, context, embedded.images, texts, embedded.fields["negatives"])
+            is_right = self._choices(name, context, embedded.images, texts, embedded.fields["negatives"])
+            scores["choice_acc"] = mean_score(is_right, embedded.labels)
         if "pair" in embedded.fields:
             scores |= _pairs(name, embedded.images, texts, embedded.fields["pair"])
         return scores
 
-    def _choices(self, name: str, context: Context, images: Tensor, texts: Tensor, negatives: Sequence[Any]) -> Score:
+    def _choices(self, name: str, context: Context, images: Tensor, texts: Tensor, negatives: Sequence[Any]) -> Tensor:
+        """Return whether each image is nearer to its own text than to all wrong ones, bool [n]. A collective."""
         wrong = [[each] if isinstance(each, str) else each for each in negatives]
         for each in wrong:
             if not (isinstance(each, list) and each and all(isinstance(text, str) for text in each)):
@@ -56,7 +58,7 @@ class Choice:
         right = (images * texts).sum(1)
         is_beaten = ~((images[owners] * rows).sum(1) < right[owners])  # NaN counts against the model, too
         num_beaten = torch.zeros(len(images), device=rows.device).index_add(0, owners, is_beaten.float())
-        return mean_score(num_beaten == 0)
+        return num_beaten == 0
 
 
 def _pairs(name: str, images: Tensor, texts: Tensor, pairs: Sequence[Any]) -> dict[str, Score]:

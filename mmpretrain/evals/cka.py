@@ -28,13 +28,14 @@ def cka_matrix(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> np.ndarray:
     Args:
         xs, ys: features of the same n samples in each layer, [n, p] and [n, q].
 
-    Returns: float64 [len(xs), len(ys)], from 0 to 1; 0 where either is constant over the samples.
+    Returns: float64 [len(xs), len(ys)], from 0 to 1; 0 where either is constant over the samples, NaN where either is not
+        finite.
     """
     centred_xs, centred_ys = ([_centred(each) for each in layers] for layers in (xs, ys))
     products = np.array([[_product(x, y) for y in centred_ys] for x in centred_xs])
     norms_x, norms_y = (np.array([_product(x, x) for x in layers]) ** 0.5 for layers in (centred_xs, centred_ys))
     norms = norms_x[:, None] * norms_y
-    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 0)
+    return np.divide(products, norms, out=np.zeros_like(products), where=norms != 0)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def _centred(x: Tensor) -> Tensor:
     rows = x.double()
     centred = rows - rows.mean(0)
     norm = centred.norm()
-    return centred / norm if norm > _CONSTANT * rows.norm() else torch.zeros_like(centred)
+    return torch.zeros_like(centred) if norm <= _CONSTANT * rows.norm() else centred / norm  # NaN stays NaN
 
 
 def _product(x: Tensor, y: Tensor) -> float:
@@ -125,10 +126,10 @@ class CKA:
         embedded = context.embedded(name)
         layers = {}
         if self._compares_images(data):
-            samples = embedded.samples[self._rows(len(embedded.images))].tolist()
+            samples = embedded.samples[evenly_spread(self.max_samples, len(embedded.images))].tolist()
             layers["image"] = [self._of_images(side, samples, context) for side in (own, others)]
         if self._compares_texts(data, context):
-            texts = [embedded.captions[row] for row in self._rows(len(embedded.captions))]
+            texts = [embedded.captions[row] for row in evenly_spread(self.max_samples, len(embedded.captions))]
             layers["text"] = [self._of_texts(side, texts, context) for side in (own, others)]
         other.to("cpu")  # between evaluations the memory is the training's
         scores: dict[str, float] = {}
@@ -141,9 +142,6 @@ class CKA:
                 down, right = ([*range(1, len(side)), "pooled"] for side in (rows, columns))
                 context.show(name, f"cka_{tower}", heat_matrix(matrix, down, right, "this model", "other"))
         return scores
-
-    def _rows(self, count: int) -> list[int]:
-        return evenly_spread(count if self.max_samples is None else self.max_samples, count)
 
     def _of_images(self, side: _Side, samples: Sequence[int], context: Context) -> list[Tensor]:
         """Return the states of each layer, float32 [n, d]. A collective."""

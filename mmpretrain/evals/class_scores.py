@@ -18,16 +18,14 @@ def right_class_ranks(similarities: Tensor, labels: Tensor) -> Tensor:
     return others.sum(1) - others.gather(1, labels[:, None])[:, 0].long()
 
 
-def class_scores(ranks: Tensor, labels: Tensor, prefix: str = "") -> dict[str, Score]:
-    """Return `acc1`, `acc5` and `mean_per_class_recall`.
+def class_scores(ranks: Tensor, labels: Tensor, num_classes: int, prefix: str = "") -> dict[str, Score]:
+    """Return `acc1`, `acc5` and `mean_per_class_recall`; of five classes or fewer no `acc5`, which would be 1.
 
     Args:
         ranks: result of `right_class_ranks`, int64 [n].
         labels: true classes, int64 [n].
+        num_classes: number of classes.
         prefix: beginning of the metrics' names.
     """
-    return {
-        f"{prefix}acc1": mean_score(ranks < 1, labels),
-        f"{prefix}acc5": mean_score(ranks < 5, labels),
-        f"{prefix}mean_per_class_recall": class_mean_score(ranks < 1, labels),
-    }
+    accuracies = {f"{prefix}acc{k}": mean_score(ranks < k, labels) for k in (1, 5) if k == 1 or k < num_classes}
+    return {**accuracies, f"{prefix}mean_per_class_recall": class_mean_score(ranks < 1, labels)}

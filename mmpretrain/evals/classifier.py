@@ -45,7 +45,7 @@ class Classifier:
         return list(possible)
 
     def __call__(self, name: str, context: Context) -> dict[str, Score]:
-        """Return `<objective>_acc1`, `_acc5` and `_mean_per_class_recall`; `_acc5` of more than five classes alone.
+        """Return `<objective>_acc1`, `_acc5` of more than five classes, and `_mean_per_class_recall`.
 
         Raises: UsageError if the data set has a label that is none of the objective's classes.
         """
@@ -63,10 +63,7 @@ class Classifier:
                     right_class_ranks(objective.logits(rows), labels)
                     for rows, labels in zip(features.split(self.chunk_size), embedded.labels.split(self.chunk_size))
                 ]
-            found = class_scores(torch.cat(ranks), embedded.labels, f"{objective_name}_")
-            if objective.num_classes <= 5:
-                del found[f"{objective_name}_acc5"]
-            scores |= found
+            scores |= class_scores(torch.cat(ranks), embedded.labels, objective.num_classes, f"{objective_name}_")
         return scores
 
 

@@ -21,6 +21,7 @@ from mmpretrain.data.preprocess import Preprocess
 from mmpretrain.data.source import SampleSource
 from mmpretrain.data.tar_index import IMAGE_EXTENSIONS
 from mmpretrain.data.tokenizer import Tokenizer
+from mmpretrain.errors import UsageError
 from mmpretrain.models.image_text import ImageTextModel
 
 log = logging.getLogger(__name__)
@@ -309,3 +310,12 @@ def tell_refused(data: EvalSet, refused: Sequence[Refused]) -> None:
         raise ValueError(f"{count}, such as {named}; fix the data{fields}")
     if distributed.is_main():
         log.warning("%s and are left out: %s%s", count, named, "; ..." if len(refused) > _MAX_NAMED else "")
+
+
+def check_several(name: str, embedded: Embedded) -> None:
+    """Check that a data set has two images or more that could be read. Raises: UsageError."""
+    if len(embedded.images) < 2:
+        raise UsageError(
+            f"data.val.{name} has 1 image that can be read, of {len(embedded.refused) + 1}; expected two or "
+            "more: fix the others, or name other data sets in eval.<name>.data"
+        )

@@ -1,11 +1,11 @@
 """Scores of groups of samples, such as countries or skin tones, and the gap between them."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from mmpretrain.errors import check_number
+from mmpretrain.errors import UsageError, check_number
 from mmpretrain.evals.base import Context
 from mmpretrain.evals.class_scores import right_class_ranks
 from mmpretrain.evals.retrieval import match_ranks
@@ -16,7 +16,7 @@ from mmpretrain.scores import Score, mean_score
 class Fairness:
     """Compute the score of each group of images: zero-shot accuracy, or else recall at 1 of the images' captions.
 
-    The groups are the values of a field of json: `data.val.NAME.fields={group: json.country}`.
+    The groups are the values of a field of json: `data.val.NAME.fields={group: json.country}`. Null is no group.
 
     Args:
         data: names of `data.val` to use; None uses each data set with the field, and classes or captions.
@@ -42,15 +42,17 @@ class Fairness:
 
         The metric is `acc1` or `text_retrieval_recall@1`, and the difference `group_<metric>_gap`. A group of fewer images
         than `min_samples` is left out; without any group there is no score.
+
+        Raises: UsageError if two groups have the same name in a metric's name, where a slash is an underscore.
         """
         embedded = context.embedded(name)
         metric, hits = self._hits(name, context)
-        groups = [str(group).replace("/", "_") for group in embedded.fields["group"]]  # metrics are folded at a slash
-        scores: dict[str, Score | float] = {}
-        for group in sorted(set(groups)):
-            rows = torch.tensor([i for i, each in enumerate(groups) if each == group], device=hits.device)
-            if len(rows) >= self.min_samples:
-                scores[f"group_{metric}_{group}"] = mean_score(hits[rows])
+        groups = _groups(name, embedded.fields["group"])
+        scores: dict[str, Score | float] = {
+            f"group_{metric}_{group}": mean_score(hits[rows])
+            for group, rows in sorted(groups.items())
+            if len(rows) >= self.min_samples
+        }
         if not scores:
             return {}
         worst, best = min(scores.values()), max(scores.values())
@@ -64,3 +66,20 @@ class Fairness:
             similarities = embedded.images @ class_embeddings(classes, context).T
             return "acc1", right_class_ranks(similarities, embedded.labels) < 1
         return "text_retrieval_recall@1", match_ranks(embedded.images, embedded.texts, embedded.pairs) < 1
+
+
+def _groups(name: str, values: Sequence[Any]) -> dict[str, list[int]]:
+    """Return the images of each group by its name in metrics. An image whose group is null is in none."""
+    groups: dict[str, tuple[Any, list[int]]] = {}
+    for row, value in enumerate(values):
+        if value is None:
+            continue
+        shown = str(value).replace("/", "_")  # metrics are folded at a slash
+        first, rows = groups.setdefault(shown, (value, []))
+        if repr(value) != repr(first):  # 1 and "1", and 1 and true, differ
+            raise UsageError(
+                f"data.val.{name}.fields.group: {first!r} and {value!r} are both named {shown} in metrics; expected groups "
+                "with names of their own: rename one of them in the data"
+            )
+        rows.append(row)
+    return {shown: rows for shown, (_, rows) in groups.items()}

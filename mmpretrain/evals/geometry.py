@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmpretrain.errors import check_number
 from mmpretrain.evals.base import Context, evenly_spread
+from mmpretrain.evals.embeddings import check_several
 from mmpretrain.scores import Score, mean_score
 
 _CHUNK = 1024
@@ -35,7 +36,11 @@ def rank_me(rows: Tensor, epsilon: float = 1e-7) -> float:
     Args:
         rows: embeddings [n, e], with singular values sigma.
         epsilon: epsilon of the equation.
+
+    Returns: float from 1 to min(n, e); NaN if an embedding is not finite.
     """
+    if not bool(rows.isfinite().all()):  # which have no singular values
+        return math.nan
     singular = torch.linalg.svdvals(rows.double())
     p = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny) + epsilon
     return float((-(p * p.log()).sum()).exp())
@@ -71,13 +76,16 @@ class Geometry:
         - `modality_gap`: distance of the mean image and the mean text embedding (Liang et al. 2022).
         - `image_rankme`, `text_rankme`, `feature_rankme`: see `rank_me`; of the embeddings, and of the image encoder's pooled
           states.
+
+        Raises: UsageError if a single image can be read.
         """
         embedded = context.embedded(name)
+        check_several(name, embedded)
         rows = evenly_spread(self.max_samples, len(embedded.images))
         images, features = embedded.images[rows], embedded.features[rows]
         texts = embedded.texts[[embedded.first_texts[row] for row in rows]]
         return {
-            "alignment": mean_score((images - texts).double().square().sum(1)),
+            "alignment": mean_score((images - texts).double().square().sum(1), embedded.labels[rows]),
             "image_uniformity": uniformity(images),
             "text_uniformity": uniformity(texts),
             "modality_gap": float((images.double().mean(0) - texts.double().mean(0)).norm()),

@@ -54,7 +54,7 @@ class KNN:
         return context.trainable_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, Score]:
-        """Return `knn_acc1`, `knn_acc5` and `knn_mean_per_class_recall`."""
+        """Return `knn_acc1`, `_acc5` of more than five classes, and `_mean_per_class_recall`."""
         splits = LabelledSplits.of(name, context, self.features)
         train, test = F.normalize(splits.train, dim=-1), F.normalize(splits.test, dim=-1)
         starts = range(0, len(test), self.chunk_size)  # a chunk has the same images on any number of ranks
@@ -62,7 +62,8 @@ class KNN:
         for start in starts[distributed.share(len(starts))]:
             votes = self._votes(test[start : start + self.chunk_size], train, splits.train_labels, splits.num_classes)
             ranks.append(right_class_ranks(votes, splits.test_labels[start : start + self.chunk_size]))
-        return class_scores(distributed.gather_ragged_rows(torch.cat(ranks)), splits.test_labels, "knn_")
+        all_ranks = distributed.gather_ragged_rows(torch.cat(ranks))
+        return class_scores(all_ranks, splits.test_labels, splits.num_classes, "knn_")
 
     def _votes(self, test: Tensor, train: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         """Return the votes [n, num_classes] of the training images' labels, int64 [m]."""

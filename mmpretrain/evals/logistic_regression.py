@@ -1,5 +1,6 @@
 """Multinomial logistic regression with the objective of scikit-learn, for probes of features."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmpretrain import distributed, seeds
+from mmpretrain.errors import UsageError
 from mmpretrain.evals.class_scores import right_class_ranks
 
 _HISTORY = 10
@@ -33,8 +35,11 @@ def fit(
         start: weights to start from, as this function returns them; None: zeros.
         max_iterations: largest number of iterations.
 
-    Returns: (W, b) as [k, d + 1], in the dtype of `features`.
+    Returns: (W, b) as [k, d + 1], in the dtype of `features`; NaN, for which nothing is a hit, if a feature or a weight of
+        `start` is not finite.
     """
+    if not all(bool(each.isfinite().all()) for each in (features, start) if each is not None):  # L-BFGS would raise
+        return features.new_full((num_classes, features.shape[1] + 1), math.nan)
     share = distributed.share(len(features))
     mine, targets = features[share], F.one_hot(labels[share], num_classes).to(features.dtype)
     shape = (num_classes, features.shape[1] + 1)
@@ -76,14 +81,22 @@ def choose_c(
 ) -> float:
     """Return the candidate C with the highest accuracy on a held-out part of the samples; the smallest one of several.
 
-    The held-out part has `held_out_fraction` of the samples of each class, rounded down, drawn by a fixed seed. Candidates
-    are tried in ascending order, and the search ends when two in a row are worse than the best.
+    The held-out part has `held_out_fraction` of the samples of each class, rounded down, but one at least of two or more;
+    they are drawn by a fixed seed. Candidates are tried in ascending order, and the search ends when two in a row are worse
+    than the best.
+
+    Raises: UsageError if no class has two samples.
     """
     held_out = torch.zeros_like(labels, dtype=torch.bool)
     for label in labels.unique().tolist():
         samples = (labels == label).nonzero()[:, 0]
         order = torch.from_numpy(seeds.permutation(seeds.hash64("held out", label), len(samples))).to(samples.device)
-        held_out[samples[order[: int(held_out_fraction * len(samples))]]] = True
+        held_out[samples[order[: max(int(held_out_fraction * len(samples)), min(1, len(samples) - 1))]]] = True
+    if not bool(held_out.any()):
+        raise UsageError(
+            f"cs has {len(candidates)} values, but the training split has one sample of each class and none to choose by; "
+            "expected two samples of a class, or one value: eval.<name>.cs=[1]"
+        )
     best, weights, chosen, num_worse = -1, None, min(candidates), 0
     for c in sorted(candidates):  # from strong to weak regularisation, each from the solution of the one before
         weights = fit(features[~held_out], labels[~held_out], num_classes, c, weights, max_iterations)

@@ -56,9 +56,10 @@ class Memorised:
         of_train, of_val = _distinct_pairs(train), _distinct_pairs(val)
         count = min(len(of_train), len(of_val), self.max_samples)
         of_train, of_val = ([pairs[i] for i in evenly_spread(count, len(pairs))] for pairs in (of_train, of_val))
-        (train_images, train_texts), (val_images, val_texts) = (
-            (embedded.images[[image for image, _ in pairs]], embedded.texts[[text for _, text in pairs]])
+        (train_images, train_texts, train_labels), (val_images, val_texts, val_labels) = (
+            (embedded.images[images], embedded.texts[[text for _, text in pairs]], embedded.labels[images])
             for embedded, pairs in ((train, of_train), (val, of_val))
+            for images in ([image for image, _ in pairs],)
         )
         everyone = torch.arange(count)
         trained = {train.captions[text]: i for i, (_, text) in enumerate(of_train)}
@@ -66,10 +67,12 @@ class Memorised:
         train_hits = ~self._is_outdone(train_images, train_texts, train_texts, everyone)
         val_hits = ~self._is_outdone(val_images, val_texts, val_texts, everyone)
         return {
-            "memorised_train_recall@1": mean_score(train_hits),
-            "memorised_val_recall@1": mean_score(val_hits),
+            "memorised_train_recall@1": mean_score(train_hits, train_labels),
+            "memorised_val_recall@1": mean_score(val_hits, val_labels),
             "memorised_gap": mean_score(train_hits.double() - val_hits.double()),
-            "memorised_caption_rate": mean_score(self._is_outdone(val_images, val_texts, train_texts, same)),
+            "memorised_caption_rate": mean_score(
+                self._is_outdone(val_images, val_texts, train_texts, same), val_labels
+            ),
         }
 
     def _is_outdone(self, images: Tensor, own: Tensor, others: Tensor, same: Tensor) -> Tensor:

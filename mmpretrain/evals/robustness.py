@@ -72,8 +72,7 @@ class Robustness:
         data, embedded = context.sets[name], context.embedded(name)
         assert data.classes is not None and data.preprocess is not None
         weights = class_embeddings(data.classes, context)
-        count = len(embedded.images)
-        rows = evenly_spread(count if self.max_samples is None else self.max_samples, count)
+        rows = evenly_spread(self.max_samples, len(embedded.images))
         labels = embedded.labels[rows]
         variants = [(corruption, severity) for corruption in self.corruptions for severity in self.severities]
         read = _ReadCorrupted(data, embedded.samples[rows].tolist(), variants)

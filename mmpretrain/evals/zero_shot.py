@@ -45,7 +45,7 @@ class ZeroShot:
         return context.classified_sets
 
     def __call__(self, name: str, context: Context) -> dict[str, Score]:
-        """Return `acc1`, `acc5` and `mean_per_class_recall`, and show the picture `confusion`."""
+        """Return `acc1`, `acc5` of more than five classes, and `mean_per_class_recall`, and show the picture `confusion`."""
         classes = context.sets[name].classes
         assert classes is not None
         embedded = context.embedded(name)
@@ -55,7 +55,7 @@ class ZeroShot:
             counts, shown = _confusion(predicted, embedded.labels)
             picture = pictures.confusion(counts.cpu().numpy(), [classes.names[i] for i in shown], shown)
             context.show(name, "confusion", picture)
-        return class_scores(ranks, embedded.labels)
+        return class_scores(ranks, embedded.labels, len(classes.names))
 
     def _classify(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predicted class of each image and the rank of its right class, int64 [n] each. A collective.

@@ -76,11 +76,19 @@ Intervals = Mapping[str, Mapping[str, Interval]]
 
 
 def table_of(results: Mapping[str, float | None], intervals: Intervals) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and the rows of a table of results, with a column for each kind of confidence interval."""
+    """Return the columns and the rows of a table of results, with a column for each kind of confidence interval.
+
+    Numbers have four decimals, or three significant digits where those would all be zeros.
+    """
     units = dict.fromkeys(unit for name in results for unit in intervals.get(name, {}))
     rows = []
     for name, value in results.items():
-        text = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        if value is None:
+            text = "-"
+        elif isinstance(value, int):
+            text = f"{value:,}"
+        else:
+            text = f"{value:.3g}" if 0 < abs(value) < 5e-5 else f"{value:,.4f}"
         bounds = [intervals.get(name, {}).get(unit) for unit in units]
         rows.append([name, text, *("" if each is None else f"{each[0]:.3f}–{each[1]:.3f}" for each in bounds)])
     return ["metric", "value", *(f"95% by {unit}" for unit in units)], rows

@@ -34,7 +34,12 @@ def test_a_choice_is_right_if_no_wrong_caption_is_as_similar(tmp_path: Path) -> 
     texts = torch.zeros(4, WIDTH)
     texts[range(4), range(4)] = torch.stack(own)
     found._embedded["val"] = replace(found._embedded["val"], texts=texts)
-    assert evaluate({"choice": Choice()}, found) == {"eval-val/choice_acc": 0.5}
+    scores = evaluate({"choice": Choice()}, found)
+    assert scores == {"eval-val/choice_acc": 0.5}
+    assert set(scores["eval-val/choice_acc"].intervals) == {"sample"}
+    found._embedded["val"] = replace(found._embedded["val"], labels=torch.tensor([0, 0, 1, 1]))
+    scores = evaluate({"choice": Choice()}, found)
+    assert set(scores["eval-val/choice_acc"].intervals) == {"sample", "class"}
 
 
 def test_pairs_have_winogrounds_scores(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def test_a_constant_layer_is_similar_to_nothing() -> None:
     assert cka_matrix([rounded, torch.zeros(40, 2)], [torch.randn(40, 3), rounded]).tolist() == [[0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_layer_of_a_diverged_model_has_no_similarity(value: float) -> None:
+    x, y = torch.randn(40, 5), torch.randn(40, 3)
+    x[3, 2] = value
+    found = cka_matrix([x, y], [y, torch.ones(40, 2)])
+    assert np.isnan(found[0]).all() and found[1].tolist() == [pytest.approx(1), 0]
+
+
 def test_image_layers_are_the_blocks_of_timm() -> None:
     model = make_model()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -121,6 +129,19 @@ def compared(
     return dict(evaluate({"cka": CKA(str(folder / "run"), max_samples=15)}, context)), context
 
 
+def filled(value: float) -> Callable[[Context], Context]:
+    """Replace the model by one whose parameters all have a value."""
+
+    def change(context: Context) -> Context:
+        model = make_model()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        return replace(context, model=model, tokenizer=TOKENIZER)
+
+    return change
+
+
 def test_a_model_is_like_itself(tmp_path: Path) -> None:
     scores, context = compared(tmp_path)
     assert scores.keys() == {f"eval-val/cka_{name}" for name in ("image", "image_final", "text", "text_final")}
@@ -154,14 +175,13 @@ def test_models_of_other_shape_are_compared_by_their_own_preprocessing(tmp_path:
 
 
 def test_a_collapsed_model_is_like_nothing(tmp_path: Path) -> None:
-    def change(context: Context) -> Context:
-        model = make_model()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-        return replace(context, model=model, tokenizer=TOKENIZER)
+    assert set(compared(tmp_path, filled(0.0))[0].values()) == {0}
 
-    assert set(compared(tmp_path, change)[0].values()) == {0}
+
+def test_a_diverged_model_has_no_similarity(tmp_path: Path) -> None:
+    scores, context = compared(tmp_path, filled(np.nan))
+    assert scores and all(np.isnan(score) for score in scores.values())
+    assert context.shown.pictures.keys() == {"eval-val/cka_image", "eval-val/cka_text"}
 
 
 def test_the_other_checkpoint_has_to_be_given_and_to_exist(tmp_path: Path) -> None:

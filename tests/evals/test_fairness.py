@@ -1,14 +1,19 @@
 """Scores by group: means of the group's images, the worst one, and the gap."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from mmpretrain.data.classes import Classes
+from mmpretrain.errors import UsageError
 from mmpretrain.evals.base import evaluate
 from mmpretrain.evals.fairness import Fairness
 from mmpretrain.evals.zero_shot import class_embeddings
+from mmpretrain.scores import Score
 from tests.evals.held_out import LABELS, embedded, make_context, make_set
 
 CLASSES = Classes(LABELS, [[name] for name in LABELS])
@@ -41,6 +46,28 @@ def test_without_classes_the_captions_of_the_images_are_sought(tmp_path: Path) -
     scores = evaluate({"fairness": Fairness(min_samples=2)}, make_context(data=data, _embedded={"val": rows}))
     assert scores["eval-val/group_text_retrieval_recall@1_x"] == 1
     assert scores["eval-val/group_text_retrieval_recall@1_gap"] == 0.5
+
+
+def by_groups(folder: Path, groups: Sequence[Any]) -> dict[str, Score]:
+    rows = replace(embedded(torch.eye(4), torch.eye(4), [(i, i) for i in range(4)]), fields={"group": groups})
+    data = make_set(folder, fields={"group": "json.group"})
+    return evaluate({"fairness": Fairness(min_samples=2)}, make_context(data=data, _embedded={"val": rows}))
+
+
+def test_null_is_no_group(tmp_path: Path) -> None:
+    scores = by_groups(tmp_path, ["None", None, None, "None"])
+    assert [name for name in scores if "/group_" in name] == [
+        "eval-val/group_text_retrieval_recall@1_None", "eval-val/group_text_retrieval_recall@1_gap",
+    ]  # fmt: skip
+    assert by_groups(tmp_path, [None] * 4) == {}
+
+
+@pytest.mark.parametrize("groups", [["a/b", "a/b", "a_b", "a_b"], [1, "1", 1, "1"], ["x", "x", True, "True"]])
+def test_groups_of_one_name_are_refused(tmp_path: Path, groups: list[Any]) -> None:
+    with pytest.raises(
+        UsageError, match=r"^data.val.val.fields.group: .+ and .+ are both named .+; expected groups.*$"
+    ):
+        by_groups(tmp_path, groups)
 
 
 def test_it_needs_the_field_and_classes_or_captions(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmpretrain.evals.base import evaluate
 from mmpretrain.evals.embeddings import Embedded
 from mmpretrain.evals.memorised import Memorised
+from mmpretrain.scores import Score
 from tests.evals.held_out import BROKEN, NUM_SAMPLES, WITHOUT_CAPTION, captions, embedded, make_context, make_set
 
 N = 21  # readable samples of the data set, which bound those of the training split
@@ -22,7 +23,7 @@ def of(images: Tensor, texts: Tensor, words: Sequence[str]) -> Embedded:
     return replace(embedded(images, texts, [(i, i) for i in range(len(images))]), captions=words)
 
 
-def scores_of(folder: Path, val: Embedded, train: Embedded, evaluator: Memorised | None = None) -> dict[str, float]:
+def scores_of(folder: Path, val: Embedded, train: Embedded, evaluator: Memorised | None = None) -> dict[str, Score]:
     data = make_set(folder)
     cached = {"val": val, f"val.train of {len(val.images)} pairs": train}
     context = make_context(data=replace(data, train=data.shards), _embedded=cached)
@@ -53,6 +54,16 @@ def test_the_scores_are_those_of_a_double_loop(tmp_path: Path) -> None:
     assert found["gap"] == pytest.approx(recall(train) - recall(val))
     assert found["caption_rate"] == pytest.approx(np.mean(nearest)) and 0 < np.mean(nearest) < 1
     assert scores_of(tmp_path, val, train, Memorised(chunk_size=7)) == found
+
+
+def test_intervals_by_class_are_of_the_labels_of_each_split(tmp_path: Path) -> None:
+    rows = [of(torch.eye(N), torch.eye(N), [f"{split}{i}" for i in range(N)]) for split in "vt"]
+    val = replace(rows[0], labels=torch.arange(N) % 3)
+    found = scores_of(tmp_path, val, rows[1])
+    assert {name: set(score.intervals) for name, score in found.items()} == {
+        "train_recall@1": {"sample"}, "val_recall@1": {"sample", "class"}, "gap": {"sample"},
+        "caption_rate": {"sample", "class"},
+    }  # fmt: skip
 
 
 def test_both_splits_have_as_many_distinct_captions(tmp_path: Path) -> None:

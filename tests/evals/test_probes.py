@@ -85,6 +85,19 @@ def test_c_is_chosen_on_a_part_of_the_training_split_alone(tmp_path: Path) -> No
     assert choose_c(torch.ones(400, 3), train.labels, NUM_CLASSES, (1.0, 1e-2), 0.2, 1000) == 1e-2
 
 
+def test_small_classes_decide_on_c_by_one_image_each() -> None:
+    train = split(400, 3)
+    chosen = torch.cat([(train.labels == label).nonzero()[: 2 + label % 3, 0] for label in range(NUM_CLASSES)])
+    features, labels = train.features[chosen] + 3 * CENTRES[train.labels[chosen]], train.labels[chosen]
+    # With the smallest C the sizes of the classes, 2 to 4 images, decide alone.
+    assert choose_c(features, labels, NUM_CLASSES, (1e-6, 1.0), 0.2, 1000) == 1.0
+    alone = torch.arange(4)
+    with pytest.raises(
+        UsageError, match=r"^cs has 2 values, but .* one sample of each class .*: eval.<name>.cs=\[1\]$"
+    ):
+        choose_c(torch.randn(4, 3), alone, 4, (0.1, 1.0), 0.2, 1000)
+
+
 def test_neighbours_vote_like_scikit_learns(tmp_path: Path) -> None:
     def weights(distances: Any) -> Any:  # the cosine similarity of unit vectors is 1 - distance^2 / 2
         return np.exp((1 - distances**2 / 2) / 0.07)
@@ -126,6 +139,17 @@ def test_a_collapsed_model_is_at_chance(tmp_path: Path) -> None:
             assert score <= largest, name
         if name.endswith("mean_per_class_recall"):
             assert score <= 1 / NUM_CLASSES + 1e-9, name
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e15])  # the last one overflows in the fit
+def test_a_diverged_model_has_no_hit(tmp_path: Path, value: float) -> None:
+    found = context(tmp_path)
+    cached = {name: replace(each, features=each.features * value) for name, each in found._embedded.items()}
+    evaluators: dict[str, Any] = {"probe": LinearProbe()}
+    if not np.isfinite(value):
+        evaluators |= {"knn": KNN(), "few": FewShot(shots=[2])}
+    scores = evaluate(evaluators, replace(found, _embedded=cached))
+    assert {score for name, score in scores.items() if "_acc" in name or name.endswith("recall")} == {0.0}
 
 
 def test_features_are_those_before_the_projection_or_the_embeddings(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_samples_of_large_sets_are_spread_to_the_last() -> None:
     total = (1 << 25) + 4
     rows = evenly_spread(10_000, total)
     assert rows[0] == 0 and rows[-1] == total - 1 and len(set(rows)) == 10_000
-    assert evenly_spread(5, 3) == [0, 1, 2]
+    assert evenly_spread(5, 3) == evenly_spread(None, 3) == [0, 1, 2]
 
 
 def test_each_variant_of_each_image_is_classified(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmpretrain.reporting.progress import ProgressBar, print_results
+from mmpretrain.reporting.progress import ProgressBar, print_results, table_of
 
 
 def test_progress_without_a_terminal_is_a_line_a_logged_step(caplog: pytest.LogCaptureFixture) -> None:
@@ -28,3 +28,16 @@ def test_table_has_every_result_and_says_where_things_lie(tmp_path: Path, capsys
     shown = capsys.readouterr().out
     for fragment in ("eval-val/acc1", "0.5124", "1,234,567", f"{tmp_path}/checkpoints", f"--logdir {tmp_path}"):
         assert fragment in shown
+
+
+def test_small_values_are_no_zeros() -> None:
+    values = {
+        1e-6: "1e-06",
+        -2.5e-9: "-2.5e-09",
+        4.9e-5: "4.9e-05",
+        5e-5: "0.0001",
+        0.0: "0.0000",
+        1234.5: "1,234.5000",
+    }
+    _, rows = table_of({text: value for value, text in values.items()}, {})
+    assert rows == [[text, text] for text in values.values()]
