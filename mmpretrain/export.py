@@ -1,21 +1,23 @@
 """Write a checkpoint for another library: python -m mmpretrain.export checkpoint=RUN_DIR format=open_clip output=DIR."""
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mmpretrain import errors, files
-from mmpretrain.checkpoints import foreign, onnx_graphs, open_clip, store, timm_folder, torch_programs
+from mmpretrain import errors, files, optim
+from mmpretrain.checkpoints import onnx_graphs, open_clip, store, timm_folder, torch_programs
 from mmpretrain.checkpoints.exported import Exported, Exporter
 from mmpretrain.checkpoints.hugging_face import export as hugging_face
-from mmpretrain.checkpoints.load import find, load_checkpoint
+from mmpretrain.checkpoints.load import load_checkpoint
 from mmpretrain.checkpoints.loaded import Loaded
 from mmpretrain.config import command_line
 from mmpretrain.config.schema import ExportConfig
 from mmpretrain.reporting import model_card
+from mmpretrain.reporting.evaluations import Weights
 
 _FORMATS: Mapping[str, Exporter | None] = {
     "open_clip": open_clip.export,
@@ -81,18 +83,19 @@ def _move(partial: Path, folder: Path, names: list[str]) -> None:
 def _card(cfg: ExportConfig, loaded: Loaded, exported: Exported | None) -> str:
     model = loaded.model
     towers = {"image": model.image, "text": model.text}
+    parameters: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parameters[optim.tower_of(f"model.{name}")] += parameter.numel()
     subject = model_card.Subject(
         source=str(loaded.folder),
         towers=tuple(name for name, tower in towers.items() if tower is not None),
-        is_average=cfg.ema,
+        weights=None if loaded.checkpoint is None else Weights(loaded.checkpoint.name, loaded.manifest, cfg.ema),
+        parameters=parameters,
         library=None if exported is None else exported.library,
         usage=None if exported is None else exported.usage,
     )
-    if foreign.is_foreign(cfg.checkpoint):
-        return model_card.model_card(subject, None, {})
-    folder, path = find(cfg.checkpoint)
-    state: dict[str, Any] = store.load_state(path)
-    return model_card.model_card(subject, folder, state)
+    state: dict[str, Any] = {} if loaded.checkpoint is None else store.load_state(loaded.checkpoint)
+    return model_card.model_card(subject, loaded.folder, state)
 
 
 if __name__ == "__main__":
