@@ -2,7 +2,8 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +46,38 @@ def run(cfg: ExportConfig) -> list[Path]:
     if cfg.format not in _FORMATS:
         raise ValueError(f"format is {cfg.format!r}; {errors.nearest(cfg.format, list(_FORMATS))}")
     folder = Path(cfg.output).absolute()
-    _check_absent(folder, [model_card.FILE])
+    with _output_errors(cfg.output):
+        _check_absent(folder, [model_card.FILE])
     loaded = load_checkpoint(cfg.checkpoint, trust=cfg.trust, ema=cfg.ema)
     partial = folder.with_name(f"{files.PARTIAL}{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
+    with _output_errors(cfg.output):
+        partial.mkdir(parents=True)
     try:
         exporter = _FORMATS[cfg.format]
         exported = None if exporter is None else exporter(loaded, partial)
         files.write_text(partial / model_card.FILE, _card(cfg, loaded, exported))
         names = sorted(path.name for path in partial.iterdir())
-        _check_absent(folder, names)
-        _move(partial, folder, names)
+        with _output_errors(cfg.output):
+            _check_absent(folder, names)
+            _move(partial, folder, names)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     written = [Path(cfg.output) / name for name in names]
     for file in written:
         Console(markup=False, emoji=False).print(str(file), soft_wrap=True)
     return written
+
+
+@contextmanager
+def _output_errors(output: str) -> Iterator[None]:
+    """Convert an OSError of making the output's folder to a ValueError, without the temporary folder's name."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"output is {output!r}, which cannot be written ({error.strerror}); expected a folder that can be made or written"
+        ) from error
 
 
 def _check_absent(folder: Path, names: list[str]) -> None:
