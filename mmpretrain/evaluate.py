@@ -16,6 +16,7 @@ from mmpretrain.config import checks, command_line, eval_sets
 from mmpretrain.config.schema import EvalSetConfig, EvaluateConfig, Precision, SplitConfig
 from mmpretrain.data.decode import MAX_IMAGE_BYTES
 from mmpretrain.evals.base import Context, chosen_sets, evaluate, lacking_tower, needs_text
+from mmpretrain.reporting import evaluations
 from mmpretrain.reporting.progress import print_results
 from mmpretrain.reporting.records import finite, intervals_of
 from mmpretrain.scores import Score
@@ -86,6 +87,10 @@ def run(cfg: EvaluateConfig) -> Mapping[str, Score]:
             f"eval=[{','.join(evaluators)}] gives no score on the sets of data.val; see what each leaves out"
         )
     if distributed.is_main():
+        if loaded.checkpoint is not None:
+            weights = evaluations.Weights(loaded.checkpoint.name, loaded.manifest, cfg.ema)
+            sources = {name: data.shards for name, data in context.sets.items()}
+            evaluations.keep(loaded.folder, weights, scores, sources, precision.value)
         results = {**scores, "samples": loaded.num_samples}
         intervals = intervals_of(scores)
         if cfg.output is not None:

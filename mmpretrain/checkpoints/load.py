@@ -65,6 +65,7 @@ def load_checkpoint(
             raise ValueError(f"{run_or_checkpoint} has no averaged weights; leave out ema")
         return foreign.load(str(run_or_checkpoint), device)
     folder, path = find(run_or_checkpoint)
+    manifest = store.manifest_hash(path)
     source = folder / "config.yaml"
     saved = config_yaml.read(source)
     if lacking := sorted({"model", "objective", "data"} - saved.keys()):
@@ -107,6 +108,8 @@ def load_checkpoint(
         config=saved,
         folder=folder,
         num_samples=store.load_state(path).get("samples", 0),
+        checkpoint=path.absolute(),
+        manifest=manifest,
         build_objectives=lambda: load_objectives(
             saved["objective"], heads, model, tokenizer, source, class_names(folder), trust
         ),

@@ -36,6 +36,10 @@ class Loaded:
     """The run's directory; for weights of another library, the text that named them."""
     num_samples: int = 0
     """Number of samples seen in training; 0 if unknown."""
+    checkpoint: Path | None = None
+    """The checkpoint's folder; None for weights of another library."""
+    manifest: str = ""
+    """SHA-256 of the checkpoint's manifest.json, which has those of all of its files."""
     build_objectives: Callable[[], Mapping[str, Objective]] = dict
     """Function that builds `objectives`; the default is that of a model of another library, which has none."""
 

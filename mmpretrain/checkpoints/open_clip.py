@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmpretrain import files
 from mmpretrain.checkpoints import tensor_files
-from mmpretrain.checkpoints.exported import Exported
+from mmpretrain.checkpoints.exported import Exported, logit_scale_of
 from mmpretrain.checkpoints.loaded import Loaded
 from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
@@ -205,7 +205,7 @@ def export(loaded: Loaded, folder: Path) -> Exported:
     model, scalars, tokenizer = loaded.model, loaded.scalars, loaded.tokenizer
     if model.num_channels != 3:
         raise ValueError(f"the model takes images of {model.num_channels} channels; open_clip's models take 3")
-    tensors = to_open_clip(model, scalars.get("logit_scale"), scalars.get("logit_bias"))
+    tensors = to_open_clip(model, logit_scale_of(scalars), scalars.get("logit_bias"))
     settings = open_clip_config(model, loaded.config["model"])
     # By default open_clip pools the token with the largest id as the end token: set its id if it is another.
     text = model.text

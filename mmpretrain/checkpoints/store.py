@@ -332,6 +332,11 @@ def verify(path: Path) -> None:
         raise CorruptCheckpoint(f"{path}: its manifest lists {dict(shards)} shards, but {told} were written")
 
 
+def manifest_hash(path: Path) -> str:
+    """Return the SHA-256 of a checkpoint's manifest.json, which tells its content apart from that of any other checkpoint."""
+    return _sha256(path / "manifest.json")
+
+
 def _entry(entry: Any, name: str) -> tuple[int, str]:
     """Return (bytes, SHA-256) of a manifest entry. Raises: ValueError if the file name or the size is invalid."""
     if not _FILE.fullmatch(name):

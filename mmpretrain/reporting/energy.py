@@ -12,6 +12,7 @@ from mmpretrain import files
 
 FILE = "energy.json"
 _SECONDS_BETWEEN_WRITES = 60.0
+_MAX_PROCESSES = 1_000_000  # a larger number in run.json is none that a run wrote
 # Largest power of a board in watts, by its name in torch; NVIDIA's data sheets.
 _GPU_WATTS = {
     "NVIDIA A100 80GB PCIe": 300,
@@ -107,8 +108,10 @@ def describe_energy(folder: Path, facts: Mapping[str, Any], wall_seconds: float 
         )
     device, count = facts.get("device"), facts.get("processes")
     watts = _GPU_WATTS.get(str(device))
-    if watts is None or not isinstance(count, int) or wall_seconds is None:
-        return "unknown: not measured (`writer=[tensorboard,energy]`), and no estimate for the device"
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MAX_PROCESSES:
+        count = None
+    if watts is None or count is None or wall_seconds is None:
+        return "unknown: not measured (writer=[tensorboard,energy]), and no estimate for the device"
     kwh = count * watts * wall_seconds / 3.6e6
     return (
         f"{kwh:.4g} kWh, estimated: {count} × {watts} W, the largest power of {device}, over the whole wall time; CPU, "

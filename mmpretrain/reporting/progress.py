@@ -17,6 +17,7 @@ from mmpretrain.scores import Interval
 log = logging.getLogger(__name__)
 
 
+_HUGE = 1e12  # from there on numbers are shown by their power of ten
 _FILE_WIDTH = 120  # of a table that is written to a file
 
 
@@ -83,15 +84,17 @@ def table_of(results: Mapping[str, float | None], intervals: Intervals) -> tuple
     units = dict.fromkeys(unit for name in results for unit in intervals.get(name, {}))
     rows = []
     for name, value in results.items():
-        if value is None:
-            text = "-"
-        elif isinstance(value, int):
-            text = f"{value:,}"
-        else:
-            text = f"{value:.3g}" if 0 < abs(value) < 5e-5 else f"{value:,.4f}"
+        text = "-" if value is None else _number(value, "," if isinstance(value, int) else ",.4f")
         bounds = [intervals.get(name, {}).get(unit) for unit in units]
-        rows.append([name, text, *("" if each is None else f"{each[0]:.3f}–{each[1]:.3f}" for each in bounds)])
+        ranges = ["" if each is None else "–".join(_number(bound, ".3f") for bound in each) for each in bounds]
+        rows.append([name, text, *ranges])
     return ["metric", "value", *(f"95% by {unit}" for unit in units)], rows
+
+
+def _number(value: float, form: str) -> str:
+    if form == ",.4f" and 0 < abs(value) < 5e-5:
+        form = ".3g"
+    return format(value, form if abs(value) < _HUGE else ".4g")
 
 
 def print_results(results: Mapping[str, float | None], folder: Path, intervals: Intervals) -> None:

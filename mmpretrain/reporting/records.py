@@ -47,7 +47,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
     records = read_records(path)
     for number, record in enumerate(records, start=1):
         where = f"{path}, line {number}"
-        _check_numbers(record, where)
+        check_numbers(record, where)
         for key in ("step", "samples"):
             if not isinstance(record.get(key), int):
                 raise ValueError(f"{where}: {key} is {record.get(key)!r}; expected an integer, remove the line")
@@ -57,7 +57,7 @@ def read_metrics(path: Path) -> list[dict[str, float | None]]:
 def read_results(path: Path) -> dict[str, float | None]:
     """Read a results.json. Raises: ValueError if a value is not a number or null."""
     results = files.read_json(path)
-    _check_numbers(results, str(path))
+    check_numbers(results, str(path))
     return results
 
 
@@ -107,7 +107,8 @@ def read_refused(path: Path) -> list[dict[str, str]]:
     return records
 
 
-def _check_numbers(values: Mapping[str, Any], where: str) -> None:
+def check_numbers(values: Mapping[str, Any], where: str) -> None:
+    """Raises: ValueError that begins with `where` if a value is not a finite number or null."""
     for name, value in values.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
         if not (is_number or value is None):

@@ -6,14 +6,16 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import mmpretrain
 from data_tools.__main__ import main as data_tools
 from mmpretrain.checkpoints import open_clip as exporter
+from mmpretrain.checkpoints.hugging_face.export import export as hugging_face
 from mmpretrain.models.image_text import ImageTextModel
 from mmpretrain.models.module_encoder import ModuleEncoder
-from tests import runs, tiny
+from tests import exports, runs, tiny
 
 OPEN_CLIP_SHAPE = (
     "model.vision={layers: 1, width: 32, head_width: 16, image_size: 32, patch_size: 8}",
@@ -82,13 +84,21 @@ def test_the_end_of_a_text_is_that_of_its_tokenizer(model: tuple[str, ...], pair
     [
         (["output=out", "format=onxx"], "format is 'onxx'; did you mean 'onnx'?"),
         ([], "output has no value"),
+        (
+            ["output=FILE/sub"],
+            "output is 'FILE/sub', which cannot be written (Not a directory); expected a folder that",
+        ),
+        (["output=FILE"], "FILE', a file; expected a folder"),
+        (["output=/proc/x/y"], "output is '/proc/x/y', which cannot be written (No such file or directory); expected"),
+        ([f"output={'a' * 250}"], "a', which cannot be written (File name too long); expected a folder that can be"),
     ],
 )
 def test_wrong_use_is_told_in_one_line(run: Path, arguments: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "FILE").touch()
     finished = runs.run("mmpretrain.export", [f"checkpoint={run}", *arguments], tmp_path)
     assert finished.code == 2
     assert len(finished.stderr.splitlines()) == 1
-    assert message in finished.stderr
+    assert message in finished.stderr and ".partial" not in finished.stderr
 
 
 def test_no_file_is_overwritten_and_others_stay(run: Path, tmp_path: Path) -> None:
@@ -123,6 +133,48 @@ def test_a_run_and_weights_of_others_are_exported_with_a_card(run: Path, tmp_pat
         "tokenizer_config.json",
     ]  # fmt: skip
     assert "Weights of another library" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_the_card_shows_what_evaluate_measures_and_the_run_goes_on(pairs: Path, tmp_path: Path) -> None:
+    settings = (f"data.root={pairs}", "trainer.duration=2steps", "trainer.ema_decay=0.5", "checkpoint.every=1steps")
+    assert runs.train(tmp_path, *settings).code == 0
+    card = ("checkpoint=run", "format=card")
+    evaluate = ("device=cpu", "data.workers=0", "cache=none", "eval=[geometry]")
+    found = {}
+    for step, ema in (("", "false"), ("", "true"), ("/checkpoints/step_00000001", "false")):
+        arguments = [f"checkpoint=run{step}", f"ema={ema}", f"output=scores{len(found)}.json", *evaluate]
+        finished = runs.run("mmpretrain.evaluate", arguments, tmp_path)
+        assert finished.code == 0, finished.stderr
+        found[step, ema] = json.loads((tmp_path / f"scores{len(found)}.json").read_text())["eval-val/modality_gap"]
+    assert len({*found.values()}) == 3
+    names = ("step_00000001.json", "step_00000002-ema.json", "step_00000002.json")
+    assert tuple(sorted(file.name for file in (tmp_path / "run/evaluations").glob("*.json"))) == names
+    for number, ((step, ema), gap) in enumerate(found.items()):
+        arguments = [*card, f"checkpoint=run{step}", f"ema={ema}", f"output=card{number}"]
+        finished = runs.run("mmpretrain.export", arguments, tmp_path)
+        assert finished.code == 0, finished.stderr
+        shown = (tmp_path / f"card{number}" / "README.md").read_text()
+        assert f"| `eval-val{'-ema' if ema == 'true' else ''}/modality_gap` | {gap:.4f} |" in shown
+        assert ("image_retrieval_recall@1" in shown) == (step == ""), "the training's own scores stay"
+    again = runs.train(tmp_path, *settings)
+    assert again.code == 0 and "is finished" in again.stderr
+    longer = runs.train(tmp_path, *settings, "schedule=constant", "trainer.duration=3steps")
+    assert "made with another configuration" in longer.stderr and "evaluations" not in longer.stderr
+
+
+def test_a_scale_that_is_unknown_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for scalars, count in (({"logit_scale": 20.0}, 0), ({}, 1)):
+        loaded = exports.loaded(ImageTextModel(exports.clip_vit(), exports.clip_text(), embed_dim=12), None, scalars)
+        for kind, export in (("open_clip", exporter.export), ("huggingface", hugging_face)):
+            caplog.clear()
+            folder = tmp_path / f"{kind}{count}"
+            folder.mkdir()
+            export(loaded, folder)
+            told = [record for record in caplog.records if "no objective has learnt a logit_scale" in record.message]
+            assert len(told) == count, kind
+            (weights,) = folder.glob("*.safetensors")
+            expected = 1 / 0.07 if count else 20.0
+            assert load_file(weights)["logit_scale"].exp().item() == pytest.approx(expected)
 
 
 def test_a_shape_that_open_clip_does_not_have_is_refused(pairs: Path, tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_a_lora_run_is_loaded_merged(data: Path, tmp_path: Path) -> None:
     initial = runs.weights(data / "run", 4)[f"model.{layer}.weight"]
     assert torch.equal(base, initial)
 
+    arguments = [f"checkpoint={run}", "format=card", "output=card"]
+    assert runs.run("mmpretrain.export", arguments, tmp_path).code == 0
+    card = (tmp_path / "card" / "README.md").read_text()
+    image = loaded.model.image
+    assert image is not None
+    assert f"; parameters: image {sum(each.numel() for each in image.parameters()):,}" in card
+    assert "| LoRA | rank 2, alpha 16.0; the adapters are merged into the weights |" in card
+
 
 def test_the_checkpoint_of_a_classifier_is_evaluated(data: Path, tmp_path: Path) -> None:
     run = trained("finetune_tiny", data, tmp_path / "tiny")

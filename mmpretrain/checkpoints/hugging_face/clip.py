@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmpretrain.checkpoints.exported import logit_scale_of
 from mmpretrain.checkpoints.hugging_face.names import OPEN_CLIP_BLOCKS, TEXT, TIMM_BLOCKS, Table, renamed, within
 from mmpretrain.checkpoints.hugging_face.shapes import check_plain_vit, transformer_fields
 from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer
@@ -53,7 +54,7 @@ def clip(
     Args:
         model: model of two towers.
         tokenizer: tokenizer whose end token the text tower pools.
-        scalars: `logit_scale`, not its logarithm; 1 / 0.07 if it is absent.
+        scalars: `logit_scale`, not its logarithm; if it is absent, see `logit_scale_of`.
 
     Returns: the content of config.json, and the tensors.
     Raises: ValueError that names the part which CLIPModel does not have.
@@ -72,7 +73,7 @@ def clip(
         name = f"{tower}.embeddings.position_embedding.weight"
         tensors[name] = tensors[name].reshape(-1, tensors[name].shape[-1])
     tensors["vision_model.embeddings.class_embedding"] = tensors["vision_model.embeddings.class_embedding"].flatten()
-    scale = math.log(scalars.get("logit_scale", 1 / 0.07))
+    scale = math.log(logit_scale_of(scalars))
     tensors["logit_scale"] = torch.tensor(scale)
     dim = {"projection_dim": model.embed_dim}
     config = {
