@@ -1,16 +1,20 @@
 """Scores of groups of samples, such as countries or skin tones, and the gap between them."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from mmpretrain import distributed
 from mmpretrain.errors import UsageError, check_number
 from mmpretrain.evals.base import Context
 from mmpretrain.evals.class_scores import right_class_ranks
 from mmpretrain.evals.retrieval import match_ranks
 from mmpretrain.evals.zero_shot import class_embeddings
 from mmpretrain.scores import Score, mean_score
+
+log = logging.getLogger(__name__)
 
 
 class Fairness:
@@ -54,6 +58,11 @@ class Fairness:
             if len(rows) >= self.min_samples
         }
         if not scores:
+            if distributed.is_main():
+                log.warning(
+                    "data.val.%s: no group has eval.fairness.min_samples = %d images; the largest has %d",
+                    name, self.min_samples, max(map(len, groups.values()), default=0),
+                )  # fmt: skip
             return {}
         worst, best = min(scores.values()), max(scores.values())
         return {**scores, f"worst_group_{metric}": worst, f"group_{metric}_gap": float(best) - float(worst)}

@@ -20,7 +20,7 @@ CLASSES = Classes(LABELS, [[name] for name in LABELS])
 GROUPS = ["a"] * 4 + ["b/c"] * 4 + ["small"]
 
 
-def test_groups_have_the_accuracy_of_their_images(tmp_path: Path) -> None:
+def test_groups_have_the_accuracy_of_their_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = make_set(tmp_path, label="cls", classes=CLASSES, fields={"group": "json.group"})
     context = make_context(data=data)
     texts = class_embeddings(CLASSES, context)
@@ -35,6 +35,7 @@ def test_groups_have_the_accuracy_of_their_images(tmp_path: Path) -> None:
     }  # fmt: skip
     assert set(scores["eval-val/worst_group_acc1"].intervals) == {"sample"}
     assert evaluate({"fairness": Fairness(min_samples=10)}, context) == {}
+    assert "data.val.val: no group has eval.fairness.min_samples = 10 images; the largest has " in caplog.text
 
 
 def test_without_classes_the_captions_of_the_images_are_sought(tmp_path: Path) -> None:

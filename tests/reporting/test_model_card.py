@@ -225,7 +225,8 @@ def test_texts_of_a_run_are_shown_as_they_are(text: str, tmp_path: Path) -> None
 
 def test_interpolated_weights_are_not_called_trained(tmp_path: Path) -> None:
     run = evaluated(tmp_path, {}, interpolated=[[0.75, "runs/a"], [0.25, "runs/b"], [10**400, "?"], "no pair"])
-    assert "interpolated" not in model_card(subject(), run, STATE), "a malformed list says nothing"
+    card = model_card(subject(), run, STATE)
+    assert rows_of(card, "Training")["weights"] == ["as trained, after step 3"], "a malformed list says nothing"
     run = evaluated(tmp_path / "other", {}, interpolated=[[0.75, "runs/a"], [0.25, "runs/b"]])
     card = model_card(subject(), run, STATE)
     assert rows_of(card, "Training")["weights"] == ["interpolated: 0.75 × runs/a + 0.25 × runs/b"]
