@@ -267,7 +267,7 @@ def test_input_that_is_refused_leaves_an_earlier_build(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("same", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_build_is_finished_by_the_next_of_the_same_text(same: bool, tmp_path: Path) -> None:
     write_documents(tmp_path / "a.txt", 120, longest=4)
     options = ["--no-pack", "--samples-per-shard", "1"]

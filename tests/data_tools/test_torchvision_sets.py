@@ -128,6 +128,7 @@ def test_the_same_bytes_again(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_build_of_arrays_is_finished_by_the_next(tmp_path: Path) -> None:
     for prefix in ("train", "t10k"):
         write_mnist(tmp_path, pixels(60, 300, 300), [0] * 60, prefix)

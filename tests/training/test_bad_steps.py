@@ -355,6 +355,7 @@ def test_rollbacks_that_meet_spikes_again_end_the_run_in_one_line(
     assert positions(tmp_path) == [16 * step for step in (*range(12), 11, 12, 12, 13)]
 
 
+@pytest.mark.slow
 def test_rollbacks_that_are_switched_on_later_end_at_the_limit_too(
     fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:
@@ -370,6 +371,7 @@ def test_rollbacks_that_are_switched_on_later_end_at_the_limit_too(
     assert "a loss spike again after 2 rollbacks to step 12" in finished.stderr
 
 
+@pytest.mark.slow
 def test_a_rollback_passes_over_a_damaged_checkpoint(
     fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:

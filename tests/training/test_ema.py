@@ -102,6 +102,7 @@ def test_a_moving_average_beside_the_optimisers_own_is_refused() -> None:
         average_of(task, optimizer, 0.9)
 
 
+@pytest.mark.slow
 def test_evaluating_a_schedule_free_run_and_resuming_it_change_no_bit(pairs: Path, tmp_path: Path) -> None:
     settings = (
         "optimizer=library", "optimizer.name=schedulefree.AdamWScheduleFree", "schedule=constant",

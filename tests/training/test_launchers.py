@@ -54,7 +54,7 @@ def tasks_of_srun(tasks_per_node: str, numbers: list[list[int]]) -> list[dict[st
     ]
 
 
-@pytest.mark.parametrize("launcher", [of_srun, of_submitit])
+@pytest.mark.parametrize("launcher", [of_srun, pytest.param(of_submitit, marks=pytest.mark.slow)])
 def test_tasks_train_as_the_ranks_of_torchrun(launcher, pairs: Path, tmp_path: Path) -> None:
     outcomes = []
     for name, environments in (("torchrun", runs.group(2)), ("launcher", [launcher(rank) for rank in range(2)])):

@@ -149,9 +149,10 @@ def goes_on(folder: Path, pairs: Path, *stderr: str) -> None:
     ("number", "expected"),
     [
         (signal.SIGKILL, r"worker \d of the data loader \(process \d+\) was killed by SIGKILL; .* with more memory"),
-        (
+        pytest.param(
             signal.SIGBUS,
             r"worker \d of the data loader \(process \d+\) was killed by SIGBUS; .* when /dev/shm has space",
+            marks=pytest.mark.slow,
         ),
         (signal.SIGSTOP, r"no batch came in 2 seconds \(data.timeout_seconds\): worker \d .* is stopped"),
     ],

@@ -62,13 +62,10 @@ STAGES = (
     "trainer.ema_decay={linear: {0%: 0.5, 100%: 0.99}}", "data.workers=auto",
 )  # fmt: skip
 
-VARIANTS = {
-    "one process": (1, ()),
-    "one process, three streams and six stages, an average": (1, STAGES),
-}
-
+VARIANTS = {"one process": (1, ())}
 
 SLOW_VARIANTS = {
+    "one process, three streams and six stages, an average": (1, STAGES),
     "two processes, workers, micro-batches, bf16, ragged masks": (
         2,
         ("data.workers=2", "trainer.micro_batch_size=4", "trainer.precision=bf16", "objective=[sigmoid,mae]",
@@ -194,6 +191,7 @@ def test_fifty_interruptions_of_two_processes_change_nothing(
     assert runs.exact_outcome(tmp_path / "run") == runs.exact_outcome(undisturbed / "run")
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(whole: Whole, pairs: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = (f"data.root={pairs}", *LENGTH)
@@ -257,6 +255,7 @@ def test_another_number_of_processes_goes_on_to_the_same_end(whole: Whole, pairs
     assert all(tensor.isfinite().all() for tensor in first_steps_on_two.values())
 
 
+@pytest.mark.slow
 def test_a_run_sharded_over_two_processes_goes_on_on_one(whole: Whole, pairs: Path, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", (f"data.root={pairs}", *LENGTH, "trainer.ema_decay=0.9")
     commands = runs.start_group(tmp_path, 2, *settings, "parallel=fsdp")
@@ -357,9 +356,10 @@ def test_what_touches_the_mathematics_may_not_change(
             ("schedule=constant", "trainer.ema_decay={linear: {0%: 0.5, 100%: 0.9}}"),
             "trainer.ema_decay would have had another value in step 2",
         ),
-        (
+        pytest.param(
             ("schedule=constant", "trainer.freeze={image: 50%}"),
             "trainer.freeze.image would have had another value in step 2",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -374,6 +374,7 @@ def test_another_duration_is_refused_where_a_step_would_have_been_another(
     assert 'trainer.duration: "2steps" -> "4steps"' in line and what in line
 
 
+@pytest.mark.slow
 def test_a_run_can_be_extended_from_before_its_cool_down_bit_for_bit(pairs: Path, tmp_path: Path) -> None:
     settings = (
         f"data.root={pairs}", "schedule=wsd", "schedule.warmup=2steps", "schedule.cooldown=50%", "eval=[]",

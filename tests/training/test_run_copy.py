@@ -72,6 +72,7 @@ def test_the_same_command_completes_the_copy_of_a_finished_run(
     assert_copied(tmp_path / "run", tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_a_run_is_copied_to_a_bucket_and_back(whole: Path, pairs: Path, tmp_path: Path) -> None:
     for folder in ("empty", "first", "second", "other"):
         (tmp_path / folder).mkdir()
