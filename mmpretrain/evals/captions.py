@@ -44,7 +44,7 @@ class Captions:
         tokenization: tokens of CIDEr: `words`, or `ptb`, those of COCO's scores (see `cider.cider`).
         num_shown: number of images to show with their captions.
 
-    Raises: UsageError if a number is out of range, or if a package or program of CIDEr is missing.
+    Raises: UsageError if a number is out of range.
     """
 
     needs = "caption, and a run with objective=captioning or another that writes captions"
@@ -61,7 +61,6 @@ class Captions:
     ) -> None:
         check_number("longest", longest, at_least=2)
         check_number("batch_size", batch_size, at_least=1)
-        check_installed(tokenization)
         self.data = data
         self.objective = objective
         self.longest = longest
@@ -70,8 +69,14 @@ class Captions:
         self.num_shown = num_shown
 
     def applicable_datasets(self, context: Context) -> list[str]:
-        """Return the data sets with images and captions; none if the run has no objective that generates."""
-        return [] if self._generator(context) is None else context.pair_sets
+        """Return the data sets with images and captions; none if the run has no objective that generates.
+
+        Raises: UsageError if a package or program of CIDEr is missing.
+        """
+        if self._generator(context) is None:
+            return []
+        check_installed(self.tokenization)
+        return context.pair_sets
 
     def _generator(self, context: Context) -> Generates | None:
         able = {name: each for name, each in context.objectives.items() if _generates(each)}

@@ -99,16 +99,6 @@ def test_ptb_splits_as_the_package_itself_does(monkeypatch: pytest.MonkeyPatch) 
     assert expected.max() > 1
 
 
-def test_without_the_package_or_java_the_evaluator_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    Captions()
-    with pytest.raises(UsageError, match="there is no java on PATH; expected one, or words"):
-        Captions(tokenization="ptb")
-    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider", None)
-    with pytest.raises(UsageError, match=r"pip install 'multimodal-pretrain\[captions\]'"):
-        Captions()
-
-
 # ---------------------------------------------------------------------------------------------- models
 
 WORDS = ["cat", "dog", "blue bird", "ant"]
@@ -153,6 +143,24 @@ def trained() -> tuple[ImageTextModel, Captioning]:
 def captioned(context: Context, **options: Any) -> tuple[dict[str, Score], dict[str, np.ndarray]]:
     scores = evaluate({"captions": Captions(**options)}, context)
     return {name.removeprefix("eval-val/"): score for name, score in scores.items()}, context.shown.pictures
+
+
+def test_without_the_package_or_java_the_evaluator_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, captioning = trained()
+    captioner, other = (
+        make_context(model, coloured_set(tmp_path), build_objectives=lambda each=each: {"own": each})
+        for each in (captioning, InfoNCE(model))
+    )
+    monkeypatch.setenv("PATH", "")
+    assert Captions().applicable_datasets(captioner) == ["val"]
+    with pytest.raises(UsageError, match="there is no java on PATH; expected one, or words"):
+        Captions(tokenization="ptb").applicable_datasets(captioner)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider", None)
+    with pytest.raises(UsageError, match=r"pip install 'multimodal-pretrain\[captions\]'"):
+        Captions().applicable_datasets(captioner)
+    assert Captions().applicable_datasets(other) == [], "eval=all needs no package for a run that writes no captions"
 
 
 def test_a_captioner_that_learned_its_captions_matches_them_and_a_collapsed_one_does_not(tmp_path: Path) -> None:
