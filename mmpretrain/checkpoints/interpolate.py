@@ -112,7 +112,6 @@ def read(checkpoints: Sequence[str | Path], ema: bool = False) -> tuple[list[Ten
 
     Adapters (LoRA) are merged.
 
-
     Raises: ValueError if one has no valid checkpoint or no averaged weights.
     """
     found = [find(each) for each in checkpoints]
