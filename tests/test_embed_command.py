@@ -91,6 +91,7 @@ def test_keys_are_written_as_their_bytes_in_a_line_each(run: Path, tmp_path: Pat
     assert np.load(tmp_path / "out" / "images.npy").shape == (3, 16)
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_kill(run: Path, pairs: Path, tmp_path: Path) -> None:
     arguments = [f"checkpoint={run}", "device=cpu", "workers=0", "output=out", f"images={pairs}/train", "batch_size=1"]
     command = runs.Command("mmpretrain.embed", arguments, tmp_path)

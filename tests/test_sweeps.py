@@ -190,6 +190,7 @@ def hparams(run: Path) -> tuple[dict[str, Any], list[str]]:
     return settings, [info.name.tag for info in experiment.metric_infos]
 
 
+@pytest.mark.slow
 def test_every_run_stands_in_the_table_of_runs_under_the_same_keys(pairs: Path, tmp_path: Path) -> None:
     for name, objective in (("a", "infonce"), ("b", "sigmoid")):
         finished = runs.train(

@@ -157,6 +157,7 @@ def check(data: st.DataObject, whole: Path, capfd: pytest.CaptureFixture[str]) -
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
+@pytest.mark.slow
 def test_readers_of_a_damaged_run_answer_in_one_line(
     data: st.DataObject, whole: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

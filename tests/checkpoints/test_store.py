@@ -202,6 +202,7 @@ def _save_forever(folder: Path) -> None:
         save(folder, step, keep_last=2)
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path: Path) -> None:
     for _ in range(10):
         process = runs.start(_save_forever, tmp_path)

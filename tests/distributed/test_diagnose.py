@@ -107,6 +107,7 @@ def test_a_generated_caption_is_the_likeliest_next_token_again_and_again() -> No
     assert torch.equal(ids[:, 0], batch.streams["pairs"].text[:, 0])  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_a_diagnosed_run_is_bit_for_bit_the_same(pairs: Path, tmp_path: Path) -> None:
     outcomes = []
     for name, every in (("with", "1steps"), ("without", "null")):

@@ -67,6 +67,7 @@ def test_a_tower_that_is_frozen_for_a_time_is_so_on_two_processes(pool: Callable
         assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_of_four_goes_on_with_two_shards_and_whole_on_one_and_two(
     pool: Callable[[int], Pool], tmp_path: Path
 ) -> None:

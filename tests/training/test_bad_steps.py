@@ -76,7 +76,7 @@ SPIKES = ("objective.fragile.fault=spike", "trainer.spike.window=5", "trainer.sp
 @pytest.mark.parametrize(
     ("fault", "world_size"),
     [
-        ("loss", 2),
+        pytest.param("loss", 2, marks=pytest.mark.slow),
         ("gradient", 1),
         ("spike", 2),
         pytest.param("loss", 1, marks=pytest.mark.slow),
@@ -250,7 +250,7 @@ def positions(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "positions-0.txt").read_text().split()]
 
 
-@pytest.mark.parametrize(("workers", "limit"), [(0, 1), (2, 10)])
+@pytest.mark.parametrize(("workers", "limit"), [pytest.param(0, 1, marks=pytest.mark.slow), (2, 10)])
 def test_a_rollback_goes_on_from_the_last_checkpoint_with_later_samples(
     workers: int, limit: int, fragile: tuple[tuple[str, ...], dict[str, str]], pairs: Path, tmp_path: Path
 ) -> None:
@@ -397,6 +397,7 @@ def test_a_rollback_passes_over_a_damaged_checkpoint(
     }
 
 
+@pytest.mark.slow
 def test_a_rollback_loses_no_line_of_the_quarantine(
     fragile: tuple[tuple[str, ...], dict[str, str]], tmp_path: Path
 ) -> None:

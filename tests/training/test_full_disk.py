@@ -103,6 +103,7 @@ def test_each_file_that_cannot_be_written_is_named_in_one_line(
     assert "Traceback" not in shown and "Exception" not in shown
 
 
+@pytest.mark.slow
 def test_a_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(pairs: Path, tmp_path: Path) -> None:
     # The log is the largest file, so that it is the one that grows beyond what may be written.
     size = 40 << 20

@@ -44,7 +44,7 @@ def test_what_is_usual_is_not_said(norms: str, caplog: pytest.LogCaptureFixture)
     assert watched(USUAL[norms](), 50, caplog) == []
 
 
-@pytest.mark.parametrize("clip", ["null", "1.0"])
+@pytest.mark.parametrize("clip", ["null", pytest.param("1.0", marks=pytest.mark.slow)])
 def test_a_run_says_a_gradient_of_millions_where_nothing_clips_it(clip: str, pairs: Path, tmp_path: Path) -> None:
     weight = "objective.infonce.weight={piecewise: {0%: 0.001, 80%: 1.0e+6}}"
     settings = ("trainer.duration=40steps", f"trainer.clip_grad_norm={clip}", "eval=[]", weight)

@@ -202,6 +202,7 @@ def test_a_run_begins_with_the_weights_and_resumes_without_them(pairs: Path, tmp
     assert "init_from: " in refused.errors[0]
 
 
+@pytest.mark.slow
 def test_the_average_begins_with_the_weights_too(pairs: Path, tmp_path: Path) -> None:
     settings = (f"data.root={pairs}", "trainer.duration=2steps", "eval=[contrastive_loss]")
     assert runs.train(tmp_path, *settings, "run.dir=first").code == 0

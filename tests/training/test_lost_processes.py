@@ -154,7 +154,11 @@ def goes_on(folder: Path, pairs: Path, *stderr: str) -> None:
             r"worker \d of the data loader \(process \d+\) was killed by SIGBUS; .* when /dev/shm has space",
             marks=pytest.mark.slow,
         ),
-        (signal.SIGSTOP, r"no batch came in 2 seconds \(data.timeout_seconds\): worker \d .* is stopped"),
+        pytest.param(
+            signal.SIGSTOP,
+            r"no batch came in 2 seconds \(data.timeout_seconds\): worker \d .* is stopped",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_worker_that_is_killed_or_stopped_is_named(

@@ -55,7 +55,7 @@ def faulty(handler: RangeHandler, path: str, earlier: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("is_faulty", [False, True])
+@pytest.mark.parametrize("is_faulty", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_over_http_is_the_local_one_bit_for_bit(
     is_faulty: bool, local: dict[str, object], server: RangeServer, tmp_path: Path
 ) -> None:

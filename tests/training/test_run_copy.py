@@ -107,6 +107,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names(folder)}
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_not_overwritten_by_a_copy(
     copy_of_another: Path, pairs: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ def quarantined(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_refused_samples_are_quarantined_once_over_epochs_and_resumes(workers: int, tmp_path: Path) -> None:
     data = runs.write_pairs(tmp_path / "data", broken=(3, 50, 120))
     settings = (f"data.root={data}", "schedule=constant", "eval=[]", f"data.workers={workers}")
