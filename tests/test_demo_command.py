@@ -106,7 +106,7 @@ def test_the_page_answers_until_it_is_interrupted(pairs: Path, tmp_path: Path) -
         with pytest.raises(AppError, match=message):
             demo.ask("classify", *arguments)
 
-    with pytest.raises(AppError, match="expected"):
+    with pytest.raises(AppError, match="the text is empty"):
         demo.ask("search_by_text", None, 3)
 
     finished = demo.end(signal.SIGINT)
