@@ -103,7 +103,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
                 f"an objective reads stream {name!r}; expected data.train.{name} (there is: {known}): "
                 f"+data.train.{name}.shards=..."
             )
-    _check_episodes(cfg, task)
+    _check_queries(cfg, task)
     _check_mixed(cfg, task)
     names = sorted((name for name in cfg.data.train if name in task.streams), key=lambda name: name != "pairs")
     streams: dict[str, Stream] = {}
@@ -159,7 +159,7 @@ def build_streams(cfg: TrainConfig, task: Task) -> dict[str, Stream]:
     return streams
 
 
-def _check_episodes(cfg: TrainConfig, task: Task) -> None:
+def _check_queries(cfg: TrainConfig, task: Task) -> None:
     """Raises: ValueError for episodes in which no sample of a class is left to be classified."""
     for key, objective in task.objectives.items():
         if not isinstance(objective, Prototypical):

@@ -10,7 +10,8 @@ from mmpretrain.checkpoints.loaded import Loaded
 
 log = logging.getLogger(__name__)
 
-_INITIAL_SCALE = 1 / 0.07
+INITIAL_SCALE = 1 / 0.07
+"""CLIP's `logit_scale` before training."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def logit_scale_of(scalars: Mapping[str, float]) -> float:
             "no objective has learnt a logit_scale: CLIP's initial value 1 / 0.07 is written, which fits neither these "
             "weights' probabilities nor their calibration; embeddings and rankings do not depend on it"
         )
-    return scalars.get("logit_scale", _INITIAL_SCALE)
+    return scalars.get("logit_scale", INITIAL_SCALE)
 
 
 class Exporter(Protocol):

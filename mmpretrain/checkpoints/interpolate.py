@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmpretrain import files
 from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.load import class_names, find, merged_as_saved
+from mmpretrain.checkpoints.load import class_names, find, learned_scalar, merged_as_saved
 from mmpretrain.checkpoints.untrusted import HUGGINGFACE_FOLDER, TOKENIZER_FOLDER
 from mmpretrain.config import config_yaml
 
@@ -74,10 +74,8 @@ def own_scales(checkpoints: Sequence[Tensors], objectives: Sequence[Sequence[str
         checkpoints: tensors by name.
         objectives: names of the objectives of each checkpoint, in the order of its configuration.
     """
-    scales = []
-    for tensors, names in zip(checkpoints, objectives, strict=True):
-        learned = [f"{_prefix(name)}logit_scale" for name in names if f"{_prefix(name)}logit_scale" in tensors]
-        scales += learned[:1]
+    learned = [learned_scalar(tensors, names) for tensors, names in zip(checkpoints, objectives, strict=True)]
+    scales = [name for name in learned if name is not None]
     if len(scales) < len(checkpoints) or all(name == scales[0] for name in scales):
         return []
     of_first = [name for name in checkpoints[0] if name.startswith(scales[0].removesuffix("logit_scale"))]

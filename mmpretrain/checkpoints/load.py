@@ -146,9 +146,20 @@ def _scalars(tensors: Mapping[str, Tensor], objectives: Sequence[str], path: Pat
     """Return `logit_scale` and `logit_bias` of the first objective that has them, as in training."""
     scalars = {}
     for scalar in ("logit_scale", "logit_bias"):
-        for name in [f"objectives.{objective}.{scalar}" for objective in reversed(objectives)]:
-            if name in tensors:
-                if tensors[name].numel() != 1:
-                    raise ValueError(f"{path}: {name} is {shape_text(tensors[name].shape)}; expected one number")
-                scalars[scalar] = float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])
+        if (name := learned_scalar(tensors, objectives, scalar)) is not None:
+            if tensors[name].numel() != 1:
+                raise ValueError(f"{path}: {name} is {shape_text(tensors[name].shape)}; expected one number")
+            scalars[scalar] = float(tensors[name].exp() if scalar == "logit_scale" else tensors[name])
     return scalars
+
+
+def learned_scalar(tensors: Mapping[str, Tensor], objectives: Sequence[str], scalar: str = "logit_scale") -> str | None:
+    """Return the full name of a scalar of the first objective that has it; None if there is none.
+
+    Args:
+        tensors: weights by full name.
+        objectives: names of the objectives, in the order of the configuration.
+        scalar: `logit_scale` or `logit_bias`.
+    """
+    names = (f"objectives.{objective}.{scalar}" for objective in objectives)
+    return next((name for name in names if name in tensors), None)

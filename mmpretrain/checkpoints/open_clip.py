@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmpretrain import files
 from mmpretrain.checkpoints import tensor_files
-from mmpretrain.checkpoints.exported import Exported, logit_scale_of
+from mmpretrain.checkpoints.exported import INITIAL_SCALE, Exported, logit_scale_of
 from mmpretrain.checkpoints.loaded import Loaded
 from mmpretrain.data.tokenizer import ClipTokenizer, Tokenizer
 from mmpretrain.models.image_text import ImageTextModel
@@ -115,7 +115,7 @@ def to_open_clip(
         elif theirs == "visual.positional_embedding" and tensor.ndim == 3:
             tensor = tensor[0]
         tensors[theirs] = tensor.contiguous()
-    tensors["logit_scale"] = torch.tensor(1 / 0.07 if logit_scale is None else logit_scale).log()
+    tensors["logit_scale"] = torch.tensor(INITIAL_SCALE if logit_scale is None else logit_scale).log()
     if logit_bias is not None:
         tensors["logit_bias"] = torch.tensor(logit_bias)
     return tensors

@@ -25,9 +25,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # torch tells the pickle's protocol of files that it then refuses
+            # torch tells the pickle's protocol of files that it then refuses.
+            warnings.simplefilter("ignore", UserWarning)
             found: Any = load_state_dict(str(file))
         tensors: dict[str, Tensor] = found["model"] if isinstance(found.get("model"), dict) else found
         if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()):

@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from mmpretrain.checkpoints import store
-from mmpretrain.checkpoints.load import find, merged_as_saved
+from mmpretrain.checkpoints.load import find, learned_scalar, merged_as_saved
 from mmpretrain.checkpoints.open_clip import from_open_clip
 from mmpretrain.checkpoints.weights import published_weights, read_weights
 from mmpretrain.config import config_yaml
@@ -75,21 +75,20 @@ def _take_scales(task: Task, tensors: dict[str, Tensor], objectives: Sequence[st
         objectives: names of the source's objectives in the order of its configuration, as `load_checkpoint` chooses; may be
             empty.
     """
-    learned = [name for name in tensors if name.startswith("objectives.") and name.endswith(".logit_scale")]
-    of_run = [f"objectives.{name}.logit_scale" for name in objectives]
-    learned = [name for name in of_run if name in learned] or learned
+    # Of a file, whose configuration is not known, the names alone tell the objectives.
+    names = objectives or [name.split(".")[1] for name in tensors if name.startswith("objectives.")]
+    learned = learned_scalar(tensors, names)
     lacking = [
         f"objectives.{name}.logit_scale"
         for name, objective in task.objectives.items()
         if hasattr(objective, "logit_scale") and not hasattr(objective, "logit_bias")
     ]
     lacking = [name for name in lacking if name not in tensors]
-    if learned and lacking:
-        source = tensors[learned[0]]
-        tensors.update(dict.fromkeys(lacking, source))
-        log.info("init_from: %s begins with %s", ", ".join(lacking), learned[0])
-        if learned[0] not in task.state_dict():
-            del tensors[learned[0]]
+    if learned is not None and lacking:
+        tensors.update(dict.fromkeys(lacking, tensors[learned]))
+        log.info("init_from: %s begins with %s", ", ".join(lacking), learned)
+        if learned not in task.state_dict():
+            del tensors[learned]
 
 
 def _listed(names: Sequence[str]) -> str:
